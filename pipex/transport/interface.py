@@ -1,0 +1,152 @@
+"""What the runtime needs of a transport: a world of ranks, and edges between stages.
+
+Four back ends speak it: ``local`` (both stages on this rank), ``host`` (shared memory between processes),
+``device`` (GPU memory) and ``group`` (torch.distributed, any host). The runtime never asks which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+EdgeKind = Literal["activation", "gradient", "tied"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorForm:
+    """Shape and dtype of one announced tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+Form = tuple[TensorForm, ...]
+"""The tensors of one message, in order."""
+
+
+def form_of(tensors: Sequence[Tensor]) -> Form:
+    """The form of real tensors."""
+    return tuple(TensorForm(tuple(t.shape), t.dtype) for t in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeSpec:
+    """One directed link, as all ranks agree on it before the first step.
+
+    Attributes:
+        source, destination: stages (for kind ``tied`` too).
+        source_rank, destination_rank: where they live.
+        slots: messages that may be under way, so that a send within the plan never waits.
+        alive: received messages that the plan keeps in use at once; sizes the receive pool.
+        form: announced tensors of a full micro-batch; no message of the edge is larger.
+    """
+
+    source: int
+    destination: int
+    kind: EdgeKind
+    source_rank: int
+    destination_rank: int
+    slots: int
+    alive: int
+    form: Form
+
+    def __str__(self) -> str:
+        return f"{self.kind} edge {self.source}→{self.destination} (rank {self.source_rank}→{self.destination_rank})"
+
+
+class Sender(Protocol):
+    """The producer's end of an edge."""
+
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        """Hands a message over, in plan order. Never waits while the plan's slots hold.
+
+        The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier).
+        """
+
+
+class Receiver(Protocol):
+    """The consumer's end of an edge."""
+
+    def post(self, step: int, microbatch: int) -> None:
+        """Starts to receive the next message; never waits."""
+
+    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+        """Waits for the next message and returns its tensors, which belong to the caller: their memory is
+        not used again before the last reference (autograd's saved tensors and views included) is gone.
+
+        Raises:
+            MessageMismatch: the message is not ``form`` of (step, microbatch) on this edge.
+            PeerError: another rank ended the run.
+        """
+
+
+class Links(Protocol):
+    """This rank's ends of all opened edges."""
+
+    senders: dict[tuple[int, int, EdgeKind], Sender]
+    receivers: dict[tuple[int, int, EdgeKind], Receiver]
+
+    def flush(self) -> None:
+        """Waits until every sent tensor may be written to again; called once at the end of a step."""
+
+    def close(self) -> None:
+        """Frees this rank's ends. Safe to repeat."""
+
+
+class Phase(IntEnum):
+    """What a rank is doing outside the plan's actions; these stand in the progress word as negative positions."""
+
+    SETUP = -1
+    IDLE = -2  # user code between steps
+    START = -3
+    REDUCE = -4
+    OPTIMIZER = -5
+    SAVING = -6
+    CLOSING = -7
+
+
+ActionNamer = Callable[[int, int], tuple[str, int | None, int | None]]
+"""(rank, position in its order) -> (action's text, stage, micro-batch)."""
+
+
+class World(Protocol):
+    """The ranks of one run, as seen from one of them."""
+
+    rank: int
+    ranks: int
+    namer: ActionNamer | None
+
+    def exchange(self, payload: bytes) -> list[bytes]:
+        """All-gather of byte strings in rank order; returns on every rank once all have called it.
+
+        Raises:
+            PeerError: another rank ended the run.
+        """
+
+    def at(self, step: int, position: int) -> None:
+        """Publishes what this rank does next: a position in its order, or a ``Phase``. Costs well under 1 µs."""
+
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> Links:
+        """Collective: opens all edges between ranks in the given order, the same on every rank. ``digest`` is
+        the plan's (16 bytes) and stands in every message."""
+
+    def fail(self, error: BaseException) -> None:
+        """Tells all ranks that this one ends with ``error``. The first failure of a run wins; never raises."""
+
+    def close(self) -> None:
+        """Collective, after the last step: waits for all ranks, then leaves. Nothing is left behind."""
