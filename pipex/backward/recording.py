@@ -1,0 +1,87 @@
+"""Where operations are seen: ``F.linear`` and ``F.embedding``, replaced while a tape is open.
+
+Replacing the two functions in ``torch.nn.functional`` reaches modules, subclasses and functional code alike, and
+costs less than a hook per module or a TorchFunctionMode. Code that holds its own reference to them is not recorded:
+right, only not deferred. Other threads see the replacement too but have no tape, so they pass straight through.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipex.backward.tape import Tape
+
+torch_linear = F.linear
+torch_embedding = F.embedding
+
+
+class _Local(threading.local):
+    tape: Tape | None = None
+
+
+_local = _Local()
+_lock = threading.Lock()
+_open = 0  # tapes open in all threads
+
+
+def start(tape: Tape) -> Tape | None:
+    """Opens ``tape`` in this thread; returns the one that was open."""
+    global _open
+    with _lock:
+        if _open == 0:
+            F.linear, F.embedding = _linear, _embedding  # type: ignore[assignment]
+        _open += 1
+    outer, _local.tape = _local.tape, tape
+    return outer
+
+
+def stop(outer: Tape | None) -> None:
+    """Closes this thread's tape and goes back to ``outer``."""
+    global _open
+    _local.tape = outer
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            F.linear, F.embedding = torch_linear, torch_embedding
+
+
+def _tape_for(x: Tensor) -> Tape | None:
+    """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
+    tape = _local.tape
+    if (
+        tape is None
+        or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_dynamo_compiling()
+        or torch._C._is_any_autocast_enabled()  # the gradient would have to repeat autocast's own casts
+    ):
+        return None
+    return tape
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tape = _tape_for(input)
+    if tape is None or input.dim() < 2:
+        return torch_linear(input, weight, bias)
+    return tape.linear(input, weight, bias)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    tape = _tape_for(input)
+    if tape is None or sparse or max_norm is not None:
+        return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)

@@ -1,0 +1,148 @@
+"""Tapes: what a prepared forward records, and the I and W that follow from it.
+
+The problem: ``autograd.grad`` for the inputs alone skips the weight gradients, but making them later from the same
+graph walks it once per parameter and keeps nearly all of it alive. So the graph is cut where weight gradients begin:
+
+      parameter ──detach──► alias ──┐
+                                    ├─► linear ──► y        [1] a recorded operation reads an alias of its parameter:
+          input ──────────────► x ──┘     │                     same memory, same bits, but no path to the parameter
+                                          └─ edge of y      [2] its output's place in the graph is remembered
+
+      I: one engine pass from the outputs to the stage's inputs, to every [2] (which gives dy), and to the
+         parameters themselves, which are now reached through unrecorded operations only (norm weights, custom
+         Functions, convolutions, ...): those gradients are made here, once, whatever the operation is.
+      W: plain GEMMs from (x, dy), under no_grad, linear in the number of uses.
+
+Because of [1] nothing can be computed twice, and an operation that is not recorded is not wrong, only not deferred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from pipex.backward import recording
+from pipex.backward.accumulate import accumulate
+from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
+
+
+class Splitter:
+    """Makes tapes for one stage.
+
+    Args:
+        parameters: the stage's parameters; frozen ones are skipped, repeated ones (tied) are counted once.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = tuple({id(p): p for p in parameters if p.requires_grad}.values())
+        self._known = {id(p) for p in self.parameters}
+        self._aliases: dict[int, tuple[int, Tensor]] = {}  # id of a parameter -> its address, its alias
+
+    def record(self) -> Tape:
+        """A new tape; the forward runs inside ``with``."""
+        return Tape(self)
+
+    def alias(self, parameter: Tensor | None) -> Tensor | None:
+        """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
+        known = self._aliases.get(id(parameter))
+        if known is not None and known[0] == parameter.data_ptr() and not parameter._backward_hooks:  # type: ignore[union-attr]
+            return known[1]
+        if parameter is None or id(parameter) not in self._known or parameter._backward_hooks:
+            return None  # not ours, frozen, or with hooks that only autograd can call on the whole gradient
+        # It requires grad as the parameter does: torch then chooses the same kernels as in an unsplit forward.
+        alias = parameter.detach().requires_grad_()
+        self._aliases[id(parameter)] = (parameter.data_ptr(), alias)
+        return alias
+
+    def recorded(self, parameter: Tensor) -> bool:
+        """Whether the parameter has ever stood in a recorded operation."""
+        return id(parameter) in self._aliases
+
+
+class Tape:
+    """The recorded uses of one forward. Used once, in the order forward, I, W."""
+
+    __slots__ = ("_direct", "_outer", "_splitter", "_uses")
+
+    def __init__(self, splitter: Splitter) -> None:
+        self._splitter = splitter
+        self._uses: list[Use] = []
+        self._direct: dict[Tensor, Tensor] = {}  # gradients from unrecorded uses of recorded parameters
+        self._outer: Tape | None = None
+
+    def __enter__(self) -> Tape:
+        self._outer = recording.start(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        recording.stop(self._outer)
+        self._outer = None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
+        w, b = self._splitter.alias(weight), self._splitter.alias(bias)
+        if w is None and b is None:
+            return recording.torch_linear(x, weight, bias)
+        y = recording.torch_linear(x, weight if w is None else w, bias if b is None else b)
+        self._uses.append(LinearUse(x, y.grad_fn, None if w is None else weight, None if b is None else bias))
+        return y
+
+    def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
+        """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
+        w = self._splitter.alias(weight)
+        y = recording.torch_embedding(
+            x, weight if w is None else w, padding, scale_grad_by_freq=scale_by_frequency
+        )
+        if w is not None:
+            row = -1 if padding is None else padding % weight.shape[0]
+            self._uses.append(EmbeddingUse(x, y.grad_fn, weight, row, scale_by_frequency))
+        return y
+
+    def backward_input(
+        self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """I: gradients of the stage's inputs. The graph is freed; only (x, dy) of the recorded uses stay.
+
+        Args:
+            outputs: the outputs of the prepared forward that require grad, or the loss alone.
+            output_gradients: one per output, of its shape; None for a scalar loss.
+            inputs: the stage inputs whose gradients are wanted.
+
+        Returns:
+            one gradient per input, None where no output depends on it.
+        """
+        uses, parameters = self._uses, self._splitter.parameters
+        wanted: list[Any] = [*inputs, *(GradientEdge(use.node, 0) for use in uses), *parameters]
+        gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
+        first, last = len(inputs), len(inputs) + len(uses)
+        for use, dy in zip(uses, gradients[first:last], strict=True):
+            use.dy = dy
+            use.node, use.x = None, use.x.detach()  # lets the graph go now, as an unsplit backward would
+        direct: dict[Tensor, Tensor] = {}
+        for parameter, gradient in zip(parameters, gradients[last:], strict=True):
+            if gradient is not None:
+                # A parameter that is recorded elsewhere waits for those gradients, to be added once with them.
+                (self._direct if self._splitter.recorded(parameter) else direct)[parameter] = gradient
+        if direct:
+            accumulate(direct, owned=False)
+        return gradients[:first]
+
+    def backward_weight(self) -> None:
+        """W: adds the deferred weight gradients to ``.grad``.
+
+        The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
+        """
+        sums = Sums()
+        with torch.no_grad():
+            for use in reversed(self._uses):
+                if use.dy is not None:
+                    use.add_to(sums)
+            for parameter, gradient in self._direct.items():
+                sums.add(parameter, gradient)
+            accumulate(sums, owned=True)
+        self._uses, self._direct = [], {}

@@ -1,0 +1,100 @@
+"""One recorded use of parameters: what W needs to make their gradients without autograd.
+
+A use keeps the operation's input ``x`` and gets ``dy``, the gradient of its output, from I. Its GEMMs repeat what
+autograd would have called, operand for operand, so the bits are those of the unsplit backward (contract ``exact``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+
+class Sums(dict[Tensor, Tensor]):
+    """Gradients of one micro-batch by parameter, summed in the order in which they are added."""
+
+    __slots__ = ()
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        before = self.get(parameter)
+        self[parameter] = gradient if before is None else before + gradient
+
+
+class Use:
+    """Base of all uses; lives from the forward until W of one micro-batch.
+
+    Made on the forward's critical path, so the constructors do nothing but store.
+    """
+
+    __slots__ = ("dy", "node", "version", "x")
+    x: Tensor
+    version: int
+    node: Node | None  # of the output, taken before user code sees it: in-place operations there make new nodes
+    dy: Tensor | None
+
+    def input(self) -> Tensor:
+        """x, proven unchanged since the forward (autograd's own check does not run for it)."""
+        x = self.x
+        if x._version != self.version:
+            raise RuntimeError(
+                f"the input of an operation with deferred weight gradient was modified in place after the forward; "
+                f"got version {x._version} of a tensor of shape {tuple(x.shape)}, needed version {self.version}; "
+                f"use an out-of-place operation there"
+            )
+        return x
+
+    def add_to(self, sums: Sums) -> None:
+        """Adds the gradients of this use to the sums. Only called where the output has reached the loss."""
+        raise NotImplementedError
+
+
+class LinearUse(Use):
+    """y = x Wᵀ + b with x of shape (..., in): dW = dyᵀ x of shape (out, in), db = Σ dy of shape (out)."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, x: Tensor, node: Node, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.x = x
+        self.version = x._version
+        self.node = node
+        self.weight = weight  # None where frozen
+        self.bias = bias
+
+    def add_to(self, sums: Sums) -> None:
+        dy, x = self.dy, self.input()
+        assert dy is not None
+        if x.dim() == 2:
+            rows, columns, reduced = dy, x, (0,)
+        else:
+            rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            # Where x cannot be flattened in place, torch runs a matmul and adds the bias afterwards; the bias
+            # gradient is then reduced over dy as it lies in memory, which rounds differently from a sum of rows.
+            if x.is_contiguous():
+                reduced, dy = (0,), rows
+            else:
+                reduced = tuple(range(dy.dim() - 1))
+        if self.bias is not None:
+            sums.add(self.bias, dy.sum(reduced))
+        if self.weight is not None:
+            sums.add(self.weight, rows.t().mm(columns))
+
+
+class EmbeddingUse(Use):
+    """y = W[x] with integer x: dW is dy scattered over the rows of W."""
+
+    __slots__ = ("padding", "scale_by_frequency", "weight")
+
+    def __init__(self, x: Tensor, node: Node, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+        self.x = x
+        self.version = x._version
+        self.node = node
+        self.weight = weight
+        self.padding = padding  # row whose gradient stays zero; -1 for none
+        self.scale_by_frequency = scale_by_frequency
+
+    def add_to(self, sums: Sums) -> None:
+        dy = torch.ops.aten.embedding_dense_backward(
+            self.dy, self.input(), self.weight.shape[0], self.padding, self.scale_by_frequency
+        )
+        sums.add(self.weight, dy)

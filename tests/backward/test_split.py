@@ -1,0 +1,385 @@
+"""I then W against one unsplit autograd backward: the same bits, for every kind of module."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipex.backward import Splitter
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with separate projections."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=bias) for bias in (True, False, True, True))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        y = self.norm1(x)
+        q, k, v = (layer(y).view(b, t, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        x = x + self.o(a)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Reused(nn.Module):
+    """One linear used three times with another in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))))
+
+
+class TiedLanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 8, padding_idx=3), nn.Embedding(6, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])))))
+
+
+class TiedByHand(TiedLanguageModel):
+    """The head is a plain matrix product, which is not recorded: one parameter, both paths."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.mix(self.tokens(ids))) @ self.tokens.weight.t()
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu_()).mul_(2)
+
+
+class Transposed(nn.Module):
+    """Linears on inputs that cannot be flattened without a copy."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9, bias=bias), nn.Linear(5, 7, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).transpose(1, 2).transpose(0, 1))
+
+
+class OwnFunction(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        OwnFunction.calls += 1
+        x, scale = ctx.saved_tensors
+        return dy * scale, (dy * x).sum(0)
+
+
+class WithOwnFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(OwnFunction.apply(self.a(x), self.scale))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8))
+        self.out = nn.Linear(8, 8)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        def region(y: Tensor) -> Tensor:
+            self.runs += 1
+            return self.inner(y)
+
+        return self.out(checkpoint(region, x, use_reentrant=False))
+
+
+class Unused(nn.Module):
+    """A recorded branch that does not reach the output, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.dead = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.never = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dead(x)
+        return self.a(x)
+
+
+def frozen(module: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+def floats(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape)
+
+
+def tokens(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, 11, shape)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 5, bias=False)), floats(7, 8)),
+    "block": (Block, floats(2, 5, 16)),
+    "block of one token": (Block, floats(1, 1, 16)),
+    "reused layer": (Reused, floats(3, 8)),
+    "tied embedding and head": (TiedLanguageModel, tokens(2, 6)),
+    "tied, one use not recorded": (TiedByHand, tokens(2, 6)),
+    "in-place operations": (InPlace, floats(4, 8)),
+    "transposed inputs": (lambda: Transposed(True), floats(3, 5, 6)),
+    "transposed inputs without bias": (lambda: Transposed(False), floats(3, 5, 6)),
+    "four dimensions": (lambda: nn.Linear(4, 3), floats(2, 3, 5, 4)),
+    "a vector": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), floats(4)),
+    "no samples": (lambda: nn.Linear(4, 3), floats(0, 4)),
+    "custom Function": (WithOwnFunction, floats(6, 8)),
+    "checkpoint": (Checkpointed, floats(6, 8)),
+    "unused branch": (Unused, floats(6, 8)),
+    "frozen weight": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "0.weight"), floats(6, 8)),
+    "frozen bias": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "2.bias"), floats(6, 8)),
+    "frozen layer": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "0.weight", "0.bias"), floats(6, 8)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)), floats(2, 2, 4, 4)),
+    "attention module": (lambda: SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), floats(2, 5, 8)),
+    "lstm": (lambda: First(nn.LSTM(8, 8, batch_first=True)), floats(2, 5, 8)),
+    "scaled embedding": (lambda: nn.Embedding(11, 4, scale_grad_by_freq=True), tokens(2, 9)),
+    "embedding with max_norm": (lambda: nn.Embedding(11, 4, max_norm=1.0), tokens(2, 9)),
+    "bfloat16": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).bfloat16(), lambda: torch.randn(6, 8).bfloat16()),
+    "float64": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double(), lambda: torch.randn(6, 8).double()),
+}  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, inner: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class First(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]
+
+
+def run_split(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    inputs = [x] if x.requires_grad else []
+    with (splitter := Splitter(module.parameters())).record() as tape:
+        y = module(x)
+    assert splitter.parameters or not list(module.parameters())
+    found = tape.backward_input([y], [dy], inputs)
+    tape.backward_weight()
+    return y, found[0] if found else None
+
+
+@pytest.mark.parametrize("input_needs_gradient", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_split_gives_the_bits_of_one_backward(name: str, input_needs_gradient: bool) -> None:
+    build, sample = CASES[name]
+    module = build()
+    whole = copy.deepcopy(module)
+    gradient: Tensor | None = None
+    for _ in range(3):  # the first micro-batch makes .grad, the others add to it
+        x = sample()
+        x_whole = x.clone()
+        if input_needs_gradient and x.is_floating_point():
+            x.requires_grad_(), x_whole.requires_grad_()
+        y_whole = whole(x_whole)
+        dy = torch.randn_like(y_whole)
+        y_whole.backward(dy)
+        y, gradient = run_split(module, x, dy)
+        assert torch.equal(y, y_whole)
+        assert (gradient is None) == (x_whole.grad is None)
+        if gradient is not None:
+            assert torch.equal(gradient, x_whole.grad)
+    for (parameter_name, parameter), reference in zip(module.named_parameters(), whole.parameters(), strict=True):
+        assert (parameter.grad is None) == (reference.grad is None), parameter_name
+        if reference.grad is not None:
+            assert torch.equal(parameter.grad, reference.grad), parameter_name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 31, 64])
+@pytest.mark.parametrize("width", [1, 2, 17, 64, 129])
+def test_linear_bits_at_odd_sizes(rows: int, width: int) -> None:
+    module = nn.Sequential(nn.Linear(width, 33), nn.ReLU(), nn.Linear(33, width))
+    whole = copy.deepcopy(module)
+    for shape in ((rows, width), (2, rows, width)):
+        x = torch.randn(shape)
+        dy = torch.randn(shape)
+        whole(x).backward(dy)
+        run_split(module, x, dy)
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter.grad, reference.grad)
+
+
+def test_weight_gradients_wait_for_w_and_norm_gradients_are_made_in_i() -> None:
+    block = Block()
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with Splitter(block.parameters()).record() as tape:
+        y = block(x)
+    tape.backward_input([y], [torch.ones_like(y)], [x])
+    made = {name for name, p in block.named_parameters() if p.grad is not None}
+    assert made == {"norm1.weight", "norm1.bias", "norm2.weight"}
+    tape.backward_weight()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_custom_function_runs_once() -> None:
+    OwnFunction.calls = 0
+    run_split(WithOwnFunction(), torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
+    assert OwnFunction.calls == 1
+
+
+def test_checkpointed_region_is_recomputed_once() -> None:
+    module = Checkpointed()
+    run_split(module, torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
+    assert module.runs == 2  # forward and one recomputation
+
+
+def test_graph_is_freed_by_i() -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.buffer = torch.zeros(100)
+            kept.append(weakref.ref(ctx.buffer))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:
+            return dy
+
+    layer = nn.Linear(4, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    with Splitter(layer.parameters()).record() as tape:
+        y = layer(Keeps.apply(x))
+    assert kept[0]() is not None
+    tape.backward_input([y], [torch.ones_like(y)], [x])
+    del y
+    assert kept[0]() is None, "the graph must not live until W"
+
+
+def test_input_changed_in_place_after_the_forward_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    with Splitter(layer.parameters()).record() as tape:
+        y = layer(x)
+    x.mul_(2)
+    tape.backward_input([y], [torch.ones_like(y)], [])
+    with pytest.raises(RuntimeError, match="modified in place"):
+        tape.backward_weight()
+
+
+def test_replaced_parameter_memory_is_seen() -> None:
+    layer = nn.Linear(4, 4)
+    splitter = Splitter(layer.parameters())
+    x = torch.randn(2, 4)
+    with splitter.record():
+        layer(x)
+    layer.weight.data = torch.randn(4, 4)
+    with splitter.record() as tape:
+        y = layer(x)
+    assert torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    tape.backward_input([y], [torch.ones_like(y)], [])
+    tape.backward_weight()
+    assert torch.equal(layer.weight.grad, torch.ones(4, 2) @ x)
+
+
+def test_hooks_on_parameters_see_the_whole_gradient_once() -> None:
+    layer = nn.Linear(4, 4)
+    whole = copy.deepcopy(layer)
+    seen: dict[str, list[Tensor]] = {"split": [], "whole": []}
+    for module, key in ((layer, "split"), (whole, "whole")):
+        module.weight.register_hook(lambda g, key=key: (seen[key].append(g.clone()), g * 2)[1])
+        module.bias.register_post_accumulate_grad_hook(lambda p, key=key: seen[key].append(p.grad.clone()))
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    whole(x).backward(dy)
+    run_split(layer, x, dy)
+    assert len(seen["split"]) == len(seen["whole"]) == 2
+    key = lambda t: t.dim()  # noqa: E731 - bias and weight may come in either order
+    for mine, reference in zip(sorted(seen["split"], key=key), sorted(seen["whole"], key=key), strict=True):
+        assert torch.equal(mine, reference)
+    assert torch.equal(layer.weight.grad, whole.weight.grad)
+
+
+def test_autocast_is_right() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    whole = copy.deepcopy(module)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_whole = whole(x)
+    dy = torch.randn_like(y_whole)
+    y_whole.backward(dy)
+    with Splitter(module.parameters()).record() as tape, torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    tape.backward_input([y], [dy], [])
+    tape.backward_weight()
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter.grad, reference.grad)
+
+
+def test_functions_are_put_back_after_an_error() -> None:
+    before = F.linear, F.embedding
+    with pytest.raises(ZeroDivisionError), Splitter([]).record():
+        raise ZeroDivisionError
+    assert (F.linear, F.embedding) == before
+
+
+def test_w_is_linear_in_depth() -> None:
+    """W never walks the graph: the number of operations it runs per layer does not grow."""
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Counter.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = {}
+    for depth in (4, 32):
+        module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)])
+        with Splitter(module.parameters()).record() as tape:
+            y = module(torch.randn(2, 8))
+        tape.backward_input([y], [torch.ones_like(y)], [])
+        Counter.calls = 0
+        with Counter():
+            tape.backward_weight()
+        counts[depth] = Counter.calls
+    assert counts[32] == 8 * counts[4]
