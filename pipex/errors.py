@@ -86,6 +86,7 @@ class PeerError(PipexError):
 
     Attributes (None where unknown, such as the action of a rank that died during set-up):
         rank: the culprit.
+        problem: what happened to it, as in "rank 2 <problem>".
         step: the step it was in, counted from 1.
         action: what it was doing: a plan action such as ``"2F0"``, or a phase such as ``"optimizer"``.
         stage, microbatch: read off the action, where it has them.
@@ -102,7 +103,7 @@ class PeerError(PipexError):
         microbatch: int | None = None,
         fix: str | None = None,
     ) -> None:
-        self.rank, self.step, self.stage = rank, step, stage
+        self.rank, self.problem, self.step, self.stage = rank, problem, step, stage
         self.action, self.microbatch = action, microbatch
         place = [f"step {step}"] if step else []
         place += [f"{name} {value}" for name, value in
@@ -124,3 +125,4 @@ class PeerFailed(PeerError):
     def __init__(self, problem: str, *, remote: str, **place: object) -> None:
         self.remote = remote
         super().__init__(f"{problem}: {remote}", **place)  # type: ignore[arg-type]
+        self.problem = problem

@@ -1,0 +1,49 @@
+"""The ``pipex`` command. Sub-commands are imported when they run, so that ``pipex --help`` does not import torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pipex.errors import PipexError
+
+# name -> (module with add_arguments(parser) and run(options) -> exit code, one line of help)
+COMMANDS = {
+    "train": ("pipex.cli.train", "train a small language model through a pipeline of processes"),
+    "bench": ("pipex.cli.bench", "measure pipex beside its peers on this machine"),
+    "info": ("pipex.cli.info", "say what was built and what this machine can do"),
+}
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="pipex", description="Pipeline parallelism for PyTorch with a split backward.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    wanted = list(sys.argv[1:] if arguments is None else arguments)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in wanted[:1]:
+            importlib.import_module(module).add_arguments(command)
+    options = parser.parse_args(wanted)
+    if options.version:
+        from pipex import __version__
+
+        print(__version__)
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+    except PipexError as error:
+        print(f"pipex {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"pipex {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED

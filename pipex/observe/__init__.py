@@ -1,0 +1,7 @@
+"""What happened, when: events of a run, figures from them, and traces. Never decides anything."""
+
+from pipex.observe.events import Event, Observer, Recorder
+from pipex.observe.measure import Figures, measure
+from pipex.observe.trace import write_trace
+
+__all__ = ["Event", "Figures", "Observer", "Recorder", "measure", "write_trace"]

@@ -1,0 +1,1 @@
+"""One rank walks its actions: worlds, launching, the pipeline, and the one-process reference."""

@@ -1,0 +1,49 @@
+"""pipex: pipeline parallelism for PyTorch whose backward is really split.
+
+    stages = pipex.split_model(model, 4)
+    plan = pipex.build("zb-h1", ranks=4, microbatches=8)
+    pipeline = pipex.Pipeline(stages, plan, loss_fn, optimizer=lambda ps: torch.optim.AdamW(ps))
+    loss = pipeline.step(batch, target)
+
+Names are resolved on first use (PEP 562), so that planning does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipex import errors as errors
+    from pipex.errors import PipexError as PipexError
+    from pipex.partition import split_model as split_model
+    from pipex.plan import build as build
+    from pipex.runtime.launch import launch as launch
+    from pipex.runtime.pipeline import Pipeline as Pipeline
+    from pipex.runtime.worlds import current_world as current_world
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Pipeline": "pipex.runtime.pipeline",
+    "PipexError": "pipex.errors",
+    "build": "pipex.plan",
+    "current_world": "pipex.runtime.worlds",
+    "launch": "pipex.runtime.launch",
+    "split_model": "pipex.partition",
+}
+
+__all__ = ["Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "split_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return importlib.import_module("pipex.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipex' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,71 @@
+"""``pipex train``: a language model through a pipeline of processes, on this machine or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from pipex.cli.train import options as option_module
+from pipex.cli.train.options import Options
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    option_module.add_arguments(parser)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    options = option_module.read(namespace)
+    from pipex.cli.train.data import load_bytes
+    from pipex.cli.train.job import build_plan, build_stages
+    from pipex.runtime.launch import launch
+    from pipex.runtime.worlds import under_torchrun
+
+    # What is wrong with the arguments is said once, here, before any rank is started.
+    text = load_bytes(options.paths)
+    text.batch(0, 1, options.context, options.seed)
+    if under_torchrun():
+        results = launch(_rank, args=(options, text), timeout=options.timeout)
+    else:
+        plan = build_plan(options, options.ranks)
+        build_stages(options, plan.placement.stages)
+        results = launch(_rank, options.ranks, args=(options, text), timeout=options.timeout)
+    codes = [result for result in results if result is not None]
+    return max(codes)
+
+
+def _rank(options: Options, text: Any) -> int:
+    """One rank; rank 0 prints the report. Returns the exit code."""
+    from pipex.cli.train import report
+    from pipex.cli.train.check import differences
+    from pipex.cli.train.job import build_plan, train
+    from pipex.observe import measure, write_trace
+    from pipex.runtime.worlds import current_world
+
+    world = current_world()
+    outcome = train(options, text)
+    world.close()  # the others need not wait for the report
+    if world.rank != 0:
+        return 0
+    if outcome.interrupted:
+        where = f"; the checkpoint is in {options.save}" if options.save else ""
+        print(f"stopped at step {len(outcome.losses)}{where}", file=sys.stderr)
+        return INTERRUPTED
+    if not outcome.losses:
+        print(f"nothing to do: the checkpoint has reached --steps {options.steps}", file=sys.stderr)
+        return 0
+    if options.trace is not None:
+        write_trace(options.trace, outcome.events)
+    different = differences(options, text, outcome) if options.check else None
+    figures = measure(outcome.events)
+    numbers = report.numbers(options, build_plan(options, world.ranks), outcome, figures, different)
+    print(report.text(numbers, figures, different), file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json:
+        print(json.dumps(numbers), flush=True)
+    return FAILED if different else 0

@@ -1,0 +1,161 @@
+"""What every rank of ``pipex train`` does."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pipex.plan as plans
+from pipex.cli.train.data import ByteText
+from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.cli.train.options import Options
+from pipex.errors import CheckpointError
+from pipex.observe import Event, Recorder
+from pipex.partition import Stage, split_model
+from pipex.plan import Plan
+from pipex.runtime.pipeline import Pipeline
+from pipex.runtime.worlds import current_world
+
+OBSERVED_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind, the same on every rank.
+
+    Attributes:
+        losses: of the steps of this run.
+        seconds: per step of this run.
+        events: per rank, of the last ``OBSERVED_STEPS`` steps.
+        peaks: per rank the most micro-batches held at once.
+        digests: SHA-256 of every parameter by name.
+        interrupted: Ctrl-C ended the run before its last step.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    events: list[list[Event]]
+    peaks: list[int]
+    digests: dict[str, str]
+    interrupted: bool
+
+
+def build_plan(options: Options, ranks: int) -> Plan:
+    """The plan of a run."""
+    return plans.build(options.schedule, ranks, options.microbatches)
+
+
+def build_stages(options: Options, stages: int) -> list[Stage]:
+    """The model in stages, with the initial weights that the seed gives."""
+    torch.manual_seed(options.seed)
+    config = ModelConfig(width=options.width, heads=options.heads, layers=options.layers, context=options.context,
+                         dropout=options.dropout, tied=options.tied)  # fmt: skip
+    return split_model(Transformer(config), stages)
+
+
+def build_optimizer(options: Options) -> Any:
+    """The optimizer's factory."""
+    return lambda parameters: torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+
+
+def describe_run(options: Options) -> dict[str, Any]:
+    """What a resumed run must share with the saved one for its numbers to go on."""
+    return {"seed": options.seed, "batch": options.batch, "context": options.context,
+            "microbatches": options.microbatches}  # fmt: skip
+
+
+def train(options: Options, text: ByteText) -> Outcome:
+    """Trains this rank's stage; collective."""
+    world = current_world()
+    plan = build_plan(options, world.ranks)
+    recorder = Recorder(OBSERVED_STEPS)
+    pipeline = Pipeline(
+        build_stages(options, plan.placement.stages), plan, next_token_loss,
+        optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
+    )  # fmt: skip
+    if options.resume is not None:
+        saved = pipeline.load(options.resume)
+        if saved != describe_run(options):
+            raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options), needed=saved,
+                                  fix="give the options of the saved run")  # fmt: skip
+    stop = _Stop()
+    losses: list[float] = []
+    seconds: list[float] = []
+    with _Progress(options, world.rank == 0, pipeline.steps) as progress:
+        while pipeline.steps < options.steps and not stop.agreed():
+            begin = time.perf_counter()
+            losses.append(pipeline.step(*text.batch(pipeline.steps, options.batch, options.context, options.seed)))
+            seconds.append(time.perf_counter() - begin)
+            progress.show(pipeline.steps, losses[-1], seconds[-1])
+    if options.save is not None:
+        pipeline.save(options.save, describe_run(options))
+    said = {"events": recorder.events, "peak": pipeline.peak_activations, "digests": _digests(pipeline.local_stages)}
+    every = [json.loads(payload) for payload in world.exchange(json.dumps(said).encode())]
+    pipeline.close()
+    return Outcome(
+        losses, seconds,
+        events=[[Event(*event) for event in rank["events"]] for rank in every],
+        peaks=[rank["peak"] for rank in every],
+        digests={name: digest for rank in every for name, digest in rank["digests"].items()},
+        interrupted=pipeline.steps < options.steps,
+    )  # fmt: skip
+
+
+def _digests(stages: list[Stage]) -> dict[str, str]:
+    return {name: digest(tensor) for stage in stages for name, tensor in stage.names.items()}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(ctypes.string_at(tensor.data_ptr(), tensor.nbytes)).hexdigest()
+
+
+class _Stop:
+    """Ctrl-C: the run stops after the step in which any rank has seen it."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._wanted = True
+
+    def agreed(self) -> bool:
+        """Collective."""
+        return b"stop" in current_world().exchange(b"stop" if self._wanted else b"")
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; on rank 0 only."""
+
+    def __init__(self, options: Options, shown: bool, done: int) -> None:
+        self._options = options
+        self._every = max(1, options.steps // 10)
+        terminal = sys.stderr.isatty()
+        self._lines = shown and not terminal and not options.json
+        self._bar = tqdm(total=options.steps, initial=done, unit="step", disable=not (shown and terminal))
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, step: int, loss: float, seconds: float) -> None:
+        speed = self._options.batch * self._options.context / seconds
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update()
+        if self._lines and (step % self._every == 0 or step == 1):
+            print(f"step {step:5d}  loss {loss:.3f}  {speed:,.0f} tokens/s", file=sys.stderr, flush=True)

@@ -1,0 +1,108 @@
+"""The options of ``pipex train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipex.errors import InputError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train and how; field names are the command's long options."""
+
+    paths: tuple[str, ...] = ()
+    ranks: int = 4
+    schedule: str = "zb-h1"
+    microbatches: int = 8
+    steps: int = 200
+    batch: int = 32
+    context: int = 64
+    width: int = 64
+    heads: int = 4
+    layers: int = 8
+    dropout: float = 0.0
+    tied: bool = False
+    lr: float = 3e-3
+    clip: float = 1.0
+    seed: int = 0
+    timeout: float = 300.0
+    save: str | None = None
+    resume: str | None = None
+    trace: str | None = None
+    check: bool = False
+    json: bool = False
+
+    def check_values(self) -> None:
+        """Raises InputError for a number out of range."""
+        for name in ("ranks", "microbatches", "steps", "batch", "context", "width", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="at least 1")
+        for name in ("lr", "clip", "timeout"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="more than 0")
+        if self.batch < self.microbatches:
+            raise InputError(
+                "the batch is too small for the plan",
+                got=f"--batch {self.batch} for --microbatches {self.microbatches}", needed="at least one sample each",
+                fix="raise --batch or lower --microbatches",
+            )  # fmt: skip
+        if self.trace is not None and not Path(self.trace).resolve().parent.is_dir():
+            raise InputError(f"cannot write --trace {self.trace}", got="no such directory", fix="choose another file")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("paths", nargs="*", help="text files to train on (none: the Python library's own sources)")
+    add = _Adder(parser)
+    add("ranks", "processes, one stage each (under torchrun: as many as it starts)")
+    add("schedule", "family of the plan")
+    add("microbatches", "micro-batches per step")
+    add("steps", "optimizer steps, counted from the start of training, also after --resume")
+    add("batch", "sequences per step")
+    add("context", "bytes per sequence")
+    add("width", "width of the model")
+    add("heads", "attention heads")
+    add("layers", "transformer blocks")
+    add("dropout", "dropout probability")
+    add("tied", "tie the output head to the token embedding")
+    add("lr", "learning rate of AdamW")
+    add("clip", "largest norm of the gradient")
+    add("seed", "seed of the initial weights, the batches and dropout")
+    add("timeout", "seconds without progress after which a rank counts as stalled")
+    add("save", "directory for a checkpoint at the end, or at Ctrl-C", metavar="DIR")
+    add("resume", "directory of the checkpoint to go on from", metavar="DIR")
+    add("trace", "write a Chrome trace of the last steps", metavar="FILE")
+    add("check", "train once more in one process and compare bit for bit")
+    add("json", "print one JSON object as the last line on stdout")
+
+
+class _Adder:
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parser = parser
+        self._defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+
+    def __call__(self, name: str, text: str, metavar: str | None = None) -> None:
+        default = self._defaults[name]
+        if isinstance(default, bool):
+            self._parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            kind = str if default is None else type(default)
+            hint = metavar or {int: "N", float: "X", str: "NAME"}[kind]
+            self._parser.add_argument(f"--{name}", type=kind, default=default, metavar=hint, help=text)
+
+
+def read(namespace: argparse.Namespace) -> Options:
+    """The parsed options.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(Options)}
+    options = Options(**{**values, "paths": tuple(values["paths"])})
+    options.check_values()
+    return options

@@ -1,0 +1,98 @@
+"""Figures of a run, from the events of all its ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pipex.observe.events import Event
+
+COMPUTE = frozenset({"F", "I", "W", "B"})
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over the observed steps; times in seconds.
+
+    Attributes:
+        bubble_makespan: idle share of all ranks over a step's actions, from the first start to the last end.
+        bubble_span: per rank the idle share from its first start to its last end; the largest over the ranks.
+        action: time of one action by (kind, stage).
+        stage: compute time of a whole step per stage.
+        messages: for every message the time from both ends being ready to its tensors being usable.
+        shares: per rank, by what it did, the share of the step's wall time; ``waiting`` is time in receives.
+    """
+
+    bubble_makespan: float
+    bubble_span: float
+    action: dict[tuple[str, int], float]
+    stage: dict[int, float]
+    messages: list[float]
+    shares: list[dict[str, float]]
+
+
+def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
+    """The figures of complete steps; ``ranks[r]`` are the events of rank r, which must share one clock."""
+    steps: dict[int, list[list[Event]]] = defaultdict(lambda: [[] for _ in ranks])
+    for rank, events in enumerate(ranks):
+        for event in events:
+            steps[event.step][rank].append(event)
+    makespans, spans = [], []
+    actions: dict[tuple[str, int], list[float]] = defaultdict(list)
+    stages: dict[int, list[float]] = defaultdict(list)
+    messages: list[float] = []
+    shares: list[dict[str, list[float]]] = [defaultdict(list) for _ in ranks]
+    for step in steps.values():
+        compute = [[e for e in rank if e.kind in COMPUTE] for rank in step]
+        if not all(compute):
+            continue
+        busy = [sum(e.end - e.begin for e in rank) for rank in compute]
+        span = [rank[-1].end - rank[0].begin for rank in compute]
+        whole = max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)
+        makespans.append(1 - sum(busy) / (len(busy) * whole))
+        spans.append(max(1 - b / s for b, s in zip(busy, span, strict=True)))
+        per_stage: dict[int, float] = defaultdict(float)
+        for rank in compute:
+            for event in rank:
+                actions[event.kind, event.stage].append((event.end - event.begin) / 1e9)
+                per_stage[event.stage] += (event.end - event.begin) / 1e9
+        for stage, seconds in per_stage.items():
+            stages[stage].append(seconds)
+        messages.extend(_messages(step))
+        for rank, events in enumerate(step):
+            for what, share in _shares(events).items():
+                shares[rank][what].append(share)
+    return Figures(
+        bubble_makespan=median(makespans),
+        bubble_span=median(spans),
+        action={key: median(values) for key, values in actions.items()},
+        stage={stage: median(values) for stage, values in sorted(stages.items())},
+        messages=messages,
+        shares=[{what: median(values) for what, values in rank.items()} for rank in shares],
+    )
+
+
+def _messages(step: Sequence[Sequence[Event]]) -> list[float]:
+    """A message is under way from the later of its two begins (the send's, the receive's) to the receive's end."""
+    sends = {(e.kind, e.stage, e.microbatch): e for rank in step for e in rank if e.kind.startswith("SEND")}
+    times = []
+    for rank in step:
+        for event in rank:
+            if event.kind in ("RECV_F", "RECV_B"):
+                source = event.stage + (-1 if event.kind == "RECV_F" else 1)
+                send = sends.get((event.kind.replace("RECV", "SEND"), source, event.microbatch))
+                if send is not None:  # none between stages of one rank
+                    times.append((event.end - max(send.begin, event.begin)) / 1e9)
+    return times
+
+
+def _shares(events: Sequence[Event]) -> dict[str, float]:
+    whole = max(e.end for e in events) - min(e.begin for e in events)
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events:
+        what = "waiting" if event.kind.startswith("RECV") else "sending" if event.kind.startswith("SEND") else event.kind
+        seconds[what] += event.end - event.begin
+    seconds["other"] = whole - sum(seconds.values())
+    return {what: value / whole for what, value in seconds.items()}

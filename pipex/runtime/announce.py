@@ -1,0 +1,107 @@
+"""Finds out what will travel between the stages, before the first message does.
+
+Every stage in turn runs one forward without gradients, on zeros of the announced form (stage 0: on the real
+micro-batch), for each size that a micro-batch has. Buffers and random numbers are put back afterwards. The same run
+shows which layers draw random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipex.runtime import seeding
+from pipex.runtime.stage_runner import StageRunner, output_tensors
+from pipex.transport.interface import Form, TensorForm, World, form_of
+
+
+@dataclass(slots=True)
+class Forms:
+    """The messages of one micro-batch, by stage.
+
+    Attributes:
+        activation: what stage s receives from s-1.
+        gradient: what stage s receives from s+1: one gradient per floating tensor of its output.
+    """
+
+    activation: dict[int, Form] = field(default_factory=dict)
+    gradient: dict[int, Form] = field(default_factory=dict)
+
+
+def announce(
+    world: World,
+    rank_of: Sequence[int],
+    runners: Mapping[int, StageRunner],
+    samples: Mapping[int, tuple[Tensor, ...] | None],
+    device: torch.device,
+) -> dict[int, Forms]:
+    """Collective. Returns the forms by micro-batch size, the same on every rank.
+
+    Args:
+        rank_of: rank of each stage.
+        samples: for each micro-batch size a real micro-batch; None where this rank does not hold stage 0.
+    """
+    result = {size: Forms() for size in samples}
+    for stage, rank in enumerate(rank_of[:-1]):
+        own = {}
+        if rank == world.rank:
+            for size, sample in samples.items():
+                inputs = sample if stage == 0 else _zeros(result[size].activation[stage], device)
+                assert inputs is not None
+                own[size] = _encode(_probe(runners[stage], inputs, device))
+        payloads = world.exchange(json.dumps(own).encode())
+        for size, encoded in json.loads(payloads[rank]).items():
+            form = _decode(encoded)
+            forms = result[int(size)]
+            forms.activation[stage + 1] = form
+            forms.gradient[stage] = tuple(t for t in form if t.dtype.is_floating_point)
+    last = len(rank_of) - 1
+    if last in runners:  # nothing to announce, but its random layers must be found too
+        for size, sample in samples.items():
+            inputs = sample if last == 0 else _zeros(result[size].activation[last], device)
+            assert inputs is not None
+            _probe(runners[last], inputs, device)
+    return result
+
+
+def _probe(runner: StageRunner, inputs: tuple[Tensor, ...], device: torch.device) -> Form:
+    """One forward, layer by layer; returns the form of its output and notes the layers that draw random numbers."""
+    generator = seeding.generator(device)
+    drawing = set()
+    values: Any = inputs
+    with torch.no_grad(), _buffers_kept(runner.stage), seeding.seeded(device, 0):
+        for position, layer in enumerate(runner.stage.layers):
+            before = generator.get_state()
+            values = layer(*(values if isinstance(values, tuple) else (values,)))
+            if not torch.equal(before, generator.get_state()):
+                drawing.add(position)
+    runner.random_layers |= drawing
+    return () if runner.last else form_of(output_tensors(runner.stage, values))
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _zeros(form: Form, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(t.shape, dtype=t.dtype, device=device) for t in form)
+
+
+def _encode(form: Form) -> list[tuple[list[int], str]]:
+    return [(list(t.shape), str(t.dtype).removeprefix("torch.")) for t in form]
+
+
+def _decode(encoded: Sequence[tuple[Sequence[int], str]]) -> Form:
+    return tuple(TensorForm(tuple(shape), getattr(torch, dtype)) for shape, dtype in encoded)

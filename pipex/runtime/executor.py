@@ -1,0 +1,228 @@
+"""Walks one rank's actions. The loop reads like the plan; everything else prepares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic_ns
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipex.observe import Event, Observer
+from pipex.plan import Action, Kind, Plan
+from pipex.runtime.announce import Forms
+from pipex.runtime.stage_runner import StageRunner, output_tensors
+from pipex.transport.interface import EdgeKind, EdgeSpec, Links, Receiver, Sender, World
+from pipex.transport.local import LocalEdge
+
+
+@dataclass(slots=True)
+class StepData:
+    """What one step works on.
+
+    Attributes:
+        step: counted from 1.
+        inputs, targets: per micro-batch; empty where this rank does not hold the first or the last stage.
+        weights: per micro-batch its share of the batch's samples.
+        forms: per micro-batch the announced messages.
+    """
+
+    step: int
+    inputs: Sequence[tuple[Tensor, ...]]
+    targets: Sequence[Any]
+    weights: Sequence[float]
+    forms: Sequence[Forms]
+
+
+@dataclass(slots=True)
+class _Ends:
+    """A stage's ends of its edges; None at the ends of the pipeline."""
+
+    activation_in: Receiver | None = None
+    activation_out: Sender | None = None
+    gradient_in: Receiver | None = None
+    gradient_out: Sender | None = None
+    outbox: dict[tuple[Kind, int], tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs the plan's actions of this rank.
+
+    Args:
+        world: where progress is published.
+        plan: the plan.
+        order: this rank's actions, sends and receives included.
+        runners: this rank's stages by index.
+        observer: gets an event per action, if given.
+    """
+
+    def __init__(
+        self, world: World, plan: Plan, order: Sequence[Action], runners: Mapping[int, StageRunner],
+        observer: Observer | None,
+    ) -> None:  # fmt: skip
+        self._world = world
+        self._runners = runners
+        self._observer = observer
+        self._ends = {stage: _Ends() for stage in runners}
+        split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
+        self._split = {(a.stage, a.microbatch): (a.stage, a.microbatch) in split for a in order if a.kind is Kind.F}
+        self._program: list[tuple[Callable[[StageRunner, _Ends, int], None], StageRunner, _Ends, int]] = [
+            (getattr(self, f"_{action.kind.name}"), runners[action.stage], self._ends[action.stage], action.microbatch)
+            for action in order
+        ]
+        # Evaluation goes micro-batch by micro-batch through this rank's stages: free of deadlock with one slot.
+        self._forward_program = [
+            (self._evaluate, runners[stage], self._ends[stage], microbatch)
+            for microbatch in range(plan.microbatches)
+            for stage in sorted(runners)
+        ]
+        self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
+        self._data = StepData(0, (), (), (), ())
+
+    def connect(self, links: Links) -> None:
+        """Takes this rank's ends of all edges."""
+        for stage, ends in self._ends.items():
+            ends.activation_in = links.receivers.get((stage - 1, stage, "activation"))
+            ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
+            ends.gradient_in = links.receivers.get((stage + 1, stage, "gradient"))
+            ends.gradient_out = links.senders.get((stage, stage - 1, "gradient"))
+            if stage + 1 in self._ends:
+                down, up = (
+                    LocalEdge(EdgeSpec(s, d, kind, self._world.rank, self._world.rank, slots=0, alive=0, form=()))
+                    for s, d, kind in _local_edges(stage)
+                )
+                ends.activation_out, self._ends[stage + 1].activation_in = down, down
+                self._ends[stage + 1].gradient_out, ends.gradient_in = up, up
+
+    def train(self, data: StepData) -> None:
+        """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
+        self._data = data
+        at, step = self._world.at, data.step
+        for position, (run, runner, ends, microbatch) in enumerate(self._program):
+            at(step, position)
+            run(runner, ends, microbatch)
+
+    def evaluate(self, data: StepData) -> None:
+        """All forwards; losses are in the last stage's runner afterwards."""
+        self._data = data
+        with torch.no_grad():
+            for run, runner, ends, microbatch in self._forward_program:
+                run(runner, ends, microbatch)
+
+    def reset(self) -> None:
+        """Forgets the micro-batches under way and the losses."""
+        for runner in self._runners.values():
+            runner.live.clear()
+            runner.losses.clear()
+        for ends in self._ends.values():
+            ends.outbox.clear()
+
+    # One method per kind of action, named after it.
+
+    def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        data = self._data
+        inputs = self._input(runner, ends, microbatch)
+        begin = monotonic_ns()
+        outputs = runner.forward(
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
+            data.weights[microbatch], self._split[runner.index, microbatch],
+        )  # fmt: skip
+        self._note(begin, Kind.F, runner, microbatch)
+        self.peak_live = max(self.peak_live, sum(len(r.live) for r in self._runners.values()))
+        if not runner.last:
+            self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
+
+    def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        gradients = self._output_gradients(runner, ends, microbatch)
+        begin = monotonic_ns()
+        found = runner.backward_input(microbatch, gradients)
+        self._note(begin, Kind.I, runner, microbatch)
+        if not runner.first:
+            self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+
+    def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        begin = monotonic_ns()
+        runner.backward_weight(microbatch)
+        self._note(begin, Kind.W, runner, microbatch)
+
+    def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        gradients = self._output_gradients(runner, ends, microbatch)
+        begin = monotonic_ns()
+        found = runner.backward(microbatch, gradients)
+        self._note(begin, Kind.B, runner, microbatch)
+        if not runner.first:
+            self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+
+    def _SEND_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        self._send(Kind.SEND_F, runner, ends, ends.activation_out, microbatch)
+
+    def _SEND_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        self._send(Kind.SEND_B, runner, ends, ends.gradient_out, microbatch)
+
+    def _RECV_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        assert ends.activation_in is not None
+        ends.activation_in.post(self._data.step, microbatch)
+
+    def _RECV_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+        assert ends.gradient_in is not None
+        ends.gradient_in.post(self._data.step, microbatch)
+
+    # What they share.
+
+    def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Tensor, ...]:
+        if runner.first:
+            return self._data.inputs[microbatch]
+        assert ends.activation_in is not None
+        begin = monotonic_ns()
+        form = self._data.forms[microbatch].activation[runner.index]
+        inputs = ends.activation_in.receive(self._data.step, microbatch, form)
+        self._note(begin, Kind.RECV_F, runner, microbatch)
+        return inputs
+
+    def _output_gradients(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Tensor, ...]:
+        if runner.last:
+            return ()
+        assert ends.gradient_in is not None
+        begin = monotonic_ns()
+        form = self._data.forms[microbatch].gradient[runner.index]
+        gradients = ends.gradient_in.receive(self._data.step, microbatch, form)
+        self._note(begin, Kind.RECV_B, runner, microbatch)
+        return gradients
+
+    def _hand_over(
+        self, kind: Kind, ends: _Ends, sender: Sender | None, microbatch: int, tensors: tuple[Tensor, ...]
+    ) -> None:
+        """To a stage of this rank at once; to another rank when the plan's SEND says so."""
+        if isinstance(sender, LocalEdge):
+            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
+        else:
+            ends.outbox[kind, microbatch] = tensors
+
+    def _send(self, kind: Kind, runner: StageRunner, ends: _Ends, sender: Sender | None, microbatch: int) -> None:
+        assert sender is not None
+        begin = monotonic_ns()
+        sender.send(self._data.step, microbatch, ends.outbox.pop((kind, microbatch)))
+        self._note(begin, kind, runner, microbatch)
+
+    def _evaluate(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        data = self._data
+        if not runner.first and ends.activation_in is not None:
+            ends.activation_in.post(data.step, microbatch)
+        inputs = self._input(runner, ends, microbatch)
+        output = runner.compute(data.step, microbatch, inputs)
+        if runner.last:
+            runner.losses[microbatch] = runner.loss(output, data.targets[microbatch], data.weights[microbatch])
+        else:
+            assert ends.activation_out is not None
+            ends.activation_out.send(data.step, microbatch, output_tensors(runner.stage, output))
+
+    def _note(self, begin: int, kind: Kind, runner: StageRunner, microbatch: int) -> None:
+        if self._observer is not None:
+            self._observer(Event(self._data.step, kind.value, runner.index, microbatch, begin, monotonic_ns()))
+
+
+def _local_edges(stage: int) -> tuple[tuple[int, int, EdgeKind], tuple[int, int, EdgeKind]]:
+    """Between ``stage`` and the next one, where both are on one rank."""
+    return (stage, stage + 1, "activation"), (stage + 1, stage, "gradient")

@@ -1,0 +1,252 @@
+"""Starts the ranks of a run on this host, watches them, and leaves nothing behind.
+
+    launcher ──fork──► rank 0 … rank P-1      each rank inherits the control page's descriptor and a pipe for its result
+       │                   │
+       └── waits for all ──┘                  the first rank that dies ends the run for all; the launcher reaps them
+
+The parent's death kills the ranks (PR_SET_PDEATHSIG). No socket is opened and no file is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.runtime import worlds
+from pipex.transport.host import TIMEOUT, HostRun
+
+GRACE = 5.0
+"""Seconds that the other ranks have to end by themselves after the first has failed."""
+
+_Report = dict[str, Any]
+_PEER_ERRORS: dict[str, type[PeerError]] = {error.__name__: error for error in (PeerLost, PeerStalled, PeerFailed)}
+
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
+
+
+def launch(fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT) -> list[Any]:
+    """Runs ``fn(*args)`` on every rank, each a process of its own, and returns what it returned, by rank.
+
+    The same program runs under torchrun, on one host or many: there this process already is a rank, so ``fn`` runs
+    right here and only this rank's result is returned (the others' places hold None). Inside, ``pipex.current_world()``
+    tells rank and ranks, and ``pipex.Pipeline`` finds its world by itself. Cores are shared among the ranks.
+
+    Ranks are forked, so that torch is imported once; where this process runs OpenMP or CUDA already, which a fork
+    would break, they are started afresh and ``fn`` must be importable.
+
+    Args:
+        fn: what a rank does; its result must fit into JSON.
+        ranks: number of ranks; under torchrun may be left out.
+        timeout: seconds without progress of an awaited rank after which it counts as stalled.
+
+    Raises:
+        InputError: ``ranks`` is no positive number, or torchrun started another number.
+        PeerFailed: ``fn`` raised on a rank; its traceback is on stderr.
+        PeerLost: a rank's process died; PeerStalled: a rank made no progress.
+        KeyboardInterrupt: Ctrl-C; the ranks have ended. A second Ctrl-C kills them.
+    """
+    if worlds.under_torchrun():
+        return _run_here(fn, args, worlds.join_torchrun(ranks, timeout))
+    if ranks is None or ranks < 1:
+        raise InputError("launch needs a number of ranks", got=ranks, needed="at least 1")
+    run = HostRun.create(ranks)
+    try:
+        return _Launcher(run, fn, args, timeout).run()
+    finally:
+        run.close()
+
+
+def _run_here(fn: Callable[..., Any], args: Sequence[Any], world: Any) -> list[Any]:
+    """Runs ``fn`` as a rank of ``world`` and leaves it, together with the others."""
+    worlds.enter(world)
+    try:
+        result = fn(*args)
+        world.close()
+    except BaseException as error:
+        world.fail(error)
+        raise
+    finally:
+        worlds.enter(None)
+    results = [None] * world.ranks
+    results[world.rank] = result
+    return results
+
+
+class _Launcher:
+    def __init__(self, run: HostRun, fn: Callable[..., Any], args: Sequence[Any], timeout: float) -> None:
+        self._run = run
+        self._job = (fn, tuple(args), timeout)
+        self._interrupts = 0
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._ends: dict[int, str] = {}  # how a rank ended that could not report
+
+    def run(self) -> list[Any]:
+        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be caught
+        before = signal.signal(signal.SIGINT, self._interrupt) if in_main else None
+        try:
+            self._start()
+            reports = self._wait()
+        finally:
+            self._end()
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        if self._interrupts:
+            raise KeyboardInterrupt
+        if any(report is None or "error" in report for report in reports):
+            raise self._error(reports)
+        return [report["result"] for report in reports if report is not None]
+
+    def _start(self) -> None:
+        forking = _fork_is_safe(self._run.ranks)
+        context = multiprocessing.get_context("fork" if forking else "spawn")
+        for rank in range(self._run.ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            self._pipes.append(ours)
+            process = context.Process(
+                target=_rank_main, name=f"pipex rank {rank}",
+                args=(self._run if forking else self._run.address, rank, os.getpid(), theirs, *self._job),
+            )  # fmt: skip
+            with warnings.catch_warnings():
+                # Python warns of forking a process with threads; _fork_is_safe has looked at what they are.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            self._processes.append(process)
+            theirs.close()
+
+    def _interrupt(self, *_: object) -> None:
+        """Ctrl-C. The first one reaches ``fn`` on every rank as it would in one process; the second one kills."""
+        self._interrupts += 1
+        for process in self._processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
+
+    def _wait(self) -> list[_Report | None]:
+        """What each rank reported; None for a rank that died before it could."""
+        reports: list[_Report | None] = [None] * self._run.ranks
+        running = dict(enumerate(self._processes))
+        deadline = None
+        while running and (deadline is None or time.monotonic() < deadline):
+            wait([p.sentinel for p in running.values()] + [self._pipes[r] for r in running], timeout=0.2)
+            for rank, process in list(running.items()):
+                alive = process.is_alive()  # asked first: what an ended rank has reported is then in its pipe
+                if reports[rank] is None:
+                    reports[rank] = _receive(self._pipes[rank])
+                if not alive:
+                    del running[rank]
+                    if reports[rank] is None:
+                        self._ends[rank] = _how(process.exitcode)
+                        self._run.lost(rank, self._ends[rank])
+            ended = [reports[rank] for rank in range(self._run.ranks) if rank not in running]
+            failed = any(report is None or "error" in report for report in ended)
+            if failed and deadline is None and not self._interrupts:
+                deadline = time.monotonic() + GRACE
+        return reports
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def _error(self, reports: Sequence[_Report | None]) -> PeerError:
+        """The failure that ended the run, as a survivor or the culprit itself has reported it."""
+        errors = {rank: report["error"] for rank, report in enumerate(reports) if report and "error" in report}
+        for error in errors.values():
+            if error["peer"] is not None:
+                return _PEER_ERRORS[error["type"]](error["problem"], **error["peer"])
+        for rank, error in errors.items():
+            return PeerFailed("failed", remote=error["problem"], rank=rank)
+        rank = reports.index(None)
+        return PeerLost(f"is gone: {self._ends[rank]}", rank=rank)
+
+
+def _rank_main(
+    run: HostRun | bytes, rank: int, launcher: int, pipe: Connection, fn: Callable[..., Any], args: Sequence[Any],
+    timeout: float,
+) -> None:  # fmt: skip
+    _die_with(launcher)
+    os.setpgid(0, 0)  # so that a terminal's Ctrl-C comes from the launcher only, once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(run, bytes):
+        run = HostRun.open(run)
+    worlds.set_threads(run.ranks)
+    report: _Report
+    try:
+        report = {"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}
+        encoded = json.dumps(report).encode()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BaseException as error:
+        if isinstance(error, PeerError):
+            print(f"pipex rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            print(f"pipex rank {rank} failed:", file=sys.stderr)
+            traceback.print_exc()
+        encoded = json.dumps({"error": _describe(error)}).encode()
+    with contextlib.suppress(OSError):  # the launcher is gone, and this process with it
+        pipe.send_bytes(encoded)
+    sys.exit(1 if b'{"error"' in encoded[:9] else 0)
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, PeerError):
+        place = {"rank": error.rank, "step": error.step, "stage": error.stage, "action": error.action,
+                 "microbatch": error.microbatch}  # fmt: skip
+        if isinstance(error, PeerFailed):
+            place["remote"] = error.remote
+        return {"type": type(error).__name__, "problem": error.problem, "peer": place}
+    first_line = str(error).partition("\n")[0]
+    return {"type": type(error).__name__, "problem": f"{type(error).__name__}: {first_line}", "peer": None}
+
+
+def _receive(pipe: Connection) -> _Report | None:
+    try:
+        return json.loads(pipe.recv_bytes()) if pipe.poll() else None
+    except EOFError:
+        return None
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "did not end"
+    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
+
+
+def _fork_is_safe(ranks: int) -> bool:
+    """Whether forked ranks can compute.
+
+    GNU OpenMP hangs in the child of a process whose threads it has started, unless the child stays with one thread.
+    Which library a thread belongs to cannot be told, so with several threads per rank any thread counts.
+    """
+    one_thread_each = worlds.threads_per_rank(ranks) == 1
+    return not torch.cuda.is_initialized() and (one_thread_each or len(os.listdir("/proc/self/task")) == 1)
+
+
+def _die_with(launcher: int) -> None:
+    """The kernel kills this process when its launcher ends."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != launcher:  # it ended before the call
+        os._exit(1)

@@ -1,0 +1,321 @@
+"""The pipeline: a model's stages on their ranks, trained by a plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic_ns
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pipex.plan as plans
+from pipex.errors import ConfigMismatch, InputError, PipexError
+from pipex.observe import Event, Observer
+from pipex.partition import Stage, as_stages
+from pipex.plan import Plan
+from pipex.runtime import checkpoint, microbatch, tied
+from pipex.runtime.announce import Forms, announce
+from pipex.runtime.commit import Gradients
+from pipex.runtime.executor import Executor, StepData
+from pipex.runtime.stage_runner import LossFunction, StageRunner
+from pipex.runtime.worlds import current_world
+from pipex.transport.interface import EdgeSpec, Links, Phase
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Pipeline:
+    """A model in stages, trained step by step. Every rank builds it with the same arguments and calls the same methods.
+
+    The number contract: micro-batch m with n_m of the batch's N samples contributes its mean loss times n_m / N.
+    Sums run in rising micro-batch order per stage, whatever the plan; on the CPU in float32 losses, gradients and
+    parameters are bit-equal to ``pipex.runtime.reference`` in one process with the same number of threads.
+
+    Args:
+        stages: all stages of the model in order, from ``pipex.split_model`` or any modules that map a tensor (or a
+            tuple of tensors) to a tensor (or a tuple); as many as the plan has.
+        plan: what every rank does in a step, from ``pipex.plan.build``; proven here before anything runs.
+        loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar; runs on the last stage's rank.
+        optimizer: makes the optimizer from this rank's parameters; None to evaluate only.
+        clip_norm: the largest 2-norm of all gradients together; None not to clip.
+        seed: seed of the layers that draw random numbers, each by (seed, step, micro-batch, layer).
+        observer: gets an event for every action that this rank ran.
+
+    Raises:
+        InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
+        ConfigMismatch: the ranks were given different plans or options.
+        PeerError: another rank ended the run.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        plan: Plan,
+        loss_fn: LossFunction,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.world = current_world()
+        self.plan = plan
+        self.steps = 0  # optimizer steps done
+        self._clip_norm = clip_norm
+        self._observer = observer
+        self._failed: BaseException | None = None
+        self._links: Links | None = None
+        self._capacity: dict[str, int] = {}
+        self._announced: dict[str, dict[int, Forms]] = {}
+        with self._together():
+            plans.validate(plan)
+            self._check_arguments(stages, loss_fn)
+            self._agree({"plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "ranks": plan.placement.ranks,
+                         "micro-batches": plan.microbatches, "stages": len(stages), "clip_norm": str(clip_norm),
+                         "seed": seed, "optimizer": str(optimizer is not None)})  # fmt: skip
+            self.stages = as_stages(stages)
+            self._ties = tied.separate(self.stages)
+            placement, rank = plan.placement, self.world.rank
+            self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
+            self._runners = {
+                s: StageRunner(self.stages[s].to(self.world.device), placement.stages, loss_fn, self.world.device, seed)
+                for s in placement.stages_of(rank)
+            }
+            trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
+            self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
+            parameters = self._gradients.optimized
+            self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
+            orders = plans.communicate(plan)
+            self.world.namer = lambda rank, position: _name(orders[rank][position])
+            self._executor = Executor(self.world, plan, orders[rank], self._runners, observer)
+
+    @property
+    def local_stages(self) -> list[Stage]:
+        """The stages that this rank holds, in order."""
+        return [runner.stage for _, runner in sorted(self._runners.items())]
+
+    @property
+    def peak_activations(self) -> int:
+        """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
+        return self._executor.peak_live
+
+    def step(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
+        """One training step: the plan, clipping, the optimizer. Returns the batch's mean loss, the same on every rank.
+
+        Args:
+            batch: tensors (N, ...), cut along dimension 0; read on the first stage's rank, may be None elsewhere.
+            target: likewise for the last stage's rank.
+
+        Raises:
+            InputError: the batch cannot be cut, or has no loss; ConfigMismatch: the ranks were given other batches.
+            MessageMismatch: a stage returned another shape or dtype than announced.
+            PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
+        """
+        with self._together():
+            if self.optimizer is None and self._gradients.optimized:
+                raise InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory", fix=
+                                 "pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+            step = self.steps + 1
+            data = self._begin(step, batch, target, training=True)
+            self._executor.train(data)
+            begin = self._phase(step, Phase.REDUCE)
+            if self._links is not None:
+                self._links.flush()
+                self._gradients.reduce_ties(step, self._links)
+            else:
+                assert not self._gradients.edges()
+            loss = self._gradients.exchange(self._loss(), self._clip_norm)
+            self._done(begin, step, Phase.REDUCE)
+            begin = self._phase(step, Phase.OPTIMIZER)
+            if self.optimizer is not None:
+                self.optimizer.step()
+            self._gradients.clear()
+            self.steps = step
+            self._executor.reset()
+            self._done(begin, step, Phase.OPTIMIZER)
+            self.world.at(step, Phase.IDLE)
+            return loss
+
+    def evaluate(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
+        """The batch's mean loss in evaluation mode, without gradients; arguments and errors as in ``step``."""
+        with self._together():
+            for runner in self._runners.values():
+                runner.stage.eval()
+            try:
+                data = self._begin(self.steps + 1, batch, target, training=False)
+                self._executor.evaluate(data)
+                if self._links is not None:
+                    self._links.flush()
+                loss = self._gradients.exchange(self._loss(), None)
+                self._executor.reset()
+                self.world.at(self.steps, Phase.IDLE)
+                return loss
+            finally:
+                for runner in self._runners.values():
+                    runner.stage.train()
+
+    def save(self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> None:
+        """Collective: writes model and optimizer; the directory's old checkpoint stays until the new one is whole.
+
+        Args:
+            meta: anything JSON can hold; ``load`` returns it.
+
+        Raises:
+            CheckpointError: it cannot be written; the old checkpoint is untouched.
+        """
+        with self._together():
+            self.world.at(self.steps, Phase.SAVING)
+            checkpoint.save(self, directory, meta or {})
+            self.world.at(self.steps, Phase.IDLE)
+
+    def load(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of ``save``.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model.
+        """
+        with self._together():
+            return checkpoint.load(self, directory)
+
+    def close(self) -> None:
+        """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
+        if self._links is not None:
+            self._links.close()
+            self._links = None
+
+    # The start of a step.
+
+    def _begin(
+        self, step: int, batch: Any, target: Any, *, training: bool
+    ) -> StepData:
+        self.world.at(step, Phase.START)
+        first, last = 0 in self._runners, len(self._rank_of) - 1 in self._runners
+        inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
+        targets = None if target is None else microbatch.as_tensors(target, "the target")
+        for name, value, needed in (("batch", inputs, first), ("target", targets, last)):
+            if needed and not value:
+                raise InputError(f"rank {self.world.rank} holds the {'first' if first else 'last'} stage and needs the {name}", got=value)
+        said = {"step": step, "training": training, "batch": _describe(inputs), "target": _describe(targets)}
+        agreed = self._agree(said)
+        samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
+        if samples != target_samples:
+            raise InputError("batch and target disagree", got=f"{samples} and {target_samples} samples", needed="the same number")
+        sizes = microbatch.sizes(samples, self.plan.microbatches)
+        pieces: list[tuple[Tensor, ...]] = []
+        if first and inputs:
+            device = self.world.device
+            pieces = microbatch.split([t.to(device) for t in inputs], self.plan.microbatches, "the batch")
+        target_pieces: list[Any] = []
+        if last and targets:
+            cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches, "the target")
+            target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
+        forms = self._forms(json.dumps(agreed["batch"]), training, sizes, pieces)
+        return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
+
+    def _forms(self, signature: str, training: bool, sizes: list[int], pieces: list[tuple[Tensor, ...]]) -> dict[int, Forms]:
+        """The announced messages for batches like this one; opens larger edges where they need them."""
+        key = f"{training} {signature}"
+        if key not in self._announced:
+            samples = {n: pieces[sizes.index(n)] if pieces else None for n in set(sizes)}
+            samples = dict(sorted(samples.items(), reverse=True))
+            self._announced[key] = announce(self.world, self._rank_of, self._runners, samples, self.world.device)
+            self._open(self._announced[key][sizes[0]])
+        return self._announced[key]
+
+    def _open(self, forms: Forms) -> None:
+        """Opens all edges between ranks, in one global order, unless the open ones are large enough."""
+        slots, alive = plans.slots_needed(self.plan), plans.alive(self.plan)
+        specs = [
+            EdgeSpec(
+                edge.source, edge.destination, edge.kind, self._rank_of[edge.source], self._rank_of[edge.destination],
+                slots[edge], alive[edge],
+                (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination],
+            )
+            for edge in self.plan.edges
+        ] + self._gradients.edges()  # fmt: skip
+        needed = {str(spec): sum(t.nbytes for t in spec.form) for spec in specs}
+        if self._links is None or any(needed[edge] > self._capacity.get(edge, -1) for edge in needed):
+            self.close()
+            self._links = self.world.open(specs, self.plan.digest)
+            self._capacity = needed
+            self._executor.connect(self._links)
+
+    # Agreement, failure, progress.
+
+    def _check_arguments(self, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
+        placement = self.plan.placement
+        if placement.ranks != self.world.ranks:
+            raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
+                             needed=f"{self.world.ranks}, as launched")  # fmt: skip
+        if len(stages) != placement.stages:
+            raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages",
+                             needed=f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)")  # fmt: skip
+        if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+            raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
+                             fix="make it part of the last stage")  # fmt: skip
+
+    def _agree(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Collective: what all ranks say, where None abstains.
+
+        Raises:
+            ConfigMismatch: two ranks say different things; shows both.
+        """
+        agreed: dict[str, Any] = {}
+        for rank, payload in enumerate(self.world.exchange(json.dumps(said).encode())):
+            for key, value in json.loads(payload).items():
+                if value is None:
+                    continue
+                before = agreed.setdefault(key, (rank, value))
+                if before[1] != value:
+                    raise ConfigMismatch(
+                        f"the ranks disagree about {key}",
+                        got=f"{before[1]} on rank {before[0]}, {value} on rank {rank}", needed="the same on every rank",
+                        fix="start every rank with the same program and arguments",
+                    )  # fmt: skip
+        return {key: value for key, (_, value) in agreed.items()}
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails here fails on every rank."""
+        if self._failed is not None:
+            raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
+        try:
+            yield
+        except BaseException as error:
+            self._failed = error
+            self.world.fail(error)
+            raise
+
+    def _loss(self) -> float | None:
+        """The sum of the weighted losses in rising micro-batch order, on the last stage's rank."""
+        runner = self._runners.get(len(self._rank_of) - 1)
+        if runner is None:
+            return None
+        total, *rest = (runner.losses[m] for m in range(self.plan.microbatches))
+        for loss in rest:
+            total = total + loss
+        return total.item()
+
+    def _phase(self, step: int, phase: Phase) -> int:
+        self.world.at(step, phase)
+        return monotonic_ns()
+
+    def _done(self, begin: int, step: int, phase: Phase) -> None:
+        if self._observer is not None:
+            self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
+
+
+def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
+    return list(dict.fromkeys(parameters))
+
+
+def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
+    return None if tensors is None else [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+
+
+def _name(action: plans.Action) -> tuple[str, int, int]:
+    return str(action), action.stage, action.microbatch

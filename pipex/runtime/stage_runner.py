@@ -1,0 +1,166 @@
+"""One stage on its rank: forward, and the backward whole or split, for the micro-batches under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipex.backward import Splitter, Tape
+from pipex.errors import InputError, UnsupportedModule
+from pipex.partition import Stage
+from pipex.runtime import seeding
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
+    """What a stage hands to the next one.
+
+    Raises:
+        UnsupportedModule: it is neither a tensor nor a tuple of tensors.
+    """
+    tensors = output if isinstance(output, tuple) else (output,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedModule(
+                f"stage {stage.index} cannot hand its output to the next stage",
+                got=type(tensor).__name__, needed="a tensor or a tuple of tensors",
+                fix="return tensors from the last layer of the stage",
+            )  # fmt: skip
+    return tensors
+
+
+@dataclass(slots=True)
+class _Live:
+    """What a micro-batch keeps from its forward until its last backward."""
+
+    inputs: tuple[Tensor, ...]
+    roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
+    gradient_of: tuple[bool, ...]  # which floating outputs have a root
+    tape: Tape | None  # None where the backward is not split
+
+
+class StageRunner:
+    """Runs one stage.
+
+    Args:
+        stage: the stage; the runner owns it while the pipeline lives.
+        stages: number of stages of the whole pipeline.
+        loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
+        device: where the stage lives.
+        seed: seed of all random layers.
+    """
+
+    def __init__(self, stage: Stage, stages: int, loss_fn: LossFunction, device: torch.device, seed: int) -> None:
+        self.stage = stage
+        self.index = stage.index
+        self.first = stage.index == 0
+        self.last = stage.index == stages - 1
+        self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
+        self.live: dict[int, _Live] = {}
+        self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
+        self._loss_fn = loss_fn
+        self._device = device
+        self._seed = seed
+        self._splitter = Splitter(stage.parameters())
+
+    def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
+        """The stage's output, with its random layers seeded while it trains."""
+        if not self.random_layers or not self.stage.training:
+            return self.stage(*inputs)
+        values: Any = inputs
+        for position, layer in enumerate(self.stage.layers):
+            arguments = values if isinstance(values, tuple) else (values,)
+            if position in self.random_layers:
+                number = seeding.mix(self._seed, step, microbatch, self.stage.first_layer + position)
+                with seeding.seeded(self._device, number):
+                    values = layer(*arguments)
+            else:
+                values = layer(*arguments)
+        return values
+
+    def forward(
+        self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
+    ) -> tuple[Tensor, ...]:
+        """F. Returns what the next stage gets; nothing on the last stage, which keeps its loss instead.
+
+        Args:
+            inputs: received tensors, or the micro-batch on stage 0.
+            target: the micro-batch's target; read on the last stage only.
+            weight: the micro-batch's share of the batch's samples; its mean loss is scaled by it before backward.
+            split: whether I and W will follow, rather than B.
+        """
+        if not self.first:
+            for tensor in inputs:
+                if tensor.is_floating_point():
+                    tensor.requires_grad_()
+        if split:
+            with self._splitter.record() as tape:
+                output = self.compute(step, microbatch, inputs)
+        else:
+            tape = None
+            output = self.compute(step, microbatch, inputs)
+        if self.last:
+            loss = self.loss(output, target, weight)
+            self.losses[microbatch] = loss.detach()
+            roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
+            self.live[microbatch] = _Live(inputs, roots, (), tape)
+            return ()
+        outputs = output_tensors(self.stage, output)
+        mask = tuple(t.requires_grad for t in outputs if t.is_floating_point())
+        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
+        return outputs
+
+    def loss(self, output: Any, target: Any, weight: float) -> Tensor:
+        """The weighted mean loss of one micro-batch.
+
+        Raises:
+            InputError: the loss function returned no scalar.
+        """
+        loss = self._loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(
+                "the loss function must return the mean loss of a micro-batch",
+                got=shape, needed="a tensor with one element", fix="reduce it with .mean()",
+            )  # fmt: skip
+        return loss.reshape(()) * weight
+
+    def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """I. Takes the gradients of the floating outputs, returns those of the floating inputs."""
+        live = self.live[microbatch]
+        assert live.tape is not None, "the plan said B for this micro-batch"
+        inputs = [t for t in live.inputs if t.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if live.roots:
+            found = live.tape.backward_input(live.roots, self._seeds_of(live, gradients), inputs)
+        live.roots, live.inputs = (), ()
+        return _dense(found, inputs)
+
+    def backward_weight(self, microbatch: int) -> None:
+        """W."""
+        tape = self.live.pop(microbatch).tape
+        assert tape is not None, "the plan said B for this micro-batch"
+        tape.backward_weight()
+
+    def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """B: the whole backward in one pass of autograd's engine."""
+        live = self.live.pop(microbatch)
+        inputs = [t for t in live.inputs if t.requires_grad]
+        if live.roots:
+            torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
+        return _dense([t.grad for t in inputs], inputs)
+
+    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        if self.last:
+            return [None]
+        return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
+
+
+def _dense(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients to send: an input that no output depends on gets zeros, since every announced message must go."""
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
