@@ -1,0 +1,44 @@
+"""Plans: which rank does what, in which order. Pure data and algorithms on the standard library alone.
+
+actions        what a rank can do, and its text form
+placement      which rank holds which stage
+plan           the orders of all ranks, as immutable data
+families       the published schedules, by name
+communication  sends and receives between the compute actions, and how many buffers they need
+causality      runs orders without a clock: finds deadlocks
+memory         what a rank holds at its fullest moment
+validator      proves a plan before anything runs
+simulator      when everything starts and ends under given costs
+view           a picture of it in text
+"""
+
+from pipex.plan.actions import Action, Kind, parse_action
+from pipex.plan.communication import alive, communicate, slots_needed
+from pipex.plan.families import FAMILIES, build
+from pipex.plan.placement import Placement
+from pipex.plan.plan import Edge, Orders, Plan
+from pipex.plan.simulator import Costs, Simulation, TimedAction, simulate
+from pipex.plan.validator import validate
+from pipex.plan.view import plan_view, simulation_view
+
+__all__ = [
+    "FAMILIES",
+    "Action",
+    "Costs",
+    "Edge",
+    "Kind",
+    "Orders",
+    "Placement",
+    "Plan",
+    "Simulation",
+    "TimedAction",
+    "alive",
+    "build",
+    "communicate",
+    "parse_action",
+    "plan_view",
+    "simulate",
+    "simulation_view",
+    "slots_needed",
+    "validate",
+]

@@ -1,0 +1,134 @@
+"""The plan: what every rank does in one step, in order, as immutable data with a strict text form.
+
+The text has one line of metadata, then one line per rank with its actions in torch's CSV cells:
+
+    # pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 peak_activations=2,1
+    0F0,0F1,0B0,0B1
+    1F0,1B0,1F1,1B1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, cast
+
+from pipex.errors import PlanError
+from pipex.plan.actions import Action, parse_action, syntax_error
+from pipex.plan.placement import Placement, PlacementName
+
+Orders = tuple[tuple[Action, ...], ...]
+"""Per rank its actions, in the order in which it runs them."""
+
+
+class Edge(NamedTuple):
+    """One directed link between two stages on different ranks."""
+
+    source: int
+    destination: int
+    kind: Literal["activation", "gradient"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} edge {self.source}→{self.destination}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of a whole pipeline. ``validate`` proves that it can run and keeps its promise.
+
+    Attributes:
+        family: name of the schedule: lower-case letters, digits and dashes.
+        placement: which rank holds which stage.
+        microbatches: micro-batches per step M, at least 1.
+        orders: per rank its compute actions (F, I, W, B) in order; ``communicate`` adds the sends and receives.
+        peak_activations: the promise: per rank the most activations held at once, in activations of one
+            micro-batch at one stage (``placement.chunks`` of them are one micro-batch of the whole rank), each
+            from the start of its F to the end of its B or W.
+
+    Raises:
+        PlanError: a field does not fit the others.
+    """
+
+    family: str
+    placement: Placement
+    microbatches: int
+    orders: Orders
+    peak_activations: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(_FAMILY, self.family):
+            raise PlanError("bad family name", got=repr(self.family), needed="lower-case letters, digits and dashes")
+        if self.microbatches < 1:
+            raise PlanError("too few micro-batches", got=self.microbatches, needed="at least 1")
+        for name, rows in (("orders", len(self.orders)), ("peak_activations", len(self.peak_activations))):
+            if rows != self.placement.ranks:
+                raise PlanError(f"wrong number of {name}", got=rows, needed=f"{self.placement.ranks}, one per rank")
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges of the plan: neighbouring stages on different ranks, activations first, then gradients."""
+        rank_of = self.placement.rank_of
+        pairs = [(s, s + 1) for s in range(self.placement.stages - 1) if rank_of(s) != rank_of(s + 1)]
+        return tuple(Edge(s, t, "activation") for s, t in pairs) + tuple(Edge(t, s, "gradient") for s, t in pairs)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that differ between different plans; ranks compare them before the first step."""
+        return hashlib.blake2b(self.to_text().encode(), digest_size=16).digest()
+
+    def to_text(self) -> str:
+        """The text form; ends with a line feed."""
+        header = (
+            f"# pipex plan 1: family={self.family} placement={self.placement.name} ranks={self.placement.ranks} "
+            f"chunks={self.placement.chunks} microbatches={self.microbatches} "
+            f"peak_activations={','.join(map(str, self.peak_activations))}"
+        )
+        return "\n".join([header, *(",".join(map(str, order)) for order in self.orders), ""])
+
+    @staticmethod
+    def from_text(text: str) -> Plan:
+        """Reads the text form; ``Plan.from_text(text).to_text() == text`` for every text that is accepted.
+
+        The result is what the text says, not yet a proven plan: call ``validate``.
+
+        Raises:
+            PlanSyntaxError: a line cannot be read; names line and column.
+            PlanError: the lines do not fit together.
+        """
+        lines = text.split("\n")
+        match = _HEADER.fullmatch(lines[0])
+        if match is None:
+            raise syntax_error(1, 1, lines[0], f"a first line such as '{_HEADER_EXAMPLE}'")
+        if lines[-1]:
+            raise syntax_error(len(lines), len(lines[-1]) + 1, lines[-1], "a line feed at the end")
+        fields = match.groupdict()
+        return Plan(
+            family=fields["family"],
+            placement=Placement(
+                cast(PlacementName, fields["placement"]), ranks=int(fields["ranks"]), chunks=int(fields["chunks"])
+            ),
+            microbatches=int(fields["microbatches"]),
+            orders=tuple(_parse_row(row, line) for line, row in enumerate(lines[1:-1], start=2)),
+            peak_activations=tuple(map(int, fields["peaks"].split(","))),
+        )
+
+
+def _parse_row(row: str, line: int) -> tuple[Action, ...]:
+    actions = []
+    column = 1
+    for cell in row.split(",") if row else ():
+        actions.append(parse_action(cell, line=line, column=column))
+        column += len(cell) + 1
+    return tuple(actions)
+
+
+_FAMILY = "[a-z0-9-]+"
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+_HEADER = re.compile(
+    f"# pipex plan 1: family=(?P<family>{_FAMILY}) placement=(?P<placement>loop|v|wave) ranks=(?P<ranks>{_NUMBER}) "
+    f"chunks=(?P<chunks>{_NUMBER}) microbatches=(?P<microbatches>{_NUMBER}) "
+    f"peak_activations=(?P<peaks>{_NUMBER}(?:,{_NUMBER})*)"
+)
+_HEADER_EXAMPLE = "# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 peak_activations=2,1"

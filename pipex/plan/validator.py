@@ -1,0 +1,125 @@
+"""Proves, before anything runs, that a plan is complete, in order, free of deadlock and as frugal as it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pipex.errors import PlanError
+from pipex.plan.actions import COMPUTE, Action, Kind
+from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order, edge_of
+from pipex.plan.communication import communicate
+from pipex.plan.memory import peak_memory
+from pipex.plan.plan import Edge, Plan
+
+
+def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
+    """Returns if the plan can run to its end with ``slots`` slots per edge (None: any number), else raises.
+
+    Positions in errors count a rank's actions from 0; those of a DeadlockError count its sends and receives too, as
+    ``communicate`` places them.
+
+    Raises:
+        PlanError: an action is missing, doubled, on the wrong rank, out of range or before one that it needs; messages
+            of an edge are not received in the order sent; a rank holds more than promised; an edge has no slots given.
+        DeadlockError: ranks would wait for each other for ever.
+    """
+    if slots is not None and (missing := [edge for edge in plan.edges if edge not in slots]):
+        raise PlanError(f"no slots given for the {missing[0]}", needed="a number of slots for every edge")
+    events = [Event(rank, p, action) for rank, order in enumerate(plan.orders) for p, action in enumerate(order)]
+    for event in events:
+        _check_place(plan, event)
+    where = _index(events)
+    _check_complete(plan, where)
+    for event in events:
+        _check_order_on_rank(event, where)
+    _check_message_order(plan)
+    for _ in causal_order(communicate(plan), plan.placement, slots):
+        pass  # to reach the end is the proof
+    _check_promise(plan)
+
+
+def _check_place(plan: Plan, event: Event) -> None:
+    rank, _, (stage, kind, microbatch, _) = event
+    if kind not in COMPUTE:
+        raise PlanError(f"{event} is no compute action", got=kind.value, needed="F, I, W or B")
+    if not 0 <= stage < plan.placement.stages:
+        needed = f"0 to {plan.placement.stages - 1}"
+        raise PlanError(f"{event} names a stage that is not there", got=stage, needed=needed)
+    if not 0 <= microbatch < plan.microbatches:
+        needed = f"0 to {plan.microbatches - 1}"
+        raise PlanError(f"{event} names a micro-batch that is not there", got=microbatch, needed=needed)
+    if (right := plan.placement.rank_of(stage)) != rank:
+        raise PlanError(f"{event} is on the wrong rank", got=f"rank {rank}", needed=f"rank {right}")
+
+
+def _index(events: list[Event]) -> dict[Action, Event]:
+    where: dict[Action, Event] = {}
+    for event in events:
+        if (first := where.setdefault(event.action, event)) is not event:
+            raise PlanError(f"{event} was done before, at position {first.position}", needed="every action once")
+    return where
+
+
+def _check_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
+    """Stops at the first gap, so a text that promises a huge M and has few actions is refused at once."""
+    for microbatch in range(plan.microbatches):
+        for stage in range(plan.placement.stages):
+            rank = plan.placement.rank_of(stage)
+            has = {kind: Action(stage, kind, microbatch) in where for kind in COMPUTE}
+            if not has[Kind.F]:
+                raise PlanError(f"rank {rank} never runs {stage}F{microbatch}", needed="every action once")
+            if has[Kind.B] and (has[Kind.I] or has[Kind.W]):
+                event = where[Action(stage, Kind.B, microbatch)]
+                raise PlanError(f"{event} computes a gradient that I or W computes too", needed="B, or I and W")
+            if not has[Kind.B] and not (has[Kind.I] and has[Kind.W]):
+                got = next((kind.value for kind in (Kind.I, Kind.W) if has[kind]), "none")
+                problem = f"rank {rank} lacks a backward of stage {stage}, micro-batch {microbatch}"
+                raise PlanError(problem, got=got, needed="B, or I and W")
+
+
+def _check_order_on_rank(event: Event, where: Mapping[Action, Event]) -> None:
+    for needed in _needs(event.action):
+        first = where.get(needed)
+        if first is not None and first.rank == event.rank and first.position > event.position:
+            raise PlanError(f"{event} comes before what it needs, {needed} at position {first.position}")
+
+
+def _needs(action: Action) -> Iterator[Action]:
+    """What must have run before ``action``, as far as it exists in the plan."""
+    stage, kind, microbatch, _ = action
+    match kind:
+        case Kind.F:
+            yield Action(stage - 1, Kind.F, microbatch)
+        case Kind.I | Kind.B:
+            yield Action(stage, Kind.F, microbatch)
+            yield Action(stage + 1, Kind.I, microbatch)
+            yield Action(stage + 1, Kind.B, microbatch)
+        case Kind.W:
+            yield Action(stage, Kind.I, microbatch)
+
+
+def _check_message_order(plan: Plan) -> None:
+    """An edge hands messages over in the order sent; the receiver must want them in that order."""
+    sent: dict[Edge, list[int]] = {edge: [] for edge in plan.edges}
+    wanted: dict[Edge, list[Event]] = {edge: [] for edge in plan.edges}
+    for rank, order in enumerate(communicate(plan)):
+        position = 0
+        for action in order:
+            if action.kind in SENDS:
+                sent[edge_of(action)].append(action.microbatch)
+            elif action.kind in RECEIVES:
+                wanted[edge_of(action)].append(Event(rank, position, plan.orders[rank][position]))
+            else:
+                position += 1
+    for edge in plan.edges:
+        for microbatch, event in zip(sent[edge], wanted[edge], strict=True):
+            if event.action.microbatch != microbatch:
+                problem = f"{event} is out of order on the {edge}"
+                raise PlanError(problem, got=f"the message of micro-batch {microbatch} next", needed="the order sent")
+
+
+def _check_promise(plan: Plan) -> None:
+    ones = [1] * plan.placement.stages
+    for rank, (held, promised) in enumerate(zip(peak_memory(plan, ones, ones), plan.peak_activations, strict=True)):
+        if held > promised:
+            raise PlanError(f"rank {rank} holds more activations than promised", got=f"{held:g}", needed=promised)
