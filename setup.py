@@ -1,6 +1,7 @@
 """Builds the native modules by driving CMakeLists.txt; everything else is in pyproject.toml.
 
-Needs a C++20 compiler only. PIPEX_CUDA=AUTO|ON|OFF decides about the CUDA kernels (see CMakeLists.txt).
+Needs a C++20 compiler only. PIPEX_CUDA=AUTO|ON|OFF decides about the CUDA kernels, PIPEX_STRICT=ON makes compiler
+warnings errors (see CMakeLists.txt).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPIPEX_OUTPUT={target}",
                 f"-DPIPEX_CUDA={os.environ.get('PIPEX_CUDA', 'AUTO')}",
+                f"-DPIPEX_STRICT={os.environ.get('PIPEX_STRICT', 'OFF')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ],

@@ -25,13 +25,14 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
     """
     path, rank, step = Path(directory), pipeline.world.rank, pipeline.steps
     names = _names(pipeline)
-    tensors, values = state.model_state(names), {}
-    if pipeline.optimizer is not None:
-        optimizer_tensors, values = state.optimizer_state(pipeline.optimizer, names)
-        tensors |= optimizer_tensors
     shard = None
     error = ""
     try:
+        tensors = state.model_state(names)
+        values: dict[str, Any] = {}
+        if pipeline.optimizer is not None:
+            optimizer_tensors, values = state.optimizer_state(pipeline.optimizer, names)
+            tensors |= optimizer_tensors
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"

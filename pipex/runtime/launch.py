@@ -30,6 +30,7 @@ import torch
 from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled
 from pipex.runtime import worlds
 from pipex.transport.host import TIMEOUT, HostRun
+from pipex.transport.solo import SoloWorld
 
 GRACE = 5.0
 """Seconds that the other ranks have to end by themselves after the first has failed."""
@@ -45,7 +46,8 @@ def launch(fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[A
 
     The same program runs under torchrun, on one host or many: there this process already is a rank, so ``fn`` runs
     right here and only this rank's result is returned (the others' places hold None). Inside, ``pipex.current_world()``
-    tells rank and ranks, and ``pipex.Pipeline`` finds its world by itself. Cores are shared among the ranks.
+    tells rank and ranks, and ``pipex.Pipeline`` finds its world by itself. Cores are shared among the ranks. A single
+    rank runs right here too.
 
     Ranks are forked, so that torch is imported once; where this process runs OpenMP or CUDA already, which a fork
     would break, they are started afresh and ``fn`` must be importable.
@@ -65,6 +67,8 @@ def launch(fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[A
         return _run_here(fn, args, worlds.join_torchrun(ranks, timeout))
     if ranks is None or ranks < 1:
         raise InputError("launch needs a number of ranks", got=ranks, needed="at least 1")
+    if ranks == 1:
+        return _run_here(fn, args, SoloWorld(torch.device("cpu")))
     run = HostRun.create(ranks)
     try:
         return _Launcher(run, fn, args, timeout).run()

@@ -7,7 +7,7 @@ tied parameter has one accumulator per stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,16 +54,20 @@ class OneProcess:
         self.steps += 1
         return self.loss
 
+    def evaluate(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> float:
+        """The batch's mean loss in evaluation mode."""
+        for stage in self.stages:
+            stage.eval()
+        with torch.no_grad():
+            loss = sum(self._losses(batch, target))
+        for stage in self.stages:
+            stage.train()
+        return float(loss)
+
     def gradients(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> None:
         """Leaves the step's gradients, not yet clipped, in ``.grad`` and its loss in ``loss``."""
-        inputs = microbatch.split(microbatch.as_tensors(batch, "the batch"), self._microbatches, "the batch")
-        targets = microbatch.split(microbatch.as_tensors(target, "the target"), self._microbatches, "the target")
-        samples = sum(piece[0].shape[0] for piece in inputs)
         total: Tensor | None = None
-        for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
-            output = self._forward(number, piece)
-            loss = self._loss_fn(output, wanted[0] if isinstance(target, Tensor) else wanted)
-            loss = loss.reshape(()) * (piece[0].shape[0] / samples)
+        for loss in self._losses(batch, target):
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -73,6 +77,16 @@ class OneProcess:
             for replica in tie.replicas:
                 replica.grad = None
             tie.replicas[0].grad = tied.total(accumulators)
+
+    def _losses(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
+        """The weighted losses, one micro-batch after another."""
+        inputs = microbatch.split(microbatch.as_tensors(batch, "the batch"), self._microbatches, "the batch")
+        targets = microbatch.split(microbatch.as_tensors(target, "the target"), self._microbatches, "the target")
+        samples = sum(piece[0].shape[0] for piece in inputs)
+        for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
+            output = self._forward(number, piece)
+            loss = self._loss_fn(output, wanted[0] if isinstance(target, Tensor) else wanted)
+            yield loss.reshape(()) * (piece[0].shape[0] / samples)
 
     def _forward(self, number: int, inputs: tuple[Tensor, ...]) -> Any:
         values: Any = inputs

@@ -118,6 +118,7 @@ class Phase(IntEnum):
     OPTIMIZER = -5
     SAVING = -6
     CLOSING = -7
+    EVALUATING = -8
 
 
 ActionNamer = Callable[[int, int], tuple[str, int | None, int | None]]
@@ -129,6 +130,8 @@ class World(Protocol):
 
     rank: int
     ranks: int
+    device: torch.device
+    """where this rank's stages live; ``receive`` returns tensors there"""
     namer: ActionNamer | None
 
     def exchange(self, payload: bytes) -> list[bytes]:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their set-up and can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-long lint format clean
+
+demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
+	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
+
+test: $(VENV)/installed ## all tests but the long sweeps; needs no GPU
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/installed ## the long sweeps
+	$(BIN)/python -m pytest -m long --timeout 1200
+
+lint: $(VENV)/linted ## formats, types, and whether the native stubs are those of the built modules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest pipex._native --ignore-missing-stub --concise
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.[ch]pp' -o -name '*.cu')
+
+format: $(VENV)/linted ## put everything into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.[ch]pp' -o -name '*.cu')
+
+clean:
+	rm -rf $(VENV) build *.egg-info pipex/*.so
+
+# An editable install, since the package stands in the folder from which tests run.
+$(VENV)/installed: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/linted: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt clang-format mypy ruff
+	touch $@

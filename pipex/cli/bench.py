@@ -1,0 +1,84 @@
+"""``pipex bench``: measures pipex beside its peers, in the same run, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+# Case names are known before anything is measured, so a floor for an unknown one is refused at once.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    benches = parser.add_subparsers(dest="bench", metavar="p2p|step", required=True)
+    p2p = benches.add_parser(
+        "p2p", help="half a round trip between two processes: host (pipex), gloo, memcpy",
+        description="Half a round trip between two processes: host (pipex), gloo, and memcpy in one process.",
+    )  # fmt: skip
+    p2p.add_argument("-b", metavar="SIZE", default="4K", help="smallest message: bytes, or with K, M, G (default: 4K)")
+    p2p.add_argument("-e", metavar="SIZE", default="64M", help="largest message (default: 64M)")
+    p2p.add_argument("-f", metavar="FACTOR", type=int, default=4, help="from one size to the next (default: 4)")
+    _add_common(p2p, samples=50, floor="how many times faster than gloo host must be, such as 4K=20,256K=8")
+    p2p.add_argument("--min-memcpy-share", metavar="CASE=SHARE,...",
+                     help="bandwidth over memcpy's that host must reach, such as 4M=0.75")  # fmt: skip
+
+    step = benches.add_parser(
+        "step", help="a training step of a two-rank pipeline: pipex, torch.distributed.pipelining",
+        description="A training step of a two-rank pipeline: pipex and torch.distributed.pipelining (Gloo).",
+    )  # fmt: skip
+    step.add_argument("--schedules", default="gpipe,1f1b", help="of gpipe and 1f1b (default: both)")
+    step.add_argument("--shapes", metavar="WIDTHxBATCH,...", default="64x4,1024x64",
+                      help="width of the layers and samples per micro-batch (default: 64x4,1024x64)")  # fmt: skip
+    step.add_argument("-m", metavar="COUNT", type=int, default=16, help="micro-batches per step (default: 16)")
+    _add_common(step, samples=20, floor="how many times faster than torch's a step must be, such as 1f1b/1024x64=1")
+    step.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
+                      help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the benchmark; returns its exit code: 1 after a wrong result or a missed floor."""
+    from pipex.errors import InputError
+
+    if options.n < 1 or options.w < 0:
+        raise InputError("nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more")
+    return _p2p(options) if options.bench == "p2p" else _step(options)
+
+
+def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
+    parser.add_argument("-n", metavar="COUNT", type=int, default=samples, help=f"samples (default: {samples})")
+    parser.add_argument("-w", metavar="COUNT", type=int, default=5, help="rounds before them (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line; the table goes to stderr")
+    parser.add_argument("--min-ratio", metavar="CASE=RATIO,...", help=floor + "; exit 1 below")
+
+
+def _p2p(options: argparse.Namespace) -> int:
+    from pipex.bench.sizes import format_size, parse_size, size_range
+
+    sizes = size_range(parse_size(options.b), parse_size(options.e), options.f)
+    from pipex.bench import p2p
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors
+
+    floors = []
+    cases = [format_size(size) for size in sizes]
+    for text, figure in ((options.min_ratio, "ratio"), (options.min_memcpy_share, "memcpy_share")):
+        if text is not None:
+            floors += parse_floors(text, p2p.PROVIDER, figure, cases)
+    rows = p2p.measure(sizes, Rounds(options.n, options.w))
+    return finish(environment(p2p.THREADS), rows, floors, as_json=options.json)
+
+
+def _step(options: argparse.Namespace) -> int:
+    from pipex.bench import step
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors
+    from pipex.runtime.worlds import threads_per_rank
+
+    cases = step.cases(options.schedules, options.shapes, options.m)
+    floors = []
+    for text, figure in ((options.min_ratio, "ratio"), (options.min_overhead_ratio, "overhead_ratio")):
+        if text is not None:
+            floors += parse_floors(text, step.PROVIDER, figure, [case.name for case in cases])
+    rows = step.measure(cases, Rounds(options.n, options.w))
+    return finish(environment(threads_per_rank(step.RANKS)), rows, floors, as_json=options.json)

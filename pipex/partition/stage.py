@@ -1,0 +1,94 @@
+"""A stage: a contiguous block of a model's layers, which keeps the model's own tensor names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipex.errors import InputError
+from pipex.partition.layers import canonical_names
+
+
+class Stage(nn.Module):
+    """Layers ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, as stage ``index`` of ``count``.
+
+    The layers are the model's own modules, not copies: a parameter that is tied across layers stays one object.
+    """
+
+    def __init__(
+        self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], canonical: Mapping[int, str]
+    ) -> None:
+        """``canonical``: ``canonical_names`` of the model."""
+        super().__init__()
+        self.index = index
+        self.count = count
+        self.first_layer = first_layer
+        self.layers = nn.ModuleList(layers)
+        # Paths, not tensors: Module.to() replaces buffers, and may replace parameters.
+        self._paths: dict[str, str] = {}
+        persistent = self.layers.state_dict().keys()
+        for path, tensor in _tensors(self.layers).items():
+            if path in persistent:
+                self._paths.setdefault(canonical[id(tensor)], path)
+
+    @property
+    def names(self) -> dict[str, Tensor]:
+        """The name that the unsplit model has for each parameter and persistent buffer of this stage (such as
+        ``blocks.3.attn.weight``) -> the tensor. A tied one stands once, under the first of its names."""
+        tensors = _tensors(self.layers)
+        return {name: tensors[path] for name, path in self._paths.items()}
+
+    def forward(self, *inputs: Any) -> Any:
+        """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
+        outputs: Any = inputs
+        for layer in self.layers:
+            outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
+        return outputs
+
+    def extra_repr(self) -> str:
+        last = self.first_layer + len(self.layers) - 1
+        return f"stage {self.index} of {self.count}, layers {self.first_layer} to {last}"
+
+
+def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
+    """Plain modules as stages, one layer each; tensors are called ``<stage index>.<name in the module>``.
+
+    The stages that ``split_model`` returned are passed through.
+
+    Raises:
+        InputError: no module is given, or stages are not all the stages of one split in order.
+    """
+    if not modules:
+        raise InputError("a pipeline needs at least one stage", got="none")
+    stages = [module for module in modules if isinstance(module, Stage)]
+    if not stages:
+        canonical = canonical_names(nn.ModuleList(modules))
+        return [Stage(index, len(modules), index, [module], canonical) for index, module in enumerate(modules)]
+    if [(stage.index, stage.count) for stage in stages] != [(index, len(modules)) for index in range(len(modules))]:
+        raise InputError(
+            "these are not all the stages of one split, in order",
+            got=[f"{s.index} of {s.count}" if isinstance(s, Stage) else type(s).__name__ for s in modules],
+            needed=f"stages 0 to {stages[0].count - 1}",
+            fix="pass the whole list that split_model returned",
+        )
+    return stages
+
+
+def tied(stages: Sequence[Stage]) -> dict[str, list[int]]:
+    """Name of each parameter that stands in more than one stage -> the indices of these stages, in order."""
+    users: dict[str, list[int]] = {}
+    for stage in stages:
+        for name, tensor in stage.names.items():
+            if isinstance(tensor, nn.Parameter):
+                users.setdefault(name, []).append(stage.index)
+    return {name: indices for name, indices in users.items() if len(indices) > 1}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by path, a tied one under each of its paths."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

@@ -1,0 +1,60 @@
+"""A model's parameters and buffers in a checkpoint, as ``model/<name in the unsplit model>``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipex.errors import CheckpointError
+from pipex.state.checkpoint import Checkpoint
+from pipex.state.files import first_few
+from pipex.state.serialize import form
+
+PREFIX = "model/"
+
+
+def model_state(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``Stage.names`` (of one stage or of several together), under their names in a checkpoint."""
+    return {PREFIX + name: tensor.detach() for name, tensor in names.items()}
+
+
+def check_model(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> None:
+    """Checks that a checkpoint is one of this model. ``names``: of all stages together; only their forms are used.
+
+    Raises:
+        CheckpointError: lists missing and unexpected names, and differences of shape or dtype.
+    """
+    saved = {name.removeprefix(PREFIX) for name in checkpoint.tensors if name.startswith(PREFIX)}
+    _compare(checkpoint, names, unexpected=sorted(saved - names.keys()))
+
+
+def load_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> None:
+    """Copies the saved values into the given tensors: the part of the model that this rank holds.
+
+    Raises:
+        CheckpointError: a name is missing, a shape or dtype differs, or a file is damaged; nothing is copied then.
+    """
+    _compare(checkpoint, names, unexpected=[])
+    values = checkpoint.load(PREFIX + name for name in names)
+    with torch.no_grad():
+        for name, tensor in names.items():
+            tensor.copy_(values[PREFIX + name])
+
+
+def _compare(checkpoint: Checkpoint, names: Mapping[str, Tensor], unexpected: list[str]) -> None:
+    saved = checkpoint.tensors
+    missing = [name for name in names if PREFIX + name not in saved]
+    different = [
+        f"{name} is {saved[PREFIX + name]}, needed {form(tensor)}"
+        for name, tensor in names.items()
+        if saved.get(PREFIX + name, form(tensor)) != form(tensor)
+    ]
+    findings = [("missing", missing), ("unexpected", unexpected), ("different", different)]
+    if missing or unexpected or different:
+        raise CheckpointError(
+            f"the checkpoint in {checkpoint.directory} is of another model",
+            got="; ".join(f"{title}: {first_few(found)}" for title, found in findings if found),
+            fix="build the model that was saved, or start without the checkpoint",
+        )

@@ -1,0 +1,82 @@
+"""Figures from hand-made events whose answers can be worked out on paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipex.errors import InputError
+from pipex.observe import Event, Recorder, measure, write_trace
+
+# Two ranks, one micro-batch, times in µs:
+#
+#   rank 0   F 0-10  send 10-11                 wait 11-34    B 34-54
+#   rank 1   wait 0-14          F 14-24  B 24-30  send 30-31
+US = 1000
+
+
+def event(kind: str, stage: int, begin: float, end: float, step: int = 1) -> Event:
+    return Event(step, kind, stage, 0 if stage >= 0 else -1, int(begin * US), int(end * US))
+
+
+RANK_0 = [event("F", 0, 0, 10), event("SEND_F", 0, 10, 11), event("RECV_B", 0, 11, 34), event("B", 0, 34, 54)]
+RANK_1 = [event("RECV_F", 1, 0, 14), event("F", 1, 14, 24), event("B", 1, 24, 30), event("SEND_B", 1, 30, 31)]
+
+
+def test_bubbles() -> None:
+    figures = measure([RANK_0, RANK_1])
+    assert figures.bubble_makespan == pytest.approx(1 - (30 + 16) / (2 * 54), abs=1e-12)
+    assert figures.bubble_span == pytest.approx(1 - 30 / 54, abs=1e-12)
+
+
+def test_action_and_stage_times_are_medians_over_steps() -> None:
+    later = [event(e.kind, e.stage, e.begin / US + 100, e.end / US + 100 + 4 * (e.kind == "F"), 2) for e in RANK_0]
+    same = [event(e.kind, e.stage, e.begin / US + 100, e.end / US + 100, 2) for e in RANK_1]
+    figures = measure([RANK_0 + later, RANK_1 + same])
+    assert figures.action["F", 0] == pytest.approx(12e-6)
+    assert figures.stage == {0: pytest.approx(32e-6), 1: pytest.approx(16e-6)}
+
+
+def test_a_message_takes_from_both_ends_ready_to_usable() -> None:
+    assert sorted(measure([RANK_0, RANK_1]).messages) == [pytest.approx(4e-6), pytest.approx(4e-6)]
+
+
+def test_shares_add_up() -> None:
+    figures = measure([RANK_0, RANK_1])
+    assert figures.shares[0]["waiting"] == pytest.approx(23 / 54)
+    assert figures.shares[0]["other"] == pytest.approx(0, abs=1e-12)
+    for shares in figures.shares:
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_an_incomplete_step_is_left_out() -> None:
+    torn = [event("F", 0, 200, 210, step=2)]
+    assert measure([RANK_0 + torn, RANK_1]) == measure([RANK_0, RANK_1])
+
+
+def test_the_recorder_keeps_the_last_steps() -> None:
+    recorder = Recorder(steps=2)
+    for step in (1, 2, 3):
+        for e in RANK_0:
+            recorder(e._replace(step=step))
+    assert [e.step for e in recorder.events] == [2] * 4 + [3] * 4
+
+
+def test_trace_has_an_arrow_from_every_send_to_its_receive(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    write_trace(file, [RANK_0, RANK_1])
+    rows = json.loads(file.read_text())["traceEvents"]
+    starts = {row["id"]: row for row in rows if row["ph"] == "s"}
+    ends = {row["id"]: row for row in rows if row["ph"] == "f"}
+    assert set(starts) == set(ends) == {"1/0F0", "1/1B0"}
+    assert (starts["1/0F0"]["pid"], ends["1/0F0"]["pid"]) == (0, 1)
+    assert (starts["1/1B0"]["pid"], ends["1/1B0"]["pid"]) == (1, 0)
+    names = {row["name"] for row in rows if row["ph"] == "X"}
+    assert {"PP:0F0", "PP:1B0", "PP:1RECV_F0"} <= names
+
+
+def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot write the trace"):
+        write_trace(tmp_path / "no" / "trace.json", [])

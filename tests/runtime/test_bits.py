@@ -1,0 +1,207 @@
+"""The number contract: losses, gradients and parameters of a pipeline are those of one process, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipex
+from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.runtime.reference import OneProcess
+
+FAMILIES = ("naive", "gpipe", "1f1b", "zb-h1")
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(json.dumps(tensor.double().flatten().tolist()).encode()).hexdigest()
+
+
+class Witness:
+    """An optimizer factory that notes every gradient it is given, by position in model order."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def __call__(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        optimizer.register_step_pre_hook(lambda *_: self.seen.append([digest(p.grad) for p in parameters]))
+        return optimizer
+
+
+Job = tuple[Callable[[int], Sequence[nn.Module]], Callable[[int, int], tuple[Any, Any]], Any]
+
+
+def transformer(stages: int) -> Sequence[nn.Module]:
+    torch.manual_seed(1)
+    config = ModelConfig(width=16, heads=2, layers=3, context=8, vocabulary=32, dropout=0.1, tied=True)
+    return pipex.split_model(Transformer(config), stages)
+
+
+def token_batch(step: int, samples: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 32, (samples, 9), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+class TwoOutputs(nn.Module):
+    """Hands a float, an integer and a second float tensor on; the last stage ignores the second float."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.side = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None) -> tuple[Tensor, ...]:
+        if ids is None:
+            ids = torch.arange(x.shape[0])
+        x = torch.tanh(self.linear(x)) + ids[:, None] * 0.01
+        side = self.side(x) if side is None else side + self.side(x)
+        return x, ids, side
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None) -> Tensor:
+        return self.linear(x) if side is None else self.linear(x) + side.sum(1, keepdim=True)
+
+
+def tuples(stages: int) -> Sequence[nn.Module]:
+    torch.manual_seed(2)
+    return [*(TwoOutputs(6) for _ in range(stages - 1)), TwoInputs(6)]
+
+
+def float_batch(step: int, samples: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(samples, 6, generator=generator), torch.randn(samples, 3, generator=generator)
+
+
+JOBS: dict[str, Job] = {
+    "transformer": (transformer, token_batch, next_token_loss),
+    "tuples": (tuples, float_batch, nn.functional.mse_loss),
+}
+
+
+def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
+    build, batch, loss = JOBS[job]
+    witness = Witness()
+    pipeline = pipex.Pipeline(
+        build(ranks), pipex.build(family, ranks, microbatches), loss, optimizer=witness, clip_norm=0.5, seed=7
+    )
+    losses = [pipeline.step(*batch(step, samples)) for step in range(steps)]
+    evaluated = pipeline.evaluate(*batch(steps, samples))
+    parameters = {n: digest(t) for stage in pipeline.local_stages for n, t in stage.names.items()}
+    owned = [len(stage.names) for stage in pipeline.local_stages]
+    return {"losses": losses, "evaluated": evaluated, "gradients": witness.seen, "parameters": parameters, "owned": owned}
+
+
+def one_process(job: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
+    build, batch, loss = JOBS[job]
+    witness = Witness()
+    process = OneProcess(build(ranks), microbatches, loss, optimizer=witness, clip_norm=0.5, seed=7)
+    losses = [process.step(*batch(step, samples)) for step in range(steps)]
+    names: dict[str, Tensor] = {}
+    for stage in process.stages:
+        names = {**stage.names, **names}
+    return {
+        "losses": losses,
+        "evaluated": process.evaluate(*batch(steps, samples)),
+        "gradients": witness.seen,
+        "parameters": {n: digest(t) for n, t in names.items()},
+    }
+
+
+def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, steps: int, samples: int) -> None:
+    results = pipex.launch(rank_run, ranks, args=(job, family, ranks, microbatches, steps, samples))
+    expected = one_process(job, ranks, microbatches, steps, samples)
+    for result in results:
+        assert result["losses"] == expected["losses"]
+        assert result["evaluated"] == expected["evaluated"]
+        for name, found in result["parameters"].items():
+            assert found == expected["parameters"][name], name
+    assert set().union(*(result["parameters"] for result in results)) == set(expected["parameters"])
+    for step in range(steps):
+        expected_step = set(expected["gradients"][step])
+        found_step = {g for result in results for g in result["gradients"][step]}
+        assert found_step == expected_step, f"gradients of step {step}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_transformer_with_dropout_and_clipping(family: str, ranks: int) -> None:
+    assert_same_bits("transformer", family, ranks, 3, steps=4, samples=7)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_fewer_and_more_microbatches_than_ranks(microbatches: int) -> None:
+    assert_same_bits("transformer", "zb-h1", 4, microbatches, steps=20, samples=8)
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
+def test_stages_that_hand_on_tuples(family: str) -> None:
+    assert_same_bits("tuples", family, 3, 4, steps=3, samples=9)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_grid(family: str, ranks: int, microbatches: int) -> None:
+    assert_same_bits("transformer", family, ranks, microbatches, steps=20, samples=11)
+
+
+def test_the_reference_is_plain_torch() -> None:
+    """The reference itself against a training loop that any user would write."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    process = OneProcess(pipex.split_model(model, 2), 2, nn.functional.mse_loss, clip_norm=0.1,
+                         optimizer=lambda p: torch.optim.SGD(p, lr=0.1))  # fmt: skip
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(5):
+        x, y = float_batch(step, 4)
+        loss = process.step(x, y)
+        optimizer.zero_grad()
+        expected = sum(nn.functional.mse_loss(plain(a), b) * 0.5 for a, b in zip(x.split(2), y.split(2), strict=True))
+        for a, b in zip(x.split(2), y.split(2), strict=True):
+            (nn.functional.mse_loss(plain(a), b) * 0.5).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        assert loss == expected.item()
+    for mine, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, reference)
+
+
+def test_the_mean_loss_weighs_samples_not_microbatches() -> None:
+    """7 samples in 3 micro-batches: the gradient is that of the batch's mean, in float64 to rounding."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 3).double()
+    process = OneProcess([model], 3, nn.functional.mse_loss)
+    x, y = (t.double() for t in float_batch(0, 7))
+    process.gradients(x, y)
+    gradient = model.weight.grad
+    model.weight.grad = None
+    whole = nn.functional.mse_loss(model(x), y)
+    whole.backward()
+    torch.testing.assert_close(gradient, model.weight.grad, rtol=1e-13, atol=1e-15)
+    assert abs(process.loss - whole.item()) < 1e-14
+
+
+def test_the_users_random_numbers_are_the_same_on_every_rank() -> None:
+    results = pipex.launch(rank_draws, 3)
+    assert results[0] == results[1] == results[2]
+
+
+def rank_draws() -> list[float]:
+    torch.manual_seed(5)
+    pipeline = pipex.Pipeline(transformer(3), pipex.build("1f1b", 3, 2), next_token_loss, optimizer=torch.optim.SGD)
+    torch.manual_seed(5)
+    pipeline.step(*token_batch(0, 4))
+    return torch.rand(3).tolist()

@@ -1,0 +1,98 @@
+"""The shape of the package: its public names, and arrows that point down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipex
+
+ROOT = Path(pipex.__file__).parent
+
+# package -> packages of pipex that it may import (DESIGN: arrows point down only)
+MAY_IMPORT = {
+    "errors": set(),
+    "plan": {"errors"},
+    "backward": {"errors"},
+    "transport": {"errors", "_native"},
+    "partition": {"errors"},
+    "state": {"errors"},
+    "observe": {"errors"},
+    "runtime": {"errors", "plan", "backward", "transport", "partition", "state", "observe"},
+    "cli": {"errors", "plan", "partition", "state", "observe", "runtime", "transport", "bench", "_cuda", "_native"},
+    "bench": {"errors", "plan", "backward", "partition", "observe", "runtime", "transport", "cli"},
+}
+
+
+def sources(package: str) -> list[Path]:
+    folder = ROOT / package
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [ROOT / f"{package}.py"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {f"pipex.{alias.name}" for alias in node.names} if module == "pipex" else {module}
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_arrows_point_down(package: str) -> None:
+    for path in sources(package):
+        for name in imports(path):
+            if name.startswith("pipex."):
+                target = name.split(".")[1]
+                assert target in MAY_IMPORT[package] | {package, "__version__"}, f"{path} imports {name}"
+
+
+def test_every_package_is_in_the_table() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"triton_kernels"} == set(MAY_IMPORT) - {"errors"}
+
+
+def test_plan_imports_the_standard_library_only() -> None:
+    for path in sources("plan"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names | {"pipex"}, f"{path} imports {name}"
+
+
+def test_planning_does_not_import_torch() -> None:
+    code = "import sys, pipex; pipex.build('1f1b', 2, 4); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
+    banned = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"}
+    for path in sorted(ROOT.rglob("*.py")):
+        assert not {name.split(".")[0] for name in imports(path)} & banned, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load"}, f"{path}:{node.lineno}"
+                assert "object_list" not in called and "gather_object" not in called, f"{path}:{node.lineno}"
+
+
+def test_public_names() -> None:
+    assert set(pipex.__all__) == {
+        "Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "split_model",
+    }  # fmt: skip
+    for name in pipex.__all__:
+        assert getattr(pipex, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pipex.nothing  # noqa: B018
+
+
+def test_version_is_the_distribution_s() -> None:
+    from importlib.metadata import version
+
+    assert version("pipex-torch") == pipex.__version__
