@@ -1,4 +1,4 @@
-"""A model of your own in a pipeline: `python examples/own_model.py`, or `torchrun --nproc-per-node 2 examples/own_model.py`."""
+"""A model of your own in a pipeline: `python own_model.py`, or `torchrun --nproc-per-node 2 own_model.py`."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def train() -> float:
     pipeline = pipex.Pipeline(stages, plan, nn.functional.mse_loss, optimizer=torch.optim.AdamW, clip_norm=1.0)
     for step in range(1, 101):
         x = torch.randn(64, 8)
-        loss = pipeline.step(x, x.sum(dim=1, keepdim=True).sin())
+        loss = pipeline.step(x, x[:, :1] * x[:, 1:2])
         if world.rank == 0 and step % 20 == 0:
             print(f"step {step}: loss {loss:.4f}")
     return loss

@@ -27,7 +27,7 @@ def accumulate(gradients: Mapping[Tensor, Tensor], *, owned: bool) -> None:
     if present:
         torch._foreach_add_(present, additions)
     for parameter in gradients:
-        hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        hooks = parameter._post_accumulate_grad_hooks
         if hooks:
             for hook in list(hooks.values()):
                 hook(parameter)

@@ -35,7 +35,7 @@ def start(tape: Tape) -> Tape | None:
     global _open
     with _lock:
         if _open == 0:
-            F.linear, F.embedding = _linear, _embedding  # type: ignore[assignment]
+            F.linear, F.embedding = _linear, _embedding
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer

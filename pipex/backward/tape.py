@@ -95,9 +95,7 @@ class Tape:
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
         """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
         w = self._splitter.alias(weight)
-        y = recording.torch_embedding(
-            x, weight if w is None else w, padding, scale_grad_by_freq=scale_by_frequency
-        )
+        y = recording.torch_embedding(x, weight if w is None else w, padding, scale_grad_by_freq=scale_by_frequency)
         if w is not None:
             row = -1 if padding is None else padding % weight.shape[0]
             self._uses.append(EmbeddingUse(x, y.grad_fn, weight, row, scale_by_frequency))
@@ -117,7 +115,7 @@ class Tape:
             one gradient per input, None where no output depends on it.
         """
         uses, parameters = self._uses, self._splitter.parameters
-        wanted: list[Any] = [*inputs, *(GradientEdge(use.node, 0) for use in uses), *parameters]
+        wanted: list[Any] = [*inputs, *(GradientEdge(use.node, 0) for use in uses if use.node is not None), *parameters]
         gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
         first, last = len(inputs), len(inputs) + len(uses)
         for use, dy in zip(uses, gradients[first:last], strict=True):

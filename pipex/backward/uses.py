@@ -54,7 +54,7 @@ class LinearUse(Use):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, x: Tensor, node: Node, weight: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, x: Tensor, node: Node | None, weight: Tensor | None, bias: Tensor | None) -> None:
         self.x = x
         self.version = x._version
         self.node = node
@@ -65,17 +65,17 @@ class LinearUse(Use):
         dy, x = self.dy, self.input()
         assert dy is not None
         if x.dim() == 2:
-            rows, columns, reduced = dy, x, (0,)
+            rows, columns, dims = dy, x, [0]
         else:
             rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
             # Where x cannot be flattened in place, torch runs a matmul and adds the bias afterwards; the bias
             # gradient is then reduced over dy as it lies in memory, which rounds differently from a sum of rows.
             if x.is_contiguous():
-                reduced, dy = (0,), rows
+                dims, dy = [0], rows
             else:
-                reduced = tuple(range(dy.dim() - 1))
+                dims = list(range(dy.dim() - 1))
         if self.bias is not None:
-            sums.add(self.bias, dy.sum(reduced))
+            sums.add(self.bias, dy.sum(dims))
         if self.weight is not None:
             sums.add(self.weight, rows.t().mm(columns))
 
@@ -85,7 +85,7 @@ class EmbeddingUse(Use):
 
     __slots__ = ("padding", "scale_by_frequency", "weight")
 
-    def __init__(self, x: Tensor, node: Node, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+    def __init__(self, x: Tensor, node: Node | None, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
         self.x = x
         self.version = x._version
         self.node = node

@@ -24,7 +24,9 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # from torch; pipex does not use numpy
-    parser = argparse.ArgumentParser(prog="pipex", description="Pipeline parallelism for PyTorch with a split backward.")
+    parser = argparse.ArgumentParser(
+        prog="pipex", description="Pipeline parallelism for PyTorch with a split backward."
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command")
     wanted = list(sys.argv[1:] if arguments is None else arguments)

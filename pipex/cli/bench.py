@@ -39,14 +39,18 @@ def run(options: argparse.Namespace) -> int:
     from pipex.errors import InputError
 
     if options.n < 1 or options.w < 0:
-        raise InputError("nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more")
+        raise InputError(
+            "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
+        )
     return _p2p(options) if options.bench == "p2p" else _step(options)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
     parser.add_argument("-n", metavar="COUNT", type=int, default=samples, help=f"samples (default: {samples})")
     parser.add_argument("-w", metavar="COUNT", type=int, default=5, help="rounds before them (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line; the table goes to stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line; the table goes to stderr"
+    )
     parser.add_argument("--min-ratio", metavar="CASE=RATIO,...", help=floor + "; exit 1 below")
 
 

@@ -36,9 +36,9 @@ class Figures:
 def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
     """The figures of complete steps; ``ranks[r]`` are the events of rank r, which must share one clock."""
     steps: dict[int, list[list[Event]]] = defaultdict(lambda: [[] for _ in ranks])
-    for rank, events in enumerate(ranks):
+    for number, events in enumerate(ranks):
         for event in events:
-            steps[event.step][rank].append(event)
+            steps[event.step][number].append(event)
     makespans, spans = [], []
     actions: dict[tuple[str, int], list[float]] = defaultdict(list)
     stages: dict[int, list[float]] = defaultdict(list)
@@ -61,9 +61,9 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
         for stage, seconds in per_stage.items():
             stages[stage].append(seconds)
         messages.extend(_messages(step))
-        for rank, events in enumerate(step):
-            for what, share in _shares(events).items():
-                shares[rank][what].append(share)
+        for collected, rank in zip(shares, step, strict=True):
+            for what, share in _shares(rank).items():
+                collected[what].append(share)
     return Figures(
         bubble_makespan=median(makespans),
         bubble_span=median(spans),
@@ -92,7 +92,9 @@ def _shares(events: Sequence[Event]) -> dict[str, float]:
     whole = max(e.end for e in events) - min(e.begin for e in events)
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
-        what = "waiting" if event.kind.startswith("RECV") else "sending" if event.kind.startswith("SEND") else event.kind
+        what = (
+            "waiting" if event.kind.startswith("RECV") else "sending" if event.kind.startswith("SEND") else event.kind
+        )
         seconds[what] += event.end - event.begin
     seconds["other"] = whole - sum(seconds.values())
     return {what: value / whole for what, value in seconds.items()}

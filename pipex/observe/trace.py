@@ -35,7 +35,9 @@ def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]]) 
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": rows, "displayTimeUnit": "ms"}, file)
     except OSError as error:
-        raise InputError(f"cannot write the trace {os.fspath(path)}", got=error.strerror, fix="choose another file") from error
+        raise InputError(
+            f"cannot write the trace {os.fspath(path)}", got=error.strerror, fix="choose another file"
+        ) from error
 
 
 def _rows(rank: int, event: Event) -> list[dict[str, Any]]:

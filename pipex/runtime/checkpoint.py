@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from pipex.runtime.pipeline import Pipeline
 
 
-def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
+def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> str | None:
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
-    Raises:
-        CheckpointError: a rank could not write; on all ranks, and nothing of this attempt is left.
+    Returns:
+        None if it is saved; otherwise what went wrong, the same on every rank, and nothing of this attempt is left.
     """
     path, rank, step = Path(directory), pipeline.world.rank, pipeline.steps
     names = _names(pipeline)
@@ -45,10 +46,12 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
         except CheckpointError as failure:
             errors = [f"rank 0: {failure}"]
     errors = json.loads(pipeline.world.exchange(json.dumps(errors).encode())[0])
-    if errors:
-        if rank == 0:
+    if not errors:
+        return None
+    if rank == 0:
+        with suppress(CheckpointError):  # of a directory that cannot be read; it has been said why
             state.discard(path, shards)
-        raise CheckpointError(f"no checkpoint was saved in {path}; the one before it stays: {'; '.join(errors)}")
+    return f"no checkpoint was saved in {path}; the one before it stays: {'; '.join(errors)}"
 
 
 def load(pipeline: Pipeline, directory: str | os.PathLike[str]) -> dict[str, Any]:

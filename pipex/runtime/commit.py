@@ -68,8 +68,10 @@ class Gradients:
             if edge.destination_rank == self._world.rank:
                 receiver = links.receivers[edge.source, edge.destination, "tied"]
                 receiver.post(step, 0)
-                tensors = receiver.receive(step, 0, edge.form)
-                received.update({(name, edge.source): t for name, t in zip(self._names_between(edge), tensors, strict=True)})
+                incoming = receiver.receive(step, 0, edge.form)
+                received.update(
+                    {(name, edge.source): t for name, t in zip(self._names_between(edge), incoming, strict=True)}
+                )
         for tie in self._ties:
             local = self._local_replicas(tie)
             if local:
@@ -105,9 +107,7 @@ class Gradients:
             parameter.grad = None
 
     def _local_replicas(self, tie: tied.Tie) -> list[nn.Parameter]:
-        return [
-            r for s, r in zip(tie.stages, tie.replicas, strict=True) if self._rank_of[s] == self._world.rank
-        ]
+        return [r for s, r in zip(tie.stages, tie.replicas, strict=True) if self._rank_of[s] == self._world.rank]
 
     def _names_between(self, edge: EdgeSpec) -> list[str]:
         return [tie.name for tie in self._ties if edge.source in tie.stages and edge.destination in tie.stages]

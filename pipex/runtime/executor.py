@@ -121,7 +121,7 @@ class Executor:
 
     # One method per kind of action, named after it.
 
-    def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
         inputs = self._input(runner, ends, microbatch)
         begin = monotonic_ns()
@@ -134,7 +134,7 @@ class Executor:
         if not runner.last:
             self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
 
-    def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = monotonic_ns()
         found = runner.backward_input(microbatch, gradients)
@@ -142,12 +142,12 @@ class Executor:
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
 
-    def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = monotonic_ns()
         runner.backward_weight(microbatch)
         self._note(begin, Kind.W, runner, microbatch)
 
-    def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = monotonic_ns()
         found = runner.backward(microbatch, gradients)
@@ -155,17 +155,17 @@ class Executor:
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
 
-    def _SEND_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _SEND_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._send(Kind.SEND_F, runner, ends, ends.activation_out, microbatch)
 
-    def _SEND_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _SEND_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._send(Kind.SEND_B, runner, ends, ends.gradient_out, microbatch)
 
-    def _RECV_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _RECV_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         assert ends.activation_in is not None
         ends.activation_in.post(self._data.step, microbatch)
 
-    def _RECV_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:  # noqa: N802
+    def _RECV_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         assert ends.gradient_in is not None
         ends.gradient_in.post(self._data.step, microbatch)
 

@@ -41,7 +41,9 @@ _PEER_ERRORS: dict[str, type[PeerError]] = {error.__name__: error for error in (
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
-def launch(fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT) -> list[Any]:
+def launch(
+    fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT
+) -> list[Any]:
     """Runs ``fn(*args)`` on every rank, each a process of its own, and returns what it returned, by rank.
 
     The same program runs under torchrun, on one host or many: there this process already is a rank, so ``fn`` runs

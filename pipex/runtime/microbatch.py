@@ -19,7 +19,9 @@ def as_tensors(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...
     tensors = (value,) if isinstance(value, Tensor) else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise InputError(f"{what} is not made of tensors", got=type(tensor).__name__, needed="a tensor or a tuple of tensors")
+            raise InputError(
+                f"{what} is not made of tensors", got=type(tensor).__name__, needed="a tensor or a tuple of tensors"
+            )
     return tensors
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pipex.plan as plans
-from pipex.errors import ConfigMismatch, InputError, PipexError
+from pipex.errors import CheckpointError, ConfigMismatch, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
@@ -23,7 +24,7 @@ from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import EdgeSpec, Links, Phase
+from pipex.transport.interface import EdgeSpec, Form, Links, Phase
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -69,13 +70,14 @@ class Pipeline:
         self._observer = observer
         self._failed: BaseException | None = None
         self._links: Links | None = None
-        self._capacity: dict[str, int] = {}
+        self._specs: list[EdgeSpec] = []
+        self._open_for = ""
         self._announced: dict[str, dict[int, Forms]] = {}
         with self._together():
             plans.validate(plan)
             self._check_arguments(stages, loss_fn)
-            self._agree({"plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "ranks": plan.placement.ranks,
-                         "micro-batches": plan.microbatches, "stages": len(stages), "clip_norm": str(clip_norm),
+            self._agree({"ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
+                         "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "clip_norm": str(clip_norm),
                          "seed": seed, "optimizer": str(optimizer is not None)})  # fmt: skip
             self.stages = as_stages(stages)
             self._ties = tied.separate(self.stages)
@@ -169,8 +171,10 @@ class Pipeline:
         """
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
-            checkpoint.save(self, directory, meta or {})
+            problem = checkpoint.save(self, directory, meta or {})
             self.world.at(self.steps, Phase.IDLE)
+        if problem is not None:
+            raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
 
     def load(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of ``save``.
@@ -189,21 +193,24 @@ class Pipeline:
 
     # The start of a step.
 
-    def _begin(
-        self, step: int, batch: Any, target: Any, *, training: bool
-    ) -> StepData:
+    def _begin(self, step: int, batch: Any, target: Any, *, training: bool) -> StepData:
         self.world.at(step, Phase.START)
         first, last = 0 in self._runners, len(self._rank_of) - 1 in self._runners
         inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
         targets = None if target is None else microbatch.as_tensors(target, "the target")
         for name, value, needed in (("batch", inputs, first), ("target", targets, last)):
             if needed and not value:
-                raise InputError(f"rank {self.world.rank} holds the {'first' if first else 'last'} stage and needs the {name}", got=value)
+                raise InputError(
+                    f"rank {self.world.rank} holds the {'first' if first else 'last'} stage and needs the {name}",
+                    got=value,
+                )
         said = {"step": step, "training": training, "batch": _describe(inputs), "target": _describe(targets)}
         agreed = self._agree(said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:
-            raise InputError("batch and target disagree", got=f"{samples} and {target_samples} samples", needed="the same number")
+            raise InputError(
+                "batch and target disagree", got=f"{samples} and {target_samples} samples", needed="the same number"
+            )
         sizes = microbatch.sizes(samples, self.plan.microbatches)
         pieces: list[tuple[Tensor, ...]] = []
         if first and inputs:
@@ -216,33 +223,34 @@ class Pipeline:
         forms = self._forms(json.dumps(agreed["batch"]), training, sizes, pieces)
         return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
 
-    def _forms(self, signature: str, training: bool, sizes: list[int], pieces: list[tuple[Tensor, ...]]) -> dict[int, Forms]:
-        """The announced messages for batches like this one; opens larger edges where they need them."""
+    def _forms(
+        self, signature: str, training: bool, sizes: list[int], pieces: list[tuple[Tensor, ...]]
+    ) -> dict[int, Forms]:
+        """The announced messages for batches like this one; opens the edges, and larger ones where they need them."""
         key = f"{training} {signature}"
         if key not in self._announced:
-            samples = {n: pieces[sizes.index(n)] if pieces else None for n in set(sizes)}
-            samples = dict(sorted(samples.items(), reverse=True))
+            samples = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
             self._announced[key] = announce(self.world, self._rank_of, self._runners, samples, self.world.device)
+        if key != self._open_for:
             self._open(self._announced[key][sizes[0]])
+            self._open_for = key
         return self._announced[key]
 
     def _open(self, forms: Forms) -> None:
         """Opens all edges between ranks, in one global order, unless the open ones are large enough."""
         slots, alive = plans.slots_needed(self.plan), plans.alive(self.plan)
-        specs = [
-            EdgeSpec(
-                edge.source, edge.destination, edge.kind, self._rank_of[edge.source], self._rank_of[edge.destination],
-                slots[edge], alive[edge],
-                (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination],
-            )
-            for edge in self.plan.edges
-        ] + self._gradients.edges()  # fmt: skip
-        needed = {str(spec): sum(t.nbytes for t in spec.form) for spec in specs}
-        if self._links is None or any(needed[edge] > self._capacity.get(edge, -1) for edge in needed):
+        specs = self._gradients.edges()
+        for edge in self.plan.edges:
+            form = (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination]
+            source, destination = self._rank_of[edge.source], self._rank_of[edge.destination]
+            specs.append(EdgeSpec(*edge, source, destination, slots[edge], alive[edge], form))
+        if self._links is not None:
+            if all(_fits(spec.form, opened.form) for spec, opened in zip(specs, self._specs, strict=True)):
+                return
+            specs = [replace(s, form=_larger(s.form, o.form)) for s, o in zip(specs, self._specs, strict=True)]
             self.close()
-            self._links = self.world.open(specs, self.plan.digest)
-            self._capacity = needed
-            self._executor.connect(self._links)
+        self._links, self._specs = self.world.open(specs, self.plan.digest), specs
+        self._executor.connect(self._links)
 
     # Agreement, failure, progress.
 
@@ -252,8 +260,8 @@ class Pipeline:
             raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
                              needed=f"{self.world.ranks}, as launched")  # fmt: skip
         if len(stages) != placement.stages:
-            raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages",
-                             needed=f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)")  # fmt: skip
+            needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
+            raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
         if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
             raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
                              fix="make it part of the last stage")  # fmt: skip
@@ -319,3 +327,14 @@ def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
 
 def _name(action: plans.Action) -> tuple[str, int, int]:
     return str(action), action.stage, action.microbatch
+
+
+def _fits(form: Form, opened: Form) -> bool:
+    return len(form) == len(opened) and all(f.nbytes <= o.nbytes for f, o in zip(form, opened, strict=True))
+
+
+def _larger(form: Form, opened: Form) -> Form:
+    """Room for both, so that batches of two shapes in turn do not open edges again and again."""
+    if len(form) != len(opened):
+        return form
+    return tuple(f if f.nbytes >= o.nbytes else o for f, o in zip(form, opened, strict=True))

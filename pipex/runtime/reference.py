@@ -68,7 +68,7 @@ class OneProcess:
         """Leaves the step's gradients, not yet clipped, in ``.grad`` and its loss in ``loss``."""
         total: Tensor | None = None
         for loss in self._losses(batch, target):
-            loss.backward()
+            torch.autograd.backward([loss])
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         self.loss = total.item()

@@ -36,6 +36,7 @@ def separate(stages: Sequence[Stage]) -> list[Tie]:
     ties = []
     for name, holders in tied(stages).items():
         original = stages[holders[0]].names[name]
+        assert isinstance(original, nn.Parameter)
         replicas = [original]
         for holder in holders[1:]:
             replica = nn.Parameter(original.data, requires_grad=original.requires_grad)

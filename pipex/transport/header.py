@@ -48,7 +48,7 @@ class Header(NamedTuple):
     source: int
     destination: int
     kind: str
-    index: int
+    tensor: int
     microbatch: int
     step: int
     sequence: int
@@ -65,16 +65,29 @@ class Header(NamedTuple):
             raise InputError(f"tensors of dtype {self.form.dtype} cannot go between stages", needed=f"one of {DTYPES}")
         return LAYOUT.pack(
             MAGIC, VERSION, self.digest, self.source, self.destination, KINDS.index(self.kind),
-            _DTYPE_CODE[self.form.dtype], len(shape), self.index, self.microbatch, self.step, self.sequence,
+            _DTYPE_CODE[self.form.dtype], len(shape), self.tensor, self.microbatch, self.step, self.sequence,
             self.form.nbytes, *shape, *([0] * (MAX_DIMENSIONS - len(shape))),
         )  # fmt: skip
 
 
 def describe(raw: bytes) -> str:
     """Says in words what a received header announces; never fails, whatever the bytes are."""
-    magic, version, digest, source, destination, kind, dtype, dims, index, microbatch, step, sequence, nbytes, *shape = (
-        LAYOUT.unpack(raw)
-    )
+    (
+        magic,
+        version,
+        digest,
+        source,
+        destination,
+        kind,
+        dtype,
+        dims,
+        index,
+        microbatch,
+        step,
+        sequence,
+        nbytes,
+        *shape,
+    ) = LAYOUT.unpack(raw)
     if magic != MAGIC or version != VERSION:
         return f"no pipex message of version {VERSION} (first bytes {raw[:8].hex()})"
     kind_name = KINDS[kind] if kind < len(KINDS) else f"unknown kind {kind}"

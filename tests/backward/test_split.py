@@ -151,6 +151,14 @@ def tokens(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(0, 11, shape)
 
 
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 5, bias=False)), floats(7, 8)),
     "block": (Block, floats(2, 5, 16)),
@@ -167,16 +175,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "custom Function": (WithOwnFunction, floats(6, 8)),
     "checkpoint": (Checkpointed, floats(6, 8)),
     "unused branch": (Unused, floats(6, 8)),
-    "frozen weight": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "0.weight"), floats(6, 8)),
-    "frozen bias": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "2.bias"), floats(6, 8)),
-    "frozen layer": (lambda: frozen(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "0.weight", "0.bias"), floats(6, 8)),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)), floats(2, 2, 4, 4)),
+    "frozen weight": (lambda: frozen(mlp(), "0.weight"), floats(6, 8)),
+    "frozen bias": (lambda: frozen(mlp(), "2.bias"), floats(6, 8)),
+    "frozen layer": (lambda: frozen(mlp(), "0.weight", "0.bias"), floats(6, 8)),
+    "convolution": (convolution, floats(2, 2, 4, 4)),
     "attention module": (lambda: SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), floats(2, 5, 8)),
     "lstm": (lambda: First(nn.LSTM(8, 8, batch_first=True)), floats(2, 5, 8)),
     "scaled embedding": (lambda: nn.Embedding(11, 4, scale_grad_by_freq=True), tokens(2, 9)),
     "embedding with max_norm": (lambda: nn.Embedding(11, 4, max_norm=1.0), tokens(2, 9)),
-    "bfloat16": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).bfloat16(), lambda: torch.randn(6, 8).bfloat16()),
-    "float64": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double(), lambda: torch.randn(6, 8).double()),
+    "bfloat16": (lambda: mlp().bfloat16(), lambda: torch.randn(6, 8).bfloat16()),
+    "float64": (lambda: mlp().double(), lambda: torch.randn(6, 8).double()),
 }  # fmt: skip
 
 

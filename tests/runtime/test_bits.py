@@ -97,8 +97,12 @@ def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, s
     losses = [pipeline.step(*batch(step, samples)) for step in range(steps)]
     evaluated = pipeline.evaluate(*batch(steps, samples))
     parameters = {n: digest(t) for stage in pipeline.local_stages for n, t in stage.names.items()}
-    owned = [len(stage.names) for stage in pipeline.local_stages]
-    return {"losses": losses, "evaluated": evaluated, "gradients": witness.seen, "parameters": parameters, "owned": owned}
+    return {
+        "losses": losses,
+        "evaluated": evaluated,
+        "gradients": witness.seen,
+        "parameters": parameters,
+    }
 
 
 def one_process(job: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:

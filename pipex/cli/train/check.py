@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from pipex import state
 from pipex.cli.train.data import ByteText
 from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stages, digest
@@ -19,7 +21,7 @@ def differences(options: Options, text: ByteText, outcome: Outcome) -> list[str]
         build_stages(options, plan.placement.stages), plan.microbatches, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed,
     )  # fmt: skip
-    names = {}
+    names: dict[str, Tensor] = {}
     for stage in reversed(process.stages):
         names |= stage.names
     if options.resume is not None:

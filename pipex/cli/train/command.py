@@ -36,8 +36,7 @@ def run(namespace: argparse.Namespace) -> int:
         plan = build_plan(options, options.ranks)
         build_stages(options, plan.placement.stages)
         results = launch(_rank, options.ranks, args=(options, text), timeout=options.timeout)
-    codes = [result for result in results if result is not None]
-    return max(codes)
+    return max(int(result) for result in results if result is not None)
 
 
 def _rank(options: Options, text: Any) -> int:

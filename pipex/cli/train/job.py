@@ -8,12 +8,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import pipex.plan as plans
@@ -87,8 +86,8 @@ def train(options: Options, text: ByteText) -> Outcome:
     if options.resume is not None:
         saved = pipeline.load(options.resume)
         if saved != describe_run(options):
-            raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options), needed=saved,
-                                  fix="give the options of the saved run")  # fmt: skip
+            raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options),
+                                  needed=saved, fix="give the options of the saved run")  # fmt: skip
     stop = _Stop()
     losses: list[float] = []
     seconds: list[float] = []

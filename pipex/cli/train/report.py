@@ -13,7 +13,9 @@ from pipex.observe import Figures
 from pipex.plan import Plan
 
 
-def numbers(options: Options, plan: Plan, outcome: Outcome, figures: Figures, different: list[str] | None) -> dict[str, Any]:
+def numbers(
+    options: Options, plan: Plan, outcome: Outcome, figures: Figures, different: list[str] | None
+) -> dict[str, Any]:
     """The report's numbers. Times are medians over the observed steps.
 
     Args:
@@ -51,9 +53,12 @@ def text(result: dict[str, Any], figures: Figures, different: list[str] | None) 
         f"predicted from the stage times {result['bubble_makespan_predicted']:.1%}",
     ]
     if result["oversubscribed"]:
-        lines.append(f"                  {ranks} ranks share {len(os.sched_getaffinity(0))} cores, so the bubbles say little here")
+        lines.append(f"{'':18}{ranks} ranks share {len(os.sched_getaffinity(0))} cores, so the bubbles say little here")
     if result["p2p_us_p50"] is not None:
-        lines.append(f"message           {result['p2p_us_p50']:.0f} µs in the median, {result['p2p_us_p99']:.0f} µs at the 99th percentile")
+        lines.append(
+            f"message           {result['p2p_us_p50']:.0f} µs in the median, "
+            f"{result['p2p_us_p99']:.0f} µs at the 99th percentile"
+        )
     lines.append(f"activations held  {', '.join(map(str, result['peak_activations']))} micro-batches at most, per rank")
     if different is not None:
         lines.append(
@@ -75,6 +80,7 @@ def _table(figures: Figures) -> list[str]:
 
 def _predicted(plan: Plan, figures: Figures) -> float:
     """The makespan bubble that the plan has with the measured median times of its actions."""
+
     def of(kind: str) -> list[float]:
         return [figures.action.get((kind, stage), 0.0) for stage in range(plan.placement.stages)]
 
@@ -96,4 +102,3 @@ def _percentile(seconds: list[float], percent: int) -> float | None:
     if not seconds:
         return None
     return 1e6 * (quantiles(seconds, n=100, method="inclusive")[percent - 1] if len(seconds) > 1 else seconds[0])
-

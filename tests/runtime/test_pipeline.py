@@ -1,0 +1,203 @@
+"""What a pipeline does besides its numbers: shapes that change, checkpoints, events, agreement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipex
+from pipex.errors import CheckpointError, ConfigMismatch, InputError, PeerFailed, PipexError
+from pipex.observe import Recorder
+from pipex.runtime.reference import OneProcess
+
+LOSS = nn.functional.mse_loss
+
+
+def layers(width: int = 6) -> nn.Sequential:
+    torch.manual_seed(4)
+    blocks = [nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh()) for _ in range(4)]
+    return nn.Sequential(*blocks, nn.Linear(width, 2))
+
+
+def data(samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 6, generator=generator), torch.randn(samples, 2, generator=generator)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def pipeline(family: str = "zb-h1", microbatches: int = 2, **options: Any) -> pipex.Pipeline:
+    ranks = pipex.current_world().ranks
+    options = {"optimizer": adam, **options}
+    return pipex.Pipeline(pipex.split_model(layers(), ranks), pipex.build(family, ranks, microbatches), LOSS, **options)
+
+
+BATCHES = [8, 12, 5, 12, 8]  # samples of each step: growing, shrinking, uneven
+
+
+def changing_batches() -> list[float]:
+    pipe = pipeline()
+    losses = []
+    for step, samples in enumerate(BATCHES):
+        losses += [pipe.step(*data(samples, step)), pipe.evaluate(*data(samples + 1, 100 + step))]
+    return losses
+
+
+def test_batches_of_changing_size_and_buffers_in_between() -> None:
+    """BatchNorm's running statistics must not see the announcement's zeros."""
+    process = OneProcess(pipex.split_model(layers(), 2), 2, LOSS, optimizer=adam)
+    expected = []
+    for step, samples in enumerate(BATCHES):
+        expected += [process.step(*data(samples, step)), process.evaluate(*data(samples + 1, 100 + step))]
+    assert pipex.launch(changing_batches, 2) == [expected, expected]
+
+
+def save_and_go_on(directory: str) -> list[float]:
+    pipe = pipeline()
+    for step in range(3):
+        pipe.step(*data(8, step))
+    pipe.save(directory, {"note": "three steps"})
+    return [pipe.step(*data(8, step)) for step in range(3, 6)]
+
+
+def load_and_go_on(directory: str) -> list[Any]:
+    pipe = pipeline()
+    meta = pipe.load(directory)
+    return [meta, pipe.steps, *(pipe.step(*data(8, step)) for step in range(3, 6))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_checkpoint_goes_on_bit_for_bit_on_any_number_of_ranks(ranks: int, tmp_path: Path) -> None:
+    expected = pipex.launch(save_and_go_on, 2, args=(str(tmp_path),))[0]
+    for meta, steps, *losses in pipex.launch(load_and_go_on, ranks, args=(str(tmp_path),)):
+        assert meta == {"note": "three steps"}
+        assert steps == 3
+        assert losses == expected
+
+
+def save_where_it_cannot(directory: str) -> str:
+    pipe = pipeline()
+    pipe.step(*data(8, 0))
+    with pytest.raises(CheckpointError) as error:
+        pipe.save(directory)
+    pipe.step(*data(8, 1))  # training goes on
+    return str(error.value)
+
+
+def test_a_save_that_fails_fails_on_every_rank(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a directory")
+    messages = pipex.launch(save_where_it_cannot, 2, args=(str(file),))
+    assert messages[0] == messages[1]
+    assert "no checkpoint was saved" in messages[0]
+
+
+def watched() -> dict[str, Any]:
+    recorder = Recorder(steps=1)
+    pipe = pipeline("1f1b", 3, observer=recorder)
+    pipe.step(*data(6, 0))
+    return {"names": [event.name for event in recorder.events], "peak": pipe.peak_activations}
+
+
+def test_events_follow_the_plan() -> None:
+    first, second = pipex.launch(watched, 2)
+    tail = ["reduce", "optimizer"]
+    assert first["names"] == ["0F0", "0SEND_F0", "0F1", "0SEND_F1", "0RECV_B0", "0B0", "0F2", "0SEND_F2",
+                              "0RECV_B1", "0B1", "0RECV_B2", "0B2", *tail]  # fmt: skip
+    assert second["names"] == ["1RECV_F0", "1F0", "1B0", "1SEND_B0", "1RECV_F1", "1F1", "1B1", "1SEND_B1",
+                               "1RECV_F2", "1F2", "1B2", "1SEND_B2", *tail]  # fmt: skip
+    assert (first["peak"], second["peak"]) == (2, 1)
+
+
+def only_where_needed() -> float:
+    world = pipex.current_world()
+    x, y = data(8, 0)
+    return pipeline().step(x if world.rank == 0 else None, y if world.rank == world.ranks - 1 else None)
+
+
+def everywhere() -> float:
+    return pipeline().step(*data(8, 0))
+
+
+def test_batch_and_target_are_needed_only_where_they_are_read() -> None:
+    assert pipex.launch(only_where_needed, 3) == pipex.launch(everywhere, 3)
+
+
+def disagree(what: str) -> None:
+    rank = pipex.current_world().rank
+    if what == "plan":
+        pipeline("1f1b" if rank else "gpipe")
+    elif what == "micro-batches":
+        pipeline(microbatches=2 + rank)
+    elif what == "clip_norm":
+        pipeline(clip_norm=None if rank else 1.0)
+    else:
+        x, y = data(8, 0)
+        pipe = pipeline()
+        pipe.step(x.double() if rank and what == "dtype" else x[: 8 - rank], y)
+
+
+@pytest.mark.parametrize(
+    ("what", "both"),
+    [
+        ("plan", ("gpipe", "1f1b")),
+        ("micro-batches", ("2 on rank 0", "3 on rank 1")),
+        ("clip_norm", ("1.0 on rank 0", "None on rank 1")),
+        ("dtype", ("float32", "float64")),
+        ("samples", ("[8, 6]", "[7, 6]")),
+    ],
+)
+def test_ranks_that_disagree_are_told_both_values(what: str, both: tuple[str, str]) -> None:
+    with pytest.raises(PeerFailed) as error:
+        pipex.launch(disagree, 2, args=(what,))
+    assert ConfigMismatch.__name__ in str(error.value)
+    for value in both:
+        assert value in str(error.value)
+
+
+class Bad(nn.Module):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.linear, self.output = nn.Linear(6, 6), output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pipeline().step(torch.zeros(1, 6), torch.zeros(1, 2)), "1 samples for 2 micro-batches"),
+        (lambda: pipeline().step(torch.zeros(4, 6), torch.zeros(3, 2)), "4 and 3 samples"),
+        (lambda: pipeline().step(None, torch.zeros(4, 2)), "needs the batch"),
+        (lambda: pipeline().step(torch.zeros(4, 6), None), "needs the target"),
+        (lambda: pipeline().step("text", torch.zeros(4, 2)), "got str"),
+        (lambda: pipeline(optimizer=None).step(*data(4, 0)), "got no optimizer"),
+        (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 1, 2), lambda a, b: a - b, optimizer=adam).step(*data(4, 0)),
+         "must return the mean loss"),
+        (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 1, 2), nn.Linear(2, 2)), "loss_fn has parameters"),
+        (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 2, 2), LOSS), "a plan for 2"),
+        (lambda: pipex.Pipeline([layers(), layers()], pipex.build("1f1b", 1, 2), LOSS), "got 2 stages"),
+        (lambda: pipex.build("1f1b", 2, 0), "too few micro-batches"),
+        (lambda: pipex.build("2f2b", 2, 1), "naive, gpipe, 1f1b, zb-h1"),
+        (lambda: pipex.launch(everywhere, 0), "got 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_with_its_numbers(call: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    assert message in str(error.value)
+
+
+def test_a_pipeline_that_has_failed_says_so() -> None:
+    pipe = pipeline()
+    with pytest.raises(InputError):
+        pipe.step(None, None)
+    with pytest.raises(PipexError, match="has failed before"):
+        pipe.step(*data(4, 0))
