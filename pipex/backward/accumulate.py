@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def accumulate(gradients: Mapping[Tensor, Tensor], *, owned: bool) -> None:
+def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, owned: bool) -> None:
     """Adds each gradient to its parameter's ``.grad``, then runs the post-accumulate hooks.
 
     Args:
-        gradients: by leaf tensor, of its shape and dtype: the whole gradient of this backward.
+        parameters: leaf tensors, each once.
+        gradients: for each of them, in its shape and dtype, the whole gradient of this backward.
         owned: the gradients are fresh memory that nobody else sees, so the first one may become ``.grad`` itself.
     """
     present: list[Tensor] = []
     additions: list[Tensor] = []
-    for parameter, gradient in gradients.items():
+    hooked = False
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         before = parameter.grad
         if before is not None:
             present.append(before)
             additions.append(gradient)
         else:
             parameter.grad = gradient if owned else torch.empty_like(parameter).copy_(gradient)
+        hooked = hooked or bool(parameter._post_accumulate_grad_hooks)
     if present:
         torch._foreach_add_(present, additions)
-    for parameter in gradients:
-        hooks = parameter._post_accumulate_grad_hooks
-        if hooks:
-            for hook in list(hooks.values()):
+    if hooked:
+        for parameter in parameters:
+            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
                 hook(parameter)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate
@@ -72,7 +71,7 @@ class Tape:
     def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
         self._uses: list[Use] = []
-        self._direct: dict[Tensor, Tensor] = {}  # gradients from unrecorded uses of recorded parameters
+        self._direct = Sums()  # gradients from unrecorded uses of recorded parameters
         self._outer: Tape | None = None
 
     def __enter__(self) -> Tape:
@@ -115,20 +114,23 @@ class Tape:
             one gradient per input, None where no output depends on it.
         """
         uses, parameters = self._uses, self._splitter.parameters
-        wanted: list[Any] = [*inputs, *(GradientEdge(use.node, 0) for use in uses if use.node is not None), *parameters]
+        wanted: list[Any] = [*inputs, *[use.edge() for use in uses], *parameters]
         gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
-        first, last = len(inputs), len(inputs) + len(uses)
-        for use, dy in zip(uses, gradients[first:last], strict=True):
-            use.dy = dy
+        place = len(inputs)
+        for use in uses:
+            use.dy = gradients[place]
             use.node, use.x = None, use.x.detach()  # lets the graph go now, as an unsplit backward would
-        direct: dict[Tensor, Tensor] = {}
-        for parameter, gradient in zip(parameters, gradients[last:], strict=True):
+            place += 1
+        now = Sums()
+        for parameter in parameters:
+            gradient = gradients[place]
+            place += 1
             if gradient is not None:
                 # A parameter that is recorded elsewhere waits for those gradients, to be added once with them.
-                (self._direct if self._splitter.recorded(parameter) else direct)[parameter] = gradient
-        if direct:
-            accumulate(direct, owned=False)
-        return gradients[:first]
+                (self._direct if self._splitter.recorded(parameter) else now).add(parameter, gradient)
+        if now.parameters:
+            accumulate(now.parameters, now.gradients, owned=False)
+        return gradients[: len(inputs)]
 
     def backward_weight(self) -> None:
         """W: adds the deferred weight gradients to ``.grad``.
@@ -140,7 +142,7 @@ class Tape:
             for use in reversed(self._uses):
                 if use.dy is not None:
                     use.add_to(sums)
-            for parameter, gradient in self._direct.items():
+            for parameter, gradient in zip(self._direct.parameters, self._direct.gradients, strict=True):
                 sums.add(parameter, gradient)
-            accumulate(sums, owned=True)
-        self._uses, self._direct = [], {}
+            accumulate(sums.parameters, sums.gradients, owned=True)
+        self._uses, self._direct = [], Sums()

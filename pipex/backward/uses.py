@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 
-class Sums(dict[Tensor, Tensor]):
-    """Gradients of one micro-batch by parameter, summed in the order in which they are added."""
+class Sums:
+    """Gradients of one micro-batch: one per parameter, summed in the order in which they are added."""
 
-    __slots__ = ()
+    __slots__ = ("_place", "gradients", "parameters")
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self._place: dict[int, int] = {}  # id of a parameter -> its place in the lists
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        before = self.get(parameter)
-        self[parameter] = gradient if before is None else before + gradient
+        place = self._place.setdefault(id(parameter), len(self.parameters))
+        if place == len(self.parameters):
+            self.parameters.append(parameter)
+            self.gradients.append(gradient)
+        else:
+            self.gradients[place] = self.gradients[place] + gradient
 
 
 class Use:
@@ -32,6 +41,11 @@ class Use:
     version: int
     node: Node | None  # of the output, taken before user code sees it: in-place operations there make new nodes
     dy: Tensor | None
+
+    def edge(self) -> GradientEdge:
+        """Where I finds dy. Made in I, not before: it costs as much as the rest of a use."""
+        assert self.node is not None
+        return GradientEdge(self.node, 0)
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
@@ -64,14 +78,14 @@ class LinearUse(Use):
     def add_to(self, sums: Sums) -> None:
         dy, x = self.dy, self.input()
         assert dy is not None
-        if x.dim() == 2:
-            rows, columns, dims = dy, x, [0]
-        else:
+        dims = [0]
+        rows, columns = dy, x
+        if x.dim() > 2:
             rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
             # Where x cannot be flattened in place, torch runs a matmul and adds the bias afterwards; the bias
             # gradient is then reduced over dy as it lies in memory, which rounds differently from a sum of rows.
             if x.is_contiguous():
-                dims, dy = [0], rows
+                dy = rows
             else:
                 dims = list(range(dy.dim() - 1))
         if self.bias is not None:

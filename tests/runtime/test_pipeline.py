@@ -170,6 +170,10 @@ class Bad(nn.Module):
         return self.output(self.linear(x))
 
 
+def solo(loss: Any) -> pipex.Pipeline:
+    return pipex.Pipeline([layers()], pipex.build("1f1b", 1, 2), loss, optimizer=adam)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -179,9 +183,8 @@ class Bad(nn.Module):
         (lambda: pipeline().step(torch.zeros(4, 6), None), "needs the target"),
         (lambda: pipeline().step("text", torch.zeros(4, 2)), "got str"),
         (lambda: pipeline(optimizer=None).step(*data(4, 0)), "got no optimizer"),
-        (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 1, 2), lambda a, b: a - b, optimizer=adam).step(*data(4, 0)),
-         "must return the mean loss"),
-        (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 1, 2), nn.Linear(2, 2)), "loss_fn has parameters"),
+        (lambda: solo(lambda a, b: a - b).step(*data(4, 0)), "must return the mean loss"),
+        (lambda: solo(nn.Linear(2, 2)), "loss_fn has parameters"),
         (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 2, 2), LOSS), "a plan for 2"),
         (lambda: pipex.Pipeline([layers(), layers()], pipex.build("1f1b", 1, 2), LOSS), "got 2 stages"),
         (lambda: pipex.build("1f1b", 2, 0), "too few micro-batches"),

@@ -6,7 +6,7 @@ import os
 import socket
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from pipex.errors import InputError
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, NamedTuple
 
-from torch.distributed import Store, Work  # type: ignore[attr-defined]
+from torch.distributed import Store, Work
 
 from pipex.errors import PeerError, PeerFailed, PeerLost, PeerStalled
 from pipex.transport.interface import Phase, World

@@ -24,7 +24,7 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pipex.errors import InputError, NativeUnavailable, PeerError, PipexError
 from pipex.transport.group.edges import Group, GroupLinks, GroupReceiver, GroupSender, Lane

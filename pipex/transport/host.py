@@ -1,0 +1,342 @@
+"""Ranks of one host: every edge is a ring in anonymous shared memory (csrc/host).
+
+    launcher   run = HostRun.create(ranks)      run.fd is inherited by its children
+    rank       world = HostRun.attach(fd).join(rank)
+    elsewhere  HostRun.open(address)            where no descriptor can be inherited (torchrun)
+
+The producer copies a tensor straight into a slot of the consumer's memory, and there the consumer uses it: one copy in
+all. The slot is lent until the last reference to the tensor's storage is gone, so whatever autograd saves stays as it
+was received.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipex import _native
+from pipex.errors import ConfigMismatch, InputError, PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.transport.header import Header, mismatch
+from pipex.transport.interface import (
+    ActionNamer,
+    EdgeKind,
+    EdgeSpec,
+    Form,
+    Phase,
+    Receiver,
+    Sender,
+    TensorForm,
+)
+from pipex.transport.local import LocalEdge
+
+TIMEOUT = 300.0
+"""Seconds without any progress of the awaited rank after which it counts as stalled."""
+
+_DLPACK = {
+    torch.float64: (2, 64), torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16),
+    torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16), torch.int8: (0, 8), torch.uint8: (1, 8),
+    torch.complex64: (5, 64), torch.complex128: (5, 128), torch.bool: (6, 8),
+}  # fmt: skip
+_AS_BYTES = (1, 8)
+"""float8 crosses DLPack as uint8 and is viewed: older torch versions do not read its codes."""
+
+
+class HostRun:
+    """The control page of a run on one host: who is there, who does what, and how the run ended."""
+
+    def __init__(self, control: _native.Control) -> None:
+        self._control = control
+
+    @classmethod
+    def create(cls, ranks: int) -> HostRun:
+        """Starts a run of ``ranks`` ranks.
+
+        Raises:
+            OutOfSharedMemory: there is no memory for it.
+        """
+        return cls(_native.Control(ranks))
+
+    @classmethod
+    def attach(cls, fd: int) -> HostRun:
+        """Takes over an inherited descriptor of a run.
+
+        Raises:
+            InputError: it is not one.
+            ConfigMismatch: another version of pipex made it.
+        """
+        return cls(_native.Control.attach(fd))
+
+    @classmethod
+    def open(cls, address: bytes) -> HostRun:
+        """Opens the run at the ``address`` of a process that holds it open; raises as ``attach`` does."""
+        return cls(_native.Control.open(address))
+
+    @property
+    def ranks(self) -> int:
+        return self._control.ranks
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to inherit; children of exec need ``pass_fds``."""
+        return self._control.fd
+
+    @property
+    def address(self) -> bytes:
+        """32 bytes by which processes of this user and host can open the run, until ``close``."""
+        return self._control.address
+
+    def lost(self, rank: int, how: str) -> None:
+        """Tells all ranks that ``rank`` has ended; for a launcher, which also sees children that never joined.
+
+        ``how`` completes "rank 2 is gone: ", such as ``"killed by SIGKILL"``. The first failure of a run wins.
+        """
+        self._control.lost(rank, f"is gone: {how}")
+
+    def join(self, rank: int, *, timeout: float = TIMEOUT) -> HostWorld:
+        """Makes this process a rank of the run. ``timeout`` is in seconds.
+
+        Raises:
+            InputError: there is no such rank, or another process has taken it.
+        """
+        if not timeout > 0:
+            raise InputError("a time-out must be positive", got=timeout, needed="seconds above 0")
+        threads = self.ranks * torch.get_num_threads()
+        return HostWorld(self._control, rank, timeout, spin=threads <= len(os.sched_getaffinity(0)))
+
+    def close(self) -> None:
+        """Closes the descriptor. Ranks that have joined go on."""
+        self._control.close_descriptor()
+
+
+class HostWorld:
+    """The ranks of one run on one host (``pipex.transport.interface.World``)."""
+
+    def __init__(self, control: _native.Control, rank: int, timeout: float, *, spin: bool) -> None:
+        self._control = control
+        self._member = _native.Member(control, rank, timeout, spin)
+        self._left = False
+        self.rank = rank
+        self.ranks = control.ranks
+        self.device = torch.device("cpu")
+        self.device = torch.device("cpu")
+        self.namer: ActionNamer | None = None
+
+    def exchange(self, payload: bytes) -> list[bytes]:
+        try:
+            return self._member.exchange(payload)
+        except _native.Aborted as ending:
+            raise self.peer_error(ending) from None
+
+    def at(self, step: int, position: int) -> None:
+        self._member.at(step, position)
+
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> HostLinks:
+        """Opens all edges (see the interface).
+
+        Raises:
+            ConfigMismatch: ranks gave different edges or digests.
+            OutOfSharedMemory: there is no memory for the rings.
+            PeerError: another rank ended the run.
+        """
+        incoming = {
+            str(spec): [_native.RingReceiver(self._member, spec.source_rank, *size) for size in _ring_sizes(spec)]
+            for spec in specs
+            if spec.destination_rank == self.rank != spec.source_rank
+        }
+        config = [f"plan {digest.hex()}", *(_describe(spec) for spec in specs)]
+        addresses = {edge: [ring.address.hex() for ring in rings] for edge, rings in incoming.items()}
+        offer = json.dumps({"config": config, "rings": addresses})
+        offers = [json.loads(payload) for payload in self.exchange(offer.encode())]
+        for rank, other in enumerate(offers):
+            if other["config"] != config:
+                raise _config_mismatch(self.rank, config, rank, other["config"])
+
+        links = HostLinks()
+        for spec in specs:
+            edge = (spec.source, spec.destination, spec.kind)
+            if spec.source_rank == spec.destination_rank == self.rank:
+                links.senders[edge] = links.receivers[edge] = LocalEdge(spec)
+            elif spec.destination_rank == self.rank:
+                links.receivers[edge] = HostReceiver(self, spec, digest, incoming[str(spec)])
+            elif spec.source_rank == self.rank:
+                offered = [bytes.fromhex(address) for address in offers[spec.destination_rank]["rings"][str(spec)]]
+                links.senders[edge] = HostSender(self, spec, digest, [
+                    _native.RingSender(self._member, spec.destination_rank, address, *size)
+                    for address, size in zip(offered, _ring_sizes(spec), strict=True)
+                ])  # fmt: skip
+        self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
+        for rings in incoming.values():
+            for ring in rings:
+                ring.close_descriptor()
+        return links
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, PeerError):
+            return
+        try:
+            text = str(error)
+        except Exception:
+            text = "(its message cannot be printed)"
+        first_line = text.partition("\n")[0]
+        self._member.fail(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
+
+    def close(self) -> None:
+        if self._left:
+            return
+        try:
+            if not self._control.aborted:  # else the others have left, or will without us
+                self.at(0, Phase.CLOSING)
+                self.exchange(b"")
+        finally:
+            self._left = True
+            self._member.leave()
+            self._control.close_descriptor()
+
+    def peer_error(self, ending: _native.Aborted) -> PeerError:
+        """The error that all ranks raise for the run's abort record."""
+        kind, rank, step, position, text = ending.args
+        action, stage, microbatch = self._name(rank, position)
+        if kind == "failed":
+            return PeerFailed(
+                "failed", remote=text, rank=rank, step=step or None, stage=stage, action=action, microbatch=microbatch
+            )
+        error = PeerLost if kind == "lost" else PeerStalled
+        return error(text, rank=rank, step=step or None, stage=stage, action=action, microbatch=microbatch)
+
+    def _name(self, rank: int, position: int) -> tuple[str | None, int | None, int | None]:
+        if position >= 0:
+            return self.namer(rank, position) if self.namer else (None, None, None)
+        return Phase(position).name.lower(), None, None
+
+
+class HostLinks:
+    """This rank's ends of all edges (``pipex.transport.interface.Links``)."""
+
+    def __init__(self) -> None:
+        self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
+        self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
+
+    def flush(self) -> None:
+        """Nothing to wait for: ``send`` has copied."""
+
+    def close(self) -> None:
+        self.senders.clear()
+        self.receivers.clear()
+
+
+class HostSender:
+    """The producer's end of an edge: one ring for each tensor of a message. ``send`` has copied when it returns."""
+
+    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, rings: list[_native.RingSender]) -> None:
+        self._world, self._spec, self._digest = world, spec, digest
+        self._sends = [ring.send for ring in rings]
+        self._announced: dict[tuple[int, torch.Size, torch.dtype], tuple[_native.TensorTemplate, bool]] = {}
+
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self._sends):
+            raise InputError(
+                f"a message of the {self._spec} has another number of tensors",
+                got=len(tensors), needed=len(self._sends), fix="a stage must return as many for every micro-batch",
+            )  # fmt: skip
+        try:
+            for index, tensor in enumerate(tensors):
+                announced = self._announced.get((index, tensor.shape, tensor.dtype))
+                template, maybe_lazy = announced or self._announce(index, tensor)
+                if not tensor.is_cpu:
+                    raise InputError(f"the {self._spec} is in host memory",
+                                     got=f"a tensor on {tensor.device}", needed="one on the CPU")  # fmt: skip
+                if not tensor.is_contiguous() or (maybe_lazy and (tensor.is_neg() or tensor.is_conj())):
+                    tensor = tensor.resolve_neg().resolve_conj().contiguous()
+                self._sends[index](template, tensor.data_ptr(), step, microbatch)
+        except _native.Aborted as ending:
+            raise self._world.peer_error(ending) from None
+
+    def _announce(self, index: int, tensor: Tensor) -> tuple[_native.TensorTemplate, bool]:
+        # Torch may leave a conjugation or, seen through .imag, a negation to the reader. The latter has stride 2, so
+        # it is contiguous only with one element; elsewhere the two checks (130 ns) are saved.
+        maybe_lazy = tensor.is_complex() or tensor.numel() == 1
+        form = TensorForm(tuple(tensor.shape), tensor.dtype)
+        announced = _template(self._spec, self._digest, index, form), maybe_lazy
+        self._announced[index, tensor.shape, tensor.dtype] = announced
+        return announced
+
+
+class HostReceiver:
+    """The consumer's end of an edge."""
+
+    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, rings: list[_native.RingReceiver]) -> None:
+        self._world, self._spec, self._digest = world, spec, digest
+        self._receives = [ring.receive for ring in rings]
+        self._form: Form | None = None
+        self._announced: list[tuple[Callable[..., object], _native.TensorTemplate, torch.dtype | None]] = []
+
+    def post(self, step: int, microbatch: int) -> None:
+        """Nothing to start: the producer writes without being asked."""
+
+    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+        if form is not self._form:
+            self._announce(form)
+        tensors = []
+        try:
+            for receive, template, view in self._announced:
+                # torch.from_dlpack does this after 150 ns of asking what kind of object it was given.
+                tensor = torch._C._from_dlpack(receive(template, step, microbatch))
+                tensors.append(tensor if view is None else tensor.view(view))
+        except _native.Aborted as ending:
+            raise self._world.peer_error(ending) from None
+        except _native.HeaderMismatch as error:
+            raise mismatch(self._spec, *error.args) from None
+        return tuple(tensors)
+
+    def _announce(self, form: Form) -> None:
+        """Prepares for messages of this form; almost all of a run have the same one."""
+        limit = self._spec.form
+        if len(form) != len(limit) or any(one.nbytes > most.nbytes for one, most in zip(form, limit, strict=True)):
+            raise InputError(
+                f"the {self._spec} was not opened for this message",
+                got=", ".join(map(str, form)), needed=f"at most {', '.join(map(str, limit))}",
+                fix="open the edge with the form of a full micro-batch",
+            )  # fmt: skip
+        self._announced = [
+            (
+                self._receives[index],
+                _template(self._spec, self._digest, index, tensor),
+                None if tensor.dtype in _DLPACK else tensor.dtype,
+            )
+            for index, tensor in enumerate(form)
+        ]
+        self._form = form
+
+
+def _ring_sizes(spec: EdgeSpec) -> list[tuple[int, int, int]]:
+    """For each tensor of a message: its bytes, messages under way, messages alive."""
+    return [(tensor.nbytes, max(1, spec.slots), max(1, spec.alive)) for tensor in spec.form]
+
+
+def _template(spec: EdgeSpec, digest: bytes, index: int, form: TensorForm) -> _native.TensorTemplate:
+    header = Header(digest, spec.source, spec.destination, spec.kind, index, 0, 0, 0, form)
+    return _native.TensorTemplate(header.pack(), form.shape, *_DLPACK.get(form.dtype, _AS_BYTES))
+
+
+def _describe(spec: EdgeSpec) -> str:
+    return f"{spec}: {', '.join(map(str, spec.form))}, {spec.slots} slots, {spec.alive} alive"
+
+
+def _config_mismatch(rank: int, mine: list[str], other_rank: int, theirs: list[str]) -> ConfigMismatch:
+    places = range(max(len(mine), len(theirs)))
+    got, needed = next(
+        (a, b) for a, b in ((_line(theirs, i), _line(mine, i)) for i in places) if a != b
+    )  # fmt: skip
+    return ConfigMismatch(
+        f"rank {rank} and rank {other_rank} were started with different plans or shapes",
+        got=f"on rank {other_rank}: {got}", needed=f"as on rank {rank}: {needed}",
+        fix="give all ranks the same plan, model and batch shape",
+    )  # fmt: skip
+
+
+def _line(lines: list[str], index: int) -> str:
+    return lines[index] if index < len(lines) else "no such edge"

@@ -1,0 +1,146 @@
+"""``pipex train`` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--batch", "8", "--microbatches", "4"]
+
+
+def pipex(
+    *arguments: str, code: int = 0, command: tuple[str, ...] = (sys.executable, "-m", "pipex")
+) -> tuple[str, str]:
+    """Runs the command; returns stdout and stderr."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}  # the bits depend on it
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def last_line(stdout: str) -> dict[str, Any]:
+    result = json.loads(stdout.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
+
+
+def test_trains_on_the_standard_library_and_reports(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    stdout, _ = pipex("train", *SMALL, "--ranks", "2", "--steps", "30", "--check", "--json", "--trace", str(trace))
+    result = last_line(stdout)
+    assert result["schedule"] == "zb-h1"
+    assert (result["ranks"], result["microbatches"], result["steps"]) == (2, 4, 30)
+    assert result["loss_last"] < result["loss_first"] - 1
+    assert result["identical"] is True
+    assert result["peak_activations"] == [2, 2]
+    assert len(result["stage_step_ms"]) == 2
+    assert 0 <= result["bubble_makespan_predicted"] < 1
+    assert 0 <= result["bubble_makespan_measured"] < 1
+    assert 0 < result["p2p_us_p50"] <= result["p2p_us_p99"]
+    assert result["oversubscribed"] == (len(os.sched_getaffinity(0)) < 2)
+    names = {row.get("name") for row in json.loads(trace.read_text())["traceEvents"]}
+    assert {"PP:0F0", "PP:1I3", "PP:0W3", "PP:1RECV_F0"} <= names
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 40)
+    common = ["train", str(text), *SMALL, "--dropout", "0.1"]
+    pipex(*common, "--ranks", "2", "--steps", "9", "--save", str(tmp_path / "whole"))
+    pipex(*common, "--ranks", "2", "--steps", "4", "--save", str(tmp_path / "part"))
+    stdout, _ = pipex(*common, "--ranks", "1", "--steps", "9", "--resume", str(tmp_path / "part"), "--save",
+                      str(tmp_path / "part"), "--check", "--json")  # fmt: skip
+    assert last_line(stdout)["identical"] is True
+    from pipex.state import Checkpoint
+
+    whole, part = (Checkpoint.open(tmp_path / name) for name in ("whole", "part"))
+    assert (whole.step, part.step) == (9, 9)
+    assert whole.tensors == part.tensors
+    for (name, expected), found in zip(
+        whole.load(whole.tensors).items(), part.load(whole.tensors).values(), strict=True
+    ):
+        assert expected.equal(found), name
+
+
+def test_a_plain_report_for_people(tmp_path: Path) -> None:
+    stdout, _ = pipex("train", *SMALL, "--ranks", "2", "--steps", "3", "--schedule", "1f1b")
+    for words in ("1f1b, 2 ranks", "tokens/s", "makespan bubble", "where a step's time went"):
+        assert words in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "2f2b"], "naive, gpipe, 1f1b, zb-h1"),
+        (["--microbatches", "0"], "at least 1"),
+        (["--batch", "4", "--microbatches", "8"], "--batch 4 for --microbatches 8"),
+        (["--ranks", "9", "--layers", "2"], "9 stages"),
+        (["--width", "10", "--heads", "4"], "width 10"),
+        (["--resume", "/nowhere"], "there is no checkpoint in /nowhere"),
+        (["/nowhere.txt"], "/nowhere.txt"),
+        (["--trace", "/nowhere/t.json"], "no such directory"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
+    _, stderr = pipex("train", "--steps", "1", *arguments, code=1)
+    assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_usage_errors_are_told_apart() -> None:
+    pipex("train", "--steps", "many", code=2)
+    pipex("nothing", code=2)
+    assert "train" in pipex("--help")[0]
+
+
+def test_help_does_not_import_torch() -> None:
+    code = """
+import sys
+from pipex.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_same_program_joins_torchrun() -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipex")
+    stdout, _ = pipex("train", *SMALL, "--steps", "3", "--check", "--json", command=torchrun)
+    assert last_line(stdout)["identical"] is True
+
+
+def test_ranks_of_two_hosts_join_through_torch_distributed() -> None:
+    """Two agents of one rank each: LOCAL_WORLD_SIZE is not WORLD_SIZE, so shared memory is not assumed."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def agent(node: int) -> subprocess.Popen[str]:
+        here = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+        master = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        program = ["-m", "pipex", "train", *SMALL, "--steps", "3", "--check", "--json"]
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *here, *master, *program]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    agents = [agent(node) for node in range(2)]
+    outputs = [agent.communicate(timeout=100) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert last_line(outputs[0][0])["identical"] is True
+
+
+def test_info_says_what_there_is() -> None:
+    facts = last_line(pipex("info", "--json")[0])
+    assert facts["shared_memory"] == "built"
+    assert "built" in facts["cuda_kernels"]
+    assert "torch" in pipex("info")[0]

@@ -1,0 +1,315 @@
+"""Tensors through shared memory, between ranks that are threads here: the same code runs as between processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipex.errors import ConfigMismatch, InputError, MessageMismatch, PeerError
+from pipex.transport.header import DTYPES
+from pipex.transport.host import HostLinks, HostRun, HostWorld
+from pipex.transport.interface import EdgeSpec, Form, Receiver, Sender, TensorForm, form_of
+
+DIGEST = bytes(range(16))
+Result = TypeVar("Result")
+
+
+def each(worlds: Sequence[HostWorld], act: Callable[[HostWorld], Result]) -> list[Result]:
+    """Runs ``act`` on every rank at once; raises what the lowest failing rank raised."""
+
+    def guarded(world: HostWorld) -> Result:
+        try:
+            return act(world)
+        except BaseException as error:
+            world.fail(error)  # else the others would wait for it
+            raise
+
+    with ThreadPoolExecutor(len(worlds)) as pool:
+        results = [pool.submit(guarded, world) for world in worlds]
+        errors = [error for result in results if (error := result.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, PeerError)):
+        raise error
+    return [result.result() for result in results]
+
+
+@contextmanager
+def joined(ranks: int) -> Iterator[list[HostWorld]]:
+    run = HostRun.create(ranks)
+    worlds = [run.join(rank, timeout=20) for rank in range(ranks)]
+    try:
+        yield worlds
+    finally:
+        each(worlds, HostWorld.close)
+
+
+def edge_spec(form: Form, *, slots: int = 2, alive: int = 2) -> EdgeSpec:
+    return EdgeSpec(0, 1, "activation", 0, 1, slots, alive, form)
+
+
+@contextmanager
+def edge(form: Form, *, slots: int = 2, alive: int = 2) -> Iterator[tuple[Sender, Receiver]]:
+    spec = edge_spec(form, slots=slots, alive=alive)
+    with joined(2) as worlds:
+        links = each(worlds, lambda world: world.open([spec], DIGEST))
+        yield links[0].senders[0, 1, "activation"], links[1].receivers[0, 1, "activation"]
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (0,), (4, 0, 3), (1, 1, 1, 1, 1, 1, 1, 3)], ids=str)
+def test_every_dtype_and_shape_arrives_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    elements = TensorForm(shape, dtype).nbytes
+    raw = torch.randint(0, 2 if dtype is torch.bool else 256, (elements,), dtype=torch.uint8)
+    sent = raw.view(dtype).reshape(shape)
+    with edge(form_of([sent])) as (sender, receiver):
+        sender.send(1, 0, [sent])
+        (received,) = receiver.receive(1, 0, form_of([sent]))
+        assert received.dtype is dtype
+        assert received.shape == sent.shape
+        assert bits(received) == bits(sent)
+        assert received.data_ptr() % 64 == 0 or elements == 0
+
+
+@pytest.mark.parametrize("elements", [1, 1023, 65_536, 1_000_003])
+def test_messages_arrive_in_order_and_whole_while_slots_are_reused(elements: int) -> None:
+    form = (TensorForm((elements,), torch.int64), TensorForm((3,), torch.int32))
+    with edge(form, slots=1, alive=1) as (sender, receiver), ThreadPoolExecutor(1) as other:
+        messages = [(torch.arange(elements) + 1000 * m, torch.full((3,), m, dtype=torch.int32)) for m in range(12)]
+        sending = other.submit(lambda: [sender.send(1, m, message) for m, message in enumerate(messages)])
+        for m, message in enumerate(messages):
+            received = receiver.receive(1, m, form)
+            assert all(map(torch.equal, received, message))
+        sending.result()
+
+
+def test_sources_that_are_not_contiguous_or_lazily_negated_arrive_as_torch_sees_them() -> None:
+    base = torch.randn(6, 8, dtype=torch.complex64)
+    sources = [
+        base.t(),
+        base[::2, 1::3],
+        base.conj(),
+        base.conj().imag,
+        base[:1, :1].conj().imag,
+        base[0, 0].expand(5, 4),
+        torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
+    ]
+    with edge(form_of(sources)) as (sender, receiver):
+        sender.send(1, 0, sources)
+        for sent, received in zip(sources, receiver.receive(1, 0, form_of(sources)), strict=True):
+            assert torch.equal(sent, received)
+
+
+def test_a_full_plan_of_slots_never_waits() -> None:
+    form = (TensorForm((1000,), torch.float32),)
+    with edge(form, slots=5, alive=1) as (sender, receiver):
+        sent = [torch.randn(1000) for _ in range(5)]
+        for m, tensor in enumerate(sent):
+            sender.send(1, m, [tensor])  # nobody receives: a wait would end in a time-out
+        for m, tensor in enumerate(sent):
+            assert torch.equal(receiver.receive(1, m, form)[0], tensor)
+
+
+def test_the_senders_tensor_may_be_overwritten_at_once() -> None:
+    tensor = torch.randn(100)
+    with edge(form_of([tensor])) as (sender, receiver):
+        before = tensor.clone()
+        sender.send(1, 0, [tensor])
+        tensor.zero_()
+        assert torch.equal(receiver.receive(1, 0, form_of([before]))[0], before)
+
+
+@pytest.mark.parametrize("alive", [1, 3])
+def test_a_tensor_saved_by_autograd_is_not_overwritten_when_slots_are_reused(alive: int) -> None:
+    form = (TensorForm((64, 64), torch.float64),)
+    weight = torch.randn(64, 64, dtype=torch.float64, requires_grad=True)
+    sent = [torch.randn(64, 64, dtype=torch.float64) for _ in range(40)]
+    with edge(form, slots=2, alive=alive) as (sender, receiver):
+        losses = []
+        for m, tensor in enumerate(sent):
+            sender.send(1, m, [tensor])
+            (received,) = receiver.receive(1, m, form)
+            if m % 10 == 0:  # more of them than `alive`: the rest must be copied out of the slots
+                losses.append((received @ weight).sum())  # the only reference left is autograd's
+            del received
+        for m, loss in zip(range(0, 40, 10), losses, strict=True):
+            (gradient,) = torch.autograd.grad(loss, weight)
+            expected = sent[m].sum(0).unsqueeze(1).expand(64, 64)
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_view_keeps_the_whole_message() -> None:
+    form = (TensorForm((100,), torch.int64),)
+    with edge(form, slots=1, alive=2) as (sender, receiver):
+        sender.send(1, 0, [torch.arange(100)])
+        view = receiver.receive(1, 0, form)[0][10:20].view(5, 2)
+        for m in range(1, 20):
+            sender.send(1, m, [torch.full((100,), -m)])
+            receiver.receive(1, m, form)
+        assert view.flatten().tolist() == list(range(10, 20))
+
+
+def test_received_tensors_outlive_the_world_and_may_die_on_any_thread() -> None:
+    form = (TensorForm((1000,), torch.int64),)
+    with edge(form) as (sender, receiver):
+        sender.send(1, 0, [torch.arange(1000)])
+        held = [receiver.receive(1, 0, form)[0]]
+        del sender, receiver
+    gc.collect()
+    assert torch.equal(held[0], torch.arange(1000))
+    dying = threading.Thread(target=held.clear)
+    dying.start()
+    dying.join()
+
+
+def test_slots_are_lent_and_come_back() -> None:
+    form = (TensorForm((8,), torch.float32),)
+    with edge(form, slots=2, alive=2) as (sender, receiver):
+        kept = []
+        for m in range(4):
+            sender.send(1, m, [torch.zeros(8)])
+            kept.append(receiver.receive(1, m, form)[0])
+        distinct = {tensor.data_ptr() for tensor in kept}
+        assert len(distinct) == 4
+        ring = receiver._receives[0].__self__  # type: ignore[attr-defined]
+        assert ring.lent == 2  # the plan's `alive`; the others are copies, so that slots stay free for the sender
+        kept.clear()
+        assert ring.lent == 0
+
+
+def test_a_shorter_last_micro_batch_uses_the_same_edge() -> None:
+    full, last = (TensorForm((4, 8), torch.float32),), (TensorForm((1, 8), torch.float32),)
+    with edge(full) as (sender, receiver):
+        for step in (1, 2, 3):
+            for microbatch, form in enumerate((full, full, last)):
+                tensor = torch.randn(form[0].shape)
+                sender.send(step, microbatch, [tensor])
+                assert torch.equal(receiver.receive(step, microbatch, form)[0], tensor)
+
+
+FORM = (TensorForm((2, 3), torch.float32),)
+
+
+@pytest.mark.parametrize(
+    ("step", "microbatch", "tensor", "named"),
+    [
+        (2, 0, torch.zeros(2, 3), "step 2"),
+        (1, 1, torch.zeros(2, 3), "micro-batch 1"),
+        (1, 0, torch.zeros(3, 2), r"float32\[3, 2\]"),
+        (1, 0, torch.zeros(6), r"float32\[6\]"),
+        (1, 0, torch.zeros(2, 2), r"\(16 bytes\)"),
+        (1, 0, torch.zeros(20, 30), r"float32\[20, 30\] \(2400 bytes\)"),
+        (1, 0, torch.zeros(2, 3, dtype=torch.int32), "int32"),
+        (1, 0, torch.zeros(2, 3, dtype=torch.float64), "float64"),
+    ],
+    ids=["step", "micro-batch", "shape", "dimensions", "shorter", "larger than a slot", "dtype", "wider dtype"],
+)
+def test_a_message_other_than_announced_is_named_at_the_receiver(
+    step: int, microbatch: int, tensor: Tensor, named: str
+) -> None:
+    with edge(FORM) as (sender, receiver):
+        sender.send(step, microbatch, [tensor])
+        with pytest.raises(MessageMismatch, match=named) as caught:
+            receiver.receive(1, 0, FORM)
+        assert "needed float32[2, 3] (24 bytes) as tensor 0 of micro-batch 0, step 1" in str(caught.value)
+
+
+def test_calls_that_do_not_fit_the_edge_are_refused_before_anything_is_sent() -> None:
+    with edge(FORM) as (sender, receiver):
+        with pytest.raises(InputError, match="another number of tensors; got 2; needed 1"):
+            sender.send(1, 0, [torch.zeros(2, 3), torch.zeros(1)])
+        with pytest.raises(InputError, match="on meta; needed one on the CPU"):
+            sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
+        with pytest.raises(InputError, match="not opened for this message"):
+            receiver.receive(1, 0, (TensorForm((3, 3), torch.float32),))
+        sender.send(1, 0, [torch.ones(2, 3)])
+        assert receiver.receive(1, 0, FORM)[0].sum() == 6
+
+
+def test_ranks_with_different_edges_or_plans_are_told_both_values() -> None:
+    def open_differently(world: HostWorld) -> HostLinks:
+        return world.open([edge_spec((TensorForm((2, 3 + world.rank), torch.float32),))], DIGEST)
+
+    with joined(2) as worlds, pytest.raises(ConfigMismatch, match=r"float32\[2, 4\].*float32\[2, 3\]"):
+        each(worlds, open_differently)
+    with joined(2) as worlds, pytest.raises(ConfigMismatch, match=r"plan 0101.*plan 0000"):
+        each(worlds, lambda world: world.open([], bytes([world.rank] * 16)))
+    with joined(2) as worlds, pytest.raises(ConfigMismatch, match="no such edge"):
+        each(worlds, lambda world: world.open([edge_spec(FORM)] * (1 - world.rank), DIGEST))
+
+
+def test_edges_within_a_rank_and_of_every_kind_open_together() -> None:
+    form = (TensorForm((4,), torch.float32),)
+    specs = [
+        EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form),
+        EdgeSpec(1, 0, "gradient", 1, 0, 1, 1, form),
+        EdgeSpec(1, 2, "activation", 1, 1, 1, 1, form),
+        EdgeSpec(0, 2, "tied", 0, 1, 1, 1, form),
+    ]
+    with joined(2) as worlds:
+        first, second = each(worlds, lambda world: world.open(specs, DIGEST))
+        assert set(first.senders) == {(0, 1, "activation"), (0, 2, "tied")}
+        assert set(first.receivers) == {(1, 0, "gradient")}
+        assert set(second.senders) == {(1, 0, "gradient"), (1, 2, "activation")}
+        assert set(second.receivers) == {(0, 1, "activation"), (0, 2, "tied"), (1, 2, "activation")}
+        for links in (first, second):
+            for key, sender in links.senders.items():
+                sent = torch.randn(4)
+                sender.send(1, 0, [sent])
+                receivers = first.receivers if key in first.receivers else second.receivers
+                assert torch.equal(receivers[key].receive(1, 0, form)[0], sent)
+        for links in (first, second):
+            links.flush()
+            links.close()
+            links.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_exchange_gathers_payloads_of_any_length_in_rank_order(ranks: int) -> None:
+    lengths = [0, 1, 65_536, 65_537, 200_001, 131_072, 0]
+    with joined(ranks) as worlds:
+        for turn in range(len(lengths)):
+            payloads = [os.urandom(lengths[(turn + 2 * rank) % len(lengths)]) for rank in range(ranks)]
+            assert each(worlds, lambda world, p=payloads: world.exchange(p[world.rank])) == [payloads] * ranks
+
+
+def test_a_rank_can_be_joined_once_only_and_must_exist() -> None:
+    run = HostRun.create(2)
+    run.join(0)
+    with pytest.raises(InputError, match="rank 0 of this run is taken"):
+        run.join(0)
+    with pytest.raises(InputError, match="got 2; needed 0 to 1"):
+        run.join(2)
+    with pytest.raises(InputError, match="time-out must be positive"):
+        run.join(1, timeout=0)
+
+
+def held() -> tuple[int, int, int]:
+    """Descriptors, those of shared memory among them, and threads of this process."""
+    gc.collect()
+    descriptors = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    return len(descriptors), sum("memfd:pipex" in name for name in descriptors), len(os.listdir("/proc/self/task"))
+
+
+def test_a_run_leaves_no_descriptor_thread_or_name_behind() -> None:
+    before, names = held(), os.listdir("/dev/shm")
+    for _ in range(3):
+        with edge(FORM) as (sender, receiver):
+            sender.send(1, 0, [torch.zeros(2, 3)])
+            receiver.receive(1, 0, FORM)
+            assert os.listdir("/dev/shm") == names
+            _, shared, _ = held()
+            assert shared == before[1] + 1  # the control page; the rings' descriptors are closed once all are open
+        assert held() == before
+        assert os.listdir("/dev/shm") == names

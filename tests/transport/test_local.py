@@ -1,0 +1,47 @@
+"""An edge whose two stages live on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipex.errors import MessageMismatch
+from pipex.transport.interface import EdgeSpec, TensorForm, form_of
+from pipex.transport.local import LocalEdge
+
+FORM = (TensorForm((2, 3), torch.float32), TensorForm((4,), torch.int64))
+SPEC = EdgeSpec(0, 1, "activation", 0, 0, slots=2, alive=2, form=FORM)
+
+
+def message() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.ones(form.shape, dtype=form.dtype) for form in FORM)
+
+
+def test_hands_over_the_same_tensors_in_order() -> None:
+    edge = LocalEdge(SPEC)
+    first, second = message(), message()
+    edge.send(1, 0, first)
+    edge.send(1, 1, second)
+    for microbatch, sent in enumerate((first, second)):
+        edge.post(1, microbatch)
+        received = edge.receive(1, microbatch, FORM)
+        assert all(a is b for a, b in zip(received, sent, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("step", "microbatch", "form", "named"),
+    [
+        (2, 0, FORM, "step 1"),
+        (1, 3, FORM, "micro-batch 0"),
+        (1, 0, FORM[:1], "int64"),
+        (1, 0, (TensorForm((3, 2), torch.float32), FORM[1]), r"float32\[2, 3\]"),
+        (1, 0, (TensorForm((2, 3), torch.float64), FORM[1]), "float64"),
+    ],
+)
+def test_names_a_message_other_than_announced_and_keeps_it(step: int, microbatch: int, form: tuple, named: str) -> None:
+    edge = LocalEdge(SPEC)
+    sent = message()
+    edge.send(1, 0, sent)
+    with pytest.raises(MessageMismatch, match=named):
+        edge.receive(step, microbatch, form)
+    assert edge.receive(1, 0, form_of(sent))[0] is sent[0]
