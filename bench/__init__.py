@@ -1,0 +1,13 @@
+"""Benchmarks: pipex beside its peers, in the same run, on this machine.
+
+    sizes        message sizes as nccl-tests writes them
+    driver       interleaved measurements and their quantiles
+    environment  what was measured, and on what
+    report       rows, the table for people, the JSON line, floors
+    gloo         torch.distributed inside launched ranks
+    p2p          half a round trip between two processes
+    step         a training step of a small pipeline
+
+Every benchmark is a function that returns rows; ``pipex bench`` (pipex/cli/bench.py) runs and reports them. How a
+number is measured and what it means is said at the top of the benchmark's file.
+"""

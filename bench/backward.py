@@ -5,8 +5,8 @@
     whole   torch.autograd.backward: what a split must not cost more than
 
 A sample is the time of the backward alone, I and W together, as the mean of ``REPEATS`` in a row; every provider runs
-its own forward before each, which is given as ``forward_us``. ``over_whole`` is the row's median over that of ``whole``. Gradients are compared with
-those of ``whole`` first: pipex's must be equal bit by bit, torch's within ``TOLERANCE``.
+its own forward before each, which is given as ``forward_us``. ``over_whole`` is the row's median over that of ``whole``. Gradients are compared with those of
+``whole`` first: pipex's must be equal bit by bit, torch's within ``TOLERANCE``.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _Side:
         """Microseconds of one backward: the mean over ``REPEATS``."""
         forward, backward = zip(*(self.run() for _ in range(REPEATS)), strict=True)
         self.forwards.append(sum(forward) / REPEATS)
-        return sum(backward) / REPEATS
+        return float(sum(backward)) / REPEATS
 
     def run(self) -> tuple[float, float]:
         """Microseconds of one forward and its backward; gradients are added to those of the runs before."""

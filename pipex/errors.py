@@ -28,9 +28,7 @@ class PipexError(Exception):
     ``problem`` says what is wrong; ``got``, ``needed`` and ``fix`` complete the sentence.
     """
 
-    def __init__(
-        self, problem: str, *, got: object = None, needed: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, problem: str, *, got: object = None, needed: object = None, fix: str | None = None) -> None:
         parts = [problem]
         if got is not None:
             parts.append(f"got {got}")
@@ -106,8 +104,11 @@ class PeerError(PipexError):
         self.rank, self.problem, self.step, self.stage = rank, problem, step, stage
         self.action, self.microbatch = action, microbatch
         place = [f"step {step}"] if step else []
-        place += [f"{name} {value}" for name, value in
-                  (("stage", stage), ("action", action), ("micro-batch", microbatch)) if value is not None]
+        place += [
+            f"{name} {value}"
+            for name, value in (("stage", stage), ("action", action), ("micro-batch", microbatch))
+            if value is not None
+        ]
         super().__init__(f"rank {rank} {problem}" + (f" ({', '.join(place)})" if place else ""), fix=fix)
 
 

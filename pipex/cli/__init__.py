@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from pipex.errors import PipexError
@@ -23,7 +23,8 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # from torch; pipex does not use numpy
+    # numpy, which torch imports, would start threads that pipex never uses and that forbid forking the ranks.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(
         prog="pipex", description="Pipeline parallelism for PyTorch with a split backward."
     )

@@ -7,7 +7,6 @@ shows which layers draw random numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.runtime import seeding
+from pipex.runtime.agreement import share
 from pipex.runtime.stage_runner import StageRunner, output_tensors
 from pipex.transport.interface import Form, TensorForm, World, form_of
 
@@ -55,8 +55,7 @@ def announce(
                 inputs = sample if stage == 0 else _zeros(result[size].activation[stage], device)
                 assert inputs is not None
                 own[size] = _encode(_probe(runners[stage], inputs, device))
-        payloads = world.exchange(json.dumps(own).encode())
-        for size, encoded in json.loads(payloads[rank]).items():
+        for size, encoded in share(world, own)[rank].items():
             form = _decode(encoded)
             forms = result[int(size)]
             forms.activation[stage + 1] = form

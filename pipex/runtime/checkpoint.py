@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pipex import state
 from pipex.errors import CheckpointError, PipexError
+from pipex.runtime.agreement import share
 
 if TYPE_CHECKING:
     from pipex.runtime.pipeline import Pipeline
@@ -37,7 +37,7 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
-    said = [json.loads(payload) for payload in pipeline.world.exchange(json.dumps([shard, error]).encode())]
+    said = share(pipeline.world, [shard, error])
     shards = [theirs for theirs, _ in said if theirs is not None]
     errors = [text for _, text in said if text]
     if rank == 0 and not errors:
@@ -45,7 +45,7 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
             state.commit(path, step, shards, {"pipex": dict(meta)})
         except CheckpointError as failure:
             errors = [f"rank 0: {failure}"]
-    errors = json.loads(pipeline.world.exchange(json.dumps(errors).encode())[0])
+    errors = share(pipeline.world, errors)[0]
     if not errors:
         return None
     if rank == 0:

@@ -6,13 +6,13 @@ fault before it leaves all parameters at the last step boundary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pipex.runtime import tied
+from pipex.runtime.agreement import share
 from pipex.transport.interface import EdgeSpec, Links, World, form_of
 
 
@@ -90,8 +90,7 @@ class Gradients:
             for stage, parameters in self._owned.items():
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norms[stage] = [_encode(norm) for norm in torch._foreach_norm(gradients)] if gradients else []
-        payloads = self._world.exchange(json.dumps({"loss": loss, "norms": norms}).encode())
-        shared = [json.loads(payload) for payload in payloads]
+        shared = share(self._world, {"loss": loss, "norms": norms})
         if clip_norm is not None:
             # In model order, whatever the placement: the bits of the total do not depend on the cut.
             by_stage = {int(stage): values for rank in shared for stage, values in rank["norms"].items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -68,7 +69,7 @@ def launch(
     if worlds.under_torchrun():
         return _run_here(fn, args, worlds.join_torchrun(ranks, timeout))
     if ranks is None or ranks < 1:
-        raise InputError("launch needs a number of ranks", got=ranks, needed="at least 1")
+        raise InputError("launch needs a number of ranks", got=str(ranks), needed="at least 1")
     if ranks == 1:
         return _run_here(fn, args, SoloWorld(torch.device("cpu")))
     run = HostRun.create(ranks)
@@ -122,6 +123,12 @@ class _Launcher:
     def _start(self) -> None:
         forking = _fork_is_safe(self._run.ranks)
         context = multiprocessing.get_context("fork" if forking else "spawn")
+        if forking:
+            importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would: a second each
+        with _interrupts_held_back():
+            self._start_ranks(context, forking)
+
+    def _start_ranks(self, context: Any, forking: bool) -> None:
         for rank in range(self._run.ranks):
             ours, theirs = context.Pipe(duplex=False)
             self._pipes.append(ours)
@@ -141,7 +148,8 @@ class _Launcher:
         self._interrupts += 1
         for process in self._processes:
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since, or this interrupted its wait
+                    os.kill(process.pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
 
     def _wait(self) -> list[_Report | None]:
         """What each rank reported; None for a rank that died before it could."""
@@ -199,16 +207,17 @@ def _rank_main(
     worlds.set_threads(run.ranks)
     report: _Report
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         report = {"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}
         encoded = json.dumps(report).encode()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BaseException as error:
         if isinstance(error, PeerError):
-            print(f"pipex rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+            text = f"pipex rank {rank}: {type(error).__name__}: {error}\n"
         else:
-            print(f"pipex rank {rank} failed:", file=sys.stderr)
-            traceback.print_exc()
+            text = f"pipex rank {rank} failed:\n{traceback.format_exc()}"
+        sys.stderr.write(text)  # in one piece: the ranks share it
         encoded = json.dumps({"error": _describe(error)}).encode()
     with contextlib.suppress(OSError):  # the launcher is gone, and this process with it
         pipe.send_bytes(encoded)
@@ -222,14 +231,17 @@ def _describe(error: BaseException) -> dict[str, Any]:
         if isinstance(error, PeerFailed):
             place["remote"] = error.remote
         return {"type": type(error).__name__, "problem": error.problem, "peer": place}
-    first_line = str(error).partition("\n")[0]
+    try:
+        first_line = str(error).partition("\n")[0]
+    except Exception:
+        first_line = "(its message cannot be printed)"
     return {"type": type(error).__name__, "problem": f"{type(error).__name__}: {first_line}", "peer": None}
 
 
 def _receive(pipe: Connection) -> _Report | None:
     try:
         return json.loads(pipe.recv_bytes()) if pipe.poll() else None
-    except EOFError:
+    except (EOFError, OSError):  # it died before it could report, or in the midst of it
         return None
 
 
@@ -246,7 +258,19 @@ def _fork_is_safe(ranks: int) -> bool:
     Which library a thread belongs to cannot be told, so with several threads per rank any thread counts.
     """
     one_thread_each = worlds.threads_per_rank(ranks) == 1
-    return not torch.cuda.is_initialized() and (one_thread_each or len(os.listdir("/proc/self/task")) == 1)
+    return not torch.cuda.is_initialized() and (  # type: ignore[no-untyped-call]
+        one_thread_each or len(os.listdir("/proc/self/task")) == 1
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits: a rank inherits this, and so is not interrupted before it has a handler of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with(launcher: int) -> None:

@@ -11,10 +11,10 @@ from pipex.errors import InputError
 
 
 def as_tensors(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:
-    """A tensor or a sequence of tensors as a tuple.
+    """A tensor or a sequence of tensors as a tuple, checked.
 
     Raises:
-        InputError: something in it is no tensor.
+        InputError: something in it is no tensor, or they disagree in their number of samples (dimension 0).
     """
     tensors = (value,) if isinstance(value, Tensor) else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for tensor in tensors:
@@ -22,6 +22,11 @@ def as_tensors(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...
             raise InputError(
                 f"{what} is not made of tensors", got=type(tensor).__name__, needed="a tensor or a tuple of tensors"
             )
+    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) > 1:
+        raise InputError(
+            f"the tensors of {what} have no common number of samples",
+            got=f"shapes {[tuple(t.shape) for t in tensors]}", needed="the same dimension 0",
+        )  # fmt: skip
     return tensors
 
 
@@ -41,17 +46,11 @@ def sizes(samples: int, microbatches: int) -> list[int]:
     return [base + 1] * larger + [base] * (microbatches - larger)
 
 
-def split(tensors: Sequence[Tensor], microbatches: int, what: str) -> list[tuple[Tensor, ...]]:
-    """Cuts every tensor along dimension 0; entry m holds the tensors of micro-batch m.
+def split(tensors: Sequence[Tensor], microbatches: int) -> list[tuple[Tensor, ...]]:
+    """Cuts tensors of one number of samples along dimension 0; entry m holds those of micro-batch m.
 
     Raises:
-        InputError: the tensors disagree in their first dimension, or have fewer samples than micro-batches.
+        InputError: fewer samples than micro-batches.
     """
-    counts = {t.shape[0] if t.dim() else 0 for t in tensors}
-    if len(counts) != 1:
-        raise InputError(
-            f"the tensors of {what} disagree in their number of samples (dimension 0)",
-            got=[tuple(t.shape) for t in tensors], needed="the same first dimension",
-        )  # fmt: skip
     pieces = [torch.split(t, sizes(t.shape[0], microbatches)) for t in tensors]
     return list(zip(*pieces, strict=True))

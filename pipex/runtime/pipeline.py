@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import pipex.plan as plans
-from pipex.errors import CheckpointError, ConfigMismatch, InputError, PipexError
+from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, microbatch, tied
+from pipex.runtime.agreement import agree
 from pipex.runtime.announce import Forms, announce
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
@@ -76,7 +77,7 @@ class Pipeline:
         with self._together():
             plans.validate(plan)
             self._check_arguments(stages, loss_fn)
-            self._agree({"ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
+            agree(self.world, {"ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
                          "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "clip_norm": str(clip_norm),
                          "seed": seed, "optimizer": str(optimizer is not None)})  # fmt: skip
             self.stages = as_stages(stages)
@@ -205,7 +206,7 @@ class Pipeline:
                     got=value,
                 )
         said = {"step": step, "training": training, "batch": _describe(inputs), "target": _describe(targets)}
-        agreed = self._agree(said)
+        agreed = agree(self.world, said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:
             raise InputError(
@@ -215,10 +216,10 @@ class Pipeline:
         pieces: list[tuple[Tensor, ...]] = []
         if first and inputs:
             device = self.world.device
-            pieces = microbatch.split([t.to(device) for t in inputs], self.plan.microbatches, "the batch")
+            pieces = microbatch.split([t.to(device) for t in inputs], self.plan.microbatches)
         target_pieces: list[Any] = []
         if last and targets:
-            cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches, "the target")
+            cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
             target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
         forms = self._forms(json.dumps(agreed["batch"]), training, sizes, pieces)
         return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
@@ -265,26 +266,6 @@ class Pipeline:
         if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
             raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
                              fix="make it part of the last stage")  # fmt: skip
-
-    def _agree(self, said: dict[str, Any]) -> dict[str, Any]:
-        """Collective: what all ranks say, where None abstains.
-
-        Raises:
-            ConfigMismatch: two ranks say different things; shows both.
-        """
-        agreed: dict[str, Any] = {}
-        for rank, payload in enumerate(self.world.exchange(json.dumps(said).encode())):
-            for key, value in json.loads(payload).items():
-                if value is None:
-                    continue
-                before = agreed.setdefault(key, (rank, value))
-                if before[1] != value:
-                    raise ConfigMismatch(
-                        f"the ranks disagree about {key}",
-                        got=f"{before[1]} on rank {before[0]}, {value} on rank {rank}", needed="the same on every rank",
-                        fix="start every rank with the same program and arguments",
-                    )  # fmt: skip
-        return {key: value for key, (_, value) in agreed.items()}
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -80,8 +80,8 @@ class OneProcess:
 
     def _losses(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
         """The weighted losses, one micro-batch after another."""
-        inputs = microbatch.split(microbatch.as_tensors(batch, "the batch"), self._microbatches, "the batch")
-        targets = microbatch.split(microbatch.as_tensors(target, "the target"), self._microbatches, "the target")
+        inputs = microbatch.split(microbatch.as_tensors(batch, "the batch"), self._microbatches)
+        targets = microbatch.split(microbatch.as_tensors(target, "the target"), self._microbatches)
         samples = sum(piece[0].shape[0] for piece in inputs)
         for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
             output = self._forward(number, piece)

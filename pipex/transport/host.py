@@ -119,9 +119,9 @@ class HostWorld:
         self._control = control
         self._member = _native.Member(control, rank, timeout, spin)
         self._left = False
+        self._told = False  # this rank has raised, or been told of, the run's failure
         self.rank = rank
         self.ranks = control.ranks
-        self.device = torch.device("cpu")
         self.device = torch.device("cpu")
         self.namer: ActionNamer | None = None
 
@@ -175,6 +175,7 @@ class HostWorld:
         return links
 
     def fail(self, error: BaseException) -> None:
+        self._told = True
         if isinstance(error, PeerError):
             return
         try:
@@ -188,7 +189,7 @@ class HostWorld:
         if self._left:
             return
         try:
-            if not self._control.aborted:  # else the others have left, or will without us
+            if not self._told:  # else the others have left, or will without us
                 self.at(0, Phase.CLOSING)
                 self.exchange(b"")
         finally:
@@ -198,6 +199,7 @@ class HostWorld:
 
     def peer_error(self, ending: _native.Aborted) -> PeerError:
         """The error that all ranks raise for the run's abort record."""
+        self._told = True
         kind, rank, step, position, text = ending.args
         action, stage, microbatch = self._name(rank, position)
         if kind == "failed":

@@ -7,6 +7,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,24 @@ def test_a_shard_that_rank_0_does_not_see_is_named(tmp_path: Path, tensors_of: T
 # The kernel's own limit on the size of a file stands in for a disk that is full after so many bytes.
 
 
-@pytest.fixture
-def file_limit() -> Iterator[Callable[[int], None]]:
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """For the one call only: pytest's own output may go to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [0, 10, 5000, 199_999])
 def test_a_shard_that_cannot_be_written_whole_leaves_nothing(
-    tmp_path: Path, file_limit: Callable[[int], None], limit: int, save: Save, assert_holds: Save
+    tmp_path: Path, limit: int, save: Save, assert_holds: Save
 ) -> None:
     save(tmp_path, 1)
-    file_limit(limit)
-    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}/step00000002-rank0000-.*: File too large"):
+    message = f"cannot write {tmp_path}/step00000002-rank0000-.*: File too large"
+    with pytest.raises(CheckpointError, match=message), file_limit(limit):
         save(tmp_path, 2)
     assert len(list(tmp_path.iterdir())) == 3
     assert_holds(tmp_path, 1)

@@ -14,26 +14,36 @@ from pipex.cli.train.options import Options
 from pipex.runtime.reference import OneProcess
 
 
-def differences(options: Options, text: ByteText, outcome: Outcome) -> list[str]:
-    """What differs from one process, by name: ``loss of step 7``, ``blocks.3.up.weight``; nothing if all bits agree."""
-    plan = build_plan(options, len(outcome.peaks))
+def prepare(options: Options, ranks: int) -> OneProcess:
+    """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
+    plan = build_plan(options, ranks)
     process = OneProcess(
         build_stages(options, plan.placement.stages), plan.microbatches, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed,
     )  # fmt: skip
-    names: dict[str, Tensor] = {}
-    for stage in reversed(process.stages):
-        names |= stage.names
     if options.resume is not None:
         checkpoint = state.Checkpoint.open(Path(options.resume))
-        state.load_model_state(checkpoint, names)
+        state.load_model_state(checkpoint, _names(process))
         assert process.optimizer is not None
-        state.load_optimizer_state(checkpoint, process.optimizer, names)
+        state.load_optimizer_state(checkpoint, process.optimizer, _names(process))
         process.steps = checkpoint.step
+    return process
+
+
+def differences(process: OneProcess, options: Options, text: ByteText, outcome: Outcome) -> list[str]:
+    """What differs from one process, by name: ``loss of step 7``, ``blocks.3.up.weight``; nothing if all bits agree."""
     different = []
     for expected in outcome.losses:
         found = process.step(*text.batch(process.steps, options.batch, options.context, options.seed))
         if found != expected:
             different.append(f"loss of step {process.steps}")
-    different += [name for name, tensor in names.items() if digest(tensor) != outcome.digests.get(name)]
-    return different
+    names = _names(process)
+    return different + [name for name, tensor in names.items() if digest(tensor) != outcome.digests.get(name)]
+
+
+def _names(process: OneProcess) -> dict[str, Tensor]:
+    """All tensors by name. Of a tied parameter the replica that the optimizer knows."""
+    names: dict[str, Tensor] = {}
+    for stage in reversed(process.stages):
+        names |= stage.names
+    return names

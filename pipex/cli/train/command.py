@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -23,31 +24,29 @@ def run(namespace: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     options = option_module.read(namespace)
     from pipex.cli.train.data import load_bytes
-    from pipex.cli.train.job import build_plan, build_stages
+    from pipex.cli.train.job import build_plan, build_stages, check_resume
     from pipex.runtime.launch import launch
     from pipex.runtime.worlds import under_torchrun
 
     # What is wrong with the arguments is said once, here, before any rank is started.
+    ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.ranks
     text = load_bytes(options.paths)
     text.batch(0, 1, options.context, options.seed)
-    if under_torchrun():
-        results = launch(_rank, args=(options, text), timeout=options.timeout)
-    else:
-        plan = build_plan(options, options.ranks)
-        build_stages(options, plan.placement.stages)
-        results = launch(_rank, options.ranks, args=(options, text), timeout=options.timeout)
+    check_resume(options, build_stages(options, build_plan(options, ranks).placement.stages))
+    results = launch(_rank, ranks, args=(options, text), timeout=options.timeout)
     return max(int(result) for result in results if result is not None)
 
 
 def _rank(options: Options, text: Any) -> int:
     """One rank; rank 0 prints the report. Returns the exit code."""
     from pipex.cli.train import report
-    from pipex.cli.train.check import differences
+    from pipex.cli.train.check import differences, prepare
     from pipex.cli.train.job import build_plan, train
     from pipex.observe import measure, write_trace
     from pipex.runtime.worlds import current_world
 
     world = current_world()
+    process = prepare(options, world.ranks) if options.check and world.rank == 0 else None
     outcome = train(options, text)
     world.close()  # the others need not wait for the report
     if world.rank != 0:
@@ -61,7 +60,7 @@ def _rank(options: Options, text: Any) -> int:
         return 0
     if options.trace is not None:
         write_trace(options.trace, outcome.events)
-    different = differences(options, text, outcome) if options.check else None
+    different = None if process is None else differences(process, options, text, outcome)
     figures = measure(outcome.events)
     numbers = report.numbers(options, build_plan(options, world.ranks), outcome, figures, different)
     print(report.text(numbers, figures, different), file=sys.stderr if options.json else sys.stdout, flush=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipex.plan as plans
+from pipex import state
 from pipex.cli.train.data import ByteText
 from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
 from pipex.cli.train.options import Options
@@ -23,6 +24,7 @@ from pipex.errors import CheckpointError
 from pipex.observe import Event, Recorder
 from pipex.partition import Stage, split_model
 from pipex.plan import Plan
+from pipex.runtime.agreement import share
 from pipex.runtime.pipeline import Pipeline
 from pipex.runtime.worlds import current_world
 
@@ -74,6 +76,18 @@ def describe_run(options: Options) -> dict[str, Any]:
             "microbatches": options.microbatches}  # fmt: skip
 
 
+def check_resume(options: Options, stages: list[Stage]) -> None:
+    """Raises CheckpointError unless the checkpoint to go on from is one of this model and these options."""
+    if options.resume is None:
+        return
+    checkpoint = state.Checkpoint.open(Path(options.resume))
+    state.check_model(checkpoint, {name: tensor for stage in stages for name, tensor in stage.names.items()})
+    saved = checkpoint.meta.get("pipex")
+    if saved != describe_run(options):
+        raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options), needed=saved,
+                              fix="give the options of the saved run")  # fmt: skip
+
+
 def train(options: Options, text: ByteText) -> Outcome:
     """Trains this rank's stage; collective."""
     world = current_world()
@@ -84,10 +98,7 @@ def train(options: Options, text: ByteText) -> Outcome:
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
     )  # fmt: skip
     if options.resume is not None:
-        saved = pipeline.load(options.resume)
-        if saved != describe_run(options):
-            raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options),
-                                  needed=saved, fix="give the options of the saved run")  # fmt: skip
+        pipeline.load(options.resume)
     stop = _Stop()
     losses: list[float] = []
     seconds: list[float] = []
@@ -100,7 +111,7 @@ def train(options: Options, text: ByteText) -> Outcome:
     if options.save is not None:
         pipeline.save(options.save, describe_run(options))
     said = {"events": recorder.events, "peak": pipeline.peak_activations, "digests": _digests(pipeline.local_stages)}
-    every = [json.loads(payload) for payload in world.exchange(json.dumps(said).encode())]
+    every = share(world, said)
     pipeline.close()
     return Outcome(
         losses, seconds,

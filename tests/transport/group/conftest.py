@@ -56,9 +56,9 @@ def _child(report: Connection, path: Path, rank: int, ranks: int, timeout: float
 class Ranks:
     """The started processes. A rank that ends without a report (killed, or aborted) has an outcome without values."""
 
-    def __init__(self, path: Path, body: Body, ranks: int, timeout: float) -> None:
+    def __init__(self, path: Path, body: Body, ranks: int, timeout: float, absent: int) -> None:
         self.processes, self.reports = [], []
-        for rank in range(ranks):
+        for rank in range(ranks - absent):
             report, child_end = FORK.Pipe(duplex=False)
             process = FORK.Process(target=_child, args=(child_end, path, rank, ranks, timeout, body), daemon=True)
             process.start()
@@ -94,11 +94,11 @@ class Ranks:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
-    """``start(body, ranks, timeout=30.0)`` forks the ranks and returns at once."""
+    """``start(body, ranks, timeout=30.0, absent=0)`` forks all but the last ``absent`` ranks and returns at once."""
     started: list[Ranks] = []
 
-    def begin(body: Body, ranks: int, timeout: float = 30.0) -> Ranks:
-        started.append(Ranks(tmp_path / f"store{len(started)}", body, ranks, timeout))
+    def begin(body: Body, ranks: int, timeout: float = 30.0, absent: int = 0) -> Ranks:
+        started.append(Ranks(tmp_path / f"store{len(started)}", body, ranks, timeout, absent))
         return started[-1]
 
     yield begin

@@ -1,0 +1,42 @@
+"""Message sizes as nccl-tests writes them: ``-b 4K -e 64M -f 4`` is 4 KiB, 16 KiB, ... 64 MiB."""
+
+from __future__ import annotations
+
+from pipex.errors import InputError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``512``, ``4K`` or ``64m``; the letters are powers of 1024.
+
+    Raises:
+        InputError: it is no size.
+    """
+    digits, letter = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not (digits.isascii() and digits.isdigit()) or letter not in _UNITS or int(digits) == 0:
+        raise InputError("not a size", got=repr(text), needed="a whole number above 0, with K, M or G if wanted")
+    return int(digits) * _UNITS[letter]
+
+
+def format_size(nbytes: int) -> str:
+    """The shortest text that ``parse_size`` reads as ``nbytes``."""
+    letter = next(letter for letter in reversed(_UNITS) if nbytes % _UNITS[letter] == 0)
+    return f"{nbytes // _UNITS[letter]}{letter}"
+
+
+def size_range(first: int, last: int, factor: int) -> list[int]:
+    """``first``, ``first`` × ``factor``, ... while at most ``last``.
+
+    Raises:
+        InputError: the range is empty or would not end.
+    """
+    if first > last:
+        raise InputError("the range of sizes is empty", got=f"{format_size(first)} to {format_size(last)}",
+                         needed="-b at most -e")  # fmt: skip
+    if factor < 2:
+        raise InputError("the range of sizes would not end", got=f"-f {factor}", needed="a factor of at least 2")
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return sizes

@@ -1,0 +1,187 @@
+"""A training step of a two-rank pipeline, beside torch.distributed.pipelining.
+
+    pipex   pipex.Pipeline over shared memory
+    torch   torch.distributed.pipelining's schedule of the same name, over Gloo on the loopback interface
+
+Both run in the same two processes, on equal stages (8 × Linear and GELU each), batches, loss and micro-batches. Nothing
+is updated: where pipex expects an optimizer it gets one that only keeps the gradients, and both begin every step
+without gradients. Every step's gradients are compared with one process: pipex's must be equal bit by bit, torch's
+within ``TOLERANCE``.
+
+The same stages' work alone, without communication, is measured in the same rounds, on both ranks at once: plain
+autograd on inputs and output gradients that are there already, in the order in which the schedule has this rank's
+actions. A round is one step of pipex, one of torch, and this work once. A step's time is the slower rank's.
+
+``overhead_us_per_action`` is (step − compute of the busiest rank) / actions of a rank; it holds what the schedule
+leaves idle at the ends of a step too, which is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipex import plan as plans
+from pipex.bench import gloo
+from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.report import Row
+from pipex.bench.step_providers import TORCH_SCHEDULES, ComputeAlone, PipexStep, TorchStep
+from pipex.errors import InputError
+from pipex.runtime.launch import launch
+from pipex.runtime.reference import OneProcess
+from pipex.runtime.worlds import current_world
+from pipex.transport.interface import World
+
+PROVIDER, PEER, COMPUTE = "pipex", "torch", "compute"
+RANKS = 2
+LAYERS = 8
+TOLERANCE = 1e-5
+"""Largest error of torch's gradients, relative to the tensor's largest element: it sums in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is run: the schedule, the width of all layers, and the batch."""
+
+    schedule: str
+    width: int
+    samples: int  # per micro-batch
+    microbatches: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}/{self.width}x{self.samples}"
+
+    def plan(self) -> plans.Plan:
+        return plans.build(self.schedule, RANKS, self.microbatches)
+
+    def stages(self) -> list[nn.Module]:
+        """The same weights on every call."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [
+                nn.Sequential(
+                    *(layer for _ in range(LAYERS) for layer in (nn.Linear(self.width, self.width), nn.GELU()))
+                )
+                for _ in range(RANKS)
+            ]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Input and target, the same on every call."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.microbatches * self.samples, self.width)
+        return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def cases(schedules: str, shapes: str, microbatches: int) -> list[Case]:
+    """Every schedule with every shape, from texts such as ``gpipe,1f1b`` and ``64x4,1024x64``.
+
+    Raises:
+        InputError: a schedule that torch.distributed.pipelining does not have as well, or no shape.
+    """
+    if microbatches < RANKS:
+        raise InputError("too few micro-batches", got=microbatches, needed=f"at least {RANKS}, one per rank")
+    found = []
+    for schedule in schedules.split(","):
+        if schedule not in TORCH_SCHEDULES:
+            raise InputError("not a schedule that both sides have", got=repr(schedule),
+                             needed=f"one of {', '.join(TORCH_SCHEDULES)}")  # fmt: skip
+        for shape in shapes.split(","):
+            width, _, samples = shape.partition("x")
+            if not (width.isdecimal() and samples.isdecimal() and int(width) and int(samples)):
+                raise InputError("not a shape", got=repr(shape), needed="WIDTHxBATCH, such as 64x4")
+            found.append(Case(schedule, int(width), int(samples), microbatches))
+    return found
+
+
+def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
+    """Two rows per case, with the figures step_us, compute_us, overhead_us_per_action and overhead_ratio.
+
+    ``overhead_ratio`` is torch's overhead over the row's own; None where the row's own is too small to be seen.
+    """
+    jobs = [asdict(case) for case in cases]
+    ranks = launch(_rank, RANKS, args=(jobs, rounds.samples, rounds.warmups))
+    return [row for index, case in enumerate(cases) for row in _rows(case, [rank[index] for rank in ranks])]
+
+
+def _rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """``ranks[r]`` is what ``_measure_case`` returned on rank r."""
+    slowest = {
+        name: quantiles([max(times) for times in zip(*(rank["samples"][name] for rank in ranks), strict=True)])
+        for name in (PROVIDER, PEER)
+    }
+    compute_us = max(quantiles(rank["samples"][COMPUTE]).p50 for rank in ranks)
+    actions = 2 * case.microbatches
+    overhead = {name: (time.p50 - compute_us) / actions for name, time in slowest.items()}
+    return [
+        Row(
+            case.name, name, {"shape": [case.samples, case.width]}, time, slowest[PEER].p50 / time.p50,
+            all(rank["correct"][name] and rank["correct"][COMPUTE] for rank in ranks),
+            {"step_us": time.p50, "compute_us": compute_us, "overhead_us_per_action": overhead[name],
+             "overhead_ratio": overhead[PEER] / overhead[name] if overhead[name] > 0 else None},
+        )
+        for name, time in slowest.items()
+    ]  # fmt: skip
+
+
+def _rank(jobs: Sequence[Mapping[str, Any]], samples: int, warmups: int) -> list[dict[str, Any]]:
+    """On each rank, for each case: its samples in µs, and whether its gradients were right, by provider."""
+    world = current_world()
+    with gloo.joined(world):
+        return [_measure_case(world, Case(**job), Rounds(samples, warmups)) for job in jobs]
+
+
+def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
+    batch, target = case.batch()
+    reference = OneProcess(case.stages(), case.microbatches, nn.functional.mse_loss)
+    reference.gradients(batch, target)
+    wanted = [p.grad for p in reference.stages[world.rank].parameters() if p.grad is not None]
+
+    plan = case.plan()
+    pipex_step = PipexStep(case.stages(), plan, batch, target)
+    torch_step = TorchStep(case.stages(), case.schedule, case.microbatches, world.rank, batch, target)
+    compute = ComputeAlone(case.stages(), plan, world.rank, batch, target)
+    steps = {
+        PROVIDER: TimedStep(world, pipex_step.run, wanted, tolerance=0),
+        PEER: TimedStep(world, torch_step.run, wanted, TOLERANCE),
+        COMPUTE: TimedStep(world, compute.run, wanted, tolerance=0),
+    }
+    times = rounds.interleave({name: step.sample for name, step in steps.items()})
+    pipex_step.close()
+    return {"samples": times, "correct": {name: step.correct for name, step in steps.items()}}
+
+
+class TimedStep:
+    """Runs, times and checks steps of one provider.
+
+    Args:
+        run: one step; returns this rank's gradients.
+        wanted: what they must be.
+        tolerance: their largest error, relative to the tensor's largest element; 0 asks for equal bits.
+    """
+
+    def __init__(
+        self, world: World, run: Callable[[], list[Tensor]], wanted: Sequence[Tensor], tolerance: float
+    ) -> None:
+        self._world, self._run, self._wanted, self._tolerance = world, run, wanted, tolerance
+        self.correct = True
+
+    def sample(self) -> float:
+        """Microseconds of one step on this rank."""
+        self._world.exchange(b"")  # both ranks begin together
+        begin = perf_counter()
+        gradients = self._run()
+        seconds = perf_counter() - begin
+        self._world.exchange(b"")  # nobody compares while the other one is timed
+        self.correct = self.correct and all(
+            torch.equal(g, w)
+            if self._tolerance == 0
+            else float((g - w).abs().max()) <= self._tolerance * float(w.abs().max())
+            for g, w in zip(gradients, self._wanted, strict=True)
+        )
+        return seconds * 1e6

@@ -1,0 +1,102 @@
+"""The three ways in which ``bench.step`` runs a step. Each is built on every rank and returns this rank's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from pipex.plan import Kind, Plan
+from pipex.runtime.pipeline import Pipeline
+
+TORCH_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+"""pipex's name of a schedule -> torch's class."""
+
+
+class _KeepGradients(torch.optim.Optimizer):
+    """Updates nothing. ``gradients`` are those of the last step."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.gradients: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.gradients = [p.grad for group in self.param_groups for p in group["params"]]
+
+
+class PipexStep:
+    """``pipex.Pipeline``."""
+
+    def __init__(self, stages: Sequence[nn.Module], plan: Plan, batch: Tensor, target: Tensor) -> None:
+        self._pipeline = Pipeline(stages, plan, nn.functional.mse_loss, optimizer=_KeepGradients)
+        self._data = batch, target
+        self.close = self._pipeline.close
+
+    def run(self) -> list[Tensor]:
+        self._pipeline.step(*self._data)
+        assert isinstance(self._pipeline.optimizer, _KeepGradients)
+        return self._pipeline.optimizer.gradients
+
+
+class TorchStep:
+    """A schedule of torch.distributed.pipelining on its default group; the loss is collected, outputs are not."""
+
+    def __init__(
+        self, stages: Sequence[nn.Module], schedule: str, microbatches: int, rank: int, batch: Tensor, target: Tensor
+    ) -> None:
+        self._parameters = list(stages[rank].parameters())
+        stage = PipelineStage(stages[rank], rank, len(stages), torch.device("cpu"))
+        self._schedule = TORCH_SCHEDULES[schedule](stage, microbatches, loss_fn=nn.functional.mse_loss)
+        self._inputs = (batch,) if rank == 0 else ()
+        self._target = target if rank == len(stages) - 1 else None
+
+    def run(self) -> list[Tensor]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses: list[Tensor] = []
+        self._schedule.step(*self._inputs, target=self._target, losses=losses, return_outputs=False)
+        if losses:
+            torch.stack(losses).mean().item()  # pipex's step returns it too
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+
+class ComputeAlone:
+    """This rank's stage on inputs and output gradients that are there already, in the order of its actions."""
+
+    def __init__(self, stages: Sequence[nn.Module], plan: Plan, rank: int, batch: Tensor, target: Tensor) -> None:
+        self._stage = stages[rank]
+        self._parameters = list(self._stage.parameters())
+        self._order = plan.orders[rank]
+        self._share = 1 / plan.microbatches
+        self._targets = target.chunk(plan.microbatches) if rank == len(stages) - 1 else None
+        self._inputs: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        for inputs, wanted in zip(batch.chunk(plan.microbatches), target.chunk(plan.microbatches), strict=True):
+            values = [inputs]
+            for stage in stages:
+                values.append(stage(values[-1]).detach().requires_grad_())
+            outputs = values[rank + 1]
+            loss = nn.functional.mse_loss(nn.Sequential(*stages[rank + 1 :])(outputs), wanted) * self._share
+            self._inputs.append(values[rank])
+            self._gradients += torch.autograd.grad(loss, outputs)
+
+    def run(self) -> list[Tensor]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        roots: dict[int, Tensor] = {}
+        for action in self._order:
+            microbatch = action.microbatch
+            if action.kind is Kind.F:
+                inputs = self._inputs[microbatch].detach()
+                output = self._stage(inputs.requires_grad_(self._inputs[microbatch].requires_grad))
+                if self._targets is not None:
+                    output = nn.functional.mse_loss(output, self._targets[microbatch]) * self._share
+                roots[microbatch] = output
+            elif self._targets is not None:
+                roots.pop(microbatch).backward()  # type: ignore[no-untyped-call]
+            else:
+                roots.pop(microbatch).backward(self._gradients[microbatch])  # type: ignore[no-untyped-call]
+        return [p.grad for p in self._parameters if p.grad is not None]

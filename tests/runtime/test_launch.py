@@ -1,0 +1,204 @@
+"""``pipex.launch``: where ranks run, what comes back, and how failures come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipex
+from pipex.errors import InputError, PeerFailed, PeerLost
+from pipex.runtime import worlds
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread for each rank, whatever the machine: then the ranks are forked and run any function."""
+    monkeypatch.setattr(worlds, "threads_per_rank", lambda ranks: 1)
+
+
+def place(scale: int = 1) -> list[int]:
+    world = pipex.current_world()
+    return [world.rank * scale, world.ranks]
+
+
+def parent() -> list[int]:
+    return [os.getppid(), os.getpgid(0) == os.getpid(), torch.get_num_threads()]
+
+
+def test_one_rank_runs_here() -> None:
+    assert pipex.launch(lambda: [*place(), os.getpid()], 1) == [[0, 1, os.getpid()]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_returns_every_ranks_result_in_order(ranks: int) -> None:
+    assert pipex.launch(place, ranks, args=(10,)) == [[rank * 10, ranks] for rank in range(ranks)]
+
+
+def test_ranks_are_children_in_groups_of_their_own_with_their_share_of_threads() -> None:
+    assert pipex.launch(parent, 2) == [[os.getpid(), True, 1]] * 2
+
+
+def test_a_forked_rank_runs_any_function_and_sees_what_was_there() -> None:
+    here = object()
+    assert pipex.launch(lambda: id(here), 2) == [id(here)] * 2
+
+
+@pytest.mark.parametrize("ranks", [0, -1, None])
+def test_a_number_of_ranks_that_cannot_be(ranks: int | None) -> None:
+    with pytest.raises(InputError, match=f"launch needs a number of ranks; got {ranks}; needed at least 1"):
+        pipex.launch(place, ranks)
+
+
+def test_the_limit_must_be_positive() -> None:
+    with pytest.raises(PeerFailed, match="InputError: a time-out must be positive; got 0"):
+        pipex.launch(place, 2, timeout=0)
+
+
+def test_this_process_is_no_rank_afterwards() -> None:
+    pipex.launch(place, 2)
+    assert (pipex.current_world().rank, pipex.current_world().ranks) == (0, 1)
+
+
+def test_a_result_larger_than_a_pipe() -> None:
+    assert pipex.launch(lambda: "x" * (1 << 20), 2) == ["x" * (1 << 20)] * 2
+
+
+def test_works_beside_the_main_thread() -> None:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(pipex.launch(place, 2)))
+    thread.start()
+    thread.join()
+    assert results == [[[0, 2], [1, 2]]]
+
+
+def test_the_callers_handler_of_ctrl_c_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    pipex.launch(place, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_result_that_is_no_json_names_its_type() -> None:
+    with pytest.raises(PeerFailed, match="TypeError: Object of type set is not JSON serializable"):
+        pipex.launch(lambda: {1}, 2)
+
+
+def test_the_exception_and_its_traceback_come_back(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        if pipex.current_world().rank == 1:
+            raise KeyError("missing")
+        pipex.current_world().exchange(b"")
+
+    with pytest.raises(PeerFailed, match="rank 1 failed: KeyError: 'missing'") as caught:
+        pipex.launch(fail, 2)
+    assert (caught.value.rank, caught.value.remote) == (1, "KeyError: 'missing'")
+    said = capfd.readouterr().err
+    assert "pipex rank 1 failed:\nTraceback" in said
+    assert "pipex rank 0: PeerFailed: rank 1 failed: KeyError: 'missing'" in said
+
+
+def test_an_exception_that_cannot_be_printed_still_has_a_type() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def fail() -> None:
+        raise Mute
+
+    with pytest.raises(PeerFailed, match=r"Mute: .*cannot be printed"):
+        pipex.launch(fail, 2)
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os._exit(0), "exited with code 0"),
+        (lambda: os._exit(7), "exited with code 7"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "killed by SIGSEGV"),
+        (lambda: os.abort(), "killed by SIGABRT"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), "killed by SIGTERM"),
+    ],
+)
+def test_a_rank_that_ends_without_a_word_is_lost_however_it_ends(end: Any, how: str) -> None:
+    with pytest.raises(PeerLost, match=f"rank 0 is gone: {how}"):
+        pipex.launch(end, 2)  # none is left to say it
+
+
+def test_a_rank_that_is_killed_while_it_reports_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(self: Connection, data: bytes) -> None:
+        write(self, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write = Connection._send  # type: ignore[attr-defined]
+    monkeypatch.setattr(Connection, "_send", half)
+    with pytest.raises(PeerLost, match="rank 0 is gone: killed by SIGKILL"):
+        pipex.launch(place, 2)
+
+
+def test_a_rank_that_is_done_does_not_succeed_when_another_has_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        world: Any = pipex.current_world()
+        if world.rank == 1:
+            raise ValueError("at the very end")
+        while not world._control.aborted:
+            os.sched_yield()
+
+    with pytest.raises(PeerFailed):
+        pipex.launch(fail, 2)
+    assert "pipex rank 0: PeerFailed: rank 1 failed: ValueError: at the very end" in capfd.readouterr().err
+
+
+# What ranks may own: no socket, no file under any name, and no descriptor of the test but what they were given.
+
+
+def belongings() -> list[str]:
+    pipex.current_world().exchange(b"")
+    targets = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            targets.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    with open("/proc/self/maps") as maps:
+        return targets + [line.split()[-1] for line in maps if "/dev/shm" in line]
+
+
+def test_ranks_open_no_socket_and_no_named_memory() -> None:
+    inherited = {os.readlink(f"/proc/self/fd/{d}") for d in os.listdir("/proc/self/fd") if d.isdigit() and _is_open(d)}
+    for owned in pipex.launch(belongings, 3):
+        opened = [target for target in owned if target not in inherited]
+        assert [t for t in opened if t.startswith(("socket:", "/dev/shm")) or "tmp" in t] == []
+        assert any(target.startswith("/memfd:pipex") for target in owned)
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+# Started afresh.
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads for each rank, and another thread in this process: a fork might hang, so ranks are spawned."""
+    monkeypatch.setattr(worlds, "threads_per_rank", lambda ranks: 2)
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("threads")
+def test_ranks_are_started_afresh_where_a_fork_could_hang() -> None:
+    for command in pipex.launch(Path("/proc/self/cmdline").read_text, 2):
+        assert "multiprocessing.spawn" in command
