@@ -5,8 +5,9 @@
     whole   torch.autograd.backward: what a split must not cost more than
 
 A sample is the time of the backward alone, I and W together, as the mean of ``REPEATS`` in a row; every provider runs
-its own forward before each, which is given as ``forward_us``. ``over_whole`` is the row's median over that of ``whole``. Gradients are compared with those of
-``whole`` first: pipex's must be equal bit by bit, torch's within ``TOLERANCE``.
+its own forward before each, which is given as ``forward_us``. ``over_whole`` is the row's median over that of
+``whole``. Gradients are compared with those of ``whole`` first: pipex's must be equal bit by bit, torch's within
+``TOLERANCE``.
 """
 
 from __future__ import annotations

@@ -127,3 +127,12 @@ class PeerFailed(PeerError):
         self.remote = remote
         super().__init__(f"{problem}: {remote}", **place)  # type: ignore[arg-type]
         self.problem = problem
+
+
+def headline(error: BaseException) -> str:
+    """Type and first line of an exception, as other ranks are told it; never fails, whatever the exception does."""
+    try:
+        first_line = str(error).partition("\n")[0]
+    except Exception:
+        first_line = "(its message cannot be printed)"
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -9,30 +9,35 @@ from pipex.errors import ConfigMismatch
 from pipex.transport.interface import World
 
 
-def share(world: World, said: Any) -> list[Any]:
+def share(world: World, call: str, said: Any) -> list[Any]:
     """Collective: what every rank says (anything JSON can hold), in rank order.
 
+    Args:
+        call: what this rank is doing, such as ``"step"``.
+
     Raises:
-        ConfigMismatch: a rank has ended its run meanwhile.
+        ConfigMismatch: another rank is doing something else, or has ended its run.
     """
-    payloads = world.exchange(json.dumps(said).encode())
-    if b"" in payloads:
-        raise ConfigMismatch(
-            "the ranks disagree about how many steps there are",
-            got=f"rank {payloads.index(b'')} has ended its run, rank {world.rank} has not",
-            needed="the same calls on every rank", fix="give all ranks the same number of batches",
-        )  # fmt: skip
-    return [json.loads(payload) for payload in payloads]
+    every = [json.loads(payload or '["the end of its run", null]') for payload in
+             world.exchange(json.dumps([call, said]).encode())]  # fmt: skip
+    for rank, (theirs, _) in enumerate(every):
+        if theirs != call:
+            raise ConfigMismatch(
+                "the ranks do not make the same calls",
+                got=f"{call} on rank {world.rank}, {theirs} on rank {rank}", needed="the same order on every rank",
+                fix="give all ranks the same number of batches, and let all of them save, load and evaluate",
+            )  # fmt: skip
+    return [value for _, value in every]
 
 
-def agree(world: World, said: dict[str, Any]) -> dict[str, Any]:
+def agree(world: World, call: str, said: dict[str, Any]) -> dict[str, Any]:
     """Collective: the value of every key, where a rank that says None abstains.
 
     Raises:
-        ConfigMismatch: two ranks say different things; shows both.
+        ConfigMismatch: two ranks say different things (shows both), or as ``share``.
     """
     agreed: dict[str, tuple[int, Any]] = {}
-    for rank, theirs in enumerate(share(world, said)):
+    for rank, theirs in enumerate(share(world, call, said)):
         for key, value in theirs.items():
             if value is None:
                 continue

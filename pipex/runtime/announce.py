@@ -55,7 +55,7 @@ def announce(
                 inputs = sample if stage == 0 else _zeros(result[size].activation[stage], device)
                 assert inputs is not None
                 own[size] = _encode(_probe(runners[stage], inputs, device))
-        for size, encoded in share(world, own)[rank].items():
+        for size, encoded in share(world, "the announcement", own)[rank].items():
             form = _decode(encoded)
             forms = result[int(size)]
             forms.activation[stage + 1] = form

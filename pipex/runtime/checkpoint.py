@@ -37,7 +37,7 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
-    said = share(pipeline.world, [shard, error])
+    said = share(pipeline.world, "save", [shard, error])
     shards = [theirs for theirs, _ in said if theirs is not None]
     errors = [text for _, text in said if text]
     if rank == 0 and not errors:
@@ -45,7 +45,7 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
             state.commit(path, step, shards, {"pipex": dict(meta)})
         except CheckpointError as failure:
             errors = [f"rank 0: {failure}"]
-    errors = share(pipeline.world, errors)[0]
+    errors = share(pipeline.world, "save", errors)[0]
     if not errors:
         return None
     if rank == 0:

@@ -90,7 +90,7 @@ class Gradients:
             for stage, parameters in self._owned.items():
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norms[stage] = [_encode(norm) for norm in torch._foreach_norm(gradients)] if gradients else []
-        shared = share(self._world, {"loss": loss, "norms": norms})
+        shared = share(self._world, "the end of a step", {"loss": loss, "norms": norms})
         if clip_norm is not None:
             # In model order, whatever the placement: the bits of the total do not depend on the cut.
             by_stage = {int(stage): values for rank in shared for stage, values in rank["norms"].items()}

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled, headline
 from pipex.runtime import worlds
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.solo import SoloWorld
@@ -231,11 +231,7 @@ def _describe(error: BaseException) -> dict[str, Any]:
         if isinstance(error, PeerFailed):
             place["remote"] = error.remote
         return {"type": type(error).__name__, "problem": error.problem, "peer": place}
-    try:
-        first_line = str(error).partition("\n")[0]
-    except Exception:
-        first_line = "(its message cannot be printed)"
-    return {"type": type(error).__name__, "problem": f"{type(error).__name__}: {first_line}", "peer": None}
+    return {"type": type(error).__name__, "problem": headline(error), "peer": None}
 
 
 def _receive(pipe: Connection) -> _Report | None:

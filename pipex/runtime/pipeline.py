@@ -77,9 +77,16 @@ class Pipeline:
         with self._together():
             plans.validate(plan)
             self._check_arguments(stages, loss_fn)
-            agree(self.world, {"ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
-                         "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "clip_norm": str(clip_norm),
-                         "seed": seed, "optimizer": str(optimizer is not None)})  # fmt: skip
+            said = {
+                "ranks": plan.placement.ranks,
+                "micro-batches": plan.microbatches,
+                "stages": len(stages),
+                "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})",
+                "clip_norm": str(clip_norm),
+                "seed": seed,
+                "optimizer": str(optimizer is not None),
+            }
+            agree(self.world, "Pipeline(...)", said)
             self.stages = as_stages(stages)
             self._ties = tied.separate(self.stages)
             placement, rank = plan.placement, self.world.rank
@@ -150,6 +157,7 @@ class Pipeline:
                 runner.stage.eval()
             try:
                 data = self._begin(self.steps + 1, batch, target, training=False)
+                self.world.at(self.steps + 1, Phase.EVALUATING)
                 self._executor.evaluate(data)
                 if self._links is not None:
                     self._links.flush()
@@ -205,8 +213,8 @@ class Pipeline:
                     f"rank {self.world.rank} holds the {'first' if first else 'last'} stage and needs the {name}",
                     got=value,
                 )
-        said = {"step": step, "training": training, "batch": _describe(inputs), "target": _describe(targets)}
-        agreed = agree(self.world, said)
+        said = {"step": step, "batch": _describe(inputs), "target": _describe(targets)}
+        agreed = agree(self.world, "step" if training else "evaluate", said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:
             raise InputError(

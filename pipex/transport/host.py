@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import ConfigMismatch, InputError, PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.errors import ConfigMismatch, InputError, PeerError, PeerFailed, PeerLost, PeerStalled, headline
 from pipex.transport.header import Header, mismatch
 from pipex.transport.interface import (
     ActionNamer,
@@ -176,14 +176,9 @@ class HostWorld:
 
     def fail(self, error: BaseException) -> None:
         self._told = True
-        if isinstance(error, PeerError):
-            return
-        try:
-            text = str(error)
-        except Exception:
-            text = "(its message cannot be printed)"
-        first_line = text.partition("\n")[0]
-        self._member.fail(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
+        # Ctrl-C reaches every rank by itself; telling of it could only outrun the others' own.
+        if not isinstance(error, (PeerError, KeyboardInterrupt)):
+            self._member.fail(headline(error))
 
     def close(self) -> None:
         if self._left:

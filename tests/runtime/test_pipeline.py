@@ -161,13 +161,18 @@ def test_ranks_that_disagree_are_told_both_values(what: str, both: tuple[str, st
         assert value in str(error.value)
 
 
-class Bad(nn.Module):
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.linear, self.output = nn.Linear(6, 6), output
+def call_different_methods(directory: str) -> None:
+    pipe = pipeline()
+    pipe.step(*data(8, 0))
+    if pipe.world.rank == 0:
+        pipe.save(directory)
+    else:
+        pipe.evaluate(*data(8, 1))
 
-    def forward(self, x: Tensor) -> Any:
-        return self.output(self.linear(x))
+
+def test_ranks_that_call_different_methods_are_told_both(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match=r"ConfigMismatch: the ranks do not make the same calls.*(save|evaluate)"):
+        pipex.launch(call_different_methods, 2, args=(str(tmp_path),))
 
 
 def solo(loss: Any) -> pipex.Pipeline:

@@ -111,7 +111,7 @@ def train(options: Options, text: ByteText) -> Outcome:
     if options.save is not None:
         pipeline.save(options.save, describe_run(options))
     said = {"events": recorder.events, "peak": pipeline.peak_activations, "digests": _digests(pipeline.local_stages)}
-    every = share(world, said)
+    every = share(world, "the report", said)
     pipeline.close()
     return Outcome(
         losses, seconds,

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 
 from torch.distributed import Store, Work
 
-from pipex.errors import PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.errors import PeerError, PeerFailed, PeerLost, PeerStalled, headline
 from pipex.transport.interface import Phase, World
 
 VERDICT, ROLL_CALL = "verdict", "roll-call"
@@ -140,9 +140,7 @@ class Watch:
 
     def report_failure(self, error: BaseException) -> None:
         """Reports that this rank ends with ``error``, at the place that it published last."""
-        first_line = str(error).partition("\n")[0]
-        text = type(error).__name__ + (f": {first_line}" if first_line else "")
-        self._report(Verdict("failed", self._world.rank, *self.place, text[:MAX_TEXT]))
+        self._report(Verdict("failed", self._world.rank, *self.place, headline(error)[:MAX_TEXT]))
 
     def wait_for_goodbye(self) -> None:
         """Waits until the next rank has left in order."""
