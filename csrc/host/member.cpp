@@ -63,7 +63,7 @@ Member::Member(std::shared_ptr<Control> control, int rank, std::chrono::nanoseco
       rank_(rank),
       part_(control_->part(std::clamp(rank, 0, control_->ranks()))),
       timeout_(timeout),
-      spins_(spin ? kSpins : kFewSpins),
+      spin_ns_(spin ? kSpinFor.count() : 0),
       between_slices_(between_slices) {
   if (rank < 0 || rank >= control_->ranks())
     throw NamedError("InputError", "there is no such rank in this run", std::to_string(rank),

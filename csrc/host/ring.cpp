@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "host/copy.hpp"
 #include "host/errors.hpp"
 
 namespace pipex {
@@ -46,7 +47,7 @@ void RingSender::send(const TensorTemplate& tensor, const std::byte* data, std::
   std::memcpy(segment_.data() + layout_.header(slot), header.data(), kTensorHeaderBytes);
   // Of a tensor larger than announced only the header goes: it is enough for the receiver to name the mistake.
   if (tensor.bytes > 0 && tensor.bytes <= layout_.slot_bytes)
-    std::memcpy(segment_.data() + layout_.payload(slot), data, tensor.bytes);
+    copy_message(segment_.data() + layout_.payload(slot), data, tensor.bytes);
   ready_.push(slot);
   ++sequence_;
 }

@@ -23,7 +23,7 @@ def share(world: World, call: str, said: Any) -> list[Any]:
     for rank, (theirs, _) in enumerate(every):
         if theirs != call:
             raise ConfigMismatch(
-                "the ranks do not make the same calls",
+                "the ranks disagree about the call",
                 got=f"{call} on rank {world.rank}, {theirs} on rank {rank}", needed="the same order on every rank",
                 fix="give all ranks the same number of batches, and let all of them save, load and evaluate",
             )  # fmt: skip

@@ -75,7 +75,7 @@ def errors(tmp_path: Path) -> Callable[..., list[str]]:
         (lambda rank: pipeline(optimizer=(sgd, None)[rank]), ["optimizer", "True on rank 0, False on rank 1"]),
         (lambda rank: step(pipeline(), samples=4 + 2 * rank), ["batch", "[4, 4]", "[6, 4]"]),
         (lambda rank: step(pipeline(), dtype=(torch.float32, torch.float64)[rank]), ["batch", "float32", "float64"]),
-        (lambda rank: (step if rank else evaluate)(pipeline()), ["same calls", "evaluate", "step"]),
+        (lambda rank: (step if rank else evaluate)(pipeline()), ["the call", "evaluate", "step"]),
     ],
     ids=["plan", "microbatches", "clip_norm", "seed", "optimizer", "batch", "dtype", "calls"],
 )
