@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, owned: bool) -> None:
+def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Adds each gradient to its parameter's ``.grad``, then runs the post-accumulate hooks.
 
     Args:
         parameters: leaf tensors, each once.
-        gradients: for each of them, in its shape and dtype, the whole gradient of this backward.
-        owned: the gradients are fresh memory that nobody else sees, so the first one may become ``.grad`` itself.
+        gradients: for each of them, in its shape and dtype, the whole gradient of this backward; fresh memory, which
+            may become ``.grad`` itself.
     """
     present: list[Tensor] = []
     additions: list[Tensor] = []
@@ -25,7 +25,7 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, own
             present.append(before)
             additions.append(gradient)
         else:
-            parameter.grad = gradient if owned else torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
         hooked = hooked or bool(parameter._post_accumulate_grad_hooks)
     if present:
         torch._foreach_add_(present, additions)
@@ -33,3 +33,9 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, own
         for parameter in parameters:
             for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
                 hook(parameter)
+
+
+def owned(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """What may go to ``accumulate`` of a gradient that autograd has returned: it may be the very tensor that is the
+    gradient of something else, or a view of it, so it is copied where it would become ``.grad``."""
+    return torch.empty_like(parameter).copy_(gradient) if parameter.grad is None else gradient

@@ -30,6 +30,11 @@ _lock = threading.Lock()
 _open = 0  # tapes open in all threads
 
 
+def saved_tensor_hooks() -> bool:
+    """Whether saved tensors go through somebody's hooks here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def start(tape: Tape) -> Tape | None:
     """Opens ``tape`` in this thread; returns the one that was open."""
     global _open

@@ -20,14 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipex.backward import recording
-from pipex.backward.accumulate import accumulate
+from pipex.backward.accumulate import accumulate, owned
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
+
+
+class _Aliases(NamedTuple):
+    """Two tensors over a parameter's memory.
+
+    ``plain`` is cut off from autograd: the smallest graph, where the input alone carries it. ``leaf`` requires grad as
+    the parameter does: where the input does not, and where torch would choose another kernel without it.
+    """
+
+    address: int
+    plain: Tensor
+    leaf: Tensor
 
 
 class Splitter:
@@ -40,27 +52,22 @@ class Splitter:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = tuple({id(p): p for p in parameters if p.requires_grad}.values())
         self._known = {id(p) for p in self.parameters}
-        self._aliases: dict[int, tuple[int, Tensor]] = {}  # id of a parameter -> its address, its alias
+        self.known_aliases: dict[int, _Aliases] = {}  # by id of a parameter that has stood in a recorded operation
 
     def record(self) -> Tape:
         """A new tape; the forward runs inside ``with``."""
         return Tape(self)
 
-    def alias(self, parameter: Tensor | None) -> Tensor | None:
-        """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
-        known = self._aliases.get(id(parameter))
-        if known is not None and known[0] == parameter.data_ptr() and not parameter._backward_hooks:  # type: ignore[union-attr]
-            return known[1]
-        if parameter is None or id(parameter) not in self._known or parameter._backward_hooks:
+    def aliases(self, parameter: Tensor | None) -> _Aliases | None:
+        """The stand-ins of a parameter in recorded operations; None where its gradient must not be deferred."""
+        known = self.known_aliases.get(id(parameter))
+        if parameter is None or parameter._backward_hooks or id(parameter) not in self._known:
             return None  # not ours, frozen, or with hooks that only autograd can call on the whole gradient
-        # It requires grad as the parameter does: torch then chooses the same kernels as in an unsplit forward.
-        alias = parameter.detach().requires_grad_()
-        self._aliases[id(parameter)] = (parameter.data_ptr(), alias)
-        return alias
-
-    def recorded(self, parameter: Tensor) -> bool:
-        """Whether the parameter has ever stood in a recorded operation."""
-        return id(parameter) in self._aliases
+        address = parameter.data_ptr()
+        if known is None or known.address != address:
+            known = _Aliases(address, parameter.detach(), parameter.detach().requires_grad_())
+            self.known_aliases[id(parameter)] = known
+        return known
 
 
 class Tape:
@@ -71,7 +78,7 @@ class Tape:
     def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
         self._uses: list[Use] = []
-        self._direct = Sums()  # gradients from unrecorded uses of recorded parameters
+        self._direct = Sums()  # gradients that I has made and W adds
         self._outer: Tape | None = None
 
     def __enter__(self) -> Tape:
@@ -84,17 +91,26 @@ class Tape:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
-        w, b = self._splitter.alias(weight), self._splitter.alias(bias)
+        w, b = self._splitter.aliases(weight), self._splitter.aliases(bias)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
-        y = recording.torch_linear(x, weight if w is None else w, bias if b is None else b)
+        # matmul folds an input that is not contiguous into a matrix only if the weight requires grad.
+        # Saved-tensor hooks (activation checkpointing) run the operation again, without a tape, and compare the graphs.
+        leaf = not x.requires_grad or (x.dim() > 2 and not x.is_contiguous()) or recording.saved_tensor_hooks()
+        y = recording.torch_linear(
+            x,
+            weight if w is None else w.leaf if leaf else w.plain,
+            bias if b is None else b.leaf if leaf else b.plain,
+        )
         self._uses.append(LinearUse(x, y.grad_fn, None if w is None else weight, None if b is None else bias))
         return y
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
         """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
-        w = self._splitter.alias(weight)
-        y = recording.torch_embedding(x, weight if w is None else w, padding, scale_grad_by_freq=scale_by_frequency)
+        w = self._splitter.aliases(weight)
+        y = recording.torch_embedding(
+            x, weight if w is None else w.leaf, padding, scale_grad_by_freq=scale_by_frequency
+        )
         if w is not None:
             row = -1 if padding is None else padding % weight.shape[0]
             self._uses.append(EmbeddingUse(x, y.grad_fn, weight, row, scale_by_frequency))
@@ -121,15 +137,17 @@ class Tape:
             use.dy = gradients[place]
             use.node, use.x = None, use.x.detach()  # lets the graph go now, as an unsplit backward would
             place += 1
-        now = Sums()
         for parameter in parameters:
             gradient = gradients[place]
             place += 1
-            if gradient is not None:
-                # A parameter that is recorded elsewhere waits for those gradients, to be added once with them.
-                (self._direct if self._splitter.recorded(parameter) else now).add(parameter, gradient)
-        if now.parameters:
-            accumulate(now.parameters, now.gradients, owned=False)
+            if gradient is None:
+                continue
+            # Vectors (norm weights) cost more to add than to keep, so W adds them together with its own. A parameter
+            # that is recorded elsewhere waits too: its gradients are summed first.
+            if gradient.dim() < 2 or id(parameter) in self._splitter.known_aliases:
+                self._direct.add(parameter, gradient)
+            else:
+                accumulate([parameter], [owned(parameter, gradient)])
         return gradients[: len(inputs)]
 
     def backward_weight(self) -> None:
@@ -138,11 +156,11 @@ class Tape:
         The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
         """
         sums = Sums()
-        with torch.no_grad():
-            for use in reversed(self._uses):
-                if use.dy is not None:
-                    use.add_to(sums)
-            for parameter, gradient in zip(self._direct.parameters, self._direct.gradients, strict=True):
-                sums.add(parameter, gradient)
-            accumulate(sums.parameters, sums.gradients, owned=True)
+        # Neither x nor dy requires grad, so nothing here makes a graph.
+        for use in reversed(self._uses):
+            if use.dy is not None:
+                use.add_to(sums)
+        for parameter, gradient in zip(self._direct.parameters, self._direct.gradients, strict=True):
+            sums.add(parameter, owned(parameter, gradient))
+        accumulate(sums.parameters, sums.gradients)
         self._uses, self._direct = [], Sums()

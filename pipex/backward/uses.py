@@ -78,18 +78,16 @@ class LinearUse(Use):
     def add_to(self, sums: Sums) -> None:
         dy, x = self.dy, self.input()
         assert dy is not None
-        dims = [0]
         rows, columns = dy, x
         if x.dim() > 2:
             rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-            # Where x cannot be flattened in place, torch runs a matmul and adds the bias afterwards; the bias
-            # gradient is then reduced over dy as it lies in memory, which rounds differently from a sum of rows.
-            if x.is_contiguous():
-                dy = rows
-            else:
-                dims = list(range(dy.dim() - 1))
         if self.bias is not None:
-            sums.add(self.bias, dy.sum(dims))
+            if x.dim() == 2 or x.is_contiguous():
+                sums.add(self.bias, rows.sum(0))
+            else:
+                # torch has run a matmul and added the bias afterwards; its gradient is then reduced over dy as it
+                # lies in memory, which rounds differently from a sum of rows.
+                sums.add(self.bias, dy.sum(tuple(range(dy.dim() - 1))))
         if self.weight is not None:
             sums.add(self.weight, rows.t().mm(columns))
 

@@ -94,6 +94,17 @@ def test_messages_arrive_in_order_and_whole_while_slots_are_reused(elements: int
         sending.result()
 
 
+@pytest.mark.parametrize("nbytes", [(32 << 20) - 1, 32 << 20, (33 << 20) + 77])
+def test_large_messages_arrive_whole_from_any_address(nbytes: int) -> None:
+    """From 32 MiB on the copy goes past the caches, in blocks of 64 bytes and a rest."""
+    form = (TensorForm((nbytes,), torch.uint8),)
+    numbers = torch.arange(nbytes + 3, dtype=torch.int32).mul_(-1640531527).view(torch.uint8)
+    with edge(form) as (sender, receiver):
+        for m, offset in enumerate((0, 1, 3)):
+            sender.send(1, m, [numbers[offset : offset + nbytes]])
+            assert torch.equal(receiver.receive(1, m, form)[0], numbers[offset : offset + nbytes])
+
+
 def test_sources_that_are_not_contiguous_or_lazily_negated_arrive_as_torch_sees_them() -> None:
     base = torch.randn(6, 8, dtype=torch.complex64)
     sources = [
