@@ -7,6 +7,7 @@
     gloo         torch.distributed inside launched ranks
     p2p          half a round trip between two processes
     step         a training step of a small pipeline
+    backward     the split backward of one stage
 
 Every benchmark is a function that returns rows; ``pipex bench`` (pipex/cli/bench.py) runs and reports them. How a
 number is measured and what it means is said at the top of the benchmark's file.

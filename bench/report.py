@@ -44,16 +44,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The least that ``figure`` (a key of a row's JSON) of ``provider`` must reach in ``case``."""
+    """The least (or the most) that ``figure`` (a key of a row's JSON) of ``provider`` must be in ``case``."""
 
     case: str
     provider: str
     figure: str
-    least: float
+    limit: float
+    most: bool = False
+
+    def misses(self, value: float) -> bool:
+        return value > self.limit if self.most else value < self.limit
 
 
-def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str]) -> list[Floor]:
-    """Reads ``case=number,case=number``.
+def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str], *, most: bool = False) -> list[Floor]:
+    """Reads ``case=number,case=number``; ``most`` makes them ceilings.
 
     Raises:
         InputError: it has another form, or names a case that will not be measured.
@@ -62,7 +66,7 @@ def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str]) ->
     for part in text.split(","):
         case, _, number = part.partition("=")
         try:
-            floors.append(Floor(case, provider, figure, float(number)))
+            floors.append(Floor(case, provider, figure, float(number), most))
         except ValueError:
             raise InputError("not a floor", got=repr(part), needed=f"case=number, such as {cases[0]}=2.5") from None
         if case not in cases:
@@ -78,10 +82,9 @@ def failures(rows: Iterable[Row], floors: Iterable[Floor]) -> list[str]:
     ]
     for floor in floors:
         value = by_name[floor.case, floor.provider][floor.figure]
-        if value is not None and value < floor.least:
-            sentences.append(
-                f"{floor.case}: {floor.figure} of {floor.provider} is {value:.4g}, below the floor of {floor.least:g}"
-            )
+        if value is not None and floor.misses(value):
+            limit = f"{'above the ceiling' if floor.most else 'below the floor'} of {floor.limit:g}"
+            sentences.append(f"{floor.case}: {floor.figure} of {floor.provider} is {value:.4g}, {limit}")
     return sentences
 
 

@@ -33,9 +33,3 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
         for parameter in parameters:
             for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
                 hook(parameter)
-
-
-def owned(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """What may go to ``accumulate`` of a gradient that autograd has returned: it may be the very tensor that is the
-    gradient of something else, or a view of it, so it is copied where it would become ``.grad``."""
-    return torch.empty_like(parameter).copy_(gradient) if parameter.grad is None else gradient

@@ -30,11 +30,6 @@ _lock = threading.Lock()
 _open = 0  # tapes open in all threads
 
 
-def saved_tensor_hooks() -> bool:
-    """Whether saved tensors go through somebody's hooks here."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 def start(tape: Tape) -> Tape | None:
     """Opens ``tape`` in this thread; returns the one that was open."""
     global _open
@@ -65,6 +60,8 @@ def _tape_for(x: Tensor) -> Tape | None:
         or not torch.is_grad_enabled()
         or torch.compiler.is_dynamo_compiling()
         or torch._C._is_any_autocast_enabled()  # the gradient would have to repeat autocast's own casts
+        # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
     return tape
@@ -72,7 +69,8 @@ def _tape_for(x: Tensor) -> Tape | None:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = _tape_for(input)
-    if tape is None or input.dim() < 2:
+    # Whether torch folds an input that is not contiguous into a matrix depends on its weight requiring grad.
+    if tape is None or input.dim() < 2 or not (input.dim() == 2 or input.is_contiguous()):
         return torch_linear(input, weight, bias)
     return tape.linear(input, weight, bias)
 

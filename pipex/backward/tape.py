@@ -6,12 +6,12 @@ graph walks it once per parameter and keeps nearly all of it alive. So the graph
       parameter ──detach──► alias ──┐
                                     ├─► linear ──► y        [1] a recorded operation reads an alias of its parameter:
           input ──────────────► x ──┘     │                     same memory, same bits, but no path to the parameter
-                                          └─ edge of y      [2] its output's place in the graph is remembered
+                                          └─ hook           [2] autograd hands dy over when it passes here
 
-      I: one engine pass from the outputs to the stage's inputs, to every [2] (which gives dy), and to the
-         parameters themselves, which are now reached through unrecorded operations only (norm weights, custom
-         Functions, convolutions, ...): those gradients are made here, once, whatever the operation is.
-      W: plain GEMMs from (x, dy), under no_grad, linear in the number of uses.
+      I: one ordinary backward pass. It reaches the stage's inputs, every [2], and the parameters through unrecorded
+         operations only (norm weights, custom Functions, convolutions, ...): those gradients are made and added here,
+         by autograd itself, whatever the operation is.
+      W: plain GEMMs from (x, dy), linear in the number of uses.
 
 Because of [1] nothing can be computed twice, and an operation that is not recorded is not wrong, only not deferred.
 """
@@ -20,26 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipex.backward import recording
-from pipex.backward.accumulate import accumulate, owned
+from pipex.backward.accumulate import accumulate
+from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-
-
-class _Aliases(NamedTuple):
-    """Two tensors over a parameter's memory.
-
-    ``plain`` is cut off from autograd: the smallest graph, where the input alone carries it. ``leaf`` requires grad as
-    the parameter does: where the input does not, and where torch would choose another kernel without it.
-    """
-
-    address: int
-    plain: Tensor
-    leaf: Tensor
 
 
 class Splitter:
@@ -50,35 +38,46 @@ class Splitter:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = tuple({id(p): p for p in parameters if p.requires_grad}.values())
-        self._known = {id(p) for p in self.parameters}
-        self.known_aliases: dict[int, _Aliases] = {}  # by id of a parameter that has stood in a recorded operation
+        self._recordable = {id(p): p for p in parameters if p.requires_grad}
+        self._aliases: dict[int, tuple[int, Tensor]] = {}  # id of a parameter -> its address, its alias
+        self._unproven: dict[int, Tensor] = {}  # recorded parameters that no I has shown to be recorded everywhere
 
     def record(self) -> Tape:
         """A new tape; the forward runs inside ``with``."""
         return Tape(self)
 
-    def aliases(self, parameter: Tensor | None) -> _Aliases | None:
-        """The stand-ins of a parameter in recorded operations; None where its gradient must not be deferred."""
-        known = self.known_aliases.get(id(parameter))
-        if parameter is None or parameter._backward_hooks or id(parameter) not in self._known:
-            return None  # not ours, frozen, or with hooks that only autograd can call on the whole gradient
+    def alias(self, parameter: Tensor | None) -> Tensor | None:
+        """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
+        if parameter is None or id(parameter) not in self._recordable or parameter._backward_hooks:
+            return None  # not ours, frozen, not recorded everywhere, or with hooks that must see the whole gradient
+        known = self._aliases.get(id(parameter))
         address = parameter.data_ptr()
-        if known is None or known.address != address:
-            known = _Aliases(address, parameter.detach(), parameter.detach().requires_grad_())
-            self.known_aliases[id(parameter)] = known
-        return known
+        if known is not None and known[0] == address:
+            return known[1]
+        alias = parameter.detach()
+        self._aliases[id(parameter)] = address, alias
+        self._unproven[id(parameter)] = parameter
+        return alias
+
+    def backward(self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
+        """Autograd's pass. A recorded parameter that it reaches nevertheless is used in unrecorded operations too: it
+        is not recorded again, so that all its gradients are summed by autograd, in autograd's order."""
+        before = {key: (p.grad, None if p.grad is None else p.grad._version) for key, p in self._unproven.items()}
+        torch.autograd.backward(outputs, output_gradients)
+        for key, (gradient, version) in before.items():
+            now = self._unproven.pop(key).grad
+            if now is not gradient or (now is not None and now._version != version):
+                del self._recordable[key]
 
 
 class Tape:
     """The recorded uses of one forward. Used once, in the order forward, I, W."""
 
-    __slots__ = ("_direct", "_outer", "_splitter", "_uses")
+    __slots__ = ("_outer", "_splitter", "_uses")
 
     def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
         self._uses: list[Use] = []
-        self._direct = Sums()  # gradients that I has made and W adds
         self._outer: Tape | None = None
 
     def __enter__(self) -> Tape:
@@ -90,31 +89,32 @@ class Tape:
         self._outer = None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
-        w, b = self._splitter.aliases(weight), self._splitter.aliases(bias)
+        """F.linear of a contiguous x, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
+        w, b = self._splitter.alias(weight), self._splitter.alias(bias)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
-        # matmul folds an input that is not contiguous into a matrix only if the weight requires grad.
-        # Saved-tensor hooks (activation checkpointing) run the operation again, without a tape, and compare the graphs.
-        leaf = not x.requires_grad or (x.dim() > 2 and not x.is_contiguous()) or recording.saved_tensor_hooks()
-        y = recording.torch_linear(
-            x,
-            weight if w is None else w.leaf if leaf else w.plain,
-            bias if b is None else b.leaf if leaf else b.plain,
-        )
-        self._uses.append(LinearUse(x, y.grad_fn, None if w is None else weight, None if b is None else bias))
+        use = LinearUse(x, None if w is None else weight, None if b is None else bias)
+        w, b = weight if w is None else w, bias if b is None else b
+        if x.requires_grad or w.requires_grad or (b is not None and b.requires_grad):
+            y = recording.torch_linear(x, w, b)
+            # In-place operations on y put their nodes behind the product's own; but where y is a view of the product
+            # (more than two dimensions), they replace the view's node, which then sees no gradient.
+            product = y if y._base is None else y._base
+            product.grad_fn.register_prehook(use.capture)  # type: ignore[union-attr]
+        else:
+            y = rooted(use, lambda: recording.torch_linear(x, w, b))
+        self._uses.append(use)
         return y
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
         """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
-        w = self._splitter.aliases(weight)
-        y = recording.torch_embedding(
-            x, weight if w is None else w.leaf, padding, scale_grad_by_freq=scale_by_frequency
-        )
-        if w is not None:
-            row = -1 if padding is None else padding % weight.shape[0]
-            self._uses.append(EmbeddingUse(x, y.grad_fn, weight, row, scale_by_frequency))
-        return y
+        w = self._splitter.alias(weight)
+        if w is None:
+            return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
+        row = -1 if padding is None else padding % weight.shape[0]
+        use = EmbeddingUse(x, weight, row, scale_by_frequency)
+        self._uses.append(use)
+        return rooted(use, lambda: recording.torch_embedding(x, w, padding))
 
     def backward_input(
         self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
@@ -124,31 +124,18 @@ class Tape:
         Args:
             outputs: the outputs of the prepared forward that require grad, or the loss alone.
             output_gradients: one per output, of its shape; None for a scalar loss.
-            inputs: the stage inputs whose gradients are wanted.
+            inputs: the stage inputs whose gradients are wanted: leaves that require grad, without a ``.grad``.
 
         Returns:
             one gradient per input, None where no output depends on it.
         """
-        uses, parameters = self._uses, self._splitter.parameters
-        wanted: list[Any] = [*inputs, *[use.edge() for use in uses], *parameters]
-        gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
-        place = len(inputs)
-        for use in uses:
-            use.dy = gradients[place]
-            use.node, use.x = None, use.x.detach()  # lets the graph go now, as an unsplit backward would
-            place += 1
-        for parameter in parameters:
-            gradient = gradients[place]
-            place += 1
-            if gradient is None:
-                continue
-            # Vectors (norm weights) cost more to add than to keep, so W adds them together with its own. A parameter
-            # that is recorded elsewhere waits too: its gradients are summed first.
-            if gradient.dim() < 2 or id(parameter) in self._splitter.known_aliases:
-                self._direct.add(parameter, gradient)
-            else:
-                accumulate([parameter], [owned(parameter, gradient)])
-        return gradients[: len(inputs)]
+        self._splitter.backward(outputs, output_gradients)
+        for use in self._uses:
+            use.x = use.x.detach()  # lets the graph go now, as an unsplit backward would
+        gradients = tuple(x.grad for x in inputs)
+        for x in inputs:
+            x.grad = None
+        return gradients
 
     def backward_weight(self) -> None:
         """W: adds the deferred weight gradients to ``.grad``.
@@ -156,11 +143,8 @@ class Tape:
         The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
         """
         sums = Sums()
-        # Neither x nor dy requires grad, so nothing here makes a graph.
-        for use in reversed(self._uses):
+        for use in reversed(self._uses):  # neither x nor dy requires grad, so nothing here makes a graph
             if use.dy is not None:
                 use.add_to(sums)
-        for parameter, gradient in zip(self._direct.parameters, self._direct.gradients, strict=True):
-            sums.add(parameter, owned(parameter, gradient))
         accumulate(sums.parameters, sums.gradients)
-        self._uses, self._direct = [], Sums()
+        self._uses = []

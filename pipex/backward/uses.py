@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
 
 
 class Sums:
@@ -31,21 +30,18 @@ class Sums:
 
 
 class Use:
-    """Base of all uses; lives from the forward until W of one micro-batch.
+    """Base of all uses; lives from the forward until W of one micro-batch."""
 
-    Made on the forward's critical path, so the constructors do nothing but store.
-    """
+    __slots__ = ("dy", "version", "x")
 
-    __slots__ = ("dy", "node", "version", "x")
-    x: Tensor
-    version: int
-    node: Node | None  # of the output, taken before user code sees it: in-place operations there make new nodes
-    dy: Tensor | None
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.version = x._version
+        self.dy: Tensor | None = None  # stays None where the output does not reach the loss
 
-    def edge(self) -> GradientEdge:
-        """Where I finds dy. Made in I, not before: it costs as much as the rest of a use."""
-        assert self.node is not None
-        return GradientEdge(self.node, 0)
+    def capture(self, gradients: tuple[Tensor, ...]) -> None:
+        """Takes dy; autograd calls it in I, before it goes on from the operation's output to its input."""
+        self.dy = gradients[0]
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
@@ -59,35 +55,32 @@ class Use:
         return x
 
     def add_to(self, sums: Sums) -> None:
-        """Adds the gradients of this use to the sums. Only called where the output has reached the loss."""
+        """Adds the gradients of this use to the sums; only called where there is a dy."""
         raise NotImplementedError
 
 
 class LinearUse(Use):
-    """y = x Wᵀ + b with x of shape (..., in): dW = dyᵀ x of shape (out, in), db = Σ dy of shape (out)."""
+    """y = x Wᵀ + b with contiguous x of shape (..., in): dW = dyᵀ x of shape (out, in), db = Σ dy of shape (out).
+
+    dy comes in the shape of the product, (rows, out), or of y.
+    """
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, x: Tensor, node: Node | None, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.x = x
-        self.version = x._version
-        self.node = node
+    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__(x)
         self.weight = weight  # None where frozen
         self.bias = bias
 
     def add_to(self, sums: Sums) -> None:
-        dy, x = self.dy, self.input()
-        assert dy is not None
-        rows, columns = dy, x
-        if x.dim() > 2:
-            rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows, columns = self.dy, self.input()
+        assert rows is not None
+        if columns.dim() > 2:
+            columns = columns.reshape(-1, columns.shape[-1])
+        if rows.dim() > 2:
+            rows = rows.reshape(-1, rows.shape[-1])
         if self.bias is not None:
-            if x.dim() == 2 or x.is_contiguous():
-                sums.add(self.bias, rows.sum(0))
-            else:
-                # torch has run a matmul and added the bias afterwards; its gradient is then reduced over dy as it
-                # lies in memory, which rounds differently from a sum of rows.
-                sums.add(self.bias, dy.sum(tuple(range(dy.dim() - 1))))
+            sums.add(self.bias, rows.sum(0))
         if self.weight is not None:
             sums.add(self.weight, rows.t().mm(columns))
 
@@ -97,10 +90,8 @@ class EmbeddingUse(Use):
 
     __slots__ = ("padding", "scale_by_frequency", "weight")
 
-    def __init__(self, x: Tensor, node: Node | None, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
-        self.x = x
-        self.version = x._version
-        self.node = node
+    def __init__(self, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+        super().__init__(x)
         self.weight = weight
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency

@@ -9,7 +9,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    benches = parser.add_subparsers(dest="bench", metavar="p2p|step", required=True)
+    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|backward", required=True)
     p2p = benches.add_parser(
         "p2p", help="half a round trip between two processes: host (pipex), gloo, memcpy",
         description="Half a round trip between two processes: host (pipex), gloo, and memcpy in one process.",
@@ -33,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
                       help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
 
+    backward = benches.add_parser(
+        "backward", help="the split backward of one stage: pipex, torch's split, one whole backward",
+        description="The backward of one stage, I and W together: pipex, torch's split, and one whole backward.",
+    )  # fmt: skip
+    _add_common(backward, samples=20, floor="how many times faster than torch's split, such as mlp=2")
+    backward.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
+                          help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
+
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns its exit code: 1 after a wrong result or a missed floor."""
@@ -42,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(
             "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
         )
-    return _p2p(options) if options.bench == "p2p" else _step(options)
+    return {"p2p": _p2p, "step": _step, "backward": _backward}[options.bench](options)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
@@ -86,3 +94,20 @@ def _step(options: argparse.Namespace) -> int:
             floors += parse_floors(text, step.PROVIDER, figure, [case.name for case in cases])
     rows = step.measure(cases, Rounds(options.n, options.w))
     return finish(environment(threads_per_rank(step.RANKS)), rows, floors, as_json=options.json)
+
+
+def _backward(options: argparse.Namespace) -> int:
+    import torch
+
+    from pipex.bench import backward
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors
+
+    floors = []
+    for text, figure, most in ((options.min_ratio, "ratio", False), (options.max_over_whole, "over_whole", True)):
+        if text is not None:
+            floors += parse_floors(text, backward.PROVIDER, figure, list(backward.CASES), most=most)
+    torch.set_num_threads(1)
+    rows = backward.measure(list(backward.CASES.values()), Rounds(options.n, options.w))
+    return finish(environment(1), rows, floors, as_json=options.json)
