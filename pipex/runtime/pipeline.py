@@ -133,11 +133,9 @@ class Pipeline:
             data = self._begin(step, batch, target, training=True)
             self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
-            if self._links is not None:
-                self._links.flush()
-                self._gradients.reduce_ties(step, self._links)
-            else:
-                assert not self._gradients.edges()
+            assert self._links is not None
+            self._links.flush()
+            self._gradients.reduce_ties(step, self._links)
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._done(begin, step, Phase.REDUCE)
             begin = self._phase(step, Phase.OPTIMIZER)
@@ -153,21 +151,22 @@ class Pipeline:
     def evaluate(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
         """The batch's mean loss in evaluation mode, without gradients; arguments and errors as in ``step``."""
         with self._together():
-            for runner in self._runners.values():
-                runner.stage.eval()
+            modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
+            for stage in self.local_stages:
+                stage.eval()
             try:
                 data = self._begin(self.steps + 1, batch, target, training=False)
                 self.world.at(self.steps + 1, Phase.EVALUATING)
                 self._executor.evaluate(data)
-                if self._links is not None:
-                    self._links.flush()
+                assert self._links is not None
+                self._links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
             finally:
-                for runner in self._runners.values():
-                    runner.stage.train()
+                for module, training in modes:
+                    module.training = training
 
     def save(self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> None:
         """Collective: writes model and optimizer; the directory's old checkpoint stays until the new one is whole.
@@ -207,12 +206,9 @@ class Pipeline:
         first, last = 0 in self._runners, len(self._rank_of) - 1 in self._runners
         inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
         targets = None if target is None else microbatch.as_tensors(target, "the target")
-        for name, value, needed in (("batch", inputs, first), ("target", targets, last)):
+        for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
             if needed and not value:
-                raise InputError(
-                    f"rank {self.world.rank} holds the {'first' if first else 'last'} stage and needs the {name}",
-                    got=value,
-                )
+                raise InputError(f"rank {self.world.rank} holds the {end} stage and needs the {name}", got=value)
         said = {"step": step, "batch": _describe(inputs), "target": _describe(targets)}
         agreed = agree(self.world, "step" if training else "evaluate", said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]

@@ -161,6 +161,14 @@ def test_ranks_that_disagree_are_told_both_values(what: str, both: tuple[str, st
         assert value in str(error.value)
 
 
+def test_evaluation_leaves_every_module_in_its_mode() -> None:
+    pipe = pipeline()
+    frozen = next(m for m in pipe.local_stages[0].modules() if isinstance(m, nn.BatchNorm1d))
+    frozen.eval()
+    pipe.evaluate(*data(8, 0))
+    assert [m for m in pipe.local_stages[0].modules() if not m.training] == [frozen]
+
+
 def call_different_methods(directory: str) -> None:
     pipe = pipeline()
     pipe.step(*data(8, 0))
