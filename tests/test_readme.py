@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,8 @@ def test_every_command_of_the_readme_exists() -> None:
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_figures_are_the_committed_results() -> None:
+    render = runpy.run_path(str(ROOT / "bench" / "results" / "render.py"))
+    assert render["updated"](README) == README

@@ -88,13 +88,14 @@ class Executor:
             ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
             ends.gradient_in = links.receivers.get((stage + 1, stage, "gradient"))
             ends.gradient_out = links.senders.get((stage, stage - 1, "gradient"))
+        for stage in self._ends:
             if stage + 1 in self._ends:
                 down, up = (
                     LocalEdge(EdgeSpec(s, d, kind, self._world.rank, self._world.rank, slots=0, alive=0, form=()))
                     for s, d, kind in _local_edges(stage)
                 )
-                ends.activation_out, self._ends[stage + 1].activation_in = down, down
-                self._ends[stage + 1].gradient_out, ends.gradient_in = up, up
+                self._ends[stage].activation_out = self._ends[stage + 1].activation_in = down
+                self._ends[stage + 1].gradient_out = self._ends[stage].gradient_in = up
 
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""

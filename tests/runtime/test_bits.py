@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import pipex
 from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
 
 FAMILIES = ("naive", "gpipe", "1f1b", "zb-h1")
@@ -88,12 +90,30 @@ JOBS: dict[str, Job] = {
 }
 
 
+def micro_batch_by_micro_batch(placement: Placement, microbatches: int, backward: str) -> Plan:
+    """A plan of several stages per rank: forward through all of them, then back."""
+    orders: list[list[Action]] = [[] for _ in range(placement.ranks)]
+    down, up = range(placement.stages), range(placement.stages - 1, -1, -1)
+    for microbatch in range(microbatches):
+        for stages, kinds in ((down, "F"), (up, backward)):
+            for stage in stages:
+                orders[placement.rank_of(stage)] += [Action(stage, Kind(kind), microbatch) for kind in kinds]
+    peaks = (placement.chunks,) * placement.ranks
+    return Plan("by-hand", placement, microbatches, tuple(map(tuple, orders)), peaks)
+
+
+PLANS: dict[str, Callable[[int, int], Plan]] = {
+    **{family: partial(pipex.build, family) for family in FAMILIES},
+    "two stages per rank": lambda ranks, m: micro_batch_by_micro_batch(Placement("loop", ranks, 2), m, "B"),
+    "two stages per rank, v, split": lambda ranks, m: micro_batch_by_micro_batch(Placement("v", ranks, 2), m, "IW"),
+}
+
+
 def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
     build, batch, loss = JOBS[job]
     witness = Witness()
-    pipeline = pipex.Pipeline(
-        build(ranks), pipex.build(family, ranks, microbatches), loss, optimizer=witness, clip_norm=0.5, seed=7
-    )
+    plan = PLANS[family](ranks, microbatches)
+    pipeline = pipex.Pipeline(build(plan.placement.stages), plan, loss, optimizer=witness, clip_norm=0.5, seed=7)
     losses = [pipeline.step(*batch(step, samples)) for step in range(steps)]
     evaluated = pipeline.evaluate(*batch(steps, samples))
     parameters = {n: digest(t) for stage in pipeline.local_stages for n, t in stage.names.items()}
@@ -105,10 +125,10 @@ def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, s
     }
 
 
-def one_process(job: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
+def one_process(job: str, stages: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
     build, batch, loss = JOBS[job]
     witness = Witness()
-    process = OneProcess(build(ranks), microbatches, loss, optimizer=witness, clip_norm=0.5, seed=7)
+    process = OneProcess(build(stages), microbatches, loss, optimizer=witness, clip_norm=0.5, seed=7)
     losses = [process.step(*batch(step, samples)) for step in range(steps)]
     names: dict[str, Tensor] = {}
     for stage in process.stages:
@@ -123,7 +143,8 @@ def one_process(job: str, ranks: int, microbatches: int, steps: int, samples: in
 
 def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, steps: int, samples: int) -> None:
     results = pipex.launch(rank_run, ranks, args=(job, family, ranks, microbatches, steps, samples))
-    expected = one_process(job, ranks, microbatches, steps, samples)
+    stages = PLANS[family](ranks, microbatches).placement.stages
+    expected = one_process(job, stages, microbatches, steps, samples)
     for result in results:
         assert result["losses"] == expected["losses"]
         assert result["evaluated"] == expected["evaluated"]
@@ -140,6 +161,12 @@ def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tied_transformer_with_dropout_and_clipping(family: str, ranks: int) -> None:
     assert_same_bits("transformer", family, ranks, 3, steps=4, samples=7)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("plan", ["two stages per rank", "two stages per rank, v, split"])
+def test_several_stages_on_a_rank(plan: str, ranks: int) -> None:
+    assert_same_bits("transformer", plan, ranks, 3, steps=3, samples=7)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 8])

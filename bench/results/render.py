@@ -1,0 +1,52 @@
+"""Writes the README's table of figures from the measured results beside this file: ``python bench/results/render.py``.
+
+Each ``<bench>.json`` is the last line of ``pipex bench <bench> --json``, as it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent.parent / "README.md"
+BEGIN, END = "<!-- figures: written by bench/results/render.py -->\n", "<!-- end of figures -->\n"
+
+# bench -> (what a row says, provider, figure, unit, figure of the comparison, what it compares with)
+COLUMNS = {
+    "p2p": ("message of {case} between two processes", "host", "p50_us", "µs", "ratio", "Gloo ÷ pipex"),
+    "step": ("overhead per action, {case}", "pipex", "overhead_us_per_action", "µs", "overhead_ratio",
+             "torch.distributed.pipelining ÷ pipex"),
+    "backward": ("split backward, {case}", "pipex", "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
+}  # fmt: skip
+
+
+def table() -> str:
+    """The table in Markdown, and what it was measured on."""
+    lines = ["| | pipex | compared with | |", "|---|---|---|---|"]
+    machine: dict[str, Any] = {}
+    for bench, (text, provider, figure, unit, comparison, peer) in COLUMNS.items():
+        result = json.loads((HERE / f"{bench}.json").read_text())
+        machine = result["environment"]
+        for row in result["rows"]:
+            if row["provider"] == provider:
+                value = f"{row[figure]:,.1f} {unit}" if row[figure] < 100 else f"{row[figure]:,.0f} {unit}"
+                lines.append(f"| {text.format(case=row['case'])} | {value} | {peer} | {row[comparison]:.2g} × |")
+    lines.append("")
+    lines.append(
+        f"Medians on {machine['cores_allowed']} cores ({machine['cpu']}), torch {machine['torch']}, one thread a rank, "
+        f"{machine['date'][:10]}; the JSON lines are in [bench/results](bench/results)."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def updated(readme: str) -> str:
+    """The README with the table as it must be."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n" + table() + "\n" + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
