@@ -27,7 +27,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         subprocess.run(
             [
-                "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                "cmake", "--fresh",  # the last build's tools may be gone: pip deletes its build environments
+                "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPIPEX_OUTPUT={target}",
                 f"-DPIPEX_CUDA={os.environ.get('PIPEX_CUDA', 'AUTO')}",

@@ -2,7 +2,7 @@
 
     host     pipex's shared memory, through the interface and the receive pool that the runtime uses
     gloo     torch.distributed.send and recv on the loopback interface, into preallocated buffers
-    memcpy   a plain copy inside one process: what no transport that copies can beat by much
+    memcpy   libc's copy inside one process; pipex's own goes past the caches for large messages, which libc's does not
 
 A sample is a burst of round trips in a row: rank 0 sends, rank 1 sends an equal message back, and rank 0's time over
 twice their number is the sample. For memcpy it is the time of a copy. The three take turns. Messages come from two

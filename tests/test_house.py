@@ -13,7 +13,7 @@ import pipex
 
 ROOT = Path(pipex.__file__).parent
 
-# package -> packages of pipex that it may import (DESIGN: arrows point down only)
+# package -> packages of pipex that it may import (arrows point down only)
 MAY_IMPORT = {
     "errors": set(),
     "plan": {"errors"},

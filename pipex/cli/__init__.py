@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # numpy, which torch imports, would start threads that pipex never uses and that forbid forking the ranks.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a report is worth more than its arrows in an ASCII terminal
     parser = argparse.ArgumentParser(
         prog="pipex", description="Pipeline parallelism for PyTorch with a split backward."
     )
@@ -45,9 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+        code = int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+        sys.stdout.flush()
+        return code
     except PipexError as error:
         print(f"pipex {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader has seen enough, as in `pipex info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return FAILED
     except KeyboardInterrupt:
         print(f"pipex {options.command}: interrupted", file=sys.stderr)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled, headline
+from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled, PipexError, headline
 from pipex.runtime import worlds
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.solo import SoloWorld
@@ -205,23 +205,22 @@ def _rank_main(
     if isinstance(run, bytes):
         run = HostRun.open(run)
     worlds.set_threads(run.ranks)
-    report: _Report
+    failed = False
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        report = {"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}
-        encoded = json.dumps(report).encode()
+        encoded = json.dumps({"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}).encode()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BaseException as error:
-        if isinstance(error, PeerError):
+        if isinstance(error, PipexError):  # its message says it all
             text = f"pipex rank {rank}: {type(error).__name__}: {error}\n"
         else:
             text = f"pipex rank {rank} failed:\n{traceback.format_exc()}"
         sys.stderr.write(text)  # in one piece: the ranks share it
-        encoded = json.dumps({"error": _describe(error)}).encode()
+        encoded, failed = json.dumps({"error": _describe(error)}).encode(), True
     with contextlib.suppress(OSError):  # the launcher is gone, and this process with it
         pipe.send_bytes(encoded)
-    sys.exit(1 if b'{"error"' in encoded[:9] else 0)
+    sys.exit(failed)
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Ranks of one host: every edge is a ring in anonymous shared memory (csrc/host).
 
-    launcher   run = HostRun.create(ranks)      run.fd is inherited by its children
-    rank       world = HostRun.attach(fd).join(rank)
-    elsewhere  HostRun.open(address)            where no descriptor can be inherited (torchrun)
+    launcher   run = HostRun.create(ranks)                its forked children inherit the object
+    rank       world = run.join(rank)
+    elsewhere  HostRun.open(run.address).join(rank)       where nothing can be inherited (torchrun)
 
 The producer copies a tensor straight into a slot of the consumer's memory, and there the consumer uses it: one copy in
 all. The slot is lent until the last reference to the tensor's storage is gone, so whatever autograd saves stays as it
@@ -36,6 +36,8 @@ from pipex.transport.local import LocalEdge
 TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
 
+MAX_TIMEOUT = 1e9
+
 _DLPACK = {
     torch.float64: (2, 64), torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16),
     torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16), torch.int8: (0, 8), torch.uint8: (1, 8),
@@ -61,28 +63,18 @@ class HostRun:
         return cls(_native.Control(ranks))
 
     @classmethod
-    def attach(cls, fd: int) -> HostRun:
-        """Takes over an inherited descriptor of a run.
+    def open(cls, address: bytes) -> HostRun:
+        """Opens the run at the ``address`` of a process that holds it open.
 
         Raises:
-            InputError: it is not one.
+            InputError: there is no run.
             ConfigMismatch: another version of pipex made it.
         """
-        return cls(_native.Control.attach(fd))
-
-    @classmethod
-    def open(cls, address: bytes) -> HostRun:
-        """Opens the run at the ``address`` of a process that holds it open; raises as ``attach`` does."""
         return cls(_native.Control.open(address))
 
     @property
     def ranks(self) -> int:
         return self._control.ranks
-
-    @property
-    def fd(self) -> int:
-        """The descriptor to inherit; children of exec need ``pass_fds``."""
-        return self._control.fd
 
     @property
     def address(self) -> bytes:
@@ -102,8 +94,10 @@ class HostRun:
         Raises:
             InputError: there is no such rank, or another process has taken it.
         """
-        if not timeout > 0:
-            raise InputError("a time-out must be positive", got=timeout, needed="seconds above 0")
+        if not 0 < timeout <= MAX_TIMEOUT:
+            raise InputError(
+                "a time-out is out of range", got=timeout, needed=f"seconds above 0, at most {MAX_TIMEOUT:g}"
+            )
         threads = self.ranks * torch.get_num_threads()
         return HostWorld(self._control, rank, timeout, spin=threads <= len(os.sched_getaffinity(0)))
 

@@ -1,7 +1,7 @@
 """What the runtime needs of a transport: a world of ranks, and edges between stages.
 
-Four back ends speak it: ``local`` (both stages on this rank), ``host`` (shared memory between processes),
-``device`` (GPU memory) and ``group`` (torch.distributed, any host). The runtime never asks which one it has.
+Back ends: ``host`` (shared memory between the processes of a host), ``group`` (torch.distributed, any host), ``solo``
+(one rank, no peers) and, for edges within a rank, ``local``. The runtime never asks which one it has.
 """
 
 from __future__ import annotations

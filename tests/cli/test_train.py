@@ -84,13 +84,28 @@ def test_a_plain_report_for_people(tmp_path: Path) -> None:
         (["--width", "10", "--heads", "4"], "width 10"),
         (["--resume", "/nowhere"], "there is no checkpoint in /nowhere"),
         (["/nowhere.txt"], "/nowhere.txt"),
-        (["--trace", "/nowhere/t.json"], "no such directory"),
+        (["--trace", "/nowhere/t.json"], "cannot write --trace /nowhere/t.json; got No such file"),
+        (["--save", "/proc/nowhere"], "cannot write --save /proc/nowhere"),
+        (["--timeout", "inf"], "--timeout is out of range; got inf"),
+        (["--seed", "-1"], "--seed is out of range"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
     _, stderr = pipex("train", "--steps", "1", *arguments, code=1)
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_loss_that_is_not_a_number_is_compared_by_its_bits_and_is_null_in_json() -> None:
+    stdout, _ = pipex("train", *SMALL, "--ranks", "2", "--steps", "3", "--lr", "1e30", "--check", "--json")
+    result = last_line(stdout)
+    assert result["identical"] is True
+    assert result["loss_last"] is None
+
+
+def test_a_reader_that_has_seen_enough_is_no_crash() -> None:
+    done = subprocess.run(f"{sys.executable} -m pipex info | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
 
 
 def test_usage_errors_are_told_apart() -> None:

@@ -261,7 +261,7 @@ SMALL = [f"--{name}={value}" for name, value in SIZES.items()]
         (["--batch", "1"], "InputError: the batch is too small for the plan; got --batch 1 for --microbatches 2"),
         (["--schedule", "2f2b"], "PlanError: unknown schedule; got '2f2b'; needed one of naive, gpipe, 1f1b, zb-h1"),
         (["--heads", "3"], "InputError: the model's width cannot be divided among its heads; got width 8, 3 heads"),
-        (["--lr", "nan"], "InputError: --lr is out of range; got nan; needed more than 0"),
+        (["--lr", "nan"], "InputError: --lr is out of range; got nan; needed a number above 0"),
         (["--resume", "missing"], "CheckpointError: there is no checkpoint in missing"),
         (["missing.txt"], "InputError: missing.txt cannot be read: No such file or directory"),
         (["empty.txt"], "InputError: empty.txt is empty"),

@@ -58,7 +58,7 @@ def test_a_number_of_ranks_that_cannot_be(ranks: int | None) -> None:
 
 
 def test_the_limit_must_be_positive() -> None:
-    with pytest.raises(PeerFailed, match="InputError: a time-out must be positive; got 0"):
+    with pytest.raises(PeerFailed, match="InputError: a time-out is out of range; got 0"):
         pipex.launch(place, 2, timeout=0)
 
 

@@ -302,7 +302,7 @@ def test_a_rank_can_be_joined_once_only_and_must_exist() -> None:
         run.join(0)
     with pytest.raises(InputError, match="got 2; needed 0 to 1"):
         run.join(2)
-    with pytest.raises(InputError, match="time-out must be positive"):
+    with pytest.raises(InputError, match="a time-out is out of range"):
         run.join(1, timeout=0)
 
 

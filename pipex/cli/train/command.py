@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -32,6 +33,7 @@ def run(namespace: argparse.Namespace) -> int:
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.ranks
     text = load_bytes(options.paths)
     text.batch(0, 1, options.context, options.seed)
+    options.check_outputs()
     check_resume(options, build_stages(options, build_plan(options, ranks).placement.stages))
     results = launch(_rank, ranks, args=(options, text), timeout=options.timeout)
     return max(int(result) for result in results if result is not None)
@@ -57,6 +59,8 @@ def _rank(options: Options, text: Any) -> int:
         return INTERRUPTED
     if not outcome.losses:
         print(f"nothing to do: the checkpoint has reached --steps {options.steps}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"steps": 0}), flush=True)
         return 0
     if options.trace is not None:
         write_trace(options.trace, outcome.events)
@@ -65,5 +69,7 @@ def _rank(options: Options, text: Any) -> int:
     numbers = report.numbers(options, build_plan(options, world.ranks), outcome, figures, different)
     print(report.text(numbers, figures, different), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        print(json.dumps(numbers), flush=True)
+        # JSON has no NaN: a loss that is not finite is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        print(json.dumps(finite), flush=True)
     return FAILED if different else 0

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +46,35 @@ class Options:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="at least 1")
         for name in ("lr", "clip", "timeout"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="more than 0")
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="a number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("--seed is out of range", got=self.seed, needed="0 to 2⁶³-1")
         if self.batch < self.microbatches:
             raise InputError(
                 "the batch is too small for the plan",
                 got=f"--batch {self.batch} for --microbatches {self.microbatches}", needed="at least one sample each",
                 fix="raise --batch or lower --microbatches",
             )  # fmt: skip
-        if self.trace is not None and not Path(self.trace).resolve().parent.is_dir():
-            raise InputError(f"cannot write --trace {self.trace}", got="no such directory", fix="choose another file")
+
+    def check_outputs(self) -> None:
+        """Raises InputError if what the run is to write could not be written, before it has run for nothing."""
+        if self.trace is not None:
+            with _writing("--trace", self.trace), open(self.trace, "a"):
+                pass
+        if self.save is not None:
+            with _writing("--save", self.save):
+                Path(self.save).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.save):
+                    pass
+
+
+@contextmanager
+def _writing(option: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {option} {path}", got=error.strerror, fix="choose another place") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
