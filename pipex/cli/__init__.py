@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # numpy, which torch imports, would start threads that pipex never uses and that forbid forking the ranks.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # a report is worth more than its arrows in an ASCII terminal
     parser = argparse.ArgumentParser(
         prog="pipex", description="Pipeline parallelism for PyTorch with a split backward."
