@@ -18,7 +18,8 @@ COLUMNS = {
     "p2p": ("message of {case} between two processes", "host", "p50_us", "µs", "ratio", "Gloo ÷ pipex"),
     "step": ("overhead per action, {case}", "pipex", "overhead_us_per_action", "µs", "overhead_ratio",
              "torch.distributed.pipelining ÷ pipex"),
-    "backward": ("split backward, {case}", "pipex", "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
+    "backward": ("split backward, {case} ({over_whole:.2f} × a whole one; forward {forward_us:,.0f} µs)", "pipex",
+                 "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def table() -> str:
         for row in result["rows"]:
             if row["provider"] == provider:
                 value = f"{row[figure]:,.1f} {unit}" if row[figure] < 100 else f"{row[figure]:,.0f} {unit}"
-                lines.append(f"| {text.format(case=row['case'])} | {value} | {peer} | {row[comparison]:.2g} × |")
+                lines.append(f"| {text.format(**row)} | {value} | {peer} | {row[comparison]:.2g} × |")
     lines.append("")
     lines.append(
         f"Medians on {machine['cores_allowed']} cores ({machine['cpu']}), torch {machine['torch']}, one thread a rank, "
