@@ -59,7 +59,7 @@ def announce(
             form = _decode(encoded)
             forms = result[int(size)]
             forms.activation[stage + 1] = form
-            forms.gradient[stage] = tuple(t for t in form if t.dtype.is_floating_point)
+            forms.gradient[stage] = tuple(t for t in form if t.differentiable)
     last = len(rank_of) - 1
     if last in runners:  # nothing to announce, but its random layers must be found too
         for size, sample in samples.items():

@@ -136,12 +136,7 @@ class Executor:
             self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
 
     def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        gradients = self._output_gradients(runner, ends, microbatch)
-        begin = monotonic_ns()
-        found = runner.backward_input(microbatch, gradients)
-        self._note(begin, Kind.I, runner, microbatch)
-        if not runner.first:
-            self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+        self._backward(Kind.I, runner.backward_input, runner, ends, microbatch)
 
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = monotonic_ns()
@@ -149,12 +144,7 @@ class Executor:
         self._note(begin, Kind.W, runner, microbatch)
 
     def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        gradients = self._output_gradients(runner, ends, microbatch)
-        begin = monotonic_ns()
-        found = runner.backward(microbatch, gradients)
-        self._note(begin, Kind.B, runner, microbatch)
-        if not runner.first:
-            self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+        self._backward(Kind.B, runner.backward, runner, ends, microbatch)
 
     def _SEND_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._send(Kind.SEND_F, runner, ends, ends.activation_out, microbatch)
@@ -171,6 +161,17 @@ class Executor:
         ends.gradient_in.post(self._data.step, microbatch)
 
     # What they share.
+
+    def _backward(
+        self, kind: Kind, run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], runner: StageRunner, ends: _Ends,
+        microbatch: int,
+    ) -> None:  # fmt: skip
+        gradients = self._output_gradients(runner, ends, microbatch)
+        begin = monotonic_ns()
+        found = run(microbatch, gradients)
+        self._note(begin, kind, runner, microbatch)
+        if not runner.first:
+            self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
 
     def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Tensor, ...]:
         if runner.first:

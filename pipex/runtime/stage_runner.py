@@ -34,13 +34,18 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     return tensors
 
 
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a gradient of it travels back; says for a tensor what ``TensorForm.differentiable`` says for its form."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 @dataclass(slots=True)
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
     inputs: tuple[Tensor, ...]
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
-    gradient_of: tuple[bool, ...]  # which floating outputs have a root
+    gradient_of: tuple[bool, ...]  # which differentiable outputs have a root
     tape: Tape | None  # None where the backward is not split
 
 
@@ -96,7 +101,7 @@ class StageRunner:
         """
         if not self.first:
             for tensor in inputs:
-                if tensor.is_floating_point():
+                if differentiable(tensor):
                     tensor.requires_grad_()
         if split:
             with self._splitter.record() as tape:
@@ -111,7 +116,7 @@ class StageRunner:
             self.live[microbatch] = _Live(inputs, roots, (), tape)
             return ()
         outputs = output_tensors(self.stage, output)
-        mask = tuple(t.requires_grad for t in outputs if t.is_floating_point())
+        mask = tuple(t.requires_grad for t in outputs if differentiable(t))
         self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
         return outputs
 
@@ -131,7 +136,7 @@ class StageRunner:
         return loss.reshape(()) * weight
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """I. Takes the gradients of the floating outputs, returns those of the floating inputs."""
+        """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
         inputs = [t for t in live.inputs if t.requires_grad]

@@ -31,6 +31,11 @@ class TensorForm:
             elements *= size
         return elements * self.dtype.itemsize
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient of it travels back: floating and complex tensors have one, the others none."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 

@@ -84,7 +84,32 @@ def float_batch(step: int, samples: int) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, 6, generator=generator), torch.randn(samples, 3, generator=generator)
 
 
+class ToComplex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft(self.linear(x))
+
+
+class FromComplex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(torch.fft.irfft(z, n=6))
+
+
+def complex_stages(stages: int) -> Sequence[nn.Module]:
+    assert stages == 2
+    torch.manual_seed(6)
+    return [ToComplex(), FromComplex()]
+
+
 JOBS: dict[str, Job] = {
+    "complex": (complex_stages, float_batch, nn.functional.mse_loss),
     "transformer": (transformer, token_batch, next_token_loss),
     "tuples": (tuples, float_batch, nn.functional.mse_loss),
 }
@@ -177,6 +202,11 @@ def test_fewer_and_more_microbatches_than_ranks(microbatches: int) -> None:
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
 def test_stages_that_hand_on_tuples(family: str) -> None:
     assert_same_bits("tuples", family, 3, 4, steps=3, samples=9)
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
+def test_complex_activations(family: str) -> None:
+    assert_same_bits("complex", family, 2, 3, steps=3, samples=7)
 
 
 @pytest.mark.long

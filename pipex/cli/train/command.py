@@ -9,11 +9,9 @@ import os
 import sys
 from typing import Any
 
+from pipex.cli import FAILED, INTERRUPTED
 from pipex.cli.train import options as option_module
 from pipex.cli.train.options import Options
-
-FAILED = 1
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
