@@ -4,6 +4,7 @@ actions        what a rank can do, and its text form
 placement      which rank holds which stage
 plan           the orders of all ranks, as immutable data
 families       the published schedules, by name
+costs          what the actions cost
 communication  sends and receives between the compute actions, and how many buffers they need
 causality      runs orders without a clock: finds deadlocks
 memory         what a rank holds at its fullest moment
@@ -13,23 +14,26 @@ view           a picture of it in text
 """
 
 from pipex.plan.actions import Action, Kind, parse_action
-from pipex.plan.communication import alive, communicate, slots_needed
+from pipex.plan.communication import alive, communicate, slots_needed, unfused
+from pipex.plan.costs import CostModel, Costs, RankCosts
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Orders, Plan
-from pipex.plan.simulator import Costs, Simulation, TimedAction, simulate
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Orders, Plan
+from pipex.plan.simulator import Simulation, TimedAction, simulate
 from pipex.plan.validator import validate
 from pipex.plan.view import plan_view, simulation_view
 
 __all__ = [
     "FAMILIES",
     "Action",
+    "CostModel",
     "Costs",
     "Edge",
     "Kind",
     "Orders",
     "Placement",
     "Plan",
+    "RankCosts",
     "Simulation",
     "TimedAction",
     "alive",
@@ -40,5 +44,6 @@ __all__ = [
     "simulate",
     "simulation_view",
     "slots_needed",
+    "unfused",
     "validate",
 ]

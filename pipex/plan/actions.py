@@ -60,6 +60,11 @@ class Action(NamedTuple):
     microbatch: int = NONE
     parts: tuple[Action, ...] = ()
 
+    @property
+    def each(self) -> tuple[Action, ...]:
+        """The simple actions it consists of: its parts, or itself."""
+        return self.parts or (self,)
+
     def __repr__(self) -> str:
         if self.parts:
             return f"({';'.join(map(str, self.parts))}){self.kind.value}"

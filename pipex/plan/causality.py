@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pipex.errors import DeadlockError, PlanError
 from pipex.plan.actions import Action, Kind
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Orders
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Orders
 
 SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
 RECEIVES = frozenset({Kind.RECV_F, Kind.RECV_B})

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from dataclasses import replace
 
 from pipex.plan.actions import Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, causal_order, edge_of
-from pipex.plan.plan import Edge, Orders, Plan
+from pipex.plan.placement import Edge
+from pipex.plan.plan import Orders, Plan
 
-_GRADIENT_MAKERS = frozenset({Kind.I, Kind.B})
-_LAST_USERS = frozenset({Kind.W, Kind.B})
+_RECEIVE = {Kind.F: Kind.RECV_F, Kind.I: Kind.RECV_B, Kind.B: Kind.RECV_B}
+_SEND = {Kind.F: Kind.SEND_F, Kind.I: Kind.SEND_B, Kind.B: Kind.SEND_B}
 
 
 def communicate(plan: Plan) -> Orders:
     """The plan's orders with sends and receives: a receive right before the action that needs the message, a send
-    right after the one that made it. Stages on one rank hand tensors over without either."""
+    right after the one that made it. Stages on one rank hand tensors over without either. An OVERLAP_F_B has all its
+    receives before it and all its sends after it."""
     edges = set(plan.edges)
 
-    def around(action: Action) -> tuple[Action, ...]:
-        stage, kind, microbatch, _ = action
-        if kind is Kind.F:
-            receive, send = Action(stage, Kind.RECV_F, microbatch), Action(stage, Kind.SEND_F, microbatch)
-        elif kind in _GRADIENT_MAKERS:
-            receive, send = Action(stage, Kind.RECV_B, microbatch), Action(stage, Kind.SEND_B, microbatch)
-        else:
-            return (action,)
-        before = (receive,) if edge_of(receive) in edges else ()
-        after = (send,) if edge_of(send) in edges else ()
-        return (*before, action, *after)
+    def around(action: Action) -> list[Action]:
+        messages = [
+            (Action(stage, _RECEIVE[kind], microbatch), Action(stage, _SEND[kind], microbatch))
+            for stage, kind, microbatch, _ in action.each
+            if kind is not Kind.W
+        ]
+        before = [receive for receive, _ in messages if edge_of(receive) in edges]
+        after = [send for _, send in messages if edge_of(send) in edges]
+        return [*before, action, *after]
 
     return tuple(tuple(a for action in order for a in around(action)) for order in plan.orders)
+
+
+def unfused(plan: Plan) -> Plan:
+    """The same plan with every OVERLAP_F_B taken apart: its parts one after another."""
+    return replace(plan, orders=tuple(tuple(part for action in order for part in action.each) for order in plan.orders))
 
 
 def slots_needed(plan: Plan) -> dict[Edge, int]:
@@ -71,17 +77,19 @@ def _positions(order: tuple[Action, ...], edge: Edge) -> list[int]:
 
 def alive(plan: Plan) -> dict[Edge, int]:
     """Per edge the largest number of received messages in use at once at the consumer: each from its receive to the
-    end of the micro-batch's B or W, which needs both the activation and the gradient. The same for all timings."""
+    end of the micro-batch's B or W, which needs both the activation and the gradient (without a backward: of its F).
+    The same for all timings."""
+    last_users = {Kind.F} if plan.update == "never" else {Kind.W, Kind.B}
     held = dict.fromkeys(plan.edges, 0)
     peak = dict(held)
     for order in communicate(plan):
-        for action in order:
+        for action in (part for outer in order for part in outer.each):
             stage = action.stage
             if action.kind in RECEIVES:
                 edge = edge_of(action)
                 held[edge] += 1
                 peak[edge] = max(peak[edge], held[edge])
-            elif action.kind in _LAST_USERS:
+            elif action.kind in last_users:
                 for edge in (Edge(stage - 1, stage, "activation"), Edge(stage + 1, stage, "gradient")):
                     if edge in held:
                         held[edge] -= 1

@@ -9,7 +9,7 @@ from pipex.plan.plan import Plan
 
 
 def peak_memory(plan: Plan, activation: Sequence[float], deferred: Sequence[float]) -> tuple[float, ...]:
-    """Per rank the largest sum of what it holds at once.
+    """Per rank the largest sum of what it holds at once. The F of an OVERLAP_F_B is held beside what its B frees.
 
     Args:
         activation: per stage, what one micro-batch holds from the start of its F to the end of its I or B.
@@ -19,9 +19,12 @@ def peak_memory(plan: Plan, activation: Sequence[float], deferred: Sequence[floa
     peaks = []
     for order in plan.orders:
         held = peak = 0.0
-        for stage, kind, _, _ in order:
+        for stage, kind, _, _ in (part for action in order for part in action.each):
             if kind is Kind.F:
                 held += activation[stage]
+                peak = max(peak, held)
+                if plan.update == "never":
+                    held -= activation[stage]
             elif kind is Kind.I:
                 held += deferred[stage] - activation[stage]
             elif kind is Kind.B:

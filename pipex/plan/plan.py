@@ -2,7 +2,7 @@
 
 The text has one line of metadata, then one line per rank with its actions in torch's CSV cells:
 
-    # pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 peak_activations=2,1
+    # pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1
 """
@@ -13,25 +13,24 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast, get_args
 
 from pipex.errors import PlanError
 from pipex.plan.actions import Action, parse_action, syntax_error
-from pipex.plan.placement import Placement, PlacementName
+from pipex.plan.placement import Edge, Placement, PlacementName
 
 Orders = tuple[tuple[Action, ...], ...]
 """Per rank its actions, in the order in which it runs them."""
 
 
-class Edge(NamedTuple):
-    """One directed link between two stages on different ranks."""
+Update = Literal["step", "microbatch", "delayed", "never"]
+"""When the weights change, and so how many versions of them a rank needs:
 
-    source: int
-    destination: int
-    kind: Literal["activation", "gradient"]
-
-    def __str__(self) -> str:
-        return f"{self.kind} edge {self.source}→{self.destination}"
+step        after all micro-batches; one version. Every synchronous schedule.
+microbatch  after every backward; a micro-batch keeps the version it began with (PipeDream's weight stashing).
+delayed     after all micro-batches, which have used the version before the newest; two versions (PipeDream-2BW).
+never       there is no backward; an activation is held for its F only.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Plan:
         peak_activations: the promise: per rank the most activations held at once, in activations of one
             micro-batch at one stage (``placement.chunks`` of them are one micro-batch of the whole rank), each
             from the start of its F to the end of its B or W.
+        update: when the weights change.
 
     Raises:
         PlanError: a field does not fit the others.
@@ -56,6 +56,7 @@ class Plan:
     microbatches: int
     orders: Orders
     peak_activations: tuple[int, ...]
+    update: Update = "step"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(_FAMILY, self.family):
@@ -68,10 +69,18 @@ class Plan:
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
-        """All edges of the plan: neighbouring stages on different ranks, activations first, then gradients."""
-        rank_of = self.placement.rank_of
-        pairs = [(s, s + 1) for s in range(self.placement.stages - 1) if rank_of(s) != rank_of(s + 1)]
-        return tuple(Edge(s, t, "activation") for s, t in pairs) + tuple(Edge(t, s, "gradient") for s, t in pairs)
+        """All edges of the placement."""
+        return self.placement.edges
+
+    @property
+    def weight_versions(self) -> tuple[int, ...]:
+        """Per rank the versions of its weights that it needs at once."""
+        match self.update:
+            case "microbatch":
+                return self.peak_activations
+            case "delayed":
+                return (2,) * self.placement.ranks
+        return (1,) * self.placement.ranks
 
     @cached_property
     def digest(self) -> bytes:
@@ -83,7 +92,7 @@ class Plan:
         header = (
             f"# pipex plan 1: family={self.family} placement={self.placement.name} ranks={self.placement.ranks} "
             f"chunks={self.placement.chunks} microbatches={self.microbatches} "
-            f"peak_activations={','.join(map(str, self.peak_activations))}"
+            f"update={self.update} peak_activations={','.join(map(str, self.peak_activations))}"
         )
         return "\n".join([header, *(",".join(map(str, order)) for order in self.orders), ""])
 
@@ -112,6 +121,7 @@ class Plan:
             microbatches=int(fields["microbatches"]),
             orders=tuple(_parse_row(row, line) for line, row in enumerate(lines[1:-1], start=2)),
             peak_activations=tuple(map(int, fields["peaks"].split(","))),
+            update=cast(Update, fields["update"]),
         )
 
 
@@ -127,8 +137,10 @@ def _parse_row(row: str, line: int) -> tuple[Action, ...]:
 _FAMILY = "[a-z0-9-]+"
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
 _HEADER = re.compile(
-    f"# pipex plan 1: family=(?P<family>{_FAMILY}) placement=(?P<placement>loop|v|wave) ranks=(?P<ranks>{_NUMBER}) "
-    f"chunks=(?P<chunks>{_NUMBER}) microbatches=(?P<microbatches>{_NUMBER}) "
-    f"peak_activations=(?P<peaks>{_NUMBER}(?:,{_NUMBER})*)"
+    f"# pipex plan 1: family=(?P<family>{_FAMILY}) placement=(?P<placement>{'|'.join(get_args(PlacementName))}) "
+    f"ranks=(?P<ranks>{_NUMBER}) chunks=(?P<chunks>{_NUMBER}) microbatches=(?P<microbatches>{_NUMBER}) "
+    f"update=(?P<update>{'|'.join(get_args(Update))}) peak_activations=(?P<peaks>{_NUMBER}(?:,{_NUMBER})*)"
 )
-_HEADER_EXAMPLE = "# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 peak_activations=2,1"
+_HEADER_EXAMPLE = (
+    "# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1"
+)

@@ -9,76 +9,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import NamedTuple
 
-from pipex.errors import InputError
 from pipex.plan.actions import Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, causal_order, edge_of
 from pipex.plan.communication import communicate
+from pipex.plan.costs import Costs
 from pipex.plan.memory import peak_memory
-from pipex.plan.plan import Edge, Plan
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the actions of a plan cost. Times share one unit, memory another.
-
-    Attributes:
-        forward, input_gradient, weight_gradient: time of F, I, W per stage; B takes that of I and W together.
-        hop: time per edge from the producer's end to the message's arrival.
-        activation: memory per stage of one micro-batch from the start of F to the end of I or B.
-        deferred: memory per stage of one micro-batch from the end of I to the end of W.
-    """
-
-    forward: Sequence[float]
-    input_gradient: Sequence[float]
-    weight_gradient: Sequence[float]
-    hop: Mapping[Edge, float]
-    activation: Sequence[float]
-    deferred: Sequence[float]
-
-    @staticmethod
-    def uniform(
-        plan: Plan,
-        forward: float = 1.0,
-        input_gradient: float = 1.0,
-        weight_gradient: float = 1.0,
-        hop: float = 0.0,
-        activation: float = 1.0,
-        deferred: float = 1.0,
-    ) -> Costs:
-        """The same costs for every stage and every edge. The default memory counts activations from F to W."""
-        stages = plan.placement.stages
-        return Costs(
-            forward=[forward] * stages,
-            input_gradient=[input_gradient] * stages,
-            weight_gradient=[weight_gradient] * stages,
-            hop=dict.fromkeys(plan.edges, hop),
-            activation=[activation] * stages,
-            deferred=[deferred] * stages,
-        )
-
-    def check(self, plan: Plan) -> None:
-        """Raises InputError unless there is one finite cost, not below zero, per stage and edge of ``plan``."""
-        stages = plan.placement.stages
-        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred"):
-            values: Sequence[float] = getattr(self, name)
-            if len(values) != stages:
-                raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
-            for stage, value in enumerate(values):
-                _check_cost(f"{name} of stage {stage}", value)
-        for edge in plan.edges:
-            if edge not in self.hop:
-                raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
-            _check_cost(f"hop of the {edge}", self.hop[edge])
-
-
-def _check_cost(name: str, value: float) -> None:
-    if not (isfinite(value) and value >= 0):
-        raise InputError(f"bad cost: {name}", got=value, needed="a finite number, at least 0")
+from pipex.plan.placement import Edge
+from pipex.plan.plan import Plan
 
 
 class TimedAction(NamedTuple):
@@ -140,7 +80,8 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
             received[edge].append(now[rank])
         else:
             start = now[rank]
-            now[rank] += duration[action.kind][action.stage]
+            takes = sum(duration[part.kind][part.stage] for part in action.each)
+            now[rank] += takes * costs.overlap if action.parts else takes
             timeline[rank].append(TimedAction(action, start, now[rank]))
     busy = [sum(end - start for _, start, end in row) for row in timeline]
     span = [row[-1].end - row[0].start for row in timeline]

@@ -9,7 +9,8 @@ from pipex.plan.actions import COMPUTE, Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order, edge_of
 from pipex.plan.communication import communicate
 from pipex.plan.memory import peak_memory
-from pipex.plan.plan import Edge, Plan
+from pipex.plan.placement import Edge
+from pipex.plan.plan import Plan
 
 
 def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
@@ -25,7 +26,12 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
     """
     if slots is not None and (missing := [edge for edge in plan.edges if edge not in slots]):
         raise PlanError(f"no slots given for the {missing[0]}", needed="a number of slots for every edge")
-    events = [Event(rank, p, action) for rank, order in enumerate(plan.orders) for p, action in enumerate(order)]
+    events = [
+        Event(rank, position, part)
+        for rank, order in enumerate(plan.orders)
+        for position, action in enumerate(order)
+        for part in action.each
+    ]
     for event in events:
         _check_place(plan, event)
     where = _index(events)
@@ -63,11 +69,23 @@ def _index(events: list[Event]) -> dict[Action, Event]:
 def _check_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
     """Stops at the first gap, so a text that promises a huge M and has few actions is refused at once."""
     for microbatch in range(plan.microbatches):
+        pipe = _pipe_of(plan, microbatch, where)
         for stage in range(plan.placement.stages):
             rank = plan.placement.rank_of(stage)
             has = {kind: Action(stage, kind, microbatch) in where for kind in COMPUTE}
+            found = next((kind for kind in Kind if has.get(kind)), None)
+            if stage not in pipe:
+                if found is not None:
+                    event = where[Action(stage, found, microbatch)]
+                    raise PlanError(f"{event} is of a micro-batch that passes the other pipe", needed="one pipe each")
+                continue
             if not has[Kind.F]:
                 raise PlanError(f"rank {rank} never runs {stage}F{microbatch}", needed="every action once")
+            if plan.update == "never":
+                if backward := next((kind for kind in (Kind.I, Kind.W, Kind.B) if has[kind]), None):
+                    event = where[Action(stage, backward, microbatch)]
+                    raise PlanError(f"{event} is a backward in a plan without one", needed="F only")
+                continue
             if has[Kind.B] and (has[Kind.I] or has[Kind.W]):
                 event = where[Action(stage, Kind.B, microbatch)]
                 raise PlanError(f"{event} computes a gradient that I or W computes too", needed="B, or I and W")
@@ -77,11 +95,18 @@ def _check_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
                 raise PlanError(problem, got=got, needed="B, or I and W")
 
 
+def _pipe_of(plan: Plan, microbatch: int, where: Mapping[Action, Event]) -> range:
+    """The pipe that the micro-batch passes: the first in which it has an F."""
+    pipes = plan.placement.pipes
+    return next((p for p in pipes if any(Action(s, Kind.F, microbatch) in where for s in p)), pipes[0])
+
+
 def _check_order_on_rank(event: Event, where: Mapping[Action, Event]) -> None:
     for needed in _needs(event.action):
         first = where.get(needed)
-        if first is not None and first.rank == event.rank and first.position > event.position:
-            raise PlanError(f"{event} comes before what it needs, {needed} at position {first.position}")
+        if first is not None and first.rank == event.rank and first.position >= event.position:
+            before = "comes before" if first.position > event.position else "runs together with"
+            raise PlanError(f"{event} {before} what it needs, {needed} at position {first.position}")
 
 
 def _needs(action: Action) -> Iterator[Action]:
@@ -101,19 +126,20 @@ def _needs(action: Action) -> Iterator[Action]:
 def _check_message_order(plan: Plan) -> None:
     """An edge hands messages over in the order sent; the receiver must want them in that order."""
     sent: dict[Edge, list[int]] = {edge: [] for edge in plan.edges}
-    wanted: dict[Edge, list[Event]] = {edge: [] for edge in plan.edges}
+    wanted: dict[Edge, list[tuple[Event, int]]] = {edge: [] for edge in plan.edges}
     for rank, order in enumerate(communicate(plan)):
         position = 0
         for action in order:
             if action.kind in SENDS:
                 sent[edge_of(action)].append(action.microbatch)
             elif action.kind in RECEIVES:
-                wanted[edge_of(action)].append(Event(rank, position, plan.orders[rank][position]))
+                event = Event(rank, position, plan.orders[rank][position])
+                wanted[edge_of(action)].append((event, action.microbatch))
             else:
                 position += 1
     for edge in plan.edges:
-        for microbatch, event in zip(sent[edge], wanted[edge], strict=True):
-            if event.action.microbatch != microbatch:
+        for microbatch, (event, wants) in zip(sent[edge], wanted[edge], strict=True):
+            if wants != microbatch:
                 problem = f"{event} is out of order on the {edge}"
                 raise PlanError(problem, got=f"the message of micro-batch {microbatch} next", needed="the order sent")
 

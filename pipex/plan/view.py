@@ -5,8 +5,9 @@ rank 0 |F0 F1 ..................B0----F2 ...
 
 from __future__ import annotations
 
+from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
-from pipex.plan.simulator import Costs, Simulation, TimedAction, simulate
+from pipex.plan.simulator import Simulation, TimedAction, simulate
 
 
 def plan_view(plan: Plan, width: int = 120) -> str:

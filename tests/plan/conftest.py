@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipex.plan.actions import Action, Kind
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Plan
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Plan
 
 Step = tuple[str, Edge | None, int]
 """("send" | "receive" | "compute", edge, micro-batch)"""

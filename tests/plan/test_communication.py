@@ -10,8 +10,8 @@ import pytest
 from pipex.plan.actions import parse_action
 from pipex.plan.communication import alive, communicate, slots_needed
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Plan
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Plan
 
 
 def rows(*orders: str) -> tuple[tuple[Any, ...], ...]:

@@ -13,11 +13,11 @@ import pytest
 import pipex.plan
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Plan
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Plan
 
 TEXT = """\
-# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 peak_activations=2,1
+# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1
 0F0,0F1,0B0,0B1
 1F0,1B0,1F1,1B1
 """

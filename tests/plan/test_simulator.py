@@ -10,9 +10,11 @@ import pytest
 from pipex.errors import DeadlockError, InputError
 from pipex.plan.actions import Action, Kind
 from pipex.plan.communication import slots_needed
+from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.plan import Edge, Plan
-from pipex.plan.simulator import Costs, Simulation, simulate
+from pipex.plan.placement import Edge
+from pipex.plan.plan import Plan
+from pipex.plan.simulator import Simulation, simulate
 
 # Zero Bubble paper, arXiv 2401.10241: profiled times in ms (table 9) and bubble rates (table 5, the span metric).
 # ranks, micro-batches, F, I, W, hop, 1F1B, ZB-H1

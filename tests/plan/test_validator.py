@@ -13,8 +13,8 @@ from pipex.errors import DeadlockError, PlanError
 from pipex.plan.actions import Action, Kind, parse_action
 from pipex.plan.communication import slots_needed
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.placement import Placement
-from pipex.plan.plan import Edge, Plan
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Plan
 from pipex.plan.validator import validate
 
 

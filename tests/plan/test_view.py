@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
-from pipex.plan.simulator import Costs, simulate
+from pipex.plan.simulator import simulate
 from pipex.plan.view import plan_view, simulation_view
 
 

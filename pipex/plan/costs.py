@@ -1,0 +1,174 @@
+"""What the actions of a plan cost, per stage, or per rank for any placement.
+
+Measured stages give ``Costs``. Comparing schedules whose placements differ needs costs that fit all of them: that is a
+``CostModel``, of which ``RankCosts`` is the simplest, and the profile of a model's layers another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Protocol
+
+from pipex.errors import InputError
+from pipex.plan.placement import Edge, Placement
+from pipex.plan.plan import Plan
+
+
+class CostModel(Protocol):
+    """Knows what every stage costs, however the model is placed."""
+
+    def on(self, placement: Placement) -> Costs:
+        """The costs per stage of ``placement``. Raises InputError when the model does not fit it."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the actions of a plan cost. Times share one unit, memory another.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: time of F, I, W per stage; B takes that of I and W together.
+        hop: time per edge from the producer's end to the message's arrival.
+        activation: memory per stage of one micro-batch from the start of F to the end of I or B.
+        deferred: memory per stage of one micro-batch from the end of I to the end of W.
+        overlap: an OVERLAP_F_B takes this share of what its parts take one after another.
+    """
+
+    forward: Sequence[float]
+    input_gradient: Sequence[float]
+    weight_gradient: Sequence[float]
+    hop: Mapping[Edge, float]
+    activation: Sequence[float]
+    deferred: Sequence[float]
+    overlap: float = 1.0
+
+    @staticmethod
+    def uniform(
+        plan: Plan,
+        forward: float = 1.0,
+        input_gradient: float = 1.0,
+        weight_gradient: float = 1.0,
+        hop: float = 0.0,
+        activation: float = 1.0,
+        deferred: float = 1.0,
+    ) -> Costs:
+        """The same costs for every stage and every edge. The default memory counts activations from F to W."""
+        stages = plan.placement.stages
+        return Costs(
+            forward=[forward] * stages,
+            input_gradient=[input_gradient] * stages,
+            weight_gradient=[weight_gradient] * stages,
+            hop=dict.fromkeys(plan.edges, hop),
+            activation=[activation] * stages,
+            deferred=[deferred] * stages,
+        )
+
+    def on(self, placement: Placement) -> Costs:
+        """These costs; raises InputError unless they have one entry per stage and edge of ``placement``."""
+        self._check(placement)
+        return self
+
+    def check(self, plan: Plan) -> None:
+        """Raises InputError unless there is one finite cost, not below zero, per stage and edge of ``plan``."""
+        self._check(plan.placement)
+
+    def _check(self, placement: Placement) -> None:
+        stages = placement.stages
+        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred"):
+            values: Sequence[float] = getattr(self, name)
+            if len(values) != stages:
+                raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
+            for stage, value in enumerate(values):
+                _check_cost(f"{name} of stage {stage}", value)
+        for edge in placement.edges:
+            if edge not in self.hop:
+                raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
+            _check_cost(f"hop of the {edge}", self.hop[edge])
+        _check_cost("overlap", self.overlap)
+
+
+@dataclass(frozen=True)
+class RankCosts:
+    """Costs of whole ranks, which the stages of a rank share evenly. Times share one unit, memory another.
+
+    Under the placement ``bidirectional`` every stage is a whole rank's share of the model: the layers that cost
+    ``forward[r]`` stand on rank r and, as the other pipe's stage P+r, on rank P-1-r.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: per rank the time of F, I, W of one micro-batch, over all its chunks.
+        hop: time from the producer's end to the message's arrival, the same on all edges.
+        activation, deferred: per rank the memory of one micro-batch, over all its chunks, as in ``Costs``.
+        overlap: as in ``Costs``.
+    """
+
+    forward: tuple[float, ...]
+    input_gradient: tuple[float, ...]
+    weight_gradient: tuple[float, ...]
+    hop: float
+    activation: tuple[float, ...]
+    deferred: tuple[float, ...]
+    overlap: float = 1.0
+
+    @staticmethod
+    def of(
+        ranks: int,
+        forward: float | Sequence[float] = 1.0,
+        input_gradient: float | Sequence[float] = 1.0,
+        weight_gradient: float | Sequence[float] = 1.0,
+        hop: float = 0.0,
+        activation: float | Sequence[float] = 1.0,
+        deferred: float | Sequence[float] | None = None,
+        overlap: float = 1.0,
+    ) -> RankCosts:
+        """From one number for all ranks or one per rank. Without ``deferred``, an activation is held whole until W.
+
+        Raises:
+            InputError: a number of values other than 1 and ``ranks``, or a value that is negative or not finite.
+        """
+
+        def each(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+            values = tuple(value) if isinstance(value, Sequence) else (value,) * ranks
+            if len(values) != ranks:
+                raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"1 or {ranks}, one per rank")
+            for rank, cost in enumerate(values):
+                _check_cost(f"{name} of rank {rank}", cost)
+            return values
+
+        _check_cost("hop", hop)
+        _check_cost("overlap", overlap)
+        return RankCosts(
+            forward=each("forward", forward),
+            input_gradient=each("input_gradient", input_gradient),
+            weight_gradient=each("weight_gradient", weight_gradient),
+            hop=hop,
+            activation=each("activation", activation),
+            deferred=each("deferred", activation if deferred is None else deferred),
+            overlap=overlap,
+        )
+
+    def on(self, placement: Placement) -> Costs:
+        """The costs per stage of ``placement``. Raises InputError when it has another number of ranks."""
+        ranks = len(self.forward)
+        if placement.ranks != ranks:
+            raise InputError("the costs are of another number of ranks", got=ranks, needed=placement.ranks)
+        shares = placement.chunks // len(placement.pipes)  # a pipe's stages on one rank share that rank's costs
+
+        def share(per_rank: Sequence[float]) -> list[float]:
+            holder = [s % ranks if len(placement.pipes) > 1 else placement.rank_of(s) for s in range(placement.stages)]
+            return [per_rank[rank] / shares for rank in holder]
+
+        return Costs(
+            forward=share(self.forward),
+            input_gradient=share(self.input_gradient),
+            weight_gradient=share(self.weight_gradient),
+            hop=dict.fromkeys(placement.edges, self.hop),
+            activation=share(self.activation),
+            deferred=share(self.deferred),
+            overlap=self.overlap,
+        )
+
+
+def _check_cost(name: str, value: float) -> None:
+    if not (isfinite(value) and value >= 0):
+        raise InputError(f"bad cost: {name}", got=value, needed="a finite number, at least 0")
