@@ -96,12 +96,15 @@ class RankCosts:
     ``forward[r]`` stand on rank r and, as the other pipe's stage P+r, on rank P-1-r.
 
     Attributes:
-        forward, input_gradient, weight_gradient: per rank the time of F, I, W of one micro-batch, over all its chunks.
+        ranks: number of ranks P.
+        forward, input_gradient, weight_gradient: per rank the time of F, I, W of one micro-batch, over all its chunks;
+            or per stage, which fits placements with as many stages only.
         hop: time from the producer's end to the message's arrival, the same on all edges.
-        activation, deferred: per rank the memory of one micro-batch, over all its chunks, as in ``Costs``.
+        activation, deferred: likewise the memory of one micro-batch, as in ``Costs``.
         overlap: as in ``Costs``.
     """
 
+    ranks: int
     forward: tuple[float, ...]
     input_gradient: tuple[float, ...]
     weight_gradient: tuple[float, ...]
@@ -121,23 +124,27 @@ class RankCosts:
         deferred: float | Sequence[float] | None = None,
         overlap: float = 1.0,
     ) -> RankCosts:
-        """From one number for all ranks or one per rank. Without ``deferred``, an activation is held whole until W.
+        """From one number for all ranks, one per rank, or one per stage. Without ``deferred``, an activation is held
+        whole until W.
 
         Raises:
-            InputError: a number of values other than 1 and ``ranks``, or a value that is negative or not finite.
+            InputError: a number of values that is neither 1 nor a multiple of ``ranks``, or a value that is negative or
+                not finite.
         """
 
         def each(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
             values = tuple(value) if isinstance(value, Sequence) else (value,) * ranks
-            if len(values) != ranks:
-                raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"1 or {ranks}, one per rank")
-            for rank, cost in enumerate(values):
-                _check_cost(f"{name} of rank {rank}", cost)
+            if not values or len(values) % ranks:
+                needed = f"1, {ranks} (one per rank) or a multiple of it (one per stage)"
+                raise InputError(f"wrong number of costs {name}", got=len(values), needed=needed)
+            for place, cost in enumerate(values):
+                _check_cost(f"{name}, number {place}", cost)
             return values
 
         _check_cost("hop", hop)
         _check_cost("overlap", overlap)
         return RankCosts(
+            ranks=ranks,
             forward=each("forward", forward),
             input_gradient=each("input_gradient", input_gradient),
             weight_gradient=each("weight_gradient", weight_gradient),
@@ -148,15 +155,24 @@ class RankCosts:
         )
 
     def on(self, placement: Placement) -> Costs:
-        """The costs per stage of ``placement``. Raises InputError when it has another number of ranks."""
-        ranks = len(self.forward)
-        if placement.ranks != ranks:
-            raise InputError("the costs are of another number of ranks", got=ranks, needed=placement.ranks)
-        shares = placement.chunks // len(placement.pipes)  # a pipe's stages on one rank share that rank's costs
+        """The costs per stage of ``placement``.
 
-        def share(per_rank: Sequence[float]) -> list[float]:
-            holder = [s % ranks if len(placement.pipes) > 1 else placement.rank_of(s) for s in range(placement.stages)]
-            return [per_rank[rank] / shares for rank in holder]
+        Raises:
+            InputError: it has another number of ranks, or of stages than there are costs per stage.
+        """
+        if placement.ranks != self.ranks:
+            raise InputError("the costs are of another number of ranks", got=self.ranks, needed=placement.ranks)
+        shares = placement.chunks // len(placement.pipes)  # a pipe's stages on one rank share that rank's costs
+        two_pipes = len(placement.pipes) > 1
+        holder = [s % self.ranks if two_pipes else placement.rank_of(s) for s in range(placement.stages)]
+
+        def share(costs: Sequence[float]) -> list[float]:
+            if len(costs) == self.ranks:
+                return [costs[rank] / shares for rank in holder]
+            if len(costs) != placement.stages:
+                needed = f"{placement.stages}, one per stage, or {self.ranks}, one per rank"
+                raise InputError("the costs are of another number of stages", got=len(costs), needed=needed)
+            return list(costs)
 
         return Costs(
             forward=share(self.forward),

@@ -99,9 +99,10 @@ class Pipeline:
             self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
             parameters = self._gradients.optimized
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
-            orders = plans.communicate(plan)
+            self._runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            orders = plans.communicate(self._runnable)
             self.world.namer = lambda rank, position: _name(orders[rank][position])
-            self._executor = Executor(self.world, plan, orders[rank], self._runners, observer)
+            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, observer)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -126,6 +127,9 @@ class Pipeline:
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
         with self._together():
+            if self.plan.update == "never":
+                raise InputError("this pipeline cannot train", got=f"{self.plan.family}, a plan without a backward",
+                                 needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
             if self.optimizer is None and self._gradients.optimized:
                 raise InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory", fix=
                                  "pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
@@ -243,7 +247,7 @@ class Pipeline:
 
     def _open(self, forms: Forms) -> None:
         """Opens all edges between ranks, in one global order, unless the open ones are large enough."""
-        slots, alive = plans.slots_needed(self.plan), plans.alive(self.plan)
+        slots, alive = plans.slots_needed(self._runnable), plans.alive(self._runnable)
         specs = self._gradients.edges()
         for edge in self.plan.edges:
             form = (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination]
@@ -261,6 +265,11 @@ class Pipeline:
 
     def _check_arguments(self, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
         placement = self.plan.placement
+        if len(placement.pipes) > 1 or self.plan.update in ("microbatch", "delayed"):
+            what = "two copies of the model" if len(placement.pipes) > 1 else "older versions of the weights"
+            raise InputError(f"{self.plan.family} can be planned and simulated, but not run", got=f"a plan with {what}",
+                             needed="one copy of the weights", fix="run a synchronous schedule of one pipe, such as "
+                             "interleaved-zb or zbv")  # fmt: skip
         if placement.ranks != self.world.ranks:
             raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
                              needed=f"{self.world.ranks}, as launched")  # fmt: skip
