@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipex.errors import PipexError as PipexError
     from pipex.partition import split_model as split_model
     from pipex.plan import build as build
+    from pipex.plan import search as search
     from pipex.runtime.launch import launch as launch
     from pipex.runtime.pipeline import Pipeline as Pipeline
     from pipex.runtime.worlds import current_world as current_world
@@ -30,10 +31,11 @@ _HOME = {
     "build": "pipex.plan",
     "current_world": "pipex.runtime.worlds",
     "launch": "pipex.runtime.launch",
+    "search": "pipex.plan",
     "split_model": "pipex.partition",
 }
 
-__all__ = ["Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "split_model"]
+__all__ = ["Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "search", "split_model"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The host part of pipex in C++ (csrc/host): shared memory, rings, and the watch over peers. Knows no torch.
+"""The host part of pipex in C++ (csrc/host): shared memory, rings, the watch over peers, and planning. Knows no torch.
 
 Errors that people see are raised as classes of pipex.errors; the two below are for pipex.transport.host to translate.
 """
@@ -65,3 +65,29 @@ class RingReceiver:
     def close_descriptor(self) -> None: ...
     def receive(self, tensor: TensorTemplate, step: int, microbatch: int) -> object:
         """A DLPack capsule; its slot is free again with the last reference to torch's storage."""
+
+class SchedulingProblem:
+    """The native twin of pipex.plan.list_scheduler; sequences as the ``Problem`` and ``DueDates`` there have them."""
+
+    def __init__(
+        self,
+        rank_of: Sequence[int],
+        microbatches: int,
+        durations: Sequence[Sequence[int]],
+        activation_hop: Sequence[int],
+        gradient_hop: Sequence[int],
+        activation: Sequence[int],
+        deferred: Sequence[int],
+        limit: Sequence[int],
+    ) -> None: ...
+    def list_schedule(
+        self,
+        start: Sequence[int],
+        offset: Sequence[Sequence[int]],
+        release: Sequence[int],
+        cap: Sequence[int],
+        look: int,
+        overrun: int,
+    ) -> bytes | None: ...
+    def replay(self, packed: bytes) -> tuple[int, int, tuple[int, ...]] | None: ...
+    def improve(self, packed: bytes, seed: int, trials: int, of_span: bool) -> bytes: ...

@@ -16,10 +16,10 @@ ROOT = Path(pipex.__file__).parent
 # package -> packages of pipex that it may import (arrows point down only)
 MAY_IMPORT = {
     "errors": set(),
-    "plan": {"errors"},
+    "plan": {"errors", "_native"},
     "backward": {"errors"},
     "transport": {"errors", "_native"},
-    "partition": {"errors"},
+    "partition": {"errors", "backward", "plan"},
     "state": {"errors"},
     "observe": {"errors"},
     "runtime": {"errors", "plan", "backward", "transport", "partition", "state", "observe"},

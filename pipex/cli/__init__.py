@@ -14,6 +14,12 @@ from pipex.errors import PipexError
 # name -> (module with add_arguments(parser) and run(options) -> exit code, one line of help)
 COMMANDS = {
     "train": ("pipex.cli.train", "train a small language model through a pipeline of processes"),
+    "schedules": ("pipex.cli.plans.schedules", "list the schedule families: time, memory, constraints, source"),
+    "bubble": ("pipex.cli.plans.bubble", "compare all schedule families at one size"),
+    "schedule": ("pipex.cli.plans.schedule", "build one family's plan, draw it and write it to a file"),
+    "plan": ("pipex.cli.plans.plan", "search the best plan for given costs and memory"),
+    "view": ("pipex.cli.plans.view", "show a plan from a file, in the terminal, a browser or Perfetto"),
+    "profile": ("pipex.cli.profile", "measure what every layer of a model costs on this machine"),
     "bench": ("pipex.cli.bench", "measure pipex beside its peers on this machine"),
     "info": ("pipex.cli.info", "say what was built and what this machine can do"),
 }

@@ -2,6 +2,6 @@
 
 from pipex.observe.events import Event, Observer, Recorder
 from pipex.observe.measure import Figures, measure
-from pipex.observe.trace import write_trace
+from pipex.observe.trace import read_trace, write_trace
 
-__all__ = ["Event", "Figures", "Observer", "Recorder", "measure", "write_trace"]
+__all__ = ["Event", "Figures", "Observer", "Recorder", "measure", "read_trace", "write_trace"]

@@ -17,6 +17,8 @@ class Figures:
     """Medians over the observed steps; times in seconds.
 
     Attributes:
+        makespan: from the first start to the last end of a step's actions over all ranks.
+        after_actions: from there to the end of the step's last event: reductions and the optimizer.
         bubble_makespan: idle share of all ranks over a step's actions, from the first start to the last end.
         bubble_span: per rank the idle share from its first start to its last end; the largest over the ranks.
         action: time of one action by (kind, stage).
@@ -25,6 +27,8 @@ class Figures:
         shares: per rank, by what it did, the share of the step's wall time; ``waiting`` is time in receives.
     """
 
+    makespan: float
+    after_actions: float
     bubble_makespan: float
     bubble_span: float
     action: dict[tuple[str, int], float]
@@ -39,7 +43,7 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
     for number, events in enumerate(ranks):
         for event in events:
             steps[event.step][number].append(event)
-    makespans, spans = [], []
+    wholes, tails, makespans, spans = [], [], [], []
     actions: dict[tuple[str, int], list[float]] = defaultdict(list)
     stages: dict[int, list[float]] = defaultdict(list)
     messages: list[float] = []
@@ -51,6 +55,8 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
         busy = [sum(e.end - e.begin for e in rank) for rank in compute]
         span = [rank[-1].end - rank[0].begin for rank in compute]
         whole = max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)
+        wholes.append(whole / 1e9)
+        tails.append((max(e.end for rank in step for e in rank) - max(rank[-1].end for rank in compute)) / 1e9)
         makespans.append(1 - sum(busy) / (len(busy) * whole))
         spans.append(max(1 - b / s for b, s in zip(busy, span, strict=True)))
         per_stage: dict[int, float] = defaultdict(float)
@@ -65,6 +71,8 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
             for what, share in _shares(rank).items():
                 collected[what].append(share)
     return Figures(
+        makespan=median(wholes),
+        after_actions=median(tails),
         bubble_makespan=median(makespans),
         bubble_span=median(spans),
         action={key: median(values) for key, values in actions.items()},

@@ -14,6 +14,8 @@ from typing import Any
 from pipex.errors import InputError
 from pipex.observe.events import Event
 
+_MOST = 2**53
+"""Microseconds, about three centuries: above it a float has no fractions, and a time no meaning."""
 _THREADS = ("compute", "send", "receive")
 _COLORS = {"F": "thread_state_running", "I": "rail_response", "W": "good", "B": "rail_animation"}
 
@@ -38,6 +40,78 @@ def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]]) 
         raise InputError(
             f"cannot write the trace {os.fspath(path)}", got=error.strerror, fix="choose another file"
         ) from error
+
+
+def read_trace(path: str | os.PathLike[str]) -> list[list[Event]]:
+    """Per rank the events of a file that ``write_trace`` made, in the order written. Nothing else is accepted.
+
+    Raises:
+        InputError: the file cannot be read, or is another kind of trace; names the place.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if not isinstance(content, dict) or not isinstance(rows := content.get("traceEvents"), list):
+            raise ValueError("no list traceEvents")
+        return _read_rows(rows)
+    except OSError as error:
+        raise InputError(f"cannot read the trace {name}", got=error.strerror, fix="name another file") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"cannot read the trace {name}", got=str(error), needed="a file made by pipex train --trace"
+        ) from error
+
+
+def _read_rows(rows: list[Any]) -> list[list[Event]]:
+    ranks: dict[int, list[Event]] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or row.get("ph") not in ("M", "X", "s", "f"):
+            raise ValueError(f"traceEvents[{number}] is no row of such a file")
+        if row["ph"] == "X":
+            rank, event = _read_event(number, row)
+            ranks.setdefault(rank, []).append(event)
+    if sorted(ranks) != list(range(len(ranks))):
+        raise ValueError(f"events of the processes {_shown(sorted(ranks))} only, not of every rank from 0 on")
+    return [ranks[rank] for rank in range(len(ranks))]
+
+
+def _read_event(number: int, row: dict[str, Any]) -> tuple[int, Event]:
+    def whole(values: dict[str, Any], name: str, least: int) -> int:
+        value = values.get(name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} {_shown(value)} in traceEvents[{number}]")
+        return value
+
+    def nanoseconds(name: str) -> int:
+        value = row.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < _MOST:
+            raise ValueError(f"{name} {_shown(value)} in traceEvents[{number}]")
+        return round(value * 1e3)
+
+    args = row.get("args")
+    kind = row.get("cat")
+    if not isinstance(args, dict) or not isinstance(kind, str):
+        raise ValueError(f"no cat or args in traceEvents[{number}]")
+    begin = nanoseconds("ts")
+    event = Event(
+        step=whole(args, "step", 1),
+        kind=kind,
+        stage=whole(args, "stage", -1),
+        microbatch=whole(args, "microbatch", -1),
+        begin=begin,
+        end=begin + nanoseconds("dur"),
+    )
+    name = f"PP:{event.name}"
+    if row.get("name") != name:
+        got = f"name {_shown(row.get('name'))} in traceEvents[{number}]"
+        raise ValueError(f"{got}, whose cat and args say {_shown(name)}")
+    return whole(row, "pid", 0), event
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _rows(rank: int, event: Event) -> list[dict[str, Any]]:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
 
 from torch import nn
 
 from pipex.errors import InputError
+from pipex.plan import Plan
+from pipex.plan.chain import chain, check_stages, uniform
+from pipex.plan.fit import fit
+from pipex.plan.layer_costs import LayerCosts, best_cut
+from pipex.plan.placement import Placement
 
-Balance = Literal["uniform", "parameters"] | Sequence[int]
+Balance = Literal["uniform", "parameters", "profile"] | LayerCosts | Sequence[int]
 
 
-def layer_counts(layers: Sequence[nn.Module], stages: int, balance: Balance) -> list[int]:
+def layer_counts(layers: Sequence[nn.Module], where: int | Plan, balance: Balance) -> list[int]:
     """The number of layers of each stage, in stage order; each at least 1, in sum ``len(layers)``.
 
+    Args:
+        where: the number of stages, each on a rank of its own, or the plan that they are for.
+
     Raises:
-        InputError: there are fewer layers than stages, ``balance`` is unknown, or counts that do not fit.
+        InputError: there are fewer layers than stages, ``balance`` is unknown, or counts or costs that do not fit.
     """
-    if not 1 <= stages <= len(layers):
-        raise InputError(
-            f"a model of {len(layers)} layers cannot be cut into {stages} stages",
-            needed=f"1 to {len(layers)} stages",
-            fix="use fewer stages, or name smaller layers",
-        )
+    stages = where if isinstance(where, int) else where.placement.stages
+    check_stages(len(layers), stages)
+    if isinstance(balance, LayerCosts):
+        return by_costs(len(layers), where, balance)
     if balance == "uniform":
         return uniform(len(layers), stages)
     if balance == "parameters":
         return by_parameters(layers, stages)
     if isinstance(balance, str):
-        raise InputError("unknown balance", got=repr(balance), needed="'uniform', 'parameters' or a list of counts")
+        known = "'uniform', 'parameters', 'profile', layer costs or a list of counts"
+        raise InputError("unknown balance", got=repr(balance), needed=known)
     counts = list(balance)
     if len(counts) != stages or sum(counts) != len(layers) or min(counts) < 1:
         raise InputError(
@@ -41,38 +48,36 @@ def layer_counts(layers: Sequence[nn.Module], stages: int, balance: Balance) -> 
     return counts
 
 
-def uniform(layers: int, stages: int) -> list[int]:
-    """Counts that differ by at most one.
-
-    The first stages get the extra layers: the first layer of a language model, the embedding, costs almost no
-    compute, and the last stage also computes the loss.
-    """
-    least, extra = divmod(layers, stages)
-    return [least + (stage < extra) for stage in range(stages)]
+def by_costs(layers: int, where: int | Plan, costs: LayerCosts) -> list[int]:
+    """The cut whose fullest rank has the least to do; for a plan, the one with which its step is simulated shortest."""
+    if len(costs.layers) != layers:
+        raise InputError(
+            "the layer costs are of another model",
+            got=f"costs of {len(costs.layers)} layers for a model of {layers}",
+            needed="one entry per layer",
+            fix="profile this model",
+        )
+    if isinstance(where, int):
+        return list(best_cut(costs, Placement("loop", where)).counts)
+    return list(fit(costs, where).counts)
 
 
 def by_parameters(layers: Sequence[nn.Module], stages: int) -> list[int]:
     """The contiguous cut whose largest stage has the fewest parameters (elements); exact.
 
-    A parameter that several layers share counts once in every stage that uses it. Dynamic programming over
-    (stage, end): ``best[end]`` is the best cut of the first ``end`` layers into the stages so far, compared by its
-    largest stage and, among equals, by the sum of squares, which evens out the stages below the largest.
+    A parameter that several layers share counts once in every stage that uses it.
     """
     # No optimal cut has a stage larger than the largest of the uniform cut, so longer blocks need no look.
     cuts = accumulate(uniform(len(layers), stages), initial=0)
     limit = max(_parameters(layers[begin:end]) for begin, end in pairwise(cuts))
     sizes = [_prefix_sizes(layers[begin:], limit) for begin in range(len(layers) + 1)]
 
-    # end -> (largest stage, sum of squares, counts of the stages)
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
-    for _ in range(stages):
-        longer: dict[int, tuple[int, int, list[int]]] = {}
-        for begin, (largest, squares, counts) in best.items():
-            for count, size in enumerate(sizes[begin], start=1):
-                cut = (max(largest, size), squares + size * size, [*counts, count])
-                longer[begin + count] = min(longer.get(begin + count, cut), cut)
-        best = longer
-    return best[len(layers)][2]
+    def blocks(_: int, begin: int) -> Iterable[tuple[int, float]]:
+        return enumerate(sizes[begin], start=begin + 1)
+
+    found = chain(len(layers), stages, blocks)
+    assert found is not None, "the uniform cut keeps the limit"
+    return found[1]
 
 
 def _parameters(layers: Sequence[nn.Module]) -> int:

@@ -10,18 +10,21 @@ causality      runs orders without a clock: finds deadlocks
 memory         what a rank holds at its fullest moment
 validator      proves a plan before anything runs
 simulator      when everything starts and ends under given costs
-view           a picture of it in text
+critical_path  what the makespan hangs on
+bounds         what no plan can beat
+view           pictures: text, a page for the browser, a Chrome trace
+interop        torch's CSV, Megatron-LM's layouts
 """
 
 from pipex.plan.actions import Action, Kind, parse_action
 from pipex.plan.communication import alive, communicate, slots_needed, unfused
 from pipex.plan.costs import CostModel, Costs, RankCosts
-from pipex.plan.families import FAMILIES, build
+from pipex.plan.families import FAMILIES, build, options_of
 from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Orders, Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
 from pipex.plan.validator import validate
-from pipex.plan.view import plan_view, simulation_view
+from pipex.plan.view import chrome_trace, html_page, measured_costs, plan_view, simulation_view
 
 __all__ = [
     "FAMILIES",
@@ -38,7 +41,11 @@ __all__ = [
     "TimedAction",
     "alive",
     "build",
+    "chrome_trace",
     "communicate",
+    "html_page",
+    "measured_costs",
+    "options_of",
     "parse_action",
     "plan_view",
     "simulate",

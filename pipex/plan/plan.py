@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast, get_args
 
-from pipex.errors import PlanError
+from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan.actions import Action, parse_action, syntax_error
 from pipex.plan.placement import Edge, Placement, PlacementName
 
@@ -97,15 +97,16 @@ class Plan:
         return "\n".join([header, *(",".join(map(str, order)) for order in self.orders), ""])
 
     @staticmethod
-    def from_text(text: str) -> Plan:
+    def from_text(text: str | bytes) -> Plan:
         """Reads the text form; ``Plan.from_text(text).to_text() == text`` for every text that is accepted.
 
         The result is what the text says, not yet a proven plan: call ``validate``.
 
         Raises:
-            PlanSyntaxError: a line cannot be read; names line and column.
+            PlanSyntaxError: a line cannot be read; names line and column. Or the text is longer than ``MAX_TEXT``.
             PlanError: the lines do not fit together.
         """
+        text = plain_text(text)
         lines = text.split("\n")
         match = _HEADER.fullmatch(lines[0])
         if match is None:
@@ -113,7 +114,7 @@ class Plan:
         if lines[-1]:
             raise syntax_error(len(lines), len(lines[-1]) + 1, lines[-1], "a line feed at the end")
         fields = match.groupdict()
-        return Plan(
+        plan = Plan(
             family=fields["family"],
             placement=Placement(
                 cast(PlacementName, fields["placement"]), ranks=int(fields["ranks"]), chunks=int(fields["chunks"])
@@ -123,6 +124,36 @@ class Plan:
             peak_activations=tuple(map(int, fields["peaks"].split(","))),
             update=cast(Update, fields["update"]),
         )
+        check_stages(plan, len(text))
+        return plan
+
+
+MAX_TEXT = 1 << 24
+"""Longest text of a plan, in characters: some two million actions. A longer one is refused unread."""
+
+
+def plain_text(text: str | bytes) -> str:
+    """The text of a plan's file. A byte that is no ASCII becomes a character that no plan has, and so is refused at
+    its place.
+
+    Raises:
+        PlanSyntaxError: the text is longer than ``MAX_TEXT``.
+    """
+    if len(text) > MAX_TEXT:
+        raise PlanSyntaxError("the plan is too long", got=f"{len(text)} characters", needed=f"{MAX_TEXT} at most")
+    return text if isinstance(text, str) else text.decode("latin-1")
+
+
+def check_stages(plan: Plan, characters: int) -> None:
+    """Refuses a number of stages that no loop over them would end with. A text that is a valid plan has an action of
+    every stage, and so more characters than stages.
+
+    Raises:
+        PlanError: there are more stages than characters.
+    """
+    if plan.placement.stages > characters:
+        got = f"{plan.placement.stages} stages in {characters} characters"
+        raise PlanError("the plan has more stages than actions", got=got)
 
 
 def _parse_row(row: str, line: int) -> tuple[Action, ...]:

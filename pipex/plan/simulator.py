@@ -2,23 +2,24 @@
 
 A rank starts an action as soon as the one before it has ended and the message it needs is there; a message is there
 one hop after its producer's end. Communication costs nothing else. With these rules the figures of the Zero Bubble
-paper (arXiv 2401.10241, table 5) come out to all printed digits.
+paper (arXiv 2401.10241, table 5) come out to all printed digits, and steps measured on 8 GPUs to 1.5 %.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple, NoReturn
 
-from pipex.plan.actions import Action, Kind
-from pipex.plan.causality import RECEIVES, SENDS, causal_order, edge_of
+from pipex.plan.actions import NONE, Action, Kind
+from pipex.plan.causality import causal_order
 from pipex.plan.communication import communicate
 from pipex.plan.costs import Costs
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Edge
 from pipex.plan.plan import Plan
+from pipex.plan.validator import validate
 
 
 class TimedAction(NamedTuple):
@@ -35,10 +36,13 @@ class Simulation:
 
     Attributes:
         timeline: per rank its compute actions in order, with start and end.
-        makespan: last end minus first start over all ranks.
-        bubble_span: per rank the idle share between its first start and last end; the largest over the ranks. What a
-            step without a barrier pays (arXiv 2401.10241, section 5.3).
-        bubble_makespan: idle share of all ranks over the whole makespan. What a step with a barrier pays.
+        makespan: last end minus first start over all ranks. What a step costs that ends with a barrier: a gradient
+            norm, a loss that every rank learns.
+        span: last end minus first start of a rank; the largest over the ranks. What a step costs without a barrier,
+            as every rank then starts the next step when it has ended this one.
+        bubble_span: per rank the idle share between its first start and last end; the largest over the ranks (arXiv
+            2401.10241, section 5.3). The bubble of a step without a barrier.
+        bubble_makespan: idle share of all ranks over the whole makespan. The bubble of a step with a barrier.
         peak_memory: per rank, in the unit of the costs.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
@@ -46,6 +50,7 @@ class Simulation:
 
     timeline: tuple[tuple[TimedAction, ...], ...]
     makespan: float
+    span: float
     bubble_span: float
     bubble_makespan: float
     peak_memory: tuple[float, ...]
@@ -58,42 +63,121 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     Raises:
         InputError: the costs do not fit the plan.
         DeadlockError: the ranks wait for each other for ever.
+        PlanError: another mistake of the plan keeps it from ending, as ``validate`` says it.
     """
     costs.check(plan)
-    duration = {
-        Kind.F: costs.forward,
-        Kind.I: costs.input_gradient,
-        Kind.W: costs.weight_gradient,
-        Kind.B: [i + w for i, w in zip(costs.input_gradient, costs.weight_gradient, strict=True)],
-    }
-    now = [0.0] * plan.placement.ranks
-    sent: dict[Edge, list[float]] = defaultdict(list)
-    received: dict[Edge, list[float]] = defaultdict(list)
-    timeline: list[list[TimedAction]] = [[] for _ in now]
-    for rank, _, action in causal_order(communicate(plan), plan.placement):
-        if action.kind in SENDS:
-            sent[edge_of(action)].append(now[rank])
-        elif action.kind in RECEIVES:
-            edge = edge_of(action)
-            arrival = sent[edge][len(received[edge])] + costs.hop[edge]
-            now[rank] = max(now[rank], arrival)
-            received[edge].append(now[rank])
-        else:
-            start = now[rank]
-            takes = sum(duration[part.kind][part.stage] for part in action.each)
-            now[rank] += takes * costs.overlap if action.parts else takes
-            timeline[rank].append(TimedAction(action, start, now[rank]))
+    timeline, slots_used = _run(plan, costs)
     busy = [sum(end - start for _, start, end in row) for row in timeline]
-    span = [row[-1].end - row[0].start for row in timeline]
+    spans = [row[-1].end - row[0].start for row in timeline]
     makespan = max(row[-1].end for row in timeline) - min(row[0].start for row in timeline)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
         makespan=makespan,
-        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, span, strict=True)),
+        span=max(spans),
+        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, spans, strict=True)),
         bubble_makespan=_idle_share(sum(busy), len(busy) * makespan),
         peak_memory=peak_memory(plan, costs.activation, costs.deferred),
-        slots_used={edge: _most_under_way(sent[edge], received[edge]) for edge in plan.edges},
+        slots_used=slots_used,
     )
+
+
+class _Link(NamedTuple):
+    """What an action at one stage takes, and between which results it stands.
+
+    Results are numbered: that of F of micro-batch m at stage s is s·M + m, that of its I or B follows S·M later.
+    ``source`` and ``result`` are those of micro-batch 0, or -1 for none. Between stages on one rank there is no hop,
+    and no message whose times would be noted.
+    """
+
+    takes: float
+    source: int
+    hop: float
+    received: list[float] | None
+    result: int
+    sent: list[float] | None
+
+
+def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, int]]:
+    """The timeline, and per edge the slots used. An action waits for the result that it needs, not for a message: the
+    receivers of a valid plan take the messages of an edge in the order sent, so that both give the same times."""
+    sent: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
+    received: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
+    links = _links(plan, costs, sent, received)
+    ends = [-1.0] * (2 * plan.placement.stages * plan.microbatches)
+    timeline: list[list[TimedAction]] = [[] for _ in plan.orders]
+    now = [0.0] * len(plan.orders)
+    waiting: dict[int, int] = {}
+    runnable = list(range(len(plan.orders)))
+    while runnable:
+        rank = runnable.pop()
+        row, order, time = timeline[rank], plan.orders[rank], now[rank]
+        for position in range(len(row), len(order)):
+            action = order[position]
+            parts = [(links[kind][stage], m) for stage, kind, m, _ in action.parts or (action,)]
+            missing = [link.source + m for link, m in parts if link.source >= 0 and ends[link.source + m] < 0]
+            if missing:
+                waiting[missing[0]] = rank
+                break
+            takes = 0.0
+            for link, m in parts:
+                takes += link.takes
+                if link.source >= 0:
+                    time = max(time, ends[link.source + m] + link.hop)
+                    if link.received is not None:
+                        link.received.append(time)
+            end = time + (takes * costs.overlap if action.parts else takes)
+            row.append(TimedAction(action, time, end))
+            time = end
+            for link, m in parts:
+                if link.result >= 0:
+                    ends[link.result + m] = time
+                    if link.sent is not None:
+                        link.sent.append(time)
+                    if (other := waiting.pop(link.result + m, None)) is not None:
+                        runnable.append(other)
+        now[rank] = time
+    if waiting:
+        _explain(plan)
+    return timeline, {edge: _most_under_way(sent[edge], received[edge]) for edge in plan.edges}
+
+
+def _links(
+    plan: Plan, costs: Costs, sent: dict[Edge, list[float]], received: dict[Edge, list[float]]
+) -> dict[Kind, list[_Link]]:
+    """Per kind and stage."""
+    stages, microbatches = plan.placement.stages, plan.microbatches
+    pairs = [pair for pipe in plan.placement.pipes for pair in pairwise(pipe)]
+    previous, following = {t: s for s, t in pairs}, dict(pairs)
+
+    def link(stage: int, takes: float, first: int, edge: Literal["activation", "gradient"]) -> _Link:
+        sources, targets = (previous, following) if edge == "activation" else (following, previous)
+        source = sources.get(stage, NONE)
+        incoming, outgoing = Edge(source, stage, edge), Edge(stage, targets.get(stage, NONE), edge)
+        return _Link(
+            takes,
+            source=first + source * microbatches if source != NONE else NONE,
+            hop=costs.hop[incoming] if incoming in received else 0.0,
+            received=received.get(incoming),
+            result=first + stage * microbatches,
+            sent=sent.get(outgoing),
+        )
+
+    gradients = stages * microbatches
+    forward, i, w = costs.forward, costs.input_gradient, costs.weight_gradient
+    return {
+        Kind.F: [link(s, forward[s], 0, "activation") for s in range(stages)],
+        Kind.I: [link(s, i[s], gradients, "gradient") for s in range(stages)],
+        Kind.B: [link(s, i[s] + w[s], gradients, "gradient") for s in range(stages)],
+        Kind.W: [_Link(w[s], NONE, 0.0, None, NONE, None) for s in range(stages)],
+    }
+
+
+def _explain(plan: Plan) -> NoReturn:
+    """Raises what is wrong with a plan that does not come to its end."""
+    for _ in causal_order(communicate(plan), plan.placement):
+        pass
+    validate(plan)
+    raise AssertionError("a valid plan comes to its end")
 
 
 def _idle_share(busy: float, total: float) -> float:
@@ -102,4 +186,4 @@ def _idle_share(busy: float, total: float) -> float:
 
 def _most_under_way(sent: list[float], received: list[float]) -> int:
     """Message k shares the ring with those sent before it that are not received when it is sent."""
-    return max(k + 1 - min(k, bisect_right(received, time)) for k, time in enumerate(sent))
+    return max((k + 1 - min(k, bisect_right(received, time)) for k, time in enumerate(sent)), default=0)

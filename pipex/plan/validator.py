@@ -8,7 +8,6 @@ from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order, edge_of
 from pipex.plan.communication import communicate
-from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Edge
 from pipex.plan.plan import Plan
 
@@ -32,6 +31,7 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
         for position, action in enumerate(order)
         for part in action.each
     ]
+    _check_joined(plan)
     for event in events:
         _check_place(plan, event)
     where = _index(events)
@@ -42,6 +42,17 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
     for _ in causal_order(communicate(plan), plan.placement, slots):
         pass  # to reach the end is the proof
     _check_promise(plan)
+
+
+def _check_joined(plan: Plan) -> None:
+    """Forwards come first: what they hold, they hold beside what the backwards free."""
+    for rank, order in enumerate(plan.orders):
+        for position, action in enumerate(order):
+            kinds = [part.kind for part in action.parts]
+            forwards = kinds.count(Kind.F)
+            if kinds and not (0 < forwards < len(kinds) and set(kinds[:forwards]) == {Kind.F}):
+                problem = f"{Event(rank, position, action)} does not join a forward with a backward"
+                raise PlanError(problem, needed="F first, then I, W or B")
 
 
 def _check_place(plan: Plan, event: Event) -> None:
@@ -145,7 +156,13 @@ def _check_message_order(plan: Plan) -> None:
 
 
 def _check_promise(plan: Plan) -> None:
-    ones = [1] * plan.placement.stages
-    for rank, (held, promised) in enumerate(zip(peak_memory(plan, ones, ones), plan.peak_activations, strict=True)):
-        if held > promised:
-            raise PlanError(f"rank {rank} holds more activations than promised", got=f"{held:g}", needed=promised)
+    grows = {Kind.F: 1, Kind.I: 0, Kind.W: -1, Kind.B: -1}
+    for rank, (order, promised) in enumerate(zip(plan.orders, plan.peak_activations, strict=True)):
+        held = 0
+        for position, part in ((position, part) for position, action in enumerate(order) for part in action.each):
+            held += grows[part.kind]
+            if held > promised:
+                problem = f"rank {rank} holds more activations than promised"
+                raise PlanError(problem, got=f"{held} at position {position} ({part})", needed=promised)
+            if plan.update == "never":
+                held -= 1

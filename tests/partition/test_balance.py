@@ -1,5 +1,7 @@
 """How many layers each stage gets, against brute force over all cuts."""
 
+import json
+from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
 
 import pytest
@@ -8,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipex.errors import InputError
-from pipex.partition.balance import by_parameters, layer_counts, uniform
+from pipex.errors import ConfigMismatch, InputError
+from pipex.partition import split, split_model
+from pipex.partition.balance import by_parameters, layer_counts
+from pipex.plan import build
+from pipex.plan.fit import fit
+from pipex.plan.layer_costs import Layer, LayerCosts
+from pipex.runtime import worlds
+from pipex.runtime.launch import launch
+from pipex.runtime.worlds import current_world
 
 
 def layer(*parameters: nn.Parameter) -> nn.Module:
@@ -30,14 +39,6 @@ def stage_sizes(layers: list[nn.Module], counts: list[int]) -> list[int]:
 
 def every_cut(layers: int, stages: int) -> list[list[int]]:
     return [[b - a for a, b in pairwise((0, *cut, layers))] for cut in combinations(range(1, layers), stages - 1)]
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "counts"),
-    [(1, 1, [1]), (4, 4, [1, 1, 1, 1]), (9, 4, [3, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (34, 8, [5, 5, 4, 4, 4, 4, 4, 4])],
-)
-def test_uniform_gives_the_extra_layers_to_the_first_stages(layers: int, stages: int, counts: list[int]) -> None:
-    assert uniform(layers, stages) == counts
 
 
 @given(st.data())
@@ -94,5 +95,120 @@ def test_a_number_of_stages_that_does_not_fit_is_refused_with_both_numbers(stage
 
 
 def test_an_unknown_balance_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="got 'flops'; needed 'uniform', 'parameters'"):
+    with pytest.raises(
+        InputError, match="got 'flops'; needed 'uniform', 'parameters', 'profile', layer costs or a list"
+    ):
         layer_counts([nn.Identity()] * 7, 2, "flops")  # type: ignore[arg-type]
+
+
+def costs_of(*times: float) -> LayerCosts:
+    return LayerCosts(tuple(Layer(f"layer {i}", t, t, t, 1, 1, 1, 1) for i, t in enumerate(times)))
+
+
+def model(layers: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+
+
+def test_layer_costs_balance_the_stages_times() -> None:
+    assert layer_counts([nn.Identity()] * 6, 3, costs_of(1, 1, 1, 1, 4, 4)) == [4, 1, 1]
+    assert [len(stage.layers) for stage in split_model(model(6), 3, costs_of(9, 1, 1, 1, 1, 1))] == [1, 2, 3]
+
+
+def test_for_a_plan_the_ranks_share_the_work_not_the_stages() -> None:
+    costs = costs_of(*[1.0] * 15, 5.0)
+    plan = build("interleaved", 2, 4, chunks=2)
+    counts = [len(stage.layers) for stage in split_model(model(16), plan, costs)]
+    assert counts == list(fit(costs, plan).counts)
+    assert counts[0] + counts[2] == counts[1] + counts[3] + 4  # the head takes as long as 5 others
+
+
+def test_for_a_plan_its_order_of_actions_counts() -> None:
+    """With as few micro-batches as ranks, filling the pipeline matters more than its slowest stage."""
+    costs = costs_of(4, 4, 1, 3, 4, 4, 3, 4)
+    assert [len(stage.layers) for stage in split_model(model(8), 3, costs)] == [2, 3, 3]
+    assert [len(stage.layers) for stage in split_model(model(8), build("1f1b", 3, 3), costs)] == [4, 2, 2]
+
+
+def test_a_plan_says_how_many_stages_there_are() -> None:
+    plan = build("1f1b", 3, 4)
+    assert [len(stage.layers) for stage in split_model(model(7), plan)] == [3, 2, 2]
+    with pytest.raises(InputError, match="needed 3 counts of at least 1 with the sum 7"):
+        split_model(model(7), plan, [3, 4])
+
+
+def test_a_plan_with_two_copies_of_the_model_is_refused() -> None:
+    with pytest.raises(InputError, match="a model is cut for plans with one copy of it; got chimera"):
+        split_model(model(8), build("chimera", 4, 4))
+
+
+def test_costs_of_another_number_of_layers_are_refused_with_both_numbers() -> None:
+    with pytest.raises(InputError, match="got costs of 5 layers for a model of 6"):
+        split_model(model(6), 3, costs_of(1, 1, 1, 1, 1))
+
+
+SAMPLE = {"sample": torch.ones(4, 2), "target": torch.ones(4, 2), "loss_fn": nn.functional.mse_loss}
+
+
+def test_profile_cuts_by_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def measured(*arguments: object) -> LayerCosts:
+        given.append(arguments)
+        return costs_of(9, 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(split, "profile_layers", measured)
+    whole = model(6)
+    assert [len(stage.layers) for stage in split_model(whole, 3, "profile", **SAMPLE)] == [1, 2, 3]  # type: ignore[arg-type]
+    assert given == [(whole, *SAMPLE.values())]
+
+
+def test_profile_measures_for_a_plan_too() -> None:
+    parts = split_model(model(5), build("zb-h1", 2, 4), "profile", **SAMPLE)  # type: ignore[arg-type]
+    assert sum(len(stage.layers) for stage in parts) == 5
+    assert [stage.count for stage in parts] == [2, 2]
+
+
+def exchange_with(*others: bytes) -> "split.Exchange":
+    def exchange(payload: bytes) -> Sequence[bytes]:
+        return [others[0], payload, *others[1:]]
+
+    return exchange
+
+
+def test_all_ranks_cut_by_what_rank_0_has_measured() -> None:
+    theirs = json.dumps(["split_model(balance='profile')", costs_of(1, 1, 1, 1, 1, 9).to_text()]).encode()
+    parts = split_model(model(6), 3, "profile", **SAMPLE, exchange=exchange_with(theirs, theirs))  # type: ignore[arg-type]
+    assert [len(stage.layers) for stage in parts] == [2, 3, 1]
+
+
+def counts_of_this_rank() -> list[int]:
+    exchange = current_world().exchange
+    return [len(s.layers) for s in split_model(model(40), 5, "profile", **SAMPLE, exchange=exchange)]  # type: ignore[arg-type]
+
+
+def test_ranks_that_measure_for_themselves_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "threads_per_rank", lambda ranks: 1)  # then ranks are forked, and run any function
+    first, second = launch(counts_of_this_rank, 2)
+    assert first == second
+    assert sum(first) == 40
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [(b"", "the end of its run"), (b'["Pipeline(...)", {"ranks": 2}]', r"Pipeline\(...\)")]
+)
+def test_a_rank_that_does_something_else_is_named(other: bytes, said: str) -> None:
+    with pytest.raises(ConfigMismatch, match=f"got {said} on rank 0; needed split_model"):
+        split_model(model(3), 2, "profile", **SAMPLE, exchange=exchange_with(other))  # type: ignore[arg-type]
+
+
+def test_profile_without_a_sample_is_refused_and_a_sample_without_profile_too() -> None:
+    with pytest.raises(
+        InputError, match="has nothing to measure with; got none of them; needed sample, target and loss"
+    ):
+        split_model(model(3), 2, "profile")
+    with pytest.raises(InputError, match="got sample; needed sample, target and loss_fn"):
+        split_model(model(3), 2, "profile", sample=torch.ones(1, 2))
+    with pytest.raises(InputError, match="sample, target, loss_fn and exchange are for balance='profile'"):
+        split_model(model(3), 2, sample=torch.ones(1, 2))
+    with pytest.raises(InputError, match="a model of 3 layers cannot be cut into 4 stages"):
+        split_model(model(3), 4, "profile")

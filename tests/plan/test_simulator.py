@@ -7,41 +7,19 @@ import random
 
 import pytest
 
-from pipex.errors import DeadlockError, InputError
-from pipex.plan.actions import Action, Kind
+from pipex.errors import DeadlockError, InputError, PlanError
+from pipex.plan.actions import NONE, Action, Kind
 from pipex.plan.communication import slots_needed
 from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
-from pipex.plan.placement import Edge
+from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, simulate
-
-# Zero Bubble paper, arXiv 2401.10241: profiled times in ms (table 9) and bubble rates (table 5, the span metric).
-# ranks, micro-batches, F, I, W, hop, 1F1B, ZB-H1
-ZERO_BUBBLE_PAPER = [
-    (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1585),
-    (8, 32, 18.513, 18.086, 9.331, 0.626, 0.1985, 0.1242),
-    (8, 64, 18.546, 18.097, 9.321, 0.762, 0.1240, 0.0674),
-    (8, 24, 29.718, 29.444, 19.927, 0.527, 0.2347, 0.1323),
-    (8, 32, 29.802, 29.428, 19.530, 0.577, 0.1898, 0.1045),
-    (8, 64, 29.935, 29.621, 19.388, 0.535, 0.1091, 0.0554),
-    (32, 96, 10.419, 10.207, 7.715, 0.408, 0.2646, 0.1421),
-    (32, 128, 10.408, 10.204, 7.703, 0.408, 0.2168, 0.1106),
-    (32, 256, 10.402, 10.248, 7.698, 0.460, 0.1352, 0.0594),
-]
 
 
 def uniform(family: str, ranks: int, microbatches: int, f: float, i: float, w: float, hop: float) -> Simulation:
     plan = build(family, ranks, microbatches)
     return simulate(plan, Costs.uniform(plan, f, i, w, hop))
-
-
-@pytest.mark.parametrize(("ranks", "m", "f", "i", "w", "hop", "one_f_one_b", "zb_h1"), ZERO_BUBBLE_PAPER)
-def test_span_bubbles_are_those_of_the_zero_bubble_paper(
-    ranks: int, m: int, f: float, i: float, w: float, hop: float, one_f_one_b: float, zb_h1: float
-) -> None:
-    assert uniform("1f1b", ranks, m, f, i, w, hop).bubble_span == pytest.approx(one_f_one_b, abs=0.5001e-4)
-    assert uniform("zb-h1", ranks, m, f, i, w, hop).bubble_span == pytest.approx(zb_h1, abs=0.5001e-4)
 
 
 @pytest.mark.parametrize(
@@ -82,43 +60,46 @@ def test_bubbles_are_the_closed_forms(p: int, m: int) -> None:
     assert uniform("naive", p, m, 2, 1, 3, 0).bubble_makespan == pytest.approx((p - 1) / p, abs=1e-12)
 
 
-# sail-sg/VocabularyParallelism, artifact/exp_one_host.csv: profiles of 8 uneven stages in µs, 128 micro-batches, and
-# the makespan (ms) and idle share that another simulator found for 1F1B without hops.
+# sail-sg/VocabularyParallelism, artifact/exp_one_host.csv: profiles of 8 uneven stages in µs, 128 micro-batches on 8
+# A100; the measured time of a step in ms; the makespan (ms) and the idle share that another simulator found for 1F1B
+# without hops.
 VOCABULARY = [
     (
         [10572, 10591, 10475, 10725, 10360, 10444, 10381, 36818],
         [25185, 21108, 20737, 21143, 20805, 21030, 20827, 52363],
-        11639.6, 0.5690,
+        11722.2, 11639.6, 0.5690,
     ),
     (
         [10599, 10616, 10637, 10612, 10352, 10540, 10470, 24152],
         [23338, 20978, 20968, 21162, 20785, 21242, 21067, 37615],
-        8129.5, 0.4388,
+        8202.6, 8129.5, 0.4388,
     ),
     (
         [10727, 10694, 10656, 10618, 10527, 10637, 10450, 17748],
         [22614, 21304, 21212, 21117, 21227, 21450, 21016, 29803],
-        6310.8, 0.3109,
+        6409.5, 6310.8, 0.3109,
     ),
     (
         [10761, 10887, 10681, 10573, 10554, 10674, 10612, 14603],
         [21993, 21497, 21130, 21279, 21267, 21412, 21364, 25997],
-        5421.5, 0.2171,
+        5489.9, 5421.5, 0.2171,
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("forward", "backward", "milliseconds", "idle"), VOCABULARY)
-def test_uneven_stages_give_the_published_makespan(
-    forward: list[float], backward: list[float], milliseconds: float, idle: float
+@pytest.mark.parametrize(("forward", "backward", "measured", "simulated", "idle"), VOCABULARY)
+def test_uneven_stages_give_the_published_makespan_and_nearly_the_measured_time(
+    forward: list[float], backward: list[float], measured: float, simulated: float, idle: float
 ) -> None:
     plan = build("1f1b", 8, 128)
     costs = dataclasses.replace(
         Costs.uniform(plan), forward=forward, input_gradient=backward, weight_gradient=[0.0] * 8
     )
-    simulated = simulate(plan, costs)
-    assert simulated.makespan / 1000 == pytest.approx(milliseconds, abs=0.051)
-    assert simulated.bubble_makespan == pytest.approx(idle, abs=0.51e-4)
+    simulation = simulate(plan, costs)
+    assert simulation.makespan / 1000 == pytest.approx(simulated, abs=0.051)
+    error = simulation.makespan / 1000 / measured - 1
+    assert abs(round(error, 3)) <= 0.015  # 0.7, 0.9, 1.5 and 1.2 % below: hops and the optimizer cost something
+    assert simulation.bubble_makespan == pytest.approx(idle, abs=0.51e-4)
 
 
 def random_costs(plan: Plan, rng: random.Random) -> Costs:
@@ -132,32 +113,50 @@ def random_costs(plan: Plan, rng: random.Random) -> Costs:
 def ends_by_relaxation(plan: Plan, costs: Costs) -> dict[Action, float]:
     """Raises every end until nothing that an action waits for ends later than it may."""
     time = {"F": costs.forward, "I": costs.input_gradient, "W": costs.weight_gradient}
-    ends = {action: 0.0 for order in plan.orders for action in order}
+    ends = {part: 0.0 for order in plan.orders for action in order for part in action.each}
     rank_of = plan.placement.rank_of
+    neighbours = {(s, t) for pipe in plan.placement.pipes for s in pipe for t in pipe if abs(s - t) == 1}
     changed = True
     while changed:
         changed = False
         for order in plan.orders:
             for before, action in zip((None, *order), order, strict=False):
-                stage, kind, m, _ = action
-                waits = [ends[before]] if before else [0.0]
-                source = {"F": stage - 1, "I": stage + 1, "B": stage + 1, "W": None}[kind.value]
-                for maker in (Action(source, k, m) for k in Kind) if source is not None else ():
-                    if maker in ends and (maker.kind is Kind.F) == (kind is Kind.F) and maker.kind is not Kind.W:
+                waits = [ends[before.each[0]]] if before else [0.0]
+                takes = 0.0
+                for stage, kind, m, _ in action.each:
+                    takes += sum(time[letter][stage] for letter in ("IW" if kind is Kind.B else kind.value))
+                    source = {"F": stage - 1, "I": stage + 1, "B": stage + 1, "W": stage}[kind.value]
+                    if (source, stage) not in neighbours:
+                        continue
+                    for maker in (Action(source, k, m) for k in ((Kind.F,) if kind is Kind.F else (Kind.I, Kind.B))):
                         link = Edge(source, stage, "activation" if kind is Kind.F else "gradient")
-                        waits.append(ends[maker] + (costs.hop[link] if rank_of(source) != rank_of(stage) else 0))
-                end = max(waits) + sum(time[letter][stage] for letter in ("IW" if kind is Kind.B else kind.value))
-                changed |= end != ends[action]
-                ends[action] = end
+                        if maker in ends:
+                            waits.append(ends[maker] + (costs.hop[link] if rank_of(source) != rank_of(stage) else 0))
+                end = max(waits) + takes * (costs.overlap if action.parts else 1)
+                changed |= end != ends[action.each[0]]
+                ends.update(dict.fromkeys(action.each, end))
     return ends
+
+
+def with_fused_pairs() -> Plan:
+    """1F1B of 4 ranks and 8 micro-batches whose steady phase is fused, but on the last rank, where B needs that F."""
+    plan = build("1f1b", 4, 8)
+    orders = []
+    for rank, order in enumerate(plan.orders[:-1]):
+        warm_up, steady = order[: 3 - rank], order[3 - rank :]
+        pairs = [steady[p : p + 2] for p in range(0, 2 * (8 - 3 + rank), 2)]
+        fused = [Action(NONE, Kind.OVERLAP_F_B, NONE, pair) for pair in pairs]
+        orders.append((*warm_up, *fused, *steady[2 * len(pairs) :]))
+    return dataclasses.replace(plan, orders=(*orders, plan.orders[-1]))
 
 
 def test_every_end_is_the_longest_path_to_it(random_plans: list[Plan]) -> None:
     rng = random.Random(0)
-    for plan in [*random_plans, *(build(family, 4, 6) for family in FAMILIES)]:
-        costs = random_costs(plan, rng)
+    for plan in [*random_plans, with_fused_pairs(), *(build(family, 4, 8) for family in FAMILIES)]:
+        costs = dataclasses.replace(random_costs(plan, rng), overlap=0.5)
         simulated = simulate(plan, costs)
-        assert {t.action: t.end for row in simulated.timeline for t in row} == ends_by_relaxation(plan, costs)
+        ends = {part: t.end for row in simulated.timeline for t in row for part in t.action.each}
+        assert ends == ends_by_relaxation(plan, costs)
         assert [[t.action for t in row] for row in simulated.timeline] == [list(order) for order in plan.orders]
 
 
@@ -170,6 +169,7 @@ def test_both_bubbles_of_a_small_step_by_hand() -> None:
     simulated = simulate(plan, costs)
     assert [[(t.start, t.end) for t in row] for row in simulated.timeline] == [[(0, 1), (6, 8)], [(2, 4), (4, 5)]]
     assert simulated.makespan == 8
+    assert simulated.span == 8
     assert simulated.bubble_span == 1 - 3 / 8
     assert simulated.bubble_makespan == 1 - 6 / 16
     assert simulated.peak_memory == (5, 7)
@@ -184,8 +184,35 @@ def test_span_and_makespan_differ_where_ranks_start_and_end_at_different_times()
     assert simulated.bubble_makespan == 0.5
     plan = build("naive", 2, 1)
     uneven = simulate(plan, dataclasses.replace(Costs.uniform(plan), weight_gradient=[0, 4]))
+    assert (uneven.makespan, uneven.span) == (8, 8)
     assert uneven.bubble_span == 1 - 2 / 8  # rank 0 works 2 of 8, rank 1 6 of 6
     assert uneven.bubble_makespan == 1 - 8 / 16
+
+
+def test_a_step_without_a_barrier_costs_the_span_where_ranks_are_staggered() -> None:
+    """zb-h2 has no bubble within any rank at F = I = W: each works without a pause, later ranks later."""
+    simulated = uniform("zb-h2", 4, 8, 1, 1, 1, 0)
+    assert (simulated.span, simulated.makespan) == (24, 27)
+    assert simulated.bubble_span == 0
+    assert [row[0].start for row in simulated.timeline] == [0, 1, 2, 3]
+
+
+def test_a_fused_pair_waits_for_all_it_needs_and_takes_its_share() -> None:
+    """Rank 1 fuses F1 with B0: F1 arrives at 4 (2F0 sent at 2, 2F1 at 4, no hop), B0 is its own."""
+    fused = Action(NONE, Kind.OVERLAP_F_B, NONE, (Action(1, Kind.F, 1), Action(1, Kind.B, 0)))
+    orders = (
+        tuple(Action(0, kind, m) for kind in (Kind.F, Kind.B) for m in (0, 1)),
+        (Action(1, Kind.F, 0), fused, Action(1, Kind.B, 1)),
+    )
+    plan = Plan("pair", Placement("loop", 2), 2, orders, (2, 2))
+    hop = {Edge(0, 1, "activation"): 3.0, Edge(1, 0, "gradient"): 1.0}
+    costs = Costs([2, 1], [1, 2], [1, 1], hop, [1, 1], [1, 1], overlap=0.75)
+    simulated = simulate(plan, costs)
+    assert [[(t.start, t.end) for t in row] for row in simulated.timeline] == [
+        [(0, 2), (2, 4), (11, 13), (14, 16)],  # B0 one hop after the pair's end at 10
+        [(5, 6), (7, 10), (10, 13)],  # the pair: F1 is there at 4 + 3, and takes ¾ of 1 + 3
+    ]
+    assert simulated.peak_memory == (2, 2)
 
 
 def test_memory_of_deferred_weight_gradients_is_counted_until_w() -> None:
@@ -210,6 +237,18 @@ def test_slots_used_never_exceed_slots_needed_and_reach_them_when_receivers_are_
     assert simulate(gpipe, Costs.uniform(gpipe, hop=1)).slots_used[Edge(0, 1, "activation")] == 1
 
 
+def test_stages_on_one_rank_hand_over_without_a_hop_even_if_one_is_priced() -> None:
+    placement = Placement("v", 2, 2)
+    orders = tuple(
+        tuple(Action(s, kind, 0) for kind, stages in ((Kind.F, pair), (Kind.B, pair[::-1])) for s in stages)
+        for pair in ((0, 3), (1, 2))
+    )
+    plan = Plan("turn", placement, 1, orders, (2, 2))
+    costs = Costs.uniform(plan, hop=10)
+    dear = dataclasses.replace(costs, hop={**costs.hop, Edge(1, 2, "activation"): 99, Edge(2, 1, "gradient"): 99})
+    assert simulate(plan, dear).makespan == 4 * 3 + 4 * 10
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -230,8 +269,30 @@ def test_costs_that_do_not_fit_the_plan_are_refused(change: dict[str, object], p
         simulate(plan, dataclasses.replace(Costs.uniform(plan), **change))  # type: ignore[arg-type]
 
 
+def test_edges_that_carry_nothing_need_no_slot() -> None:
+    """The only micro-batch takes the pipe down; and a plan without a backward sends no gradients."""
+    down = tuple(tuple(Action(r, kind, 0) for kind in (Kind.F, Kind.B)) for r in range(2))
+    plan = Plan("down", Placement("bidirectional", 2, 2), 1, down, (1, 1))
+    used = simulate(plan, Costs.uniform(plan)).slots_used
+    assert {edge: n for edge, n in used.items() if n} == {Edge(0, 1, "activation"): 1, Edge(1, 0, "gradient"): 1}
+    forward = tuple((Action(r, Kind.F, 0),) for r in range(2))
+    plan = Plan("forward", Placement("loop", 2), 1, forward, (1, 1), update="never")
+    assert simulate(plan, Costs.uniform(plan)).slots_used == {Edge(0, 1, "activation"): 1, Edge(1, 0, "gradient"): 0}
+
+
 def test_a_plan_that_deadlocks_cannot_be_simulated() -> None:
     plan = build("1f1b", 2, 2)
     plan = dataclasses.replace(plan, orders=(plan.orders[0][::-1], plan.orders[1]))
     with pytest.raises(DeadlockError, match=r"rank 0 at position 0 \(0RECV_B1\) waits for rank 1"):
         simulate(plan, Costs.uniform(plan))
+
+
+def test_a_plan_that_does_not_end_is_refused_as_the_validator_would() -> None:
+    """Rank 1 runs its deeper chunk before the one that feeds it; no rank is in a cycle of messages."""
+    plan = build("gpipe", 2, 1)
+    v = dataclasses.replace(plan, placement=Placement("v", 2, 2), orders=(
+        (Action(0, Kind.F, 0), Action(3, Kind.F, 0), Action(3, Kind.B, 0), Action(0, Kind.B, 0)),
+        (Action(2, Kind.F, 0), Action(1, Kind.F, 0), Action(2, Kind.B, 0), Action(1, Kind.B, 0)),
+    ))  # fmt: skip
+    with pytest.raises(PlanError, match=r"2F0\) comes before what it needs, 1F0"):
+        simulate(v, Costs.uniform(v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,11 +14,34 @@ import torch
 from torch import Tensor, nn
 
 import pipex
+import pipex.plan as plans
 from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.errors import PlanError
 from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
 
 FAMILIES = ("naive", "gpipe", "1f1b", "zb-h1")
+
+NOT_RUN = {"dualpipe", "chimera", "pipedream", "pipedream-2bw", "forward-only"}
+"""Two copies of the model, older weights, or no backward: planned and simulated only."""
+
+
+def runnable(ranks: range, chunks: range, microbatches: Sequence[int]) -> list[tuple[str, int, int, int]]:
+    """All (family, ranks, chunks, micro-batches) that are legal and that the runtime executes."""
+    cells = []
+    for name in plans.FAMILIES:
+        for cell in itertools.product([name], ranks, chunks, microbatches):
+            if name not in NOT_RUN and is_legal(*cell):
+                cells.append(cell)
+    return cells
+
+
+def is_legal(name: str, ranks: int, chunks: int, microbatches: int) -> bool:
+    try:
+        pipex.build(name, ranks, microbatches, chunks=chunks)
+    except PlanError:
+        return False
+    return True
 
 
 def digest(tensor: Tensor) -> str:
@@ -41,7 +65,7 @@ Job = tuple[Callable[[int], Sequence[nn.Module]], Callable[[int, int], tuple[Any
 
 def transformer(stages: int) -> Sequence[nn.Module]:
     torch.manual_seed(1)
-    config = ModelConfig(width=16, heads=2, layers=3, context=8, vocabulary=32, dropout=0.1, tied=True)
+    config = ModelConfig(width=16, heads=2, layers=max(3, stages), context=8, vocabulary=32, dropout=0.1, tied=True)
     return pipex.split_model(Transformer(config), stages)
 
 
@@ -115,6 +139,14 @@ JOBS: dict[str, Job] = {
 }
 
 
+def plan_of(name: str, ranks: int, microbatches: int) -> Plan:
+    """A plan of ``PLANS``, or of a family: ``"interleaved 3"`` with 3 chunks per rank."""
+    if name in PLANS:
+        return PLANS[name](ranks, microbatches)
+    family, chunks = name.split()
+    return pipex.build(family, ranks, microbatches, chunks=int(chunks))
+
+
 def micro_batch_by_micro_batch(placement: Placement, microbatches: int, backward: str) -> Plan:
     """A plan of several stages per rank: forward through all of them, then back."""
     orders: list[list[Action]] = [[] for _ in range(placement.ranks)]
@@ -137,7 +169,7 @@ PLANS: dict[str, Callable[[int, int], Plan]] = {
 def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
     build, batch, loss = JOBS[job]
     witness = Witness()
-    plan = PLANS[family](ranks, microbatches)
+    plan = plan_of(family, ranks, microbatches)
     pipeline = pipex.Pipeline(build(plan.placement.stages), plan, loss, optimizer=witness, clip_norm=0.5, seed=7)
     losses = [pipeline.step(*batch(step, samples)) for step in range(steps)]
     evaluated = pipeline.evaluate(*batch(steps, samples))
@@ -168,7 +200,7 @@ def one_process(job: str, stages: int, microbatches: int, steps: int, samples: i
 
 def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, steps: int, samples: int) -> None:
     results = pipex.launch(rank_run, ranks, args=(job, family, ranks, microbatches, steps, samples))
-    stages = PLANS[family](ranks, microbatches).placement.stages
+    stages = plan_of(family, ranks, microbatches).placement.stages
     expected = one_process(job, stages, microbatches, steps, samples)
     for result in results:
         assert result["losses"] == expected["losses"]
@@ -192,6 +224,24 @@ def test_a_tied_transformer_with_dropout_and_clipping(family: str, ranks: int) -
 @pytest.mark.parametrize("plan", ["two stages per rank", "two stages per rank, v, split"])
 def test_several_stages_on_a_rank(plan: str, ranks: int) -> None:
     assert_same_bits("transformer", plan, ranks, 3, steps=3, samples=7)
+
+
+@pytest.mark.parametrize(("family", "ranks", "chunks", "microbatches"), runnable(range(2, 4), range(1, 5), [6]))
+def test_every_family_that_runs(family: str, ranks: int, chunks: int, microbatches: int) -> None:
+    assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=2, samples=11)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "ranks", "chunks", "microbatches"), runnable(range(2, 5), range(1, 5), [3, 4, 8, 9])
+)
+def test_every_family_that_runs_at_length(family: str, ranks: int, chunks: int, microbatches: int) -> None:
+    assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=5, samples=11)
+
+
+def test_only_families_with_one_copy_of_the_weights_and_a_backward_run() -> None:
+    run = {family for family, *_ in runnable(range(2, 5), range(1, 5), [8])}
+    assert run | NOT_RUN == set(plans.FAMILIES)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 8])

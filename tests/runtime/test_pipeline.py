@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import pipex
 from pipex.errors import CheckpointError, ConfigMismatch, InputError, PeerFailed, PipexError
 from pipex.observe import Recorder
+from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
 
 LOSS = nn.functional.mse_loss
@@ -217,3 +218,56 @@ def test_a_pipeline_that_has_failed_says_so() -> None:
         pipe.step(None, None)
     with pytest.raises(PipexError, match="has failed before"):
         pipe.step(*data(4, 0))
+
+
+TWO_RANKS = ((Action(0, Kind.F, 0), Action(0, Kind.B, 0)), (Action(1, Kind.F, 0), Action(1, Kind.B, 0)))
+TWO_PIPES = (
+    (Action(0, Kind.F, 0), Action(3, Kind.F, 1), Action(3, Kind.B, 1), Action(0, Kind.B, 0)),
+    (Action(2, Kind.F, 1), Action(1, Kind.F, 0), Action(1, Kind.B, 0), Action(2, Kind.B, 1)),
+)
+LOOP = Placement("loop", 2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (Plan("chimera", Placement("bidirectional", 2, 2), 2, TWO_PIPES, (2, 2)), "two copies of the model"),
+        (Plan("pipedream", LOOP, 1, TWO_RANKS, (1, 1), update="microbatch"), "older versions of the weights"),
+        (Plan("pipedream-2bw", LOOP, 1, TWO_RANKS, (1, 1), update="delayed"), "older versions of the weights"),
+    ],
+    ids=lambda value: value.family if isinstance(value, Plan) else "",
+)
+def test_a_plan_with_more_than_one_set_of_weights_is_refused(plan: Plan, reason: str) -> None:
+    with pytest.raises(
+        PeerFailed, match=f"InputError: {plan.family} can be planned and simulated, .* got a plan with {reason}"
+    ):
+        pipex.launch(run_plan, 2, args=(plan,))
+
+
+def run_plan(plan: Plan) -> float:
+    return pipex.Pipeline(pipex.split_model(layers(), 2), plan, LOSS, optimizer=adam).step(*data(4, 0))
+
+
+FORWARD_ONLY = Plan(
+    "forward-only",
+    LOOP,
+    3,
+    tuple(tuple(Action(s, Kind.F, m) for m in range(3)) for s in (0, 1)),
+    (1, 1),
+    update="never",
+)
+
+
+def test_a_plan_without_a_backward_evaluates() -> None:
+    expected = OneProcess(pipex.split_model(layers(), 2), 3, LOSS).evaluate(*data(7, 1))
+    assert pipex.launch(evaluate_twice, 2) == [[expected, expected]] * 2
+
+
+def evaluate_twice() -> list[float]:
+    pipe = pipex.Pipeline(pipex.split_model(layers(), 2), FORWARD_ONLY, LOSS)
+    return [pipe.evaluate(*data(7, 1)), pipe.evaluate(*data(7, 1))]
+
+
+def test_a_plan_without_a_backward_does_not_train() -> None:
+    with pytest.raises(PeerFailed, match="InputError: this pipeline cannot train; got forward-only, a plan without a"):
+        pipex.launch(run_plan, 2, args=(FORWARD_ONLY,))

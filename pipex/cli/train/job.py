@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import pipex.plan as plans
 from pipex import state
+from pipex.cli.plans.files import read_plan
 from pipex.cli.train.data import ByteText
 from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
 from pipex.cli.train.options import Options
@@ -54,7 +55,10 @@ class Outcome:
 
 def build_plan(options: Options, ranks: int) -> Plan:
     """The plan of a run."""
-    return plans.build(options.schedule, ranks, options.microbatches)
+    if options.plan is not None:
+        return read_plan(options.plan)
+    chunks = {} if options.chunks is None else {"chunks": options.chunks}
+    return plans.build(options.schedule, ranks, options.microbatches, **chunks)
 
 
 def build_stages(options: Options, stages: int) -> list[Stage]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipex.cli.plans.files import read_plan
 from pipex.errors import InputError
 
 
@@ -21,6 +22,8 @@ class Options:
     paths: tuple[str, ...] = ()
     ranks: int = 4
     schedule: str = "zb-h1"
+    chunks: int | None = None
+    plan: str | None = None
     microbatches: int = 8
     steps: int = 200
     batch: int = 32
@@ -42,9 +45,10 @@ class Options:
 
     def check_values(self) -> None:
         """Raises InputError for a number out of range."""
-        for name in ("ranks", "microbatches", "steps", "batch", "context", "width", "heads", "layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="at least 1")
+        for name in ("ranks", "chunks", "microbatches", "steps", "batch", "context", "width", "heads", "layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is out of range", got=value, needed="at least 1")
         for name in ("lr", "clip", "timeout"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="a number above 0")
@@ -82,8 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("paths", nargs="*", help="text files to train on (none: the Python library's own sources)")
     add = _Adder(parser)
-    add("ranks", "processes, one stage each (under torchrun: as many as it starts)")
-    add("schedule", "family of the plan")
+    add("ranks", "processes (under torchrun: as many as it starts)")
+    add("schedule", "family of the plan; `pipex schedules` lists them")
+    add("chunks", "stages per rank, where the family has a choice", kind=int)
+    add("plan", "run the plan of this file instead, with its ranks and micro-batches", metavar="FILE")
     add("microbatches", "micro-batches per step")
     add("steps", "optimizer steps, counted from the start of training, also after --resume")
     add("batch", "sequences per step")
@@ -109,23 +115,28 @@ class _Adder:
         self._parser = parser
         self._defaults = {field.name: field.default for field in dataclasses.fields(Options)}
 
-    def __call__(self, name: str, text: str, metavar: str | None = None) -> None:
+    def __call__(self, name: str, text: str, metavar: str | None = None, kind: type | None = None) -> None:
         default = self._defaults[name]
         if isinstance(default, bool):
             self._parser.add_argument(f"--{name}", action="store_true", help=text)
         else:
-            kind = str if default is None else type(default)
+            kind = kind or (str if default is None else type(default))
             hint = metavar or {int: "N", float: "X", str: "NAME"}[kind]
             self._parser.add_argument(f"--{name}", type=kind, default=default, metavar=hint, help=text)
 
 
 def read(namespace: argparse.Namespace) -> Options:
-    """The parsed options.
+    """The parsed options; ranks and micro-batches are those of ``--plan`` where it is given.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: a value is out of range, or the plan cannot be used.
     """
     values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(Options)}
     options = Options(**{**values, "paths": tuple(values["paths"])})
+    if options.plan is not None:
+        if options.chunks is not None:
+            raise InputError("--chunks and --plan exclude each other", fix="the plan has its own number of chunks")
+        plan = read_plan(options.plan)
+        options = dataclasses.replace(options, ranks=plan.placement.ranks, microbatches=plan.microbatches)
     options.check_values()
     return options

@@ -11,6 +11,7 @@ from pipex.cli.train.job import Outcome
 from pipex.cli.train.options import Options
 from pipex.observe import Figures
 from pipex.plan import Plan
+from pipex.plan.view import measured_costs
 
 
 def numbers(
@@ -21,6 +22,7 @@ def numbers(
     Args:
         different: what ``--check`` found to differ; None without it.
     """
+    predicted = _predicted(plan, figures)
     result = {
         "schedule": plan.family,
         "ranks": plan.placement.ranks,
@@ -31,7 +33,9 @@ def numbers(
         "tokens_per_second": options.batch * options.context / median(outcome.seconds),
         "oversubscribed": plan.placement.ranks > len(os.sched_getaffinity(0)),
         "bubble_makespan_measured": figures.bubble_makespan,
-        "bubble_makespan_predicted": _predicted(plan, figures),
+        "bubble_makespan_predicted": predicted.bubble_makespan,
+        "step_ms_measured": 1e3 * (figures.makespan + figures.after_actions),
+        "step_ms_predicted": 1e3 * (predicted.makespan + figures.after_actions),
         "stage_step_ms": [1e3 * seconds for seconds in figures.stage.values()],
         "p2p_us_p50": _percentile(figures.messages, 50),
         "p2p_us_p99": _percentile(figures.messages, 99),
@@ -49,6 +53,8 @@ def text(result: dict[str, Any], figures: Figures, different: list[str] | None) 
         f"{result['schedule']}, {ranks} ranks, {result['microbatches']} micro-batches, {result['steps']} steps",
         f"loss              {result['loss_first']:.3f} → {result['loss_last']:.3f}",
         f"speed             {result['tokens_per_second']:,.0f} tokens/s",
+        f"step              measured {result['step_ms_measured']:.1f} ms, "
+        f"predicted from the stage times {result['step_ms_predicted']:.1f} ms",
         f"makespan bubble   measured {result['bubble_makespan_measured']:.1%}, "
         f"predicted from the stage times {result['bubble_makespan_predicted']:.1%}",
     ]
@@ -78,23 +84,10 @@ def _table(figures: Figures) -> list[str]:
     return rows
 
 
-def _predicted(plan: Plan, figures: Figures) -> float:
-    """The makespan bubble that the plan has with the measured median times of its actions."""
-
-    def of(kind: str) -> list[float]:
-        return [figures.action.get((kind, stage), 0.0) for stage in range(plan.placement.stages)]
-
+def _predicted(plan: Plan, figures: Figures) -> plans.Simulation:
+    """The plan's course with the measured median times of its actions."""
     hop = median(figures.messages) if figures.messages else 0.0
-    costs = plans.Costs(
-        forward=of("F"),
-        # A plan has B, or I and W; B's whole time may stand as I since only the sum counts.
-        input_gradient=[b + i for b, i in zip(of("B"), of("I"), strict=True)],
-        weight_gradient=of("W"),
-        hop=dict.fromkeys(plan.edges, hop),
-        activation=[1.0] * plan.placement.stages,
-        deferred=[0.0] * plan.placement.stages,
-    )
-    return plans.simulate(plan, costs).bubble_makespan
+    return plans.simulate(plan, measured_costs(plan, figures.action, hop))
 
 
 def _percentile(seconds: list[float], percent: int) -> float | None:

@@ -15,19 +15,24 @@ from __future__ import annotations
 
 from pipex.plan.actions import Action, Kind
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan
+from pipex.plan.plan import Orders, Plan
 
 
 def zb_h1(ranks: int, microbatches: int) -> Plan:
-    """In turn x, rank r runs F of micro-batch x, I of x-(P-1-r) and W of x-(P-1), as far as these exist."""
-    orders = tuple(
+    """A rank runs ahead by one forward for each rank after it, and keeps one weight gradient back for each before."""
+    peaks = (min(ranks, microbatches),) * ranks
+    return Plan("zb-h1", Placement("loop", ranks), microbatches, in_turns(ranks, microbatches, 1), peaks)
+
+
+def in_turns(ranks: int, microbatches: int, stretch: int) -> Orders:
+    """In turn x, rank r runs F of micro-batch x, I of x - stretch (P-1-r) and W of x - stretch (P-1), as far as these
+    exist."""
+    return tuple(
         tuple(
             Action(rank, kind, turn - lag)
-            for turn in range(microbatches + ranks - 1)
-            for kind, lag in ((Kind.F, 0), (Kind.I, ranks - 1 - rank), (Kind.W, ranks - 1))
+            for turn in range(microbatches + stretch * (ranks - 1))
+            for kind, lag in ((Kind.F, 0), (Kind.I, stretch * (ranks - 1 - rank)), (Kind.W, stretch * (ranks - 1)))
             if 0 <= turn - lag < microbatches
         )
         for rank in range(ranks)
     )
-    peaks = (min(ranks, microbatches),) * ranks
-    return Plan("zb-h1", Placement("loop", ranks), microbatches, orders, peak_activations=peaks)

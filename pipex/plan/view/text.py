@@ -19,10 +19,10 @@ def simulation_view(simulation: Simulation, width: int = 120) -> str:
     """A simulated step to scale, in lines of at most ``width`` characters, and a last line with its figures.
 
     An action shows kind and micro-batch (stage first, where a rank has several), the kind alone where that is too
-    long. Actions narrower than a character hide each other.
+    long; an OVERLAP_F_B shows its parts, as in ``F3+B0``. Actions narrower than a character hide each other.
     """
     rows = simulation.timeline
-    with_stage = any(len({timed.action.stage for timed in row}) > 1 for row in rows)
+    with_stage = any(len({part.stage for timed in row for part in timed.action.each}) > 1 for row in rows)
     heads = [f"rank {rank:>{len(str(len(rows) - 1))}} |" for rank in range(len(rows))]
     labels = [[_label(timed, with_stage) for timed in row] for row in rows]
     widest = 1 + max(len(label) for row in labels for label in row)
@@ -38,8 +38,8 @@ def simulation_view(simulation: Simulation, width: int = 120) -> str:
 
 
 def _label(timed: TimedAction, with_stage: bool) -> str:
-    action = timed.action
-    return f"{action.stage if with_stage else ''}{action.kind.value}{action.microbatch}"
+    each = timed.action.each
+    return "+".join(f"{part.stage if with_stage else ''}{part.kind.value}{part.microbatch}" for part in each)
 
 
 def _scale(simulation: Simulation, columns: int, widest: int) -> float:
@@ -58,6 +58,6 @@ def _draw(row: tuple[TimedAction, ...], labels: list[str], scale: float) -> str:
     for (action, start, end), label in zip(row, labels, strict=True):
         first, last = round(start * scale), round(end * scale)
         room = last - first
-        text = label if len(label) <= room else action.kind.value
+        text = label if len(label) <= room else "".join(part.kind.value for part in action.each)
         line = line.ljust(first, ".") + text.ljust(room - 1, "-").ljust(room)[:room]
     return line

@@ -1,0 +1,42 @@
+"""What a plan costs: one JSON object, and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipex.plan import CostModel, Plan, Simulation, bounds, simulate
+
+
+def figures(
+    plan: Plan,
+    costs: CostModel,
+    *,
+    limit: Sequence[float] | None,
+    seconds: float,
+    plan_file: str | None = None,
+) -> tuple[dict[str, Any], Simulation]:
+    """The figures of ``plan`` under ``costs``, and the simulation behind them.
+
+    Args:
+        limit: memory per rank, in the unit of the costs; None for any.
+        seconds: what it took to find the plan.
+        plan_file: where it was written.
+    """
+    stage_costs = costs.on(plan.placement)
+    simulation = simulate(plan, stage_costs)
+    bound = bounds.makespan_bound(plan.placement, plan.microbatches, stage_costs, limit, plan.update)
+    found = {
+        "family": plan.family,
+        "chunks": plan.placement.chunks,
+        "makespan": simulation.makespan,
+        "span": simulation.span,
+        "bubble_makespan": simulation.bubble_makespan,
+        "bubble_span": simulation.bubble_span,
+        "bound_makespan": bound.value,
+        "peak_memory": list(simulation.peak_memory),
+        "limit": None if limit is None else list(limit),
+        "seconds": seconds,
+        "plan_file": plan_file,
+    }
+    return found, simulation

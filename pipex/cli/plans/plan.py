@@ -1,0 +1,90 @@
+"""``pipex plan``: searches the best plan for given costs and memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from typing import Any
+
+from pipex.cli.plans.figures import figures
+from pipex.cli.plans.files import write_plan
+from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_sizes, costs_of, memory_of
+from pipex.plan import simulation_view, validate
+from pipex.plan.search import Candidate, search
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    add_sizes(parser)
+    parser.add_argument("--max-chunks", type=int, default=4, metavar="V", help="at most V stages per rank (default 4)")
+    parser.add_argument(
+        "--objective", choices=("makespan", "span"), default="makespan",
+        help="makespan: the step ends with a barrier (default); span: the next one may begin staggered",
+    )  # fmt: skip
+    parser.add_argument("--families", metavar="NAME,NAME", help="families to consider (default: all that can be run)")
+    parser.add_argument(
+        "--evaluations", type=int, metavar="N", help="orders to judge (default: about a second's worth)"
+    )
+    parser.add_argument("--seconds", type=float, metavar="T", help="begin no evaluation after so long")
+    add_costs(parser)
+    parser.add_argument("--out", metavar="FILE", help="write the plan; FILE.csv in torch's format")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Searches, proves and draws the plan."""
+    check_sizes(options)
+    costs, limit = costs_of(options, options.ranks), memory_of(options, options.ranks)
+    if limit is None:
+        limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
+    begin = time.perf_counter()
+    result = search(
+        costs, limit, ranks=options.ranks, microbatches=options.microbatches, objective=options.objective,
+        chunks=options.max_chunks, families=None if options.families is None else options.families.split(","),
+        evaluations=options.evaluations, seconds=options.seconds,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    validate(result.plan)
+    if options.out is not None:
+        write_plan(options.out, result.plan)
+    found, simulation = figures(result.plan, costs, limit=limit, seconds=seconds, plan_file=options.out)
+    # What no plan on any of the placements searched can beat, not only on the best one's.
+    found |= {
+        f"bound_{options.objective}": result.bound.value,
+        "distance": result.distance,
+        "origin": result.best.origin,
+        "evaluations": result.evaluations,
+        "capped": result.capped,
+        "runners_up": [_brief(candidate) for candidate in result.runners_up],
+    }
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print(simulation_view(simulation, shutil.get_terminal_size().columns))
+    best, bound = result.best, result.bound
+    print(
+        f"{_name(best)}, the best of {result.evaluations} orders in {seconds:.1f} s"
+        f"{'; --seconds ended the search' if result.capped else ''}"
+    )
+    print(f"{result.distance:.2%} above the bound on the {options.objective}, {bound.value:g}: {bound.reason}")
+    for other in result.runners_up[:5]:
+        more = getattr(other, options.objective) / getattr(best, options.objective) - 1
+        print(f"    {more:+7.2%}  {_name(other)}")
+    return 0
+
+
+def _name(candidate: Candidate) -> str:
+    return f"{candidate.family} with {candidate.placement.chunks} chunks per rank ({candidate.origin})"
+
+
+def _brief(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "family": candidate.family,
+        "chunks": candidate.placement.chunks,
+        "origin": candidate.origin,
+        "makespan": candidate.makespan,
+        "span": candidate.span,
+        "peak_memory": list(candidate.peak_memory),
+    }

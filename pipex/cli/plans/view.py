@@ -1,0 +1,56 @@
+"""``pipex view``: a plan from a file, as text, as a page for the browser, or as a Chrome trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from statistics import median
+from typing import Any
+
+from pipex.cli.plans.figures import figures
+from pipex.cli.plans.files import read_plan, write_text
+from pipex.cli.plans.sizes import add_costs, add_json, costs_of, memory_of
+from pipex.errors import InputError
+from pipex.observe import measure, read_trace
+from pipex.plan import bounds, simulation_view
+from pipex.plan.view import chrome_trace, html_page, measured_costs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("plan", metavar="PLAN", help="a plan's file, as `pipex schedule` and `pipex plan` write it")
+    parser.add_argument("--html", metavar="FILE", help="write a page that shows the plan in a browser")
+    parser.add_argument(
+        "--trace", metavar="FILE",
+        help="take the costs from what `pipex train --trace` measured, and show the run beside the plan on the page",
+    )  # fmt: skip
+    parser.add_argument("--chrome", metavar="FILE", help="write the simulated step for Perfetto")
+    add_costs(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draws the plan."""
+    plan = read_plan(options.plan)
+    limit = memory_of(options, plan.placement.ranks)
+    trace: Any = None
+    if options.trace is not None:
+        if (options.f, options.i, options.w, options.hop) != (1.0, 1.0, 1.0, 0.0):
+            raise InputError("--trace excludes --f, --i, --w and --hop", fix="the costs are those of the trace")
+        trace = read_trace(options.trace)
+        measured = measure(trace)
+        costs = measured_costs(plan, measured.action, median(measured.messages) if measured.messages else 0.0)
+    else:
+        costs = costs_of(options, plan.placement.ranks).on(plan.placement)
+    found, simulation = figures(plan, costs, limit=limit, seconds=0.0, plan_file=options.plan)
+    if options.html is not None:
+        bound = bounds.makespan_bound(plan.placement, plan.microbatches, costs, limit, plan.update)
+        write_text(options.html, html_page(plan, costs, bound=bound, limit=limit, trace=trace))
+    if options.chrome is not None:
+        write_text(options.chrome, json.dumps(chrome_trace(plan, costs)))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(simulation_view(simulation, shutil.get_terminal_size().columns))
+    return 0

@@ -1,0 +1,186 @@
+"""``pipex profile``: what every layer of a model costs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pipex.cli.train.options import Options
+from pipex.errors import InputError
+
+if TYPE_CHECKING:
+    from pipex.plan.layer_costs import LayerCosts
+
+EPILOG = """\
+MODULE:FACTORY names a function without arguments in a module that Python can import from here. It returns a tuple
+(model, sample, target, loss_fn): the model as for pipex.split_model; one micro-batch, a tensor or a tuple of tensors;
+its target; and a function (output, target) -> loss. Model and tensors stand on the device to measure on.
+
+    # my_model.py
+    def profiled():
+        return Model(), torch.randn(4, 8), torch.randn(4, 1), nn.functional.mse_loss
+
+    pipex profile my_model:profiled --out costs.json
+
+    # in the program; the same file on every rank
+    stages = pipex.split_model(Model(), plan, balance=LayerCosts.read("costs.json"))
+
+Without FACTORY the model of `pipex train` is measured, on one micro-batch of --batch / --microbatches sequences.
+"""
+
+# Options of `pipex train` that say what its model and its micro-batches are
+BUILT_IN = {
+    "batch": "sequences per step",
+    "microbatches": "micro-batches per step",
+    "context": "bytes per sequence",
+    "width": "width of the model",
+    "heads": "attention heads",
+    "layers": "transformer blocks",
+    "dropout": "dropout probability",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    parser.add_argument("factory", nargs="?", metavar="MODULE:FACTORY", help="what to measure (none: pipex train's)")
+    parser.add_argument("--out", metavar="FILE", help="write the costs to this file")
+    parser.add_argument("--ranks", type=int, default=defaults["ranks"], metavar="N",
+                        help="measure with the threads that each of N ranks on this machine has, and show the cut for "
+                        "N ranks (default 4)")  # fmt: skip
+    parser.add_argument("--passes", type=int, default=10, metavar="N", help="passes to measure (default 10)")
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object as the last line on stdout; the table goes to stderr")  # fmt: skip
+    group = parser.add_argument_group("pipex train's model")
+    for name, text in BUILT_IN.items():
+        default: Any = defaults[name]
+        hint = "X" if isinstance(default, float) else "N"
+        group.add_argument(f"--{name}", type=type(default), metavar=hint, help=f"{text} (default {default})")
+    group.add_argument("--tied", action="store_true", default=None, help="tie the output head to the token embedding")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints, writes; returns the exit code."""
+    for name in ("ranks", "passes"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is out of range", got=getattr(options, name), needed="at least 1")
+    model, sample, target, loss_fn = _built_in(options) if options.factory is None else _made(options)
+    if options.out is not None:
+        _check_writable(options.out)
+    from pipex.partition import profile_layers
+    from pipex.runtime.worlds import set_threads
+
+    set_threads(options.ranks)
+    costs = profile_layers(model, sample, target, loss_fn, passes=options.passes)
+    if options.out is not None:
+        costs.write(options.out)
+    cut = _cut(costs, options.ranks)
+    print("\n".join(_table(costs, options.ranks, cut)), file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json:
+        print(json.dumps({"costs": json.loads(costs.to_text()), "ranks": options.ranks, **cut}))
+    return 0
+
+
+def _built_in(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    given = {name: value for name in (*BUILT_IN, "tied") if (value := getattr(options, name)) is not None}
+    sizes = Options(**given)
+    sizes.check_values()
+    import torch
+
+    from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+
+    model = Transformer(ModelConfig(width=sizes.width, heads=sizes.heads, layers=sizes.layers, context=sizes.context,
+                                    dropout=sizes.dropout, tied=sizes.tied))  # fmt: skip
+    microbatch = -(-sizes.batch // sizes.microbatches)
+    tokens = torch.randint(256, (microbatch, sizes.context + 1))
+    return model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), next_token_loss
+
+
+def _made(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """What the user's factory returns.
+
+    Raises:
+        InputError: there is no such factory, or it returns something else.
+    """
+    text: str = options.factory
+    if wrong := [name for name in (*BUILT_IN, "tied") if getattr(options, name) is not None]:
+        raise InputError(f"--{wrong[0]} is about pipex train's model", got=f"{text} too", fix=f"leave out --{wrong[0]}")
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise InputError("no factory", got=repr(text), needed="MODULE:FACTORY, such as my_model:profiled")
+    sys.path.insert(0, "")  # the working directory, as `python -m` has it
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise InputError(
+            f"there is no module {module_name}", got=repr(text), needed="a module that Python can import from here"
+        ) from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise InputError(f"{module_name} has no function {name}", got=repr(text), needed=f"one of {', '.join(known)}")
+    made = factory()
+    from torch import nn
+
+    if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], nn.Module) and callable(made[3])):
+        got = f"({', '.join(type(v).__name__ for v in made)})" if isinstance(made, tuple) else type(made).__name__
+        raise InputError(f"{text} returned something else", got=got, needed="(model, sample, target, loss_fn)")
+    return made
+
+
+def _check_writable(path: str) -> None:
+    """Before anything is measured for nothing."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write --out {path}", got=error.strerror, fix="choose another place") from None
+
+
+def _cut(costs: LayerCosts, ranks: int) -> dict[str, Any]:
+    """How the model is best cut into one stage per rank, beside equal layer counts; None where it has too few layers.
+    Bottlenecks are the seconds of the slowest stage's F, I and W."""
+    from pipex.plan.chain import uniform
+    from pipex.plan.cut import loads
+    from pipex.plan.layer_costs import best_cut
+    from pipex.plan.placement import Placement
+
+    if ranks > len(costs.layers):
+        return {"counts": None, "bottleneck": None, "bottleneck_uniform": None}
+    placement = Placement("loop", ranks)
+    found = best_cut(costs, placement)
+    even = max(loads(costs.times, placement, uniform(len(costs.layers), ranks)))
+    return {"counts": list(found.counts), "bottleneck": found.bottleneck, "bottleneck_uniform": even}
+
+
+def _table(costs: LayerCosts, ranks: int, cut: dict[str, Any]) -> list[str]:
+    names = ("forward", "input_gradient", "weight_gradient", "activation", "deferred", "parameters", "output")
+    figures = [[getattr(layer, name) for name in names] for layer in costs.layers]
+    figures.append([sum(column) for column in zip(*figures, strict=True)])
+    cells = [[f"{v * 1e6:,.0f}" for v in row[:3]] + [f"{v / 1024:,.1f}" for v in row[3:]] for row in figures]
+    cells[-1][-1] = ""  # outputs do not add up to anything
+    head = ["F µs", "I µs", "W µs", "activation", "deferred", "parameters", "output"]
+    titles = ["layer", *(layer.name for layer in costs.layers), "all"]
+    rows = [[title, *row] for title, row in zip(titles, [head, *cells], strict=True)]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
+        for row in rows
+    ]
+    lines.append(f"measured on {costs.about}; sizes in KiB")
+    if cut["counts"] is None:
+        return [*lines, f"{ranks} ranks: more than there are layers"]
+    gain = 1 - cut["bottleneck"] / cut["bottleneck_uniform"] if cut["bottleneck_uniform"] else 0.0
+    return [
+        *lines,
+        f"{ranks} ranks: {', '.join(map(str, cut['counts']))} layers; the slowest rank takes "
+        f"{cut['bottleneck'] * 1e6:,.0f} µs per micro-batch, {gain:.0%} less than with equal numbers of layers",
+    ]

@@ -1,0 +1,107 @@
+"""The actions that torch's runtime needs between the compute actions, placed as torch 2.13 places them.
+
+torch runs a rank's row action by action. A receive is posted where it stands and waited for by the action that uses
+it. Between two ranks messages have no names, so both must post them in one order: here all ranks' rows are built
+together, and a message is entered in the sender's and the receiver's row at the same moment, right after the action
+that makes it. So no two ranks can wait for each other, whatever the communication library buffers.
+
+UNSHARD, RESHARD: a rank keeps the stages gathered that it uses next. They do nothing without FSDP, and torch refuses
+to compute on a stage that FSDP has not gathered. REDUCE_GRAD: after a stage's last weight gradient; without it torch
+does not divide the gradients by the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pipex.plan.actions import Action, Kind
+from pipex.plan.causality import edge_of
+from pipex.plan.plan import Orders, Plan
+
+_GATHERED = 3
+"""Stages that a rank keeps gathered at once: torch's figure for one in F, one in B and one being fetched."""
+
+
+def with_torch_actions(plan: Plan) -> Orders:
+    """The orders of a valid plan of one pipe with torch's other actions, as ``compute_comms`` has them."""
+    return _with_messages(plan, [_with_reductions(_with_gathers(order), plan.microbatches) for order in plan.orders])
+
+
+def _with_gathers(order: tuple[Action, ...]) -> list[Action]:
+    """Adds UNSHARD and RESHARD: before each action the rank frees the gathered stages that are not among the next
+    three that it uses, and gathers those of the three that are missing."""
+    upcoming: list[list[int]] = []  # per action, from the last: the stages in the order of their next use
+    stages: list[int] = []
+    for action in reversed(order):
+        used = list(dict.fromkeys(part.stage for part in action.each))
+        stages = used + [stage for stage in stages if stage not in used]
+        upcoming.append(stages)
+    gathered: list[int] = []
+    result: list[Action] = []
+    for action, stages in zip(order, reversed(upcoming), strict=True):
+        near = stages[: max(_GATHERED, len(action.each))]
+        result += [Action(stage, Kind.RESHARD) for stage in sorted(gathered) if stage not in near]
+        result += [Action(stage, Kind.UNSHARD) for stage in near if stage not in gathered]
+        result.append(action)
+        gathered = near
+    return result + [Action(stage, Kind.RESHARD) for stage in sorted(gathered)]
+
+
+def _with_reductions(row: list[Action], microbatches: int) -> list[Action]:
+    """Adds a stage's REDUCE_GRAD after the last of its B and W."""
+    backwards: Counter[int] = Counter()
+    result = []
+    for action in row:
+        result.append(action)
+        for stage, kind, _, _ in action.each:
+            if kind in (Kind.W, Kind.B):
+                backwards[stage] += 1
+                if backwards[stage] == microbatches:
+                    result.append(Action(stage, Kind.REDUCE_GRAD))
+    return result
+
+
+def _with_messages(plan: Plan, rows: list[list[Action]]) -> Orders:
+    """Adds sends and receives. In turn, each rank goes one action on if what that needs has been made."""
+    edges = set(plan.edges)
+    result: list[list[Action]] = [[] for _ in rows]
+    done: set[tuple[int, bool, int]] = set()  # (stage, forward, micro-batch)
+    cursor = [0] * len(rows)
+    while any(at < len(row) for at, row in zip(cursor, rows, strict=True)):
+        before = sum(cursor)
+        for rank, row in enumerate(rows):
+            if cursor[rank] == len(row) or not all(_ready(plan, part, done) for part in row[cursor[rank]].each):
+                continue
+            action = row[cursor[rank]]
+            result[rank].append(action)
+            for stage, kind, microbatch, _ in action.each:
+                if kind not in _MESSAGES:
+                    continue
+                done.add((stage, kind is Kind.F, microbatch))
+                send_kind, receive_kind, step = _MESSAGES[kind]
+                send = Action(stage, send_kind, microbatch)
+                if (edge := edge_of(send)) in edges:
+                    result[rank].append(send)
+                    receive = Action(stage + step, receive_kind, microbatch)
+                    result[plan.placement.rank_of(edge.destination)].append(receive)
+            cursor[rank] += 1
+        assert sum(cursor) > before, "a valid plan cannot be stuck"
+    return tuple(map(tuple, result))
+
+
+# kind -> the message it makes: as sent, as received, and how far the receiving stage is
+_MESSAGES = {
+    Kind.F: (Kind.SEND_F, Kind.RECV_F, 1),
+    Kind.I: (Kind.SEND_B, Kind.RECV_B, -1),
+    Kind.B: (Kind.SEND_B, Kind.RECV_B, -1),
+}
+
+
+def _ready(plan: Plan, action: Action, done: set[tuple[int, bool, int]]) -> bool:
+    """Whether the neighbouring stage has made what ``action`` needs."""
+    stage, kind, microbatch, _ = action
+    if kind is Kind.F:
+        return stage == 0 or (stage - 1, True, microbatch) in done
+    if kind in (Kind.I, Kind.B):
+        return stage == plan.placement.stages - 1 or (stage + 1, False, microbatch) in done
+    return True

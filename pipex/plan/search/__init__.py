@@ -1,0 +1,14 @@
+"""The search for the best plan: published orders and planned ones, all judged by the same replay on the true costs.
+
+planner    the search itself
+published  candidates that need no planning
+space      the placements, with their costs and bounds
+rules      variation of the list scheduler's rules
+units      whole numbers for the list scheduler
+result     what the search answers
+"""
+
+from pipex.plan.search.planner import search
+from pipex.plan.search.result import Candidate, SearchResult
+
+__all__ = ["Candidate", "SearchResult", "search"]

@@ -1,0 +1,238 @@
+"""Proposes plans, replays all of them on the true costs, refines the best, and says how far it is from the bound."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from math import inf
+
+from pipex.errors import InputError, PlanError
+from pipex.plan.actions import Kind
+from pipex.plan.costs import CostModel
+from pipex.plan.families import FAMILIES, options_of
+from pipex.plan.list_scheduler import PORTFOLIO, Replay, Rule, list_schedule, pack, replay
+from pipex.plan.list_scheduler.improvement import Objective
+from pipex.plan.placement import Placement
+from pipex.plan.plan import Plan, Update
+from pipex.plan.search.published import ONLY_BY_NAME, published
+from pipex.plan.search.result import Candidate, Origin, Planned, SearchResult
+from pipex.plan.search.rules import Tried, varied
+from pipex.plan.search.space import Space, spaces_of
+from pipex.plan.search.units import Units, with_whole_backward
+from pipex.plan.simulator import simulate
+
+_ACTIONS = 10_000_000
+"""So many actions are planned by default, in all evaluations together: about a second in the native list scheduler."""
+
+_AT_LEAST = 100
+"""Evaluations by default where a single one is long: the portfolio, all published orders, and a few more."""
+
+
+def search(
+    costs: CostModel,
+    memory: float | Sequence[float] | None = None,
+    *,
+    ranks: int,
+    microbatches: int,
+    objective: Objective = "makespan",
+    chunks: int = 4,
+    families: Sequence[str] | None = None,
+    evaluations: int | None = None,
+    seconds: float | None = None,
+) -> SearchResult:
+    """The plan with the smallest makespan (or span) that was found, and how far it is from what is possible.
+
+    Candidates are the published orders, and orders planned by due dates: on loops (under the names zb-auto with one
+    chunk per rank, interleaved-zb with several) and on a V (zbv).
+
+    Args:
+        costs: the true costs, for any placement.
+        memory: the most that a rank may hold, one number or one per rank, in the unit of the costs' activation; None:
+            any.
+        ranks, microbatches: sizes of the step.
+        objective: "makespan" for steps that end with a barrier, "span" for steps that do not.
+        chunks: at most so many stages per rank; more means more messages.
+        families: the names of those to consider; None: all that keep one copy and one version of the weights.
+        evaluations: how many orders to judge; the same number gives the same plan on every machine. None: what takes
+            about a second.
+        seconds: no evaluation begins after so long; None: no such cap.
+
+    Raises:
+        InputError: an argument is out of range, the costs fit no placement, or no plan can keep the memory limit
+            (names the smallest limit that one can).
+        PlanError: a family is unknown, or no plan found keeps the limit though one may exist (says the smallest limit
+            that is known to be enough).
+    """
+    if objective not in ("makespan", "span"):
+        raise InputError("unknown objective", got=repr(objective), needed="makespan or span")
+    for name, value in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
+        if value < 1:
+            raise InputError(f"too few {name}", got=value, needed="at least 1")
+    if evaluations is not None and evaluations < 1:
+        raise InputError("too few evaluations", got=evaluations, needed="at least 1")
+    names = tuple(family for family in FAMILIES if family not in ONLY_BY_NAME) if families is None else tuple(families)
+    for name in names:
+        options_of(name)
+    limit = None
+    if memory is not None:
+        limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
+    deadline = inf if seconds is None else time.monotonic() + seconds
+    units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit)
+    if evaluations is None:
+        evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
+    return _Search(units, spaces, limit, objective, names, evaluations, deadline).run()
+
+
+class _Search:
+    """The state of a search: what it may still do, and the best of each family and number of chunks so far."""
+
+    def __init__(
+        self,
+        units: Units,
+        spaces: dict[Placement, Space],
+        limit: tuple[float, ...] | None,
+        objective: Objective,
+        families: tuple[str, ...],
+        evaluations: int,
+        deadline: float,
+    ) -> None:
+        self.units, self.spaces, self.limit, self.objective, self.families = units, spaces, limit, objective, families
+        self.most_evaluations, self.deadline = evaluations, deadline
+        self.evaluations, self.capped = 0, False
+        self.planned = sorted(
+            (space for space in spaces.values() if space.family in families),
+            key=lambda space: space.bound(objective).value,
+        )
+        self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
+        self.best: dict[tuple[str, int], tuple[tuple[int, int, int], Candidate]] = {}
+        self.too_large: list[Candidate] = []
+
+    def run(self) -> SearchResult:
+        self._try_portfolio()
+        self._vary_rules(self.most_evaluations // 3)
+        self._try_published()
+        self._vary_rules(self.most_evaluations)
+        if not self.best:
+            raise self._nothing_fits()
+        ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
+        bounds = [self.spaces[placement].bound(self.objective, update) for placement, update in self.searched]
+        return SearchResult(
+            ranking[0],
+            runners_up=tuple(ranking[1:]),
+            costs=self.spaces[ranking[0].placement].costs,
+            bound=min(bounds, key=lambda bound: bound.value),
+            objective=self.objective,
+            limit=self.limit,
+            evaluations=self.evaluations,
+            capped=self.capped,
+        )
+
+    def _begin(self) -> bool:
+        """Whether one more evaluation may begin; counts it. The clock never ends a search that has found nothing."""
+        if self.evaluations == self.most_evaluations or self.capped:
+            return False
+        self.capped = bool(self.best) and time.monotonic() >= self.deadline
+        self.evaluations += not self.capped
+        return not self.capped
+
+    def _try_portfolio(self) -> None:
+        for rule in PORTFOLIO:
+            for space in self.planned:
+                for medians in (False, True) if space.median_problem else (False,):
+                    if not self._begin():
+                        return
+                    self._plan(space, rule, medians)
+
+    def _try_published(self) -> None:
+        for plan in published(self.spaces, self.limit, self.families):
+            if not self._begin():
+                return
+            space = self.spaces[plan.placement]
+            self.searched.add((plan.placement, plan.update))
+            self._judge(space, plan.family, "published", plan, self._replay(space, plan))
+
+    def _vary_rules(self) -> None:
+        """Turns knobs of the best rules, half of the time on the best placement, else on any that may still win."""
+        rng = random.Random(0)
+        while spaces := [space for space in self.planned if space.pool.best and self._may_win(space)]:
+            space = min(spaces, key=lambda s: s.pool.best[0]) if rng.random() < 0.5 else rng.choice(spaces)
+            parent = space.pool.parent(rng)
+            rule = varied(parent.rule, rng)
+            if space.pool.is_new(rule, parent.medians):
+                if not self._begin():
+                    return
+                self._plan(space, rule, parent.medians)
+
+    def _may_win(self, space: Space) -> bool:
+        """Whether the placement's bound leaves room below the best plan; rounding may cost a unit of time per action
+        on a critical path."""
+        bound = self.units.times([space.bound(self.objective).value])[0]
+        return bound + 3 * space.placement.stages + space.microbatches < min(key[0] for key, _ in self.best.values())
+
+    def _plan(self, space: Space, rule: Rule, medians: bool) -> None:
+        """Plans by due dates with the true or with the median times, and judges by the true ones."""
+        assert space.problem is not None
+        assert space.family is not None
+        packed = list_schedule((space.median_problem if medians else None) or space.problem, rule)
+        if packed is None:
+            return
+        replayed = replay(space.problem, packed)
+        assert replayed is not None
+        origin: Origin = "planned on medians" if medians else "planned"
+        space.pool.add(
+            Tried(self._judge(space, space.family, origin, (space.problem, packed), replayed), rule, medians)
+        )
+
+    def _replay(self, space: Space, plan: Plan) -> Replay:
+        """Natively if every backward is whole or every one is split; with some of each, or with fused pairs, slowly."""
+        kinds = {action.kind for order in plan.orders for action in order}
+        problem = None
+        if space.problem is not None and kinds == {Kind.F, Kind.B}:
+            problem = with_whole_backward(space.problem)
+        elif kinds == {Kind.F, Kind.I, Kind.W}:
+            problem = space.problem
+        if problem is not None:
+            replayed = replay(problem, pack(problem, plan.orders))
+            assert replayed is not None
+            return replayed
+        simulation = simulate(plan, space.costs)
+        makespan, span = self.units.times((simulation.makespan, simulation.span))
+        return Replay(makespan, span, self.units.memories(simulation.peak_memory))
+
+    def _judge(self, space: Space, family: str, origin: Origin, orders: Plan | Planned, replayed: Replay) -> int:
+        """Keeps the orders if they keep the limit and are the best of their family; returns the time that counts."""
+        times = (replayed.makespan, replayed.span)
+        value, other = times if self.objective == "makespan" else times[::-1]
+        key, group = (value, other, space.placement.chunks), (family, space.placement.chunks)
+        fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
+        if fits and group in self.best and self.best[group][0] <= key:
+            return value
+        candidate = Candidate(
+            family,
+            origin,
+            space.placement,
+            space.microbatches,
+            orders.update if isinstance(orders, Plan) else "step",
+            makespan=replayed.makespan / self.units.time,
+            span=replayed.span / self.units.time,
+            peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
+            orders=orders,
+        )
+        if fits:
+            self.best[group] = key, candidate
+        else:
+            self.too_large.append(candidate)
+        return value
+
+    def _nothing_fits(self) -> PlanError:
+        names = ", ".join(self.families)
+        if self.limit is None or not self.too_large:
+            return PlanError(f"none of {names} fits these sizes", fix="allow other families, or more chunks")
+        least = min(self.too_large, key=lambda c: max(c.peak_memory))
+        return PlanError(
+            f"found no plan of {names} within the memory limit, and cannot prove that there is none",
+            got=self.limit,
+            needed=f"at most {max(least.peak_memory):g} per rank, which is enough for {least.family}",
+            fix="allow other families",
+        )

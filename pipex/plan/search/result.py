@@ -1,0 +1,91 @@
+"""What the search answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from pipex.plan.bounds import Bound
+from pipex.plan.list_scheduler import Packed, Problem, unpack
+from pipex.plan.list_scheduler.improvement import Objective
+from pipex.plan.memory import peak_memory
+from pipex.plan.placement import Placement
+from pipex.plan.plan import Plan, Update
+from pipex.plan.simulator import Simulation
+
+Origin = Literal["published", "planned", "planned on medians"]
+
+Planned = tuple[Problem, Packed]
+"""What the list scheduler made of what."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that the search judged.
+
+    Attributes:
+        family: whose orders these are, or for planned ones, whose placement they have.
+        origin: how the orders came about.
+        placement, microbatches, update: those of the plan.
+        makespan, span: of its replay on the true costs, in their unit of time.
+        peak_memory: per rank, in their unit of memory.
+        orders: what ``plan`` is made of.
+    """
+
+    family: str
+    origin: Origin
+    placement: Placement
+    microbatches: int
+    update: Update
+    makespan: float
+    span: float
+    peak_memory: tuple[float, ...]
+    orders: Plan | Planned = field(repr=False, compare=False)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Its orders; made on first use, since few of many candidates are looked at."""
+        if isinstance(self.orders, Plan):
+            return self.orders
+        problem, packed = self.orders
+        orders, ranks = unpack(problem, packed), self.placement.ranks
+        draft = Plan(self.family, self.placement, self.microbatches, orders, (0,) * ranks)
+        ones = [1] * self.placement.stages
+        return replace(draft, peak_activations=tuple(map(int, peak_memory(draft, ones, ones))))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        best: the plan with the smallest makespan, or span.
+        simulation: its course under the true costs.
+        bound: what no plan on any of the placements searched can go below, whatever makes it.
+        runners_up: the best of every other family and number of chunks, best first.
+        objective: which time was to be made small.
+        limit: per rank the memory that plans may have; None: any.
+        evaluations: how many orders were judged.
+        capped: whether the seconds ended the search before the evaluations did; another run may then give another plan.
+    """
+
+    best: Candidate
+    simulation: Simulation
+    bound: Bound
+    runners_up: tuple[Candidate, ...]
+    objective: Objective
+    limit: tuple[float, ...] | None
+    evaluations: int
+    capped: bool
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan."""
+        return self.best.plan
+
+    @property
+    def distance(self) -> float:
+        """By what share of the bound the best plan is above it."""
+        value = self.simulation.makespan if self.objective == "makespan" else self.simulation.span
+        return value / self.bound.value - 1 if self.bound.value else 0.0

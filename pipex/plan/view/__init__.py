@@ -1,0 +1,15 @@
+"""Pictures of plans: for a terminal, a browser and a trace viewer.
+
+text      one line of characters per rank
+html      a page that holds everything it needs: timeline, memory, critical path, bound, and a measured run beside
+chrome    a trace file for Perfetto or chrome://tracing
+course    what all of them read off a simulated step: messages, who waited for whom, memory over time
+measured  one step of a real run, laid beside the plan
+"""
+
+from pipex.plan.view.chrome import chrome_trace
+from pipex.plan.view.html import html_page
+from pipex.plan.view.measured import measured_costs
+from pipex.plan.view.text import plan_view, simulation_view
+
+__all__ = ["chrome_trace", "html_page", "measured_costs", "plan_view", "simulation_view"]

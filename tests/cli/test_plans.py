@@ -1,0 +1,191 @@
+"""The commands about plans, as a person runs them, and what they say to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipex.cli import main
+from pipex.plan import FAMILIES, Plan, build
+
+KEYS = {
+    "family", "chunks", "makespan", "span", "bubble_makespan", "bubble_span", "bound_makespan", "peak_memory", "limit",
+    "seconds", "plan_file",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pipex(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str, code: int = 0) -> str:
+        assert main(arguments) == code
+        said = capsys.readouterr()
+        return said.err if code else said.out
+
+    return run
+
+
+def last_line(text: str) -> dict[str, Any]:
+    found = json.loads(text.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_table_of_families_has_every_fact_of_every_family(pipex: Any) -> None:
+    rows = last_line(pipex("schedules", "--json"))["schedules"]
+    assert [row["family"] for row in rows] == list(FAMILIES)
+    for row in rows:
+        assert all(row.values()), row
+    text = pipex("schedules", "1f1b", "interleaved")
+    assert "PipeDream-Flush (arXiv 2006.09503)" in text
+    assert "group" in text
+    assert "zb-h1:" not in text
+
+
+def test_all_families_side_by_side_with_the_published_fractions(pipex: Any) -> None:
+    """The scoreboard at F = I = W = 1, no hop, 8 ranks, 32 micro-batches."""
+    rows = last_line(pipex("bubble", "-p", "8", "-m", "32", "-v", "2", "--json"))["rows"]
+    assert [row["family"] for row in rows] == list(FAMILIES)
+    found = {r["family"]: (f"{r['bubble_makespan']:.4f}", f"{r['bubble_span']:.4f}") for r in rows if "reason" not in r}
+    assert found["gpipe"] == found["1f1b"] == ("0.1795", "0.1795")
+    assert found["interleaved"] == ("0.0986", "0.0986")
+    assert found["zb-h1"] == ("0.0680", "0.0680")
+    assert found["zb-h2"] == ("0.0680", "0.0000")
+    text = pipex("bubble", "-p", "8", "-m", "32", "-v", "2")
+    assert "(P-1)/(M+P-1) = 17.9% of the step, or (P-1)/M = 21.9% of the ideal time" in text
+    assert "(P-1)/(VM+P-1) = 9.9% of the step, or (P-1)/(VM) = 10.9% of the ideal time" in text
+
+
+def test_a_family_that_does_not_fit_says_why(pipex: Any) -> None:
+    rows = last_line(pipex("bubble", "-p", "3", "-m", "4", "--json"))["rows"]
+    reasons = {row["family"]: row["reason"] for row in rows if "reason" in row}
+    assert "needed" in reasons["dualpipe"]
+    assert "dualpipe" in pipex("bubble", "-p", "3", "-m", "4")
+
+
+def test_a_schedule_is_drawn_and_written(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.plan"
+    found = last_line(pipex("schedule", "zb-h1", "-p", "4", "-m", "8", "--out", str(file), "--json"))
+    assert found.keys() == KEYS
+    assert (found["family"], found["chunks"], found["makespan"], found["limit"]) == ("zb-h1", 1, 27, None)
+    assert found["plan_file"] == str(file)
+    assert Plan.from_text(file.read_text()) == build("zb-h1", 4, 8)
+    text = pipex("schedule", "1f1b", "-p", "2", "-m", "2", "--f", "1", "--i", "1,1", "--w", "1,2")
+    assert text.splitlines()[0].startswith("rank 0 |F0")
+    assert "no schedule of this placement and memory is shorter than" in text
+
+
+def test_a_family_option_is_set(pipex: Any, tmp_path: Path) -> None:
+    def chunks_and_peak(*options: str) -> list[float]:
+        found = last_line(pipex("schedule", "1f1b", "-p", "4", "-m", "8", *options, "--json"))
+        peaks: list[float] = found["peak_memory"]
+        return peaks
+
+    assert chunks_and_peak() == [4, 3, 2, 1]
+    assert chunks_and_peak("--set", "warmup=3") == [7, 5, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["a.plan", "a.csv"])
+def test_a_written_plan_is_viewed(pipex: Any, tmp_path: Path, name: str) -> None:
+    file = str(tmp_path / name)
+    costs = ("--f", "2", "--hop", "0.5")
+    said = last_line(pipex("schedule", "interleaved", "-p", "2", "-m", "4", "-v", "2", *costs, "--out", file, "--json"))
+    found = last_line(pipex("view", file, *costs, "--json"))
+    assert {**found, "seconds": 0} == {**said, "seconds": 0}
+    page, chrome = tmp_path / "page.html", tmp_path / "chrome.json"
+    assert pipex("view", file, "--html", str(page), "--chrome", str(chrome)).startswith("rank 0 |")
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert json.loads(chrome.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule", "2f2b", "-p", "2", "-m", "2"], "unknown schedule; got '2f2b'; needed one of naive, gpipe"),
+        (["schedules", "2f2b"], "unknown schedule; got '2f2b'"),
+        (["schedule", "1f1b", "-p", "0", "-m", "2"], "--ranks is out of range; got 0; needed at least 1"),
+        (["bubble", "-p", "2", "-m", "-3"], "--microbatches is out of range; got -3"),
+        (["bubble", "-p", "2", "-m", "3", "-v", "0"], "--chunks is out of range; got 0"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "-v", "3"], "wrong number of chunks per rank for 1f1b; got 3"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--f", "-1"], "bad cost: forward, number 0; got -1.0"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--w", "nan"], "bad cost: weight_gradient, number 0; got nan"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--i", "1,2,3"], "wrong number of costs input_gradient; got 3"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--hop", "-1"], "bad cost: hop; got -1.0"),
+        (
+            ["schedule", "1f1b", "-p", "4", "-m", "8", "--memory", "3"],
+            "needs more memory on rank 0 than --memory",
+        ),
+        (["schedule", "1f1b", "-p", "4", "-m", "8", "--memory", "0"], "bad --memory of rank 0; got 0.0"),
+        (["schedule", "1f1b", "-p", "4", "-m", "8", "--memory", "4,4"], "wrong number of limits in --memory; got 2"),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--set", "warmup"], "cannot read --set; got 'warmup'"),
+        (
+            ["schedule", "1f1b", "-p", "2", "-m", "2", "--set", "group=2"],
+            "1f1b has no option group; needed one of war",
+        ),
+        (["schedule", "1f1b", "-p", "2", "-m", "2", "--set", "warmup=x"], "bad option warmup; got 'x'; needed a whole"),
+        (["view", "/nowhere/a.plan"], "cannot read /nowhere/a.plan; got No such file"),
+        (
+            ["schedule", "1f1b", "-p", "2", "-m", "2", "--out", "/nowhere/a"],
+            "cannot write /nowhere/a; got No such",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(pipex: Any, arguments: list[str], message: str) -> None:
+    said = pipex(*arguments, code=1)
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_csv_beside_the_sidecar_of_another_plan_is_refused(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    pipex("schedule", "1f1b", "-p", "2", "-m", "4", "--out", str(file))
+    sidecar = (tmp_path / "a.csv.json").read_text()
+    pipex("schedule", "gpipe", "-p", "2", "-m", "4", "--out", str(file))
+    (tmp_path / "a.csv.json").write_text(sidecar)
+    assert "digest" in pipex("view", str(file), code=1)
+
+
+def test_planning_on_the_command_line_needs_no_torch() -> None:
+    code = (
+        "import sys; from pipex.cli import main; "
+        "main(['schedule', 'zb-h1', '-p', '2', '-m', '3']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_search_keeps_the_memory_and_says_how_far_it_is_from_the_bound(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "best.plan"
+    sizes = ("plan", "-p", "4", "-m", "8", "--f", "100", "--i", "100", "--w", "65", "--hop", "2", "--evaluations", "60")
+    found = last_line(pipex(*sizes, "--out", str(file), "--json"))
+    assert found.keys() >= KEYS | {"distance", "runners_up", "evaluations", "capped"}
+    assert found["limit"] == [4, 4, 4, 4]  # what 1f1b holds
+    assert max(found["peak_memory"]) <= 4
+    assert found["bound_makespan"] <= found["makespan"]
+    assert found["distance"] == pytest.approx(found["makespan"] / found["bound_makespan"] - 1)
+    assert all(found["makespan"] <= other["makespan"] for other in found["runners_up"])
+    again = last_line(pipex("view", str(file), "--f", "100", "--i", "100", "--w", "65", "--hop", "2", "--json"))
+    assert again["makespan"] == found["makespan"]
+    text = pipex(*sizes, "--families", "zb-h1", "--max-chunks", "1")
+    assert "zb-h1 with 1 chunks per rank (published)" in text
+    assert "above the bound on the makespan" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--families", "2f2b"], "unknown schedule; got '2f2b'"),
+        (["--max-chunks", "0"], "too few chunks; got 0; needed at least 1"),
+        (["--evaluations", "0"], "too few evaluations; got 0; needed at least 1"),
+        (["--memory", "0.5"], "memory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_search_that_cannot_be_made_says_why(pipex: Any, arguments: list[str], message: str) -> None:
+    said = pipex("plan", "-p", "4", "-m", "8", *arguments, code=1)
+    assert message in said
+    assert len(said.splitlines()) == 1
