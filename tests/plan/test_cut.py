@@ -68,12 +68,24 @@ def test_one_stage_per_rank_gets_the_best_of_all_cuts(data: st.DataObject) -> No
 
 @given(st.data())
 def test_of_the_best_cuts_the_most_even_one_is_taken(data: st.DataObject) -> None:
-    times = data.draw(st.lists(st.integers(0, 9), min_size=3, max_size=9))
-    every = [slow_loads(times, Placement("loop", 3), counts) for counts in every_cut(len(times), 3)]
+    """Four stages or more: with fewer, the cut with the smallest largest block so far is always the most even too."""
+    stages = data.draw(st.integers(4, 6))
+    times = data.draw(st.lists(st.integers(0, 9), min_size=stages, max_size=10))
+    every = [slow_loads(times, Placement("loop", stages), counts) for counts in every_cut(len(times), stages)]
     largest = min(map(max, every))
     squares = min(sum(x * x for x in row) for row in every if max(row) == largest)
-    found = slow_loads(times, Placement("loop", 3), cut(times, Placement("loop", 3)).counts)
+    found = slow_loads(times, Placement("loop", stages), cut(times, Placement("loop", stages)).counts)
     assert (max(found), sum(x * x for x in found)) == (largest, squares)
+
+
+def test_an_early_block_may_be_larger_where_a_later_one_is_larger_still() -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        times = [rng.randint(1, 6) for _ in range(9)] + [12]
+        every = [slow_loads(times, Placement("loop", 4), counts) for counts in every_cut(10, 4)]
+        largest = min(map(max, every))
+        found = slow_loads(times, Placement("loop", 4), cut(times, Placement("loop", 4)).counts)
+        assert sum(x * x for x in found) == min(sum(x * x for x in row) for row in every if max(row) == largest)
 
 
 @pytest.mark.parametrize("placement", SEVERAL, ids=str)
@@ -219,6 +231,20 @@ def test_several_stages_per_rank_keep_memory_limits_too(placement: Placement, mo
     assert tight.bottleneck == min(max(slow_loads(times, placement, c)) for c in every if fullest(c) == least)
     with pytest.raises(InputError, match="needed as far as was found 2 times as much"):
         list(cuts(times, placement, rooms(weights, [least / 2] * placement.ranks)))
+
+
+def test_pieces_are_evened_out_within_the_memory_limits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Search, "BUDGET", 20_000)
+    rng, placement = random.Random(0), Placement("loop", 2, 2)
+    for _ in range(15):
+        times, weights = [rng.uniform(0.8, 1.2) for _ in range(10)], [rng.uniform(0, 5) for _ in range(10)]
+
+        def fullest(counts: Sequence[int], w: Sequence[float] = weights) -> float:
+            return max(sum(sum(w[a:b]) for a, b in blocks) for blocks in held_blocks(placement, counts))
+
+        limit = 1.02 * min(map(fullest, every_cut(10, 4)))
+        for found in cuts(times, placement, rooms(weights, [limit] * 2)):
+            assert fullest(found.counts) <= limit
 
 
 def test_one_rank_with_too_little_memory_is_refused() -> None:

@@ -245,6 +245,7 @@ def test_numbers_of_chunks_that_do_not_fit_are_refused_with_the_nearest_that_do(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_slot_less_on_any_edge_of_the_grid_is_refused_exactly_where_a_replay_stops(family: str, ranks: int) -> None:

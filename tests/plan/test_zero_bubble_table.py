@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 
@@ -98,12 +99,14 @@ SCHEDULER = [
     (6, 15, (6, 7, 6, 2), (0.5, 13), 298),
     (6, 15, (11, 11, 9, 1), (0.75, 8), 511),
     (6, 22, (6, 9, 5, 1), (0.5, 12), 459),
+    (3, 5, ([13, 6, 13], [11, 12, 11], [12, 9, 8], 2), (0.5, 3), 208),
+    (4, 8, ([13, 9, 15, 11], [12, 8, 13, 9], [9, 3, 4, 11], 2), (0.5, 8), 295),
 ]
 
 
 @pytest.mark.parametrize(("ranks", "m", "times", "memory", "span"), SCHEDULER)
 def test_odd_cells_come_out_as_from_the_authors_scheduler(
-    ranks: int, m: int, times: tuple[float, float, float, float], memory: tuple[float, float], span: float
+    ranks: int, m: int, times: tuple[Any, Any, Any, float], memory: tuple[float, float], span: float
 ) -> None:
     deferred, limit = memory
     costs = RankCosts.of(ranks, *times, deferred=deferred)

@@ -155,6 +155,7 @@ _V = (
     Rule(3223, 2261, 171, 181, -287, 1429, 570, 75, 0, 100_000, 395),
     Rule(2122, 3006, 858, 0, -59, 966, 203, 675, 535, 100_000, 1178),
     Rule(2099, 5437, 853, 516, -30, 3310, 209, 88, 124, 1660, 1147),
+    Rule(1122, 2450, 2102, 363, -31, 5210, 1608, 161, 247, 1066, 1128),
 )
 
 PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {
@@ -173,5 +174,5 @@ PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {
     "v": _V,
     "wave": _V,
 }
-"""Per placement the rules to begin with. Found by random search over 150 cells (4 to 32 ranks, 1 to 4 chunks, memory
-from half to 1.2 of 1f1b's, five ratios of F, I, W and hop), and chosen together: each is the best one somewhere."""
+"""Per placement the rules to begin with. Found by random search over about 200 cells (4 to 32 ranks, 1 to 4 chunks, memory
+from half to 1.2 of that of 1f1b, five ratios of F, I, W and hop), and chosen together: each is the best one somewhere."""
