@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipex.errors import PipexError as PipexError
     from pipex.partition import split_model as split_model
     from pipex.plan import build as build
-    from pipex.plan import search as search
+    from pipex.plan.search import search as search
     from pipex.runtime.launch import launch as launch
     from pipex.runtime.pipeline import Pipeline as Pipeline
     from pipex.runtime.worlds import current_world as current_world
@@ -31,7 +31,7 @@ _HOME = {
     "build": "pipex.plan",
     "current_world": "pipex.runtime.worlds",
     "launch": "pipex.runtime.launch",
-    "search": "pipex.plan",
+    "search": "pipex.plan.search",
     "split_model": "pipex.partition",
 }
 

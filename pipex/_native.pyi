@@ -1,4 +1,4 @@
-"""The host part of pipex in C++ (csrc/host): shared memory, rings, the watch over peers, and planning. Knows no torch.
+"""The host part of pipex in C++ (csrc/host): shared memory, rings, the watch over peers, plans. Knows no torch.
 
 Errors that people see are raised as classes of pipex.errors; the two below are for pipex.transport.host to translate.
 """

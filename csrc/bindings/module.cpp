@@ -24,7 +24,7 @@ Address to_address(const py::bytes& raw) {
 }  // namespace pipex
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The host part of pipex in C++: shared memory, rings, the watch over peers, and planning. Knows no torch.";
+  module.doc() = "The host part of pipex in C++: shared memory, rings, the watch over peers, plans. Knows no torch.";
   pipex::bind_errors(module);
   pipex::bind_control(module);
   pipex::bind_member(module);

@@ -235,14 +235,23 @@ def test_messages_that_do_not_fit_the_compute_actions_are_refused(old: str, new:
         from_torch_csv(changed)
 
 
-def test_two_ranks_must_agree_on_the_order_of_their_messages_over_all_stages() -> None:
-    text = to_torch_csv(build("interleaved", 2, 2, chunks=2), "compute_comms")
+@pytest.mark.parametrize(
+    ("order", "swapped", "problem"),
+    [
+        ("1RECV_F1,1F1,1SEND_F1,3RECV_F0", "3RECV_F0,1RECV_F1,1F1,1SEND_F1", "(3RECV_F0) is out of order"),
+        ("3RECV_F1,3F1,3B1,3SEND_B1,1RECV_B1", "1RECV_B1,3RECV_F1,3F1,3B1,3SEND_B1", "(1RECV_B1) is out of order"),
+    ],
+)
+def test_two_ranks_must_agree_on_the_order_of_their_messages_over_all_stages(
+    order: str, swapped: str, problem: str
+) -> None:
+    rows = "0F0,0F1,2F0,2B0,2F1,2B1,0B0,0B1\n1F0,1F1,3F0,3B0,3F1,3B1,1B0,1B1\n"
+    text = to_torch_csv(from_torch_csv(rows), "compute_comms")
     # Every message is still received before its user, and in the order of its own edge.
-    swapped = text.replace("1RECV_F1,1F1,1SEND_F1,3RECV_F0", "3RECV_F0,1RECV_F1,1F1,1SEND_F1")
-    assert swapped != text
-    problem = "(3RECV_F0) is out of order; got the message of rank 0 at position 6 (0SEND_F1) next"
+    changed = text.replace(order, swapped)
+    assert changed != text
     with pytest.raises(PlanError, match=re.escape(problem)):
-        from_torch_csv(swapped)
+        from_torch_csv(changed)
 
 
 def test_idle_steps_and_actions_for_fsdp_are_read_and_left_out_of_the_plan() -> None:
@@ -370,6 +379,12 @@ def test_metadata_that_do_not_fit_are_refused(changes: dict[str, Any], problem: 
 )
 def test_text_that_is_no_sidecar_is_refused(metadata: str | bytes) -> None:
     with pytest.raises(PlanSyntaxError, match="cannot read the sidecar; "):
+        from_torch_csv(COMPUTE, metadata)
+
+
+def test_a_sidecar_that_says_a_thing_twice_is_refused() -> None:
+    metadata = sidecar_text(build("1f1b", 2, 2)).replace("{", '{"ranks": 3, ')
+    with pytest.raises(PlanSyntaxError, match="cannot read the sidecar; got a key stands twice"):
         from_torch_csv(COMPUTE, metadata)
 
 

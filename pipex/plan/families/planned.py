@@ -35,7 +35,10 @@ def planned(published: Plan, costs: CostModel, memory: float | Sequence[float] |
     check_limit(placement, times, limit)
     problem = Units.of({placement: times}, microbatches, limit).problem(placement, microbatches, times, limit)
     best: tuple[int, int, Packed] | None = None
-    for packed in (pack(problem, published.orders), *(list_schedule(problem, rule) for rule in PORTFOLIO)):
+    for packed in (
+        pack(problem, published.orders),
+        *(list_schedule(problem, rule) for rule in PORTFOLIO[placement.name]),
+    ):
         if packed is None or (course := replay(problem, packed)) is None:
             continue
         within = all(peak <= top for peak, top in zip(course.peaks, problem.limit, strict=True))

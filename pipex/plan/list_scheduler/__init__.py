@@ -11,7 +11,7 @@ rule         due dates, and the rules to begin with
 reference    the scheduler in Python
 execution    the replay in Python
 improvement  small changes to orders, in Python
-native       all three in C++: the same answers, about 200 times as fast
+native       all three in C++: the same answers, about a hundred times as fast
 
 The functions here are the native ones where pipex._native is built, else the Python.
 """
@@ -21,4 +21,16 @@ from pipex.plan.list_scheduler.native import improve, list_schedule, replay
 from pipex.plan.list_scheduler.problem import Packed, Problem, pack, unpack
 from pipex.plan.list_scheduler.rule import PORTFOLIO, Rule
 
-__all__ = ["PORTFOLIO", "Packed", "Problem", "Replay", "Rule", "improve", "list_schedule", "pack", "replay", "unpack"]
+__all__ = [
+    "PORTFOLIO",
+    "Packed",
+    "Problem",
+    "Replay",
+    "Rule",
+    "improve",
+    "list_schedule",
+    "pack",
+    "portfolio",
+    "replay",
+    "unpack",
+]

@@ -46,7 +46,7 @@ def _native_problem(problem: Problem) -> SchedulingProblem | None:
     except ImportError:
         return None
     return SchedulingProblem(
-        rank_of=[problem.placement.rank_of(stage) for stage in range(problem.placement.stages)],
+        rank_of=problem.rank_of,
         microbatches=problem.microbatches,
         durations=problem.durations,
         activation_hop=problem.activation_hop,

@@ -81,12 +81,28 @@ class Problem:
         return tuple(map(max, self.activation, self.deferred))
 
     @cached_property
+    def rank_of(self) -> tuple[int, ...]:
+        """Per stage its rank."""
+        return tuple(map(self.placement.rank_of, range(self.placement.stages)))
+
+    @cached_property
+    def stages_of(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank its stages, rising."""
+        return tuple(map(self.placement.stages_of, range(self.placement.ranks)))
+
+    @cached_property
     def interval(self) -> int:
         """What the busiest rank works for one micro-batch: no schedule finishes them faster for long."""
-        return max(
-            sum(times[stage] for times in self.durations for stage in self.placement.stages_of(rank))
-            for rank in range(self.placement.ranks)
-        )
+        return max(sum(times[stage] for times in self.durations for stage in stages) for stages in self.stages_of)
+
+    @cached_property
+    def lifetimes(self) -> tuple[int, ...]:
+        """Per stage the time from F's start to I's end when nothing has to wait."""
+        lifetimes: list[int] = []
+        hops = [*map(sum, zip(self.activation_hop, self.gradient_hop, strict=True)), 0]
+        for forward, input_gradient, hop in reversed([*zip(self.forward, self.input_gradient, hops, strict=True)]):
+            lifetimes.append(forward + input_gradient + hop + (lifetimes[-1] if lifetimes else 0))
+        return tuple(lifetimes[::-1])
 
 
 def pack(problem: Problem, orders: Orders) -> Packed:

@@ -46,8 +46,6 @@ class Scheduler:
     def __init__(self, problem: Problem, due: DueDates) -> None:
         placement = problem.placement
         self.problem, self.due, self.last = problem, due, placement.stages - 1
-        self.rank_of = [placement.rank_of(stage) for stage in range(placement.stages)]
-        self.stages_of = [placement.stages_of(rank) for rank in range(placement.ranks)]
         self.next = [[0] * placement.stages for _ in problem.durations]
         self.end: list[list[list[int]]] = [[[] for _ in range(placement.stages)] for _ in problem.durations]
         self.held = [0] * placement.stages
@@ -80,7 +78,7 @@ class Scheduler:
         candidates: list[_Candidate] = []
         blocked = _NEVER
         first_w: _Candidate | None = None
-        for stage, room in zip(self.stages_of[rank], self._rooms(rank), strict=True):
+        for stage, room in zip(self.problem.stages_of[rank], self._rooms(rank), strict=True):
             m = next_f[stage]
             if m < (problem.microbatches if stage == 0 else next_f[stage - 1]):
                 ready = due.release[m] if stage == 0 else end_f[stage - 1][m] + problem.activation_hop[stage - 1]
@@ -110,7 +108,7 @@ class Scheduler:
         """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk."""
         rooms = []
         held = 0
-        for stage in self.stages_of[rank]:
+        for stage in self.problem.stages_of[rank]:
             held += self.held[stage]
             rooms.append(self.due.cap[stage] - held)
         for chunk in range(len(rooms) - 1, 0, -1):
@@ -151,5 +149,5 @@ class Scheduler:
             self.held[stage] -= problem.deferred[stage]
             return
         # A rank that waits decides again when it learns of another action that will be ready.
-        if 0 <= user <= self.last and self.idle[self.rank_of[user]]:
-            self.wake[self.rank_of[user]] = min(self.wake[self.rank_of[user]], now)
+        if 0 <= user <= self.last and self.idle[problem.rank_of[user]]:
+            self.wake[problem.rank_of[user]] = min(self.wake[problem.rank_of[user]], now)

@@ -85,7 +85,7 @@ def due_dates(problem: Problem, rule: Rule) -> DueDates:
         date += rule.input_slope * time + 1000 * hop
     input_gradient.reverse()
     for stage, time in enumerate(problem.input_gradient):
-        delay = rule.weight_delay + rule.weight_skew * problem.placement.rank_of(stage) // max(1, ranks - 1)
+        delay = rule.weight_delay + rule.weight_skew * problem.rank_of[stage] // max(1, ranks - 1)
         weight_gradient.append(input_gradient[stage] + 1000 * time + delay * ranks * problem.interval)
     offset = forward, input_gradient, weight_gradient
     if max(map(abs, (*start, *forward, *input_gradient, *weight_gradient))) >= _LARGEST:
@@ -117,10 +117,10 @@ def _caps(problem: Problem, share: int) -> list[int]:
     From one chunk to the next the cap grows by at least one activation. So when a chunk is at its cap, one of its own
     activations is there to go on: the deepest chunk that waits for memory always gets it.
     """
-    lifetimes = _lifetimes(problem)
+    lifetimes = problem.lifetimes
     caps = [0] * problem.placement.stages
     for rank, limit in enumerate(problem.limit):
-        stages = problem.placement.stages_of(rank)
+        stages = problem.stages_of[rank]
         total = sum(lifetimes[stage] for stage in stages) or 1
         least = sum(problem.charge[stage] for stage in stages)
         cap, deeper = limit, 0
@@ -133,19 +133,21 @@ def _caps(problem: Problem, share: int) -> list[int]:
     return caps
 
 
-def _lifetimes(problem: Problem) -> list[int]:
-    """Per stage the time from F's start to I's end when nothing has to wait."""
-    lifetimes = []
-    beyond = 0
-    hops = [0, *map(sum, zip(problem.activation_hop, problem.gradient_hop, strict=True))]
-    for forward, input_gradient, hop in zip(
-        problem.forward[::-1], problem.input_gradient[::-1], hops[::-1], strict=True
-    ):
-        lifetimes.append(beyond + forward + input_gradient)
-        beyond += forward + input_gradient + hop
-    return lifetimes[::-1]
-
-
+# Found by random search over about 200 cells (4 to 32 ranks, 1 to 4 chunks, memory from half to 1.2 of that of 1f1b,
+# five ratios of F, I, W and hop), and chosen together: each is the best one of its placement somewhere.
+_LOOP = (
+    Rule(1927, 2913, 2094, 1092, 32, 976, 2976, 188, 725, 100_000, 0),
+    Rule(987, 3145, 724, 502, 453, 814, 2388, 124, 213, 2569, 28),
+    Rule(1721, 2982, 1202, 501, 45, 1505, 707, 230, 880, 100_000, 68),
+    Rule(39, 5700, 3283, 146, 947, 2618, -955, 243, 139, 2400, 71),
+    Rule(2008, 5243, 1616, 506, 25, 1957, -1346, 124, 679, 3022, 398),
+    Rule(944, 1954, 513, 473, 37, 166, 586, 63, 595, 524, 412),
+    Rule(2400, 3930, 1046, 142, 33, 1085, 2357, 89, 941, 100_000, 424),
+    Rule(325, 3757, 2239, 144, -71, 46, 2517, 335, 111, 3276, 50),
+    Rule(937, 5353, 960, 22, 305, 1925, 2864, 122, 890, 100_000, 104),
+    Rule(2378, 4002, 542, 128, 244, 80, 940, 125, 262, 100_000, 738),
+    Rule(950, 1018, 1293, 541, 11, 3681, 2887, 188, 0, 210, 0),
+)
 _V = (
     Rule(1052, 2445, 695, 0, -69, 776, -195, 250, 820, 100_000, 1066),
     Rule(693, 4073, 803, 415, -1909, 1755, 343, 69, 0, 1177, 1087),
@@ -157,22 +159,5 @@ _V = (
     Rule(2099, 5437, 853, 516, -30, 3310, 209, 88, 124, 1660, 1147),
     Rule(1122, 2450, 2102, 363, -31, 5210, 1608, 161, 247, 1066, 1128),
 )
-
-PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {
-    "loop": (
-        Rule(1927, 2913, 2094, 1092, 32, 976, 2976, 188, 725, 100_000, 0),
-        Rule(987, 3145, 724, 502, 453, 814, 2388, 124, 213, 2569, 28),
-        Rule(1721, 2982, 1202, 501, 45, 1505, 707, 230, 880, 100_000, 68),
-        Rule(39, 5700, 3283, 146, 947, 2618, -955, 243, 139, 2400, 71),
-        Rule(2008, 5243, 1616, 506, 25, 1957, -1346, 124, 679, 3022, 398),
-        Rule(944, 1954, 513, 473, 37, 166, 586, 63, 595, 524, 412),
-        Rule(2400, 3930, 1046, 142, 33, 1085, 2357, 89, 941, 100_000, 424),
-        Rule(325, 3757, 2239, 144, -71, 46, 2517, 335, 111, 3276, 50),
-        Rule(937, 5353, 960, 22, 305, 1925, 2864, 122, 890, 100_000, 104),
-        Rule(2378, 4002, 542, 128, 244, 80, 940, 125, 262, 100_000, 738),
-    ),
-    "v": _V,
-    "wave": _V,
-}
-"""Per placement the rules to begin with. Found by random search over about 200 cells (4 to 32 ranks, 1 to 4 chunks, memory
-from half to 1.2 of that of 1f1b, five ratios of F, I, W and hop), and chosen together: each is the best one somewhere."""
+PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {"loop": _LOOP, "v": _V, "wave": _V}
+"""Per placement the rules to begin with."""

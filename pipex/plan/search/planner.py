@@ -6,27 +6,37 @@ import random
 import time
 from collections.abc import Sequence
 from math import inf
+from typing import NamedTuple
 
 from pipex.errors import InputError, PlanError
 from pipex.plan.actions import Kind
 from pipex.plan.costs import CostModel
 from pipex.plan.families import FAMILIES, options_of
-from pipex.plan.list_scheduler import PORTFOLIO, Replay, Rule, list_schedule, pack, replay
+from pipex.plan.list_scheduler import PORTFOLIO, Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
 from pipex.plan.search.published import ONLY_BY_NAME, published
-from pipex.plan.search.result import Candidate, Origin, Planned, SearchResult
-from pipex.plan.search.rules import Tried, varied
+from pipex.plan.search.result import Candidate, Origin, SearchResult
+from pipex.plan.search.rules import Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
 
 _ACTIONS = 10_000_000
-"""So many actions are planned by default, in all evaluations together: about a second in the native list scheduler."""
+"""So many actions are planned by default, in all evaluations together: a second or two in the native list scheduler."""
 
-_AT_LEAST = 100
-"""Evaluations by default where a single one is long: the portfolio, all published orders, and a few more."""
+_AT_LEAST = 60
+"""Evaluations by default however long one is: the portfolio, the published orders, and a few more."""
+
+_TRIALS_PER_EVALUATION = 40
+"""So many small changes take as long as to plan and judge all orders once."""
+
+_ACTIONS_PER_ROUND = 30_000_000
+"""Trials of a round of improvement, times the actions: several short rounds find more than a long one."""
+
+_DRAFTS = 6
+"""Orders that are under improvement at a time."""
 
 
 def search(
@@ -84,8 +94,25 @@ def search(
     return _Search(units, spaces, limit, objective, names, evaluations, deadline).run()
 
 
+class _Draft(NamedTuple):
+    """Orders worth improving."""
+
+    value: int
+    space: Space
+    family: str
+    packed: Packed
+
+
 class _Search:
-    """The state of a search: what it may still do, and the best of each family and number of chunks so far."""
+    """The state of a search.
+
+    Attributes:
+        planned: the placements on which it plans.
+        searched: placements, and when their plans change the weights: what the bound is for.
+        best: per family and number of chunks the best that keeps the limit, with the key of its rank.
+        too_large: what does not keep the limit.
+        drafts: the best orders, each with another value, best first.
+    """
 
     def __init__(
         self,
@@ -100,25 +127,28 @@ class _Search:
         self.units, self.spaces, self.limit, self.objective, self.families = units, spaces, limit, objective, families
         self.most_evaluations, self.deadline = evaluations, deadline
         self.evaluations, self.capped = 0, False
-        self.planned = sorted(
-            (space for space in spaces.values() if space.family in families),
-            key=lambda space: space.bound(objective).value,
-        )
+        self.random = random.Random(0)
+        self.planned = [space for space in spaces.values() if space.family in families]
         self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
         self.best: dict[tuple[str, int], tuple[tuple[int, int, int], Candidate]] = {}
         self.too_large: list[Candidate] = []
+        self.drafts: list[_Draft] = []
 
     def run(self) -> SearchResult:
         self._try_portfolio()
         self._vary_rules(self.most_evaluations // 3)
         self._try_published()
-        self._vary_rules(self.most_evaluations)
+        before = -1
+        while self.evaluations > before:
+            before = self.evaluations
+            self._improve_draft()
+            self._vary_rules(2 * self.evaluations - before)
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
         bounds = [self.spaces[placement].bound(self.objective, update) for placement, update in self.searched]
         return SearchResult(
-            ranking[0],
+            best=ranking[0],
             runners_up=tuple(ranking[1:]),
             costs=self.spaces[ranking[0].placement].costs,
             bound=min(bounds, key=lambda bound: bound.value),
@@ -128,111 +158,137 @@ class _Search:
             capped=self.capped,
         )
 
-    def _begin(self) -> bool:
-        """Whether one more evaluation may begin; counts it. The clock never ends a search that has found nothing."""
-        if self.evaluations == self.most_evaluations or self.capped:
+    def _begin(self, evaluations: int = 1) -> bool:
+        """Whether so much may be done; counts it. The clock never ends a search that has found nothing."""
+        if self.evaluations + evaluations > self.most_evaluations or self.capped:
             return False
         self.capped = bool(self.best) and time.monotonic() >= self.deadline
-        self.evaluations += not self.capped
+        self.evaluations += 0 if self.capped else evaluations
         return not self.capped
 
+    def _may_win(self, space: Space, whole_backward: bool = False) -> bool:
+        """Whether the placement's bound leaves room below the best plan. Rounding to whole numbers may make every
+        action on a critical path shorter, by half a unit."""
+        if not self.best:
+            return True
+        (bound,) = self.units.times([space.bound(self.objective, "step", whole_backward).value])
+        rounding = 3 * space.placement.stages * space.microbatches
+        return bound + rounding < min(key[0] for key, _ in self.best.values())
+
     def _try_portfolio(self) -> None:
-        for rule in PORTFOLIO:
-            for space in self.planned:
+        """On the placements with the lowest bounds first, for those who do not wait for the end."""
+        for space in sorted(self.planned, key=lambda space: space.bound(self.objective).value):
+            for rule in PORTFOLIO[space.placement.name]:
                 for medians in (False, True) if space.median_problem else (False,):
                     if not self._begin():
                         return
                     self._plan(space, rule, medians)
 
-    def _try_published(self) -> None:
-        for plan in published(self.spaces, self.limit, self.families):
-            if not self._begin():
-                return
-            space = self.spaces[plan.placement]
-            self.searched.add((plan.placement, plan.update))
-            self._judge(space, plan.family, "published", plan, self._replay(space, plan))
-
-    def _vary_rules(self) -> None:
+    def _vary_rules(self, until: int) -> None:
         """Turns knobs of the best rules, half of the time on the best placement, else on any that may still win."""
-        rng = random.Random(0)
-        while spaces := [space for space in self.planned if space.pool.best and self._may_win(space)]:
-            space = min(spaces, key=lambda s: s.pool.best[0]) if rng.random() < 0.5 else rng.choice(spaces)
-            parent = space.pool.parent(rng)
-            rule = varied(parent.rule, rng)
+        while self.evaluations < until:
+            spaces = [space for space in self.planned if space.pool.kept and self._may_win(space)]
+            if not spaces:
+                return
+            best = min(spaces, key=lambda space: space.pool.kept[0].value)
+            space = best if self.random.random() < 0.5 else self.random.choice(spaces)
+            parent = space.pool.parent(self.random)
+            rule = varied(parent.rule, self.random)
             if space.pool.is_new(rule, parent.medians):
                 if not self._begin():
                     return
                 self._plan(space, rule, parent.medians)
 
-    def _may_win(self, space: Space) -> bool:
-        """Whether the placement's bound leaves room below the best plan; rounding may cost a unit of time per action
-        on a critical path."""
-        bound = self.units.times([space.bound(self.objective).value])[0]
-        return bound + 3 * space.placement.stages + space.microbatches < min(key[0] for key, _ in self.best.values())
-
     def _plan(self, space: Space, rule: Rule, medians: bool) -> None:
         """Plans by due dates with the true or with the median times, and judges by the true ones."""
-        assert space.problem is not None
-        assert space.family is not None
         packed = list_schedule((space.median_problem if medians else None) or space.problem, rule)
-        if packed is None:
+        if packed is not None:
+            origin: Origin = "planned on medians" if medians else "planned"
+            value = self._judge_packed(space, space.family, origin, packed)
+            space.pool.add(Tried(value, rule, medians))
+
+    def _improve_draft(self) -> None:
+        """One round for one of the drafts, whose place the result takes."""
+        drafts = [draft for draft in self.drafts if self._may_win(draft.space)]
+        if not drafts:
             return
+        draft = drafts[biased(len(drafts), self.random)]
+        problem = draft.space.problem
+        actions = 3 * problem.placement.stages * problem.microbatches
+        left = (self.most_evaluations - self.evaluations) * _TRIALS_PER_EVALUATION
+        trials = min(left, _TRIALS_PER_EVALUATION + _ACTIONS_PER_ROUND // actions)
+        if trials and self._begin(-(-trials // _TRIALS_PER_EVALUATION)):
+            seed = self.random.getrandbits(64)
+            packed = improve(problem, draft.packed, seed=seed, trials=trials, objective=self.objective)
+            if packed != draft.packed:
+                self.drafts.remove(draft)
+                self._judge_packed(draft.space, draft.family, "improved", packed)
+
+    def _try_published(self) -> None:
+        for plan in published(self.spaces, self.limit, self.families, self._may_win):
+            if not self._begin():
+                return
+            space = self.spaces[plan.placement]
+            self.searched.add((plan.placement, plan.update))
+            kinds = {action.kind for order in plan.orders for action in order}
+            if kinds == {Kind.F, Kind.I, Kind.W}:
+                self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
+            elif kinds == {Kind.F, Kind.B} and space.one_pipe:
+                problem = with_whole_backward(space.problem)
+                replayed = replay(problem, pack(problem, plan.orders))
+                assert replayed is not None
+                self._judge(space, plan.family, "published", plan, replayed)
+            else:
+                simulation = simulate(plan, space.costs)
+                makespan, span = self.units.times((simulation.makespan, simulation.span))
+                memory = self.units.memories(simulation.peak_memory)
+                self._judge(space, plan.family, "published", plan, Replay(makespan, span, memory))
+
+    def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> int:
+        """Judges a split backward's orders, and keeps them as a draft if they are among the best."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
-        origin: Origin = "planned on medians" if medians else "planned"
-        space.pool.add(
-            Tried(self._judge(space, space.family, origin, (space.problem, packed), replayed), rule, medians)
-        )
+        value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
+        if fits and value not in (draft.value for draft in self.drafts):
+            drafts = [*self.drafts, _Draft(value, space, family, packed)]
+            self.drafts = sorted(drafts, key=lambda draft: draft.value)[:_DRAFTS]
+        return value
 
-    def _replay(self, space: Space, plan: Plan) -> Replay:
-        """Natively if every backward is whole or every one is split; with some of each, or with fused pairs, slowly."""
-        kinds = {action.kind for order in plan.orders for action in order}
-        problem = None
-        if space.problem is not None and kinds == {Kind.F, Kind.B}:
-            problem = with_whole_backward(space.problem)
-        elif kinds == {Kind.F, Kind.I, Kind.W}:
-            problem = space.problem
-        if problem is not None:
-            replayed = replay(problem, pack(problem, plan.orders))
-            assert replayed is not None
-            return replayed
-        simulation = simulate(plan, space.costs)
-        makespan, span = self.units.times((simulation.makespan, simulation.span))
-        return Replay(makespan, span, self.units.memories(simulation.peak_memory))
-
-    def _judge(self, space: Space, family: str, origin: Origin, orders: Plan | Planned, replayed: Replay) -> int:
-        """Keeps the orders if they keep the limit and are the best of their family; returns the time that counts."""
+    def _judge(
+        self, space: Space, family: str, origin: Origin, orders: Plan | tuple[Problem, Packed], replayed: Replay
+    ) -> tuple[int, bool]:
+        """Keeps the orders if they keep the limit and are the best of their family; returns the time that counts, and
+        whether they keep the limit."""
         times = (replayed.makespan, replayed.span)
         value, other = times if self.objective == "makespan" else times[::-1]
         key, group = (value, other, space.placement.chunks), (family, space.placement.chunks)
         fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
-        if fits and group in self.best and self.best[group][0] <= key:
-            return value
-        candidate = Candidate(
-            family,
-            origin,
-            space.placement,
-            space.microbatches,
-            orders.update if isinstance(orders, Plan) else "step",
-            makespan=replayed.makespan / self.units.time,
-            span=replayed.span / self.units.time,
-            peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
-            orders=orders,
-        )
-        if fits:
-            self.best[group] = key, candidate
-        else:
-            self.too_large.append(candidate)
-        return value
+        if not fits or group not in self.best or key < self.best[group][0]:
+            candidate = Candidate(
+                family,
+                origin,
+                space.placement,
+                space.microbatches,
+                orders.update if isinstance(orders, Plan) else "step",
+                makespan=replayed.makespan / self.units.time,
+                span=replayed.span / self.units.time,
+                peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
+                orders=orders,
+            )
+            if fits:
+                self.best[group] = key, candidate
+            else:
+                self.too_large.append(candidate)
+        return value, fits
 
     def _nothing_fits(self) -> PlanError:
         names = ", ".join(self.families)
         if self.limit is None or not self.too_large:
             return PlanError(f"none of {names} fits these sizes", fix="allow other families, or more chunks")
-        least = min(self.too_large, key=lambda c: max(c.peak_memory))
+        least = min(self.too_large, key=lambda candidate: max(candidate.peak_memory))
         return PlanError(
             f"found no plan of {names} within the memory limit, and cannot prove that there is none",
-            got=self.limit,
+            got=", ".join(f"{most:g}" for most in self.limit),
             needed=f"at most {max(least.peak_memory):g} per rank, which is enough for {least.family}",
             fix="allow other families",
         )

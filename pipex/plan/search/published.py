@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import inf
 from statistics import median
 
 from pipex.errors import InputError
+from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.families import build, options_of
 from pipex.plan.placement import Placement
@@ -20,31 +22,47 @@ else than the others, or hold more, so nobody wants one of them just because it 
 
 
 def published(
-    spaces: Mapping[Placement, Space], limit: Sequence[float] | None, families: Sequence[str]
+    spaces: Mapping[Placement, Space],
+    limit: Sequence[float] | None,
+    families: Sequence[str],
+    worth: Callable[[Space, bool], bool],
 ) -> Iterator[Plan]:
-    """The plans of ``families`` on these placements, with all their numbers of chunks. zb-auto, which is a way to plan
-    rather than an order, plans with the true and with the median times."""
+    """The plans of ``families`` on these placements, with all their numbers of chunks.
+
+    Args:
+        limit: per rank the memory, for those that plan with it.
+        worth: whether plans on a placement, all of whose backwards are B or not, are worth making.
+    """
     some = next(iter(spaces.values()))
     ranks, microbatches = some.placement.ranks, some.microbatches
     for family in families:
-        choices: list[dict[str, object]] = [{}]
-        if family == "zb-auto":
-            memory = list(limit or [inf] * ranks)
-            chain = spaces.get(Placement("loop", ranks))
-            choices = [{"costs": costs, "memory": memory} for costs in _true_and_medians(chain.costs)] if chain else []
-        elif "chunks" in options_of(family):
-            choices = [
-                {"chunks": chunks} for chunks in sorted({placement.chunks for placement in spaces}) if chunks > 1
-            ]
-        elif "warmup" in options_of(family):
-            choices = [{"warmup": 0}, {"warmup": ranks - 1}]
-        for chosen in choices:
+        for chosen in _choices(family, spaces, limit or [inf] * ranks):
             try:
-                plan = build(family, ranks, microbatches, **chosen)
+                small = _small(family, chosen.get("chunks"))
+                space = spaces.get(replace(small.placement, ranks=ranks))
+                if space is not None and worth(space, all(a.kind in (Kind.F, Kind.B) for a in small.orders[0])):
+                    yield build(family, ranks, microbatches, **chosen)
             except InputError:
                 continue  # the sizes or the memory do not fit this family
-            if plan.placement in spaces:
-                yield plan
+
+
+@cache
+def _small(family: str, chunks: object) -> Plan:
+    """A plan of few actions, to see what kind of plan it is before a large one is made."""
+    return build(family, 2, 4, **({} if chunks is None else {"chunks": chunks}))
+
+
+def _choices(family: str, spaces: Mapping[Placement, Space], limit: Sequence[float]) -> list[dict[str, object]]:
+    """The options to give to the family: what it leaves open."""
+    options = options_of(family)
+    if family == "zb-auto":  # a way to plan rather than an order
+        chain = spaces.get(Placement("loop", len(limit)))
+        return [{"costs": costs, "memory": list(limit)} for costs in _true_and_medians(chain.costs)] if chain else []
+    if "chunks" in options:
+        return [{"chunks": chunks} for chunks in sorted({p.chunks for p in spaces if p.chunks > 1})]
+    if "warmup" in options:
+        return [{"warmup": 0}, {"warmup": len(limit) - 1}]
+    return [{}]
 
 
 def _true_and_medians(costs: Costs) -> list[Costs]:

@@ -7,17 +7,15 @@ from functools import cached_property
 from typing import Literal
 
 from pipex.plan.bounds import Bound
+from pipex.plan.costs import Costs
 from pipex.plan.list_scheduler import Packed, Problem, unpack
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
-from pipex.plan.simulator import Simulation
+from pipex.plan.simulator import Simulation, simulate
 
-Origin = Literal["published", "planned", "planned on medians"]
-
-Planned = tuple[Problem, Packed]
-"""What the list scheduler made of what."""
+Origin = Literal["published", "planned", "planned on medians", "improved"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Candidate:
     makespan: float
     span: float
     peak_memory: tuple[float, ...]
-    orders: Plan | Planned = field(repr=False, compare=False)
+    orders: Plan | tuple[Problem, Packed] = field(repr=False, compare=False)
 
     @cached_property
     def plan(self) -> Plan:
@@ -60,20 +58,20 @@ class SearchResult:
     """What the search found.
 
     Attributes:
-        best: the plan with the smallest makespan, or span.
-        simulation: its course under the true costs.
+        best: the candidate with the smallest makespan, or span.
+        runners_up: the best of every other family and number of chunks that was not ruled out by its bound, best first.
+        costs: the true costs of the best one's placement.
         bound: what no plan on any of the placements searched can go below, whatever makes it.
-        runners_up: the best of every other family and number of chunks, best first.
         objective: which time was to be made small.
         limit: per rank the memory that plans may have; None: any.
-        evaluations: how many orders were judged.
+        evaluations: how many orders were judged, small changes counted as the fraction of one that they take.
         capped: whether the seconds ended the search before the evaluations did; another run may then give another plan.
     """
 
     best: Candidate
-    simulation: Simulation
-    bound: Bound
     runners_up: tuple[Candidate, ...]
+    costs: Costs
+    bound: Bound
     objective: Objective
     limit: tuple[float, ...] | None
     evaluations: int
@@ -84,8 +82,13 @@ class SearchResult:
         """The best plan."""
         return self.best.plan
 
+    @cached_property
+    def simulation(self) -> Simulation:
+        """Its course under the true costs."""
+        return simulate(self.plan, self.costs)
+
     @property
     def distance(self) -> float:
         """By what share of the bound the best plan is above it."""
-        value = self.simulation.makespan if self.objective == "makespan" else self.simulation.span
+        value = self.best.makespan if self.objective == "makespan" else self.best.span
         return value / self.bound.value - 1 if self.bound.value else 0.0

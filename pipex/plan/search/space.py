@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 from pipex.errors import InputError
 from pipex.plan.bounds import Bound, check_limit, makespan_bound, smallest_memory, span_bound
 from pipex.plan.costs import CostModel, Costs
+from pipex.plan.list_scheduler import Problem
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Update
@@ -19,10 +22,10 @@ class Space:
 
     Attributes:
         costs: the true costs.
-        problem: the same for the list scheduler; None for two pipes, where it cannot plan.
+        limit: per rank the memory that plans may have, in the unit of the costs; None: any.
+        whole_limit: the same in whole numbers.
+        family: the name under which plans by due dates go here; empty where the search makes none.
         median_problem: the problem with median times; None where these are the true ones.
-        whole_limit: per rank the limit in whole numbers.
-        family: the name under which plans by due dates go here; None where the search makes none.
         pool: the rules tried here.
     """
 
@@ -30,21 +33,32 @@ class Space:
         self, placement: Placement, costs: Costs, microbatches: int, limit: Sequence[float] | None, units: Units
     ) -> None:
         self.placement, self.costs, self.microbatches, self.limit = placement, costs, microbatches, limit
-        self.problem = units.problem(placement, microbatches, costs, limit) if len(placement.pipes) == 1 else None
         self.whole_limit = units.limits(placement, microbatches, costs, limit)
+        self.one_pipe = len(placement.pipes) == 1
+        self._problem = units.problem(placement, microbatches, costs, limit) if self.one_pipe else None
+        loop = "interleaved-zb" if placement.chunks > 1 else "zb-auto"
+        self.family = {"loop": loop, "v": "zbv"}.get(placement.name, "")
         self.median_problem = None
-        if self.problem is not None and (medians := with_medians(self.problem)) != self.problem:
+        if self._problem is not None and (medians := with_medians(self._problem)) != self._problem:
             self.median_problem = medians
-        self.family = {"loop": "interleaved-zb" if placement.chunks > 1 else "zb-auto", "v": "zbv"}.get(placement.name)
         self.pool = Pool()
-        self._bounds: dict[tuple[Objective, Update], Bound] = {}
+        self.bound = cache(self._bound)
 
-    def bound(self, objective: Objective, update: Update = "step") -> Bound:
-        """What no plan here can go below."""
-        if (objective, update) not in self._bounds:
-            of = makespan_bound if objective == "makespan" else span_bound
-            self._bounds[objective, update] = of(self.placement, self.microbatches, self.costs, self.limit, update)
-        return self._bounds[objective, update]
+    @property
+    def problem(self) -> Problem:
+        """The costs for the list scheduler, which knows one pipe."""
+        assert self._problem is not None
+        return self._problem
+
+    def _bound(self, objective: Objective, update: Update = "step", whole_backward: bool = False) -> Bound:
+        """What no plan here can go below, or none whose backwards are all B."""
+        of = makespan_bound if objective == "makespan" else span_bound
+        costs = self.costs
+        if whole_backward:
+            i_and_w = [i + w for i, w in zip(costs.input_gradient, costs.weight_gradient, strict=True)]
+            nothing = [0.0] * len(i_and_w)
+            costs = replace(costs, input_gradient=i_and_w, weight_gradient=nothing, deferred=nothing)
+        return of(self.placement, self.microbatches, costs, self.limit, update)
 
 
 def spaces_of(
@@ -53,30 +67,30 @@ def spaces_of(
     """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit.
 
     Raises:
-        InputError: there is none; says why, for a limit how much one needs.
+        InputError: there is none; says why, for a limit how much is needed.
     """
     placements = [Placement("loop", ranks, v) for v in range(1, chunks + 1)]
     if chunks > 1:
         placements += [Placement("v", ranks, 2), Placement("bidirectional", ranks, 2)]
         placements += [Placement("wave", ranks, v) for v in range(2, chunks + 1, 2)]
     fitting: dict[Placement, Costs] = {}
-    misfit: InputError | None = None
+    misfits: list[InputError] = []
     for placement in placements:
         try:
             fitting[placement] = costs.on(placement)
         except InputError as error:
-            misfit = misfit or error
-    if not fitting and misfit is not None:
-        raise misfit
+            misfits.append(error)
+    if not fitting:
+        raise misfits[0]
     if limit is not None:
-        refused: list[tuple[float, InputError]] = []
+        too_small: list[tuple[float, InputError]] = []
         for placement, priced in list(fitting.items()):
             try:
                 check_limit(placement, priced, limit)
             except InputError as error:
-                refused.append((sum(smallest_memory(placement, priced)), error))
+                too_small.append((sum(smallest_memory(placement, priced)), error))
                 del fitting[placement]
         if not fitting:
-            raise min(refused, key=lambda pair: pair[0])[1]
+            raise min(too_small, key=lambda refused: refused[0])[1]
     units = Units.of(fitting, microbatches, limit)
     return units, {p: Space(p, priced, microbatches, limit, units) for p, priced in fitting.items()}
