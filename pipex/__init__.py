@@ -35,7 +35,7 @@ _HOME = {
     "split_model": "pipex.partition",
 }
 
-__all__ = ["Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "search", "split_model"]
+__all__ = [*_HOME, "__version__", "errors"]
 
 
 def __getattr__(name: str) -> object:

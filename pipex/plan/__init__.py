@@ -12,6 +12,9 @@ validator      proves a plan before anything runs
 simulator      when everything starts and ends under given costs
 critical_path  what the makespan hangs on
 bounds         what no plan can beat
+list_scheduler plans by due dates, in Python and natively
+search         the best plan for given costs and memory
+layer_costs    what a model's layers cost; cut and chain: where to cut them
 view           pictures: text, a page for the browser, a Chrome trace
 interop        torch's CSV, Megatron-LM's layouts
 """

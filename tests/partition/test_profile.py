@@ -179,7 +179,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_stays_as_it_is_found(fails: bool) -> None:
     model = Model()
-    model.body[3].eval()
+    model.body[4].eval()
     model.embed.weight.grad = torch.ones(11, 6)
     called: list[Tensor] = []
     model.embed.weight.register_post_accumulate_grad_hook(called.append)
@@ -197,8 +197,7 @@ def test_everything_stays_as_it_is_found(fails: bool) -> None:
         with pytest.raises(InputError, match=r"the loss function must return a loss; got \(8, 11\)"):
             measure()
     else:
-        with torch.no_grad():
-            measure()
+        measure()
     after = state_of(model)
     assert all(torch.equal(after["values"][name], value) for name, value in before.pop("values").items())
     assert torch.equal(after["random"], before.pop("random"))
@@ -210,18 +209,30 @@ def test_everything_stays_as_it_is_found(fails: bool) -> None:
     assert torch.equal(tokens, kept)
 
 
-def test_layers_run_in_the_mode_in_which_they_are_found() -> None:
-    seen: list[bool] = []
+def test_layers_run_in_the_mode_in_which_they_are_found_and_with_gradients_where_a_stage_has_them() -> None:
+    seen: list[tuple[bool, bool]] = []
 
     class Spy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(self.training)
+            seen.append((self.training, x.requires_grad))
             return super().forward(x)
 
     model = nn.Sequential(Spy(2, 2), Spy(2, 2).eval())
-    profile_layers(model, torch.randn(3, 2), 0, mean, passes=1)
-    assert set(seen[::2]) == {True}
-    assert set(seen[1::2]) == {False}
+    with torch.no_grad():
+        costs = profile_layers(model, torch.randn(3, 2), 0, mean, passes=1)
+    assert set(seen[::2]) == {(True, False)}  # the model's input is data
+    assert set(seen[1::2]) == {(False, True)}
+    assert all(layer.deferred > 0 for layer in costs.layers)
+
+
+def test_an_input_that_a_layer_ignores_has_a_gradient_of_zeros() -> None:
+    class Ignore(nn.Module):
+        def forward(self, x: Tensor, carry: Tensor) -> Tensor:
+            return x * 2
+
+    model = nn.Sequential(Pair(4), Ignore(), nn.Linear(4, 1))
+    costs = profile_layers(model, (torch.randn(2, 4), torch.randn(2, 4).requires_grad_()), 0, mean, passes=1)
+    assert costs.layers[0].deferred == 64
 
 
 def test_tuples_are_passed_on_and_come_back_as_gradients(ticks: Ticks) -> None:

@@ -155,9 +155,12 @@ def test_uneven_layers_are_cut_near_the_bound(placement: Placement, distance: fl
 
 
 def test_the_same_layers_are_always_cut_alike() -> None:
-    rng = random.Random(3)
-    times = [rng.random() for _ in range(60)]
-    assert cut(times, Placement("v", 4, 2)) == cut(list(times), Placement("v", 4, 2))
+    """On every rank of a run: the search ends at its budget here, without a proof, after many random moves."""
+    rng = random.Random(0)
+    times = [rng.uniform(0.7, 1.3) for _ in range(128)]
+    first, second = (cut(times, Placement("loop", 8, 4)) for _ in range(2))
+    assert first == second
+    assert first.bottleneck > first.bound
 
 
 def test_pieces_are_as_equal_as_the_slack_allows() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipex.errors import InputError
 from pipex.plan import fit as module
 from pipex.plan.chain import uniform
-from pipex.plan.cut import _Search, held_blocks
+from pipex.plan.cut import _Search, cuts, held_blocks
 from pipex.plan.families import build
 from pipex.plan.fit import Fit, fit
 from pipex.plan.layer_costs import Layer, LayerCosts
@@ -104,6 +104,15 @@ def test_several_chunks_per_rank_are_not_cut_by_their_bottleneck_alone(monkeypat
     assert found.simulation.makespan <= simulate(plan, costs.of(plan.placement, uniform(40, 8))).makespan
 
 
+def test_the_best_of_all_starts_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Search, "BUDGET", 60_000)
+    monkeypatch.setattr(module, "BUDGET", 1)  # nothing but the starts
+    plan, costs = build("interleaved", 4, 16, chunks=2), model(60, head=4.0)
+    starts = [simulate(plan, costs.of(plan.placement, cut.counts)) for cut in cuts(costs.times, plan.placement)]
+    makespans = [simulation.makespan for simulation in starts]
+    assert fit(costs, plan).simulation.makespan == min(makespans) < max(makespans)
+
+
 def test_memory_limits_are_kept() -> None:
     plan, costs = build("1f1b", 4, 8), model(20, head=2.0)
     free = fit(costs, plan)
@@ -112,8 +121,8 @@ def test_memory_limits_are_kept() -> None:
     check(found, costs, plan)
     assert max(found.memory) <= limit
     assert found.simulation.makespan >= free.simulation.makespan
-    per_rank = (limit, 1e9, 1e9, 1e9)
-    assert fit(costs, plan, memory=per_rank).memory[0] <= limit
+    tight = 0.7 * free.memory[3]
+    assert fit(costs, plan, memory=(1e9, 1e9, 1e9, tight)).memory[3] <= tight
 
 
 def test_the_smallest_limit_that_an_error_names_is_the_smallest() -> None:

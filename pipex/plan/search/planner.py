@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipex.errors import InputError, PlanError
 from pipex.plan.actions import Kind
+from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
 from pipex.plan.families import FAMILIES, options_of
 from pipex.plan.list_scheduler import PORTFOLIO, Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
@@ -204,7 +205,7 @@ class _Search:
         packed = list_schedule((space.median_problem if medians else None) or space.problem, rule)
         if packed is not None:
             origin: Origin = "planned on medians" if medians else "planned"
-            value = self._judge_packed(space, space.family, origin, packed)
+            value, _ = self._judge_packed(space, space.family, origin, packed)
             space.pool.add(Tried(value, rule, medians))
 
     def _improve_draft(self) -> None:
@@ -226,33 +227,42 @@ class _Search:
 
     def _try_published(self) -> None:
         for plan in published(self.spaces, self.limit, self.families, self._may_win):
-            if not self._begin():
-                return
             space = self.spaces[plan.placement]
             self.searched.add((plan.placement, plan.update))
-            kinds = {action.kind for order in plan.orders for action in order}
-            if kinds == {Kind.F, Kind.I, Kind.W}:
-                self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
-            elif kinds == {Kind.F, Kind.B} and space.one_pipe:
-                problem = with_whole_backward(space.problem)
-                replayed = replay(problem, pack(problem, plan.orders))
-                assert replayed is not None
-                self._judge(space, plan.family, "published", plan, replayed)
-            else:
-                simulation = simulate(plan, space.costs)
-                makespan, span = self.units.times((simulation.makespan, simulation.span))
-                memory = self.units.memories(simulation.peak_memory)
-                self._judge(space, plan.family, "published", plan, Replay(makespan, span, memory))
+            fused = any(action.parts for order in plan.orders for action in order)
+            for orders in (plan, unfused(plan)) if fused and space.costs.overlap < 1 else (unfused(plan),):
+                if not self._begin():
+                    return
+                self._judge_published(space, orders)
 
-    def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> int:
-        """Judges a split backward's orders, and keeps them as a draft if they are among the best."""
+    def _judge_published(self, space: Space, plan: Plan) -> None:
+        """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
+        are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
+        kinds = {action.kind for order in plan.orders for action in order}
+        if space.one_pipe and kinds == {Kind.F, Kind.B}:
+            problem = with_whole_backward(space.problem)
+            replayed = replay(problem, pack(problem, plan.orders))
+            assert replayed is not None
+            self._judge(space, plan.family, "published", plan, replayed)
+            return
+        if space.one_pipe and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
+            _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
+            if fits or Kind.B not in kinds:
+                return
+        simulation = simulate(plan, space.costs)
+        makespan, span = self.units.times((simulation.makespan, simulation.span))
+        memory = self.units.memories(simulation.peak_memory)
+        self._judge(space, plan.family, "published", plan, Replay(makespan, span, memory))
+
+    def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
+        """Judges orders with split backwards, and keeps them as a draft if they are among the best."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
         value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
         if fits and value not in (draft.value for draft in self.drafts):
             drafts = [*self.drafts, _Draft(value, space, family, packed)]
             self.drafts = sorted(drafts, key=lambda draft: draft.value)[:_DRAFTS]
-        return value
+        return value, fits
 
     def _judge(
         self, space: Space, family: str, origin: Origin, orders: Plan | tuple[Problem, Packed], replayed: Replay
