@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipex import errors as errors
     from pipex.errors import PipexError as PipexError
+    from pipex.partition import profile_layers as profile_layers
     from pipex.partition import split_model as split_model
     from pipex.plan import build as build
+    from pipex.plan.layer_costs import LayerCosts as LayerCosts
     from pipex.plan.search import search as search
     from pipex.runtime.launch import launch as launch
     from pipex.runtime.pipeline import Pipeline as Pipeline
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "LayerCosts": "pipex.plan.layer_costs",
     "Pipeline": "pipex.runtime.pipeline",
     "PipexError": "pipex.errors",
     "build": "pipex.plan",
     "current_world": "pipex.runtime.worlds",
     "launch": "pipex.runtime.launch",
+    "profile_layers": "pipex.partition",
     "search": "pipex.plan.search",
     "split_model": "pipex.partition",
 }

@@ -85,8 +85,8 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
 
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
-        "Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch", "search",
-        "split_model",
+        "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch",
+        "profile_layers", "search", "split_model",
     }  # fmt: skip
     for name in pipex.__all__:
         assert getattr(pipex, name) is not None

@@ -14,7 +14,9 @@ critical_path  what the makespan hangs on
 bounds         what no plan can beat
 list_scheduler plans by due dates, in Python and natively
 search         the best plan for given costs and memory
-layer_costs    what a model's layers cost; cut and chain: where to cut them
+layer_costs    what a model's layers cost
+chain, cut     where to cut them into stages, by time
+fit            the same judged by simulation, under memory limits
 view           pictures: text, a page for the browser, a Chrome trace
 interop        torch's CSV, Megatron-LM's layouts
 """

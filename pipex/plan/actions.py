@@ -36,6 +36,9 @@ class Kind(Enum):
     OVERLAP_F_B = "OVERLAP_F_B"
     """a forward and a backward run as one; the action's ``parts``"""
 
+    # Members are single objects. Enum's own hash is a Python function, a seventh of the time of proving a plan.
+    __hash__ = object.__hash__
+
 
 COMPUTE = frozenset({Kind.F, Kind.I, Kind.W, Kind.B})
 PER_STAGE = frozenset({Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE_GRAD})

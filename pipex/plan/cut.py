@@ -205,7 +205,7 @@ def _cut_chain_within(row: _Row, memory: MemoryUse) -> tuple[float, list[int]]:
 
 
 OVERHEAD = 10
-"""A look at a cut takes as long as at so many pieces, and the pieces that it has."""
+"""What a look at a cut takes besides its pieces, in pieces."""
 
 
 class _Search:
@@ -282,7 +282,8 @@ class _Search:
         return ends
 
     def recut_run(self, ends: list[int], first: int, last: int) -> list[int]:
-        """The same for the pieces first to last - 1, which stand on different ranks."""
+        """The same for the pieces first to last - 1, which stand on different ranks. (Under ``bidirectional`` a piece
+        has a second rank, whose other piece may change as well; whether the result is better is for ``key`` to say.)"""
         row, start = self.row, ends[first]
         loads = row.loads(ends)
         limit = max(loads)

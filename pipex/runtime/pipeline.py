@@ -86,8 +86,9 @@ class Pipeline:
                 "seed": seed,
                 "optimizer": str(optimizer is not None),
             }
-            agree(self.world, "Pipeline(...)", said)
             self.stages = as_stages(stages)
+            said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
+            agree(self.world, "Pipeline(...)", said)
             self._ties = tied.separate(self.stages)
             placement, rank = plan.placement, self.world.rank
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]

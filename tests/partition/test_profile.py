@@ -230,9 +230,9 @@ def test_an_input_that_a_layer_ignores_has_a_gradient_of_zeros() -> None:
         def forward(self, x: Tensor, carry: Tensor) -> Tensor:
             return x * 2
 
-    model = nn.Sequential(Pair(4), Ignore(), nn.Linear(4, 1))
-    costs = profile_layers(model, (torch.randn(2, 4), torch.randn(2, 4).requires_grad_()), 0, mean, passes=1)
-    assert costs.layers[0].deferred == 64
+    model = nn.Sequential(Pair(4), Pair(4), Ignore(), nn.Linear(4, 1))
+    costs = profile_layers(model, (torch.randn(2, 4), torch.randn(2, 4)), 0, mean, passes=1)
+    assert [layer.deferred for layer in costs.layers] == [64, 64, 0, 32 + 8]
 
 
 def test_tuples_are_passed_on_and_come_back_as_gradients(ticks: Ticks) -> None:

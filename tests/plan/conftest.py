@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
 
+from pipex.errors import PlanError
 from pipex.plan.actions import Action, Kind
+from pipex.plan.families import FAMILIES, build
 from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 
@@ -46,21 +49,29 @@ class Explorer:
                     todo.append(after)
 
     def _program(self, rank: int) -> list[Step]:
-        place, last = self.plan.placement.rank_of, self.plan.placement.stages - 1
         steps: list[Step] = []
-        for stage, kind, microbatch, _ in self.plan.orders[rank]:
-            if kind is Kind.F:
-                source, destination, name = stage - 1, stage + 1, "activation"
-            elif kind in (Kind.I, Kind.B):
-                source, destination, name = stage + 1, stage - 1, "gradient"
-            else:
-                source = destination = -1
-            if 0 <= source <= last and place(source) != rank:
-                steps.append(("receive", Edge(source, stage, name), microbatch))
-            steps.append(("compute", None, microbatch))
-            if 0 <= destination <= last and place(destination) != rank:
-                steps.append(("send", Edge(stage, destination, name), microbatch))
+        for action in self.plan.orders[rank]:
+            receives: list[Step] = []
+            sends: list[Step] = []
+            for stage, kind, microbatch, _ in action.parts or (action,):
+                if kind is Kind.W:
+                    continue
+                name, ahead = ("activation", 1) if kind is Kind.F else ("gradient", -1)
+                if self._is_edge(stage - ahead, stage):
+                    receives.append(("receive", Edge(stage - ahead, stage, name), microbatch))  # type: ignore[arg-type]
+                if self._is_edge(stage, stage + ahead):
+                    sends.append(("send", Edge(stage, stage + ahead, name), microbatch))  # type: ignore[arg-type]
+            steps += [*receives, ("compute", None, action.microbatch), *sends]
         return steps
+
+    def _is_edge(self, source: int, destination: int) -> bool:
+        placement = self.plan.placement
+        first = max(source, destination)
+        if min(source, destination) < 0 or first >= placement.stages:
+            return False
+        if placement.name == "bidirectional" and first == placement.ranks:
+            return False  # the other pipe begins here
+        return placement.rank_of(source) != placement.rank_of(destination)
 
     def _can_go(self, state: tuple[int, ...], rank: int) -> bool:
         if state[rank] == len(self.programs[rank]):
@@ -109,6 +120,24 @@ def random_plan(seed: int) -> Plan:
         done[action.stage, "I" if action.kind is Kind.B else action.kind.value] += 1
     peaks = (microbatches * chunks,) * placement.ranks
     return Plan("random", placement, microbatches, tuple(map(tuple, orders)), peaks)
+
+
+def legal(family: str, ranks: int, microbatches: int) -> Plan | None:
+    """The family's plan; None where it has none of this size."""
+    try:
+        return build(family, ranks, microbatches)
+    except PlanError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def small_plans() -> list[Plan]:
+    """Of every family the plans that are small enough to visit all their states."""
+    sizes = [(1, 2), (2, 1), (2, 2), (2, 4), (2, 6), (3, 2), (3, 4), (4, 2)]
+    plans = [plan for family in FAMILIES for size in sizes if (plan := legal(family, *size))]
+    small = [plan for plan in plans if math.prod(map(len, plan.orders)) <= 2000]
+    assert {plan.family for plan in small} == set(FAMILIES)
+    return small
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,6 @@ def test_one_stage_per_rank_gets_the_best_of_all_cuts(data: st.DataObject) -> No
 
 @given(st.data())
 def test_of_the_best_cuts_the_most_even_one_is_taken(data: st.DataObject) -> None:
-    """Four stages or more: with fewer, the cut with the smallest largest block so far is always the most even too."""
     stages = data.draw(st.integers(4, 6))
     times = data.draw(st.lists(st.integers(0, 9), min_size=stages, max_size=10))
     every = [slow_loads(times, Placement("loop", stages), counts) for counts in every_cut(len(times), stages)]
@@ -78,14 +77,9 @@ def test_of_the_best_cuts_the_most_even_one_is_taken(data: st.DataObject) -> Non
     assert (max(found), sum(x * x for x in found)) == (largest, squares)
 
 
-def test_an_early_block_may_be_larger_where_a_later_one_is_larger_still() -> None:
-    for seed in range(200):
-        rng = random.Random(seed)
-        times = [rng.randint(1, 6) for _ in range(9)] + [12]
-        every = [slow_loads(times, Placement("loop", 4), counts) for counts in every_cut(10, 4)]
-        largest = min(map(max, every))
-        found = slow_loads(times, Placement("loop", 4), cut(times, Placement("loop", 4)).counts)
-        assert sum(x * x for x in found) == min(sum(x * x for x in row) for row in every if max(row) == largest)
+def test_an_early_block_may_be_large_where_a_later_one_is_larger_still() -> None:
+    """Squares 369; a search that always prefers the smallest largest block so far ends at 1, 2, 2, 2, 1 with 371."""
+    assert cut([4, 6, 1, 5, 4, 4, 5, 12], Placement("loop", 5)).counts == (2, 2, 2, 1, 1)
 
 
 @pytest.mark.parametrize("placement", SEVERAL, ids=str)
@@ -158,9 +152,9 @@ def test_the_same_layers_are_always_cut_alike() -> None:
     """On every rank of a run: the search ends at its budget here, without a proof, after many random moves."""
     rng = random.Random(0)
     times = [rng.uniform(0.7, 1.3) for _ in range(128)]
-    first, second = (cut(times, Placement("loop", 8, 4)) for _ in range(2))
+    first, second = (list(cuts(times, Placement("loop", 8, 4))) for _ in range(2))
     assert first == second
-    assert first.bottleneck > first.bound
+    assert first[1].bottleneck > first[1].bound
 
 
 def test_pieces_are_as_equal_as_the_slack_allows() -> None:

@@ -181,8 +181,8 @@ def test_every_plan_runs_with_its_slots_and_holds_what_the_paper_says(family: st
             assert max(held) == max(published), plan.to_text()
         elif family not in ENOUGH or plan.microbatches >= ENOUGH[family](ranks):
             assert list(held) == published, plan.to_text()
-        if cell % 3 == 0:  # one edge of every third plan; the next test has fewer plans, and the long one all of both
-            edge = plan.edges[cell // 3 % len(plan.edges)] if plan.edges else None
+        if cell % 5 == 0:  # one edge of every fifth plan; the next test has fewer plans, and the long one all of both
+            edge = plan.edges[cell // 5 % len(plan.edges)] if plan.edges else None
             if edge and slots[edge]:
                 refused_with_a_slot_less(plan, programs_of(plan), slots, edge)
 

@@ -135,6 +135,19 @@ def test_layouts_larger_than_any_model_are_refused_before_they_are_built(text: s
         Layout.from_text(text, 1)
 
 
+@pytest.mark.parametrize("text", ["Et*0L", "E*", "E(tt)L"])
+def test_a_bad_number_is_called_one(text: str) -> None:
+    with pytest.raises(PlanSyntaxError, match=r"needed '\*' and a number, at least 1"):
+        Layout.from_text(text, 1)
+
+
+def test_every_layer_and_stage_counts_once_for_the_limit() -> None:
+    layers = "t" * 30_000
+    assert Layout.from_text(f"E({layers})*3|*9997L", 1).counts == [90_001, *[0] * 9996, 1]  # 99,999 in all
+    with pytest.raises(PlanSyntaxError, match=f"at column {len(layers) + 4}; .* at most 100000 layers"):
+        Layout.from_text(f"E({layers})*4L", 1)
+
+
 @pytest.mark.parametrize("text", ["t" * 100_001, "," * 100_001, "(" * 10**7])
 def test_a_text_longer_than_any_layout_is_refused_unread(text: str) -> None:
     with pytest.raises(

@@ -136,6 +136,8 @@ def disagree(what: str) -> None:
         pipeline("1f1b" if rank else "gpipe")
     elif what == "micro-batches":
         pipeline(microbatches=2 + rank)
+    elif what == "layers per stage":
+        pipex.Pipeline(pipex.split_model(layers(), 2, [2 + rank, 3 - rank]), pipex.build("1f1b", 2, 2), LOSS)
     elif what == "clip_norm":
         pipeline(clip_norm=None if rank else 1.0)
     else:
@@ -149,6 +151,7 @@ def disagree(what: str) -> None:
     [
         ("plan", ("gpipe", "1f1b")),
         ("micro-batches", ("2 on rank 0", "3 on rank 1")),
+        ("layers per stage", ("[2, 3] on rank 0", "[3, 2] on rank 1")),
         ("clip_norm", ("1.0 on rank 0", "None on rank 1")),
         ("dtype", ("float32", "float64")),
         ("samples", ("[8, 6]", "[7, 6]")),
@@ -202,7 +205,7 @@ def solo(loss: Any) -> pipex.Pipeline:
         (lambda: pipex.Pipeline([layers()], pipex.build("1f1b", 2, 2), LOSS), "a plan for 2"),
         (lambda: pipex.Pipeline([layers(), layers()], pipex.build("1f1b", 1, 2), LOSS), "got 2 stages"),
         (lambda: pipex.build("1f1b", 2, 0), "too few micro-batches"),
-        (lambda: pipex.build("2f2b", 2, 1), "naive, gpipe, 1f1b, zb-h1"),
+        (lambda: pipex.build("2f2b", 2, 1), "needed one of naive, gpipe, 1f1b, interleaved"),
         (lambda: pipex.launch(everywhere, 0), "got 0"),
     ],
 )  # fmt: skip

@@ -36,6 +36,9 @@ _TRIALS_PER_EVALUATION = 40
 _ACTIONS_PER_ROUND = 30_000_000
 """Trials of a round of improvement, times the actions: several short rounds find more than a long one."""
 
+_PATIENCE = 16
+"""Rules are varied for at most so many times as long as a round of improvement that found nothing."""
+
 _DRAFTS = 6
 """Orders that are under improvement at a time."""
 
@@ -139,11 +142,7 @@ class _Search:
         self._try_portfolio()
         self._vary_rules(self.most_evaluations // 3)
         self._try_published()
-        before = -1
-        while self.evaluations > before:
-            before = self.evaluations
-            self._improve_draft()
-            self._vary_rules(2 * self.evaluations - before)
+        self._refine()
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
@@ -208,22 +207,34 @@ class _Search:
             value, _ = self._judge_packed(space, space.family, origin, packed)
             space.pool.add(Tried(value, rule, medians))
 
-    def _improve_draft(self) -> None:
-        """One round for one of the drafts, whose place the result takes."""
+    def _refine(self) -> None:
+        """Improves drafts and varies rules in turn, rules for as long as drafts; for longer and longer while improving
+        finds nothing, which is often so where the memory is ample."""
+        before, patience = -1, 1
+        while self.evaluations > before:
+            before = self.evaluations
+            found = self._improve_draft()
+            patience = 1 if found else min(2 * patience, _PATIENCE)
+            self._vary_rules(self.evaluations + patience * (self.evaluations - before))
+
+    def _improve_draft(self) -> bool:
+        """One round for one of the drafts, whose place the result takes; whether it is better."""
         drafts = [draft for draft in self.drafts if self._may_win(draft.space)]
         if not drafts:
-            return
+            return False
         draft = drafts[biased(len(drafts), self.random)]
         problem = draft.space.problem
         actions = 3 * problem.placement.stages * problem.microbatches
         left = (self.most_evaluations - self.evaluations) * _TRIALS_PER_EVALUATION
         trials = min(left, _TRIALS_PER_EVALUATION + _ACTIONS_PER_ROUND // actions)
-        if trials and self._begin(-(-trials // _TRIALS_PER_EVALUATION)):
-            seed = self.random.getrandbits(64)
-            packed = improve(problem, draft.packed, seed=seed, trials=trials, objective=self.objective)
-            if packed != draft.packed:
-                self.drafts.remove(draft)
-                self._judge_packed(draft.space, draft.family, "improved", packed)
+        if not trials or not self._begin(-(-trials // _TRIALS_PER_EVALUATION)):
+            return False
+        seed = self.random.getrandbits(64)
+        packed = improve(problem, draft.packed, seed=seed, trials=trials, objective=self.objective)
+        value, _ = self._judge_packed(draft.space, draft.family, "improved", packed)
+        if value < draft.value:
+            self.drafts.remove(draft)
+        return value < draft.value
 
     def _try_published(self) -> None:
         for plan in published(self.spaces, self.limit, self.families, self._may_win):
