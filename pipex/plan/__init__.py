@@ -29,7 +29,7 @@ from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Orders, Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
 from pipex.plan.validator import validate
-from pipex.plan.view import chrome_trace, html_page, measured_costs, plan_view, simulation_view
+from pipex.plan.view.text import plan_view, simulation_view
 
 __all__ = [
     "FAMILIES",
@@ -46,10 +46,7 @@ __all__ = [
     "TimedAction",
     "alive",
     "build",
-    "chrome_trace",
     "communicate",
-    "html_page",
-    "measured_costs",
     "options_of",
     "parse_action",
     "plan_view",

@@ -77,7 +77,7 @@ def test_a_plain_report_for_people(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "2f2b"], "naive, gpipe, 1f1b, zb-h1"),
+        (["--schedule", "2f2b"], "naive, gpipe, 1f1b, interleaved, "),
         (["--microbatches", "0"], "at least 1"),
         (["--batch", "4", "--microbatches", "8"], "--batch 4 for --microbatches 8"),
         (["--ranks", "9", "--layers", "2"], "9 stages"),

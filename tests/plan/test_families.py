@@ -14,7 +14,7 @@ from pipex.errors import PlanError
 from pipex.plan.actions import Kind
 from pipex.plan.families import FAMILIES, build, options_of
 from pipex.plan.plan import Plan
-from pipex.plan.view import plan_view
+from pipex.plan.view.text import plan_view
 
 # Cells without a stage are of the rank's only one.
 TABLES: list[tuple[str, int, int, dict[str, int], str]] = [

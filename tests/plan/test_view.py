@@ -11,7 +11,7 @@ from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
 from pipex.plan.simulator import simulate
 from pipex.plan.validator import validate
-from pipex.plan.view import plan_view, simulation_view
+from pipex.plan.view.text import plan_view, simulation_view
 
 
 def test_a_plan_is_drawn_with_unit_times() -> None:

@@ -16,7 +16,7 @@ from pipex.plan.families import FAMILIES, build
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import simulate
-from pipex.plan.view import chrome_trace
+from pipex.plan.view.chrome import chrome_trace
 
 KEYS = {
     "M": {"ph", "name", "pid", "args"},

@@ -19,7 +19,7 @@ from pipex.plan.costs import Costs
 from pipex.plan.critical_path import critical_path
 from pipex.plan.families import FAMILIES, build
 from pipex.plan.simulator import simulate
-from pipex.plan.view import html_page
+from pipex.plan.view.html import html_page
 
 VOID = {"meta"}
 

@@ -14,7 +14,9 @@ from pipex.cli.plans.sizes import add_costs, add_json, costs_of, memory_of
 from pipex.errors import InputError
 from pipex.observe import measure, read_trace
 from pipex.plan import bounds, simulation_view
-from pipex.plan.view import chrome_trace, html_page, measured_costs
+from pipex.plan.view.chrome import chrome_trace
+from pipex.plan.view.html import html_page
+from pipex.plan.view.measured import measured_costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

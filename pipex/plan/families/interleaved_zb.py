@@ -20,7 +20,6 @@ from pipex.plan.actions import Action, Kind
 from pipex.plan.costs import CostModel, RankCosts
 from pipex.plan.families.interleaved import in_groups, legal_groups
 from pipex.plan.families.one_f_one_b import three_phases
-from pipex.plan.families.planned import planned
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 
@@ -47,6 +46,8 @@ def interleaved_zb(
     plan = published(ranks, microbatches, chunks)
     if costs is None and memory is None:
         return plan
+    from pipex.plan.families.planned import planned  # costs time that most plans need not pay
+
     return planned(plan, RankCosts.of(ranks) if costs is None else costs, memory)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from pipex.plan.costs import CostModel, RankCosts
 from pipex.plan.families.phases import in_phases
-from pipex.plan.families.planned import planned
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 
@@ -42,6 +41,8 @@ def zbv(
     plan = published(ranks, microbatches)
     if costs is None and memory is None:
         return plan
+    from pipex.plan.families.planned import planned  # costs time that most plans need not pay
+
     return planned(plan, RankCosts.of(ranks) if costs is None else costs, memory)
 
 

@@ -213,9 +213,8 @@ class _Search:
         before, patience = -1, 1
         while self.evaluations > before:
             before = self.evaluations
-            found = self._improve_draft()
-            patience = 1 if found else min(2 * patience, _PATIENCE)
-            self._vary_rules(self.evaluations + patience * (self.evaluations - before))
+            patience = 0 if self._improve_draft() else min(max(1, 2 * patience), _PATIENCE)
+            self._vary_rules(self.evaluations + patience * max(1, self.evaluations - before))
 
     def _improve_draft(self) -> bool:
         """One round for one of the drafts, whose place the result takes; whether it is better."""
@@ -231,10 +230,11 @@ class _Search:
             return False
         seed = self.random.getrandbits(64)
         packed = improve(problem, draft.packed, seed=seed, trials=trials, objective=self.objective)
-        value, _ = self._judge_packed(draft.space, draft.family, "improved", packed)
-        if value < draft.value:
+        better = packed != draft.packed
+        if better:
             self.drafts.remove(draft)
-        return value < draft.value
+            self._judge_packed(draft.space, draft.family, "improved", packed)
+        return better
 
     def _try_published(self) -> None:
         for plan in published(self.spaces, self.limit, self.families, self._may_win):

@@ -6,10 +6,3 @@ chrome    a trace file for Perfetto or chrome://tracing
 course    what all of them read off a simulated step: messages, who waited for whom, memory over time
 measured  one step of a real run, laid beside the plan
 """
-
-from pipex.plan.view.chrome import chrome_trace
-from pipex.plan.view.html import html_page
-from pipex.plan.view.measured import measured_costs
-from pipex.plan.view.text import plan_view, simulation_view
-
-__all__ = ["chrome_trace", "html_page", "measured_costs", "plan_view", "simulation_view"]
