@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipex import errors as errors
+    from pipex import plan as plan
     from pipex.errors import PipexError as PipexError
     from pipex.partition import profile_layers as profile_layers
     from pipex.partition import split_model as split_model
@@ -39,12 +40,14 @@ _HOME = {
     "split_model": "pipex.partition",
 }
 
-__all__ = [*_HOME, "__version__", "errors"]
+_MODULES = ("errors", "plan")
+
+__all__ = [*_HOME, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "errors":
-        return importlib.import_module("pipex.errors")
+    if name in _MODULES:
+        return importlib.import_module(f"pipex.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pipex' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

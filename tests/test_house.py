@@ -86,10 +86,12 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
         "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch",
-        "profile_layers", "search", "split_model",
+        "plan", "profile_layers", "search", "split_model",
     }  # fmt: skip
     for name in pipex.__all__:
         assert getattr(pipex, name) is not None
+    code = "import pipex; pipex.plan.RankCosts.of(2); pipex.errors.PipexError"
+    subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pipex.nothing  # noqa: B018
 

@@ -35,7 +35,7 @@ def layer_counts(layers: Sequence[nn.Module], where: int | Plan, balance: Balanc
         return uniform(len(layers), stages)
     if balance == "parameters":
         return by_parameters(layers, stages)
-    if isinstance(balance, str):
+    if isinstance(balance, str) or not hasattr(balance, "__len__"):
         known = "'uniform', 'parameters', 'profile', layer costs or a list of counts"
         raise InputError("unknown balance", got=repr(balance), needed=known)
     counts = list(balance)

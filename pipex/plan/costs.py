@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Protocol
 
 from pipex.errors import InputError
@@ -186,5 +185,6 @@ class RankCosts:
 
 
 def _check_cost(name: str, value: float) -> None:
-    if not (isfinite(value) and value >= 0):
-        raise InputError(f"bad cost: {name}", got=value, needed="a finite number, at least 0")
+    # Far from the ends of the floats, so that no sum and no ratio of costs overflows.
+    if not (value == 0 or 1e-100 <= value <= 1e100):
+        raise InputError(f"bad cost: {name}", got=value, needed="0, or a number from 1e-100 to 1e100")

@@ -128,6 +128,21 @@ class Plan:
         return plan
 
 
+MAX_WORK = 1 << 20
+"""Most micro-batches times stages of a plan that is built: some three million actions."""
+
+
+def check_size(ranks: int, chunks: int, microbatches: int) -> None:
+    """Refuses a plan that no machine would hold before any of it is made.
+
+    Raises:
+        PlanError: there are more than ``MAX_WORK`` micro-batches on stages.
+    """
+    if ranks * chunks * microbatches > MAX_WORK:
+        got = f"{microbatches} micro-batches on {ranks} ranks with {chunks} chunks each"
+        raise PlanError("the plan is too large", got=got, needed=f"a product of at most {MAX_WORK}")
+
+
 MAX_TEXT = 1 << 24
 """Longest text of a plan, in characters: some two million actions. A longer one is refused unread."""
 

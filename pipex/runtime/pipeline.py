@@ -266,11 +266,7 @@ class Pipeline:
 
     def _check_arguments(self, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
         placement = self.plan.placement
-        if len(placement.pipes) > 1 or self.plan.update in ("microbatch", "delayed"):
-            what = "two copies of the model" if len(placement.pipes) > 1 else "older versions of the weights"
-            raise InputError(f"{self.plan.family} can be planned and simulated, but not run", got=f"a plan with {what}",
-                             needed="one copy of the weights", fix="run a synchronous schedule of one pipe, such as "
-                             "interleaved-zb or zbv")  # fmt: skip
+        check_runnable(self.plan)
         if placement.ranks != self.world.ranks:
             raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
                              needed=f"{self.world.ranks}, as launched")  # fmt: skip
@@ -310,6 +306,19 @@ class Pipeline:
     def _done(self, begin: int, step: int, phase: Phase) -> None:
         if self._observer is not None:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
+
+
+def check_runnable(plan: Plan) -> None:
+    """Raises InputError for a plan that needs more than one copy or version of the weights."""
+    copies = len(plan.placement.pipes) > 1
+    if copies or plan.update in ("microbatch", "delayed"):
+        what = "two copies of the model" if copies else "older versions of the weights"
+        raise InputError(
+            f"{plan.family} can be planned and simulated, but not run",
+            got=f"a plan with {what}",
+            needed="one copy of the weights",
+            fix="run a synchronous schedule of one pipe, such as interleaved-zb or zbv",
+        )
 
 
 def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:

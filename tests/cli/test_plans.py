@@ -127,6 +127,9 @@ def test_a_written_plan_is_viewed(pipex: Any, tmp_path: Path, name: str) -> None
             "1f1b has no option group; needed one of war",
         ),
         (["schedule", "1f1b", "-p", "2", "-m", "2", "--set", "warmup=x"], "bad option warmup; got 'x'; needed a whole"),
+        (["schedule", "zbv", "-p", "2", "-m", "2", "--set", "costs=3"], "cannot --set costs; give -v, --f"),
+        (["schedule", "gpipe", "-p", "1000000", "-m", "1000000"], "the plan is too large; got 1000000 micro-batches"),
+        (["schedule", "gpipe", "-p", "9" * 20, "-m", "1"], "the plan is too large"),
         (["view", "/nowhere/a.plan"], "cannot read /nowhere/a.plan; got No such file"),
         (
             ["schedule", "1f1b", "-p", "2", "-m", "2", "--out", "/nowhere/a"],
@@ -179,7 +182,10 @@ def test_a_search_keeps_the_memory_and_says_how_far_it_is_from_the_bound(pipex: 
     ("arguments", "message"),
     [
         (["--families", "2f2b"], "unknown schedule; got '2f2b'"),
-        (["--max-chunks", "0"], "too few chunks; got 0; needed at least 1"),
+        (["--max-chunks", "0"], "--max-chunks is out of range; got 0; needed at least 1"),
+        (["--seconds", "nan"], "--seconds is out of range; got nan"),
+        (["--max-chunks", "999999999"], "the plan is too large; got 8 micro-batches on 4 ranks with 999999999 chunks"),
+        (["--f", "1e308"], "bad cost: forward, number 0; got 1e+308"),
         (["--evaluations", "0"], "too few evaluations; got 0; needed at least 1"),
         (["--memory", "0.5"], "memory"),
     ],
@@ -189,3 +195,9 @@ def test_a_search_that_cannot_be_made_says_why(pipex: Any, arguments: list[str],
     said = pipex("plan", "-p", "4", "-m", "8", *arguments, code=1)
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_work_that_takes_no_time_is_no_mistake(pipex: Any) -> None:
+    nothing = ("plan", "-p", "2", "-m", "2", "--f", "0", "--i", "0", "--w", "0", "--evaluations", "30")
+    assert "0.00% above the bound" in pipex(*nothing)
+    assert last_line(pipex(*nothing, "--json"))["distance"] == 0

@@ -37,13 +37,14 @@ def bubble(result: SearchResult, last: float = 1.0) -> float:
 @pytest.mark.parametrize(
     ("ranks", "microbatches", "memory", "families", "evaluations", "most"),
     [
-        (8, 32, 8, ["zbv"], None, 0.04425),
-        (8, 32, 8, None, None, 0.034),
-        (16, 64, 16, ["zbv"], 700, 0.048),
-        (16, 64, 16, None, 250, 0.033),
-        (32, 256, 32, ["interleaved-zb"], 60, 0.018),
-        (8, 32, 6, None, None, 0.070),
-        (4, 8, 4, ["zbv"], None, 0.07345),
+        (8, 32, 8, ["zbv"], 1000, 0.04425),
+        (8, 32, 8, None, 1000, 0.030),
+        (16, 64, 16, ["zbv"], 200, 0.04725),
+        (16, 64, 16, None, 200, 0.033),
+        (32, 256, 32, ["zbv"], 20, 0.026),
+        (32, 256, 32, ["interleaved-zb"], 15, 0.018),
+        (8, 32, 6, None, 1000, 0.070),
+        (4, 8, 4, ["zbv"], 1000, 0.07345),
     ],
 )
 def test_makespan_bubbles_come_close_to_the_best_known(

@@ -11,12 +11,17 @@ from typing import Any
 from pipex.cli.plans.figures import figures
 from pipex.cli.plans.files import write_plan
 from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_sizes, costs_of, memory_of
+from pipex.errors import InputError
 from pipex.plan import simulation_view, validate
+from pipex.plan.plan import check_size
 from pipex.plan.search import Candidate, search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
+    parser.description = (
+        "Search the best plan for given costs and memory. Without --memory a rank may hold P micro-batches, as in 1f1b."
+    )
     add_sizes(parser)
     parser.add_argument("--max-chunks", type=int, default=4, metavar="V", help="at most V stages per rank (default 4)")
     parser.add_argument(
@@ -36,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Searches, proves and draws the plan."""
     check_sizes(options)
+    if options.max_chunks < 1:
+        raise InputError("--max-chunks is out of range", got=options.max_chunks, needed="at least 1")
+    if options.seconds is not None and not options.seconds > 0:
+        raise InputError("--seconds is out of range", got=options.seconds, needed="a number above 0")
+    check_size(options.ranks, options.max_chunks, options.microbatches)
     costs, limit = costs_of(options, options.ranks), memory_of(options, options.ranks)
     if limit is None:
         limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
@@ -52,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     found, simulation = figures(result.plan, costs, limit=limit, seconds=seconds, plan_file=options.out)
     # What no plan on any of the placements searched can beat, not only on the best one's.
     found |= {
-        f"bound_{options.objective}": result.bound.value,
-        "distance": result.distance,
+        f"bound_{options.objective}": min(result.bound.value, found[options.objective]),
+        "distance": max(0.0, result.distance),
         "origin": result.best.origin,
         "evaluations": result.evaluations,
         "capped": result.capped,
@@ -68,9 +78,10 @@ def run(options: argparse.Namespace) -> int:
         f"{_name(best)}, the best of {result.evaluations} orders in {seconds:.1f} s"
         f"{'; --seconds ended the search' if result.capped else ''}"
     )
-    print(f"{result.distance:.2%} above the bound on the {options.objective}, {bound.value:g}: {bound.reason}")
+    print(f"{found['distance']:.2%} above the bound on the {options.objective}, {bound.value:g}: {bound.reason}")
+    least = getattr(best, options.objective)
     for other in result.runners_up[:5]:
-        more = getattr(other, options.objective) / getattr(best, options.objective) - 1
+        more = getattr(other, options.objective) / least - 1 if least else 0.0
         print(f"    {more:+7.2%}  {_name(other)}")
     return 0
 

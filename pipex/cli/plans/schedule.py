@@ -63,4 +63,6 @@ def _setting(text: str) -> tuple[str, int | str]:
     name, sign, value = text.partition("=")
     if not (name and sign and value):
         raise InputError("cannot read --set", got=repr(text), needed="NAME=VALUE, as in group=4")
+    if name in ("chunks", "costs", "memory"):
+        raise InputError(f"cannot --set {name}", fix="give -v, --f, --i, --w, --hop or --memory")
     return name, int(value) if value.isdecimal() else value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipex.errors import InputError
 from pipex.plan import RankCosts
+from pipex.plan.plan import check_size
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def check_sizes(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name} is out of range", got=value, needed="at least 1")
+    check_size(options.ranks, getattr(options, "chunks", None) or 1, options.microbatches)
 
 
 def costs_of(options: argparse.Namespace, ranks: int) -> RankCosts:

@@ -25,6 +25,7 @@ def run(namespace: argparse.Namespace) -> int:
     from pipex.cli.train.data import load_bytes
     from pipex.cli.train.job import build_plan, build_stages, check_resume
     from pipex.runtime.launch import launch
+    from pipex.runtime.pipeline import check_runnable
     from pipex.runtime.worlds import under_torchrun
 
     # What is wrong with the arguments is said once, here, before any rank is started.
@@ -32,7 +33,9 @@ def run(namespace: argparse.Namespace) -> int:
     text = load_bytes(options.paths)
     text.batch(0, 1, options.context, options.seed)
     options.check_outputs()
-    check_resume(options, build_stages(options, build_plan(options, ranks).placement.stages))
+    plan = build_plan(options, ranks)
+    check_runnable(plan)
+    check_resume(options, build_stages(options, plan.placement.stages))
     results = launch(_rank, ranks, args=(options, text), timeout=options.timeout)
     return max(int(result) for result in results if result is not None)
 

@@ -26,6 +26,7 @@ def numbers(
     result = {
         "schedule": plan.family,
         "ranks": plan.placement.ranks,
+        "chunks": plan.placement.chunks,
         "microbatches": plan.microbatches,
         "steps": len(outcome.losses),
         "loss_first": outcome.losses[0],
@@ -65,7 +66,8 @@ def text(result: dict[str, Any], figures: Figures, different: list[str] | None) 
             f"message           {result['p2p_us_p50']:.0f} µs in the median, "
             f"{result['p2p_us_p99']:.0f} µs at the 99th percentile"
         )
-    lines.append(f"activations held  {', '.join(map(str, result['peak_activations']))} micro-batches at most, per rank")
+    held = ", ".join(f"{peak / result['chunks']:g}" for peak in result["peak_activations"])
+    lines.append(f"activations held  {held} micro-batches at most, per rank")
     if different is not None:
         lines.append(
             "one process       identical, bit for bit" if not different

@@ -30,7 +30,7 @@ from pipex.plan.families.zb_auto import zb_auto
 from pipex.plan.families.zb_h1 import zb_h1
 from pipex.plan.families.zb_h2 import zb_h2
 from pipex.plan.families.zbv import zbv
-from pipex.plan.plan import Plan
+from pipex.plan.plan import Plan, check_size
 
 FAMILIES: dict[str, Callable[..., Plan]] = {
     "naive": naive,
@@ -82,6 +82,8 @@ def build(name: str, ranks: int, microbatches: int, **options: object) -> Plan:
         raise PlanError(f"too few ranks for {name}", got=ranks, needed="at least 1")
     if microbatches < 1:
         raise PlanError(f"too few micro-batches for {name}", got=microbatches, needed="at least 1")
+    given = options.get("chunks")
+    check_size(ranks, given if isinstance(given, int) else 1, microbatches)
     options = {option: value for option, value in options.items() if value is not None}
     chunks = None if "chunks" in known else options.pop("chunks", None)
     if unknown := [option for option in options if option not in known]:

@@ -13,13 +13,13 @@ from pipex.plan.actions import Kind
 from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
 from pipex.plan.families import FAMILIES, options_of
-from pipex.plan.list_scheduler import PORTFOLIO, Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
+from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
 from pipex.plan.search.published import ONLY_BY_NAME, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
-from pipex.plan.search.rules import Tried, biased, varied
+from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
@@ -28,13 +28,16 @@ _ACTIONS = 10_000_000
 """So many actions are planned by default, in all evaluations together: a second or two in the native list scheduler."""
 
 _AT_LEAST = 60
-"""Evaluations by default however long one is: the portfolio, the published orders, and a few more."""
+"""Evaluations by default however long one is: the rules to begin with, the published orders, and a few more."""
 
 _TRIALS_PER_EVALUATION = 40
 """So many small changes take as long as to plan and judge all orders once."""
 
-_ACTIONS_PER_ROUND = 30_000_000
+_ACTIONS_PER_ROUND = 10_000_000
 """Trials of a round of improvement, times the actions: several short rounds find more than a long one."""
+
+_FIRST = 1500
+"""Evaluations before anything is improved. From thrice as many on, more evaluations only go on where fewer ended."""
 
 _PATIENCE = 16
 """Rules are varied for at most so many times as long as a round of improvement that found nothing."""
@@ -139,8 +142,8 @@ class _Search:
         self.drafts: list[_Draft] = []
 
     def run(self) -> SearchResult:
-        self._try_portfolio()
-        self._vary_rules(self.most_evaluations // 3)
+        self._try_starts()
+        self._vary_rules(min(self.most_evaluations // 3, _FIRST))
         self._try_published()
         self._refine()
         if not self.best:
@@ -175,10 +178,10 @@ class _Search:
         rounding = 3 * space.placement.stages * space.microbatches
         return bound + rounding < min(key[0] for key, _ in self.best.values())
 
-    def _try_portfolio(self) -> None:
+    def _try_starts(self) -> None:
         """On the placements with the lowest bounds first, for those who do not wait for the end."""
         for space in sorted(self.planned, key=lambda space: space.bound(self.objective).value):
-            for rule in PORTFOLIO[space.placement.name]:
+            for rule in STARTS[space.placement.name]:
                 for medians in (False, True) if space.median_problem else (False,):
                     if not self._begin():
                         return
@@ -208,13 +211,21 @@ class _Search:
             space.pool.add(Tried(value, rule, medians))
 
     def _refine(self) -> None:
-        """Improves drafts and varies rules in turn, rules for as long as drafts; for longer and longer while improving
-        finds nothing, which is often so where the memory is ample."""
-        before, patience = -1, 1
+        """Improves drafts until one gets no better; then varies rules for longer and longer before the next, and in the
+        end begins with new drafts, as other small changes of the same orders may lead further."""
+        before, patience = -1, 0
         while self.evaluations > before:
             before = self.evaluations
-            patience = 0 if self._improve_draft() else min(max(1, 2 * patience), _PATIENCE)
+            if self._improve_draft():
+                patience = 0
+                continue
+            patience = max(1, 2 * patience)
             self._vary_rules(self.evaluations + patience * max(1, self.evaluations - before))
+            if patience >= _PATIENCE:
+                self.drafts, patience = [], 0
+                for space, tried in [(s, t) for s in self.planned if self._may_win(s) for t in s.pool.kept]:
+                    if self._begin():
+                        self._plan(space, tried.rule, tried.medians)
 
     def _improve_draft(self) -> bool:
         """One round for one of the drafts, whose place the result takes; whether it is better."""

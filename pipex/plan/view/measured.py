@@ -118,7 +118,7 @@ def _idle_share(busy: float, total: float) -> float:
 
 
 def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: float) -> Costs:
-    """The plan's costs in seconds from a measured run of it, memory as in ``Costs.uniform``.
+    """The plan's costs in seconds from a measured run of it, memory in micro-batches of a whole rank.
 
     Args:
         action: time of one action by (kind, stage), as ``pipex.observe.Figures.action`` has it. A B whose parts were
@@ -133,12 +133,12 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
         if (kind.value, stage) not in action:
             raise InputError(f"no measured time of {kind.value} on stage {stage}", needed="a trace of this plan")
     stages = range(plan.placement.stages)
-    uniform = Costs.uniform(plan)
+    share = [1 / (plan.placement.chunks // len(plan.placement.pipes))] * plan.placement.stages
     return Costs(
         forward=[action.get(("F", s), 0.0) for s in stages],
         input_gradient=[action.get(("I", s), action.get(("B", s), 0.0)) for s in stages],
         weight_gradient=[action.get(("W", s), 0.0) for s in stages],
         hop=dict.fromkeys(plan.edges, hop),
-        activation=uniform.activation,
-        deferred=uniform.deferred,
+        activation=share,
+        deferred=share,
     )
