@@ -88,6 +88,8 @@ def search(
             raise InputError(f"too few {name}", got=value, needed="at least 1")
     if evaluations is not None and evaluations < 1:
         raise InputError("too few evaluations", got=evaluations, needed="at least 1")
+    if seconds is not None and not seconds >= 0:  # so that nan is refused too
+        raise InputError("bad number of seconds", got=seconds, needed="at least 0")
     names = tuple(family for family in FAMILIES if family not in ONLY_BY_NAME) if families is None else tuple(families)
     for name in names:
         options_of(name)
@@ -162,10 +164,11 @@ class _Search:
         )
 
     def _begin(self, evaluations: int = 1) -> bool:
-        """Whether so much may be done; counts it. The clock never ends a search that has found nothing."""
-        if self.evaluations + evaluations > self.most_evaluations or self.capped:
-            return False
-        self.capped = bool(self.best) and time.monotonic() >= self.deadline
+        """Whether so much may be done; counts it. Neither budget nor clock ends a search that has found nothing."""
+        if self.best:
+            if self.capped or self.evaluations + evaluations > self.most_evaluations:
+                return False
+            self.capped = time.monotonic() >= self.deadline
         self.evaluations += 0 if self.capped else evaluations
         return not self.capped
 

@@ -91,8 +91,8 @@ def varied(rule: Rule, rng: random.Random) -> Rule:
 
 # Found by varying rules in 150 random cells (3 to 32 ranks, 2 to 256 micro-batches, memory from half to twice that of
 # 1f1b, six ratios of F, I and W, hops up to a tenth of F, even and uneven ranks), and chosen together. In 80 other
-# cells those for the V leave half of the distance to the bound that the portfolio leaves. The last one of each is for a cell of
-# which much is known: 8 ranks and 32 micro-batches, 4 chunks and 8 of memory, or a V and 4 of memory.
+# cells those for the V leave half of the distance to the bound that the portfolio leaves. The last of each is for a
+# cell of which much is known: 8 ranks and 32 micro-batches, with 4 chunks and 8 of memory, or on a V with 4 of memory.
 STARTS: dict[PlacementName, tuple[Rule, ...]] = {
     "loop": (*PORTFOLIO["loop"], Rule(1348, 2575, 1270, 532, -7, 369, 654, 258, 859, _UNBOUND, 0)),
     "v": (
