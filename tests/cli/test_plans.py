@@ -12,6 +12,7 @@ import pytest
 
 from pipex.cli import main
 from pipex.plan import FAMILIES, Plan, build
+from pipex.plan.layer_costs import Layer, LayerCosts
 
 KEYS = {
     "family", "chunks", "makespan", "span", "bubble_makespan", "bubble_span", "bound_makespan", "peak_memory", "limit",
@@ -201,3 +202,23 @@ def test_work_that_takes_no_time_is_no_mistake(pipex: Any) -> None:
     nothing = ("plan", "-p", "2", "-m", "2", "--f", "0", "--i", "0", "--w", "0", "--evaluations", "30")
     assert "0.00% above the bound" in pipex(*nothing)
     assert last_line(pipex(*nothing, "--json"))["distance"] == 0
+
+
+def test_a_plan_for_measured_layers_is_priced_by_their_best_cut(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "layers.json"
+    heavy = Layer("head", 3.0, 3.0, 3.0, 8, 8, 0, 4)
+    LayerCosts((*(Layer(f"block {n}", 1.0, 1.0, 1.0, 8, 8, 0, 4) for n in range(3)), heavy)).write(file)
+    sizes = ("plan", "-p", "2", "-m", "4", "--layers", str(file), "--max-chunks", "1", "--evaluations", "30")
+    found = last_line(pipex(*sizes, "--json"))
+    assert found["limit"] is None
+    assert found["makespan"] >= 4 * 9 + 3  # three blocks, then the head
+    assert found["bound_makespan"] == 4 * 9 + 3
+    assert last_line(pipex(*sizes, "--memory", "64", "--json"))["limit"] == [64, 64]
+    assert "--layers excludes --f, --i, --w and --hop" in pipex(*sizes, "--f", "2", code=1)
+
+
+def test_a_plan_that_holds_more_than_the_memory_is_shown_with_a_word_about_it(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.plan"
+    pipex("schedule", "1f1b", "-p", "2", "-m", "4", "--out", str(file))
+    assert "rank 0 holds 2 at its peak, more than the 1 of --memory" in pipex("view", str(file), "--memory", "1")
+    assert "--memory" not in pipex("view", str(file), "--memory", "2")

@@ -88,6 +88,7 @@ def test_a_plain_report_for_people(tmp_path: Path) -> None:
         (["--save", "/proc/nowhere"], "cannot write --save /proc/nowhere"),
         (["--timeout", "inf"], "--timeout is out of range; got inf"),
         (["--seed", "-1"], "--seed is out of range"),
+        (["--plan", "a.plan", "--ranks", "4", "--schedule", "zb-h1"], "--plan excludes --ranks, --schedule"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(arguments: list[str], message: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 from pipex.cli.plans.figures import figures
 from pipex.cli.plans.files import write_plan
-from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_sizes, costs_of, memory_of
+from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_no_costs, check_sizes, costs_of, memory_of
 from pipex.errors import InputError
-from pipex.plan import simulation_view, validate
+from pipex.plan import CostModel, simulation_view, validate
+from pipex.plan.layer_costs import LayerCosts
 from pipex.plan.plan import check_size
 from pipex.plan.search import Candidate, search
 
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, metavar="T", help="begin no evaluation after so long")
     add_costs(parser)
+    parser.add_argument(
+        "--layers", metavar="FILE",
+        help="take the costs from what `pipex profile` measured, instead of --f, --i, --w and --hop: every placement "
+        "is priced for its best cut, times are in seconds, and --memory is in bytes (default then: no limit)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write the plan; FILE.csv in torch's format")
     add_json(parser)
 
@@ -46,9 +52,15 @@ def run(options: argparse.Namespace) -> int:
     if options.seconds is not None and not options.seconds > 0:
         raise InputError("--seconds is out of range", got=options.seconds, needed="a number above 0")
     check_size(options.ranks, options.max_chunks, options.microbatches)
-    costs, limit = costs_of(options, options.ranks), memory_of(options, options.ranks)
-    if limit is None:
-        limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
+    limit = memory_of(options, options.ranks)
+    costs: CostModel
+    if options.layers is not None:
+        check_no_costs(options, "--layers")
+        costs = LayerCosts.read(options.layers)
+    else:
+        costs = costs_of(options, options.ranks)
+        if limit is None:
+            limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
     begin = time.perf_counter()
     result = search(
         costs, limit, ranks=options.ranks, microbatches=options.microbatches, objective=options.objective,

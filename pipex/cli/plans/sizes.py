@@ -64,6 +64,12 @@ def costs_of(options: argparse.Namespace, ranks: int) -> RankCosts:
     return RankCosts.of(ranks, options.f, options.i, options.w, options.hop)
 
 
+def check_no_costs(options: argparse.Namespace, other: str) -> None:
+    """Raises InputError if a cost is given beside ``other``, the option that says them all."""
+    if (options.f, options.i, options.w, options.hop) != (1.0, 1.0, 1.0, 0.0):
+        raise InputError(f"{other} excludes --f, --i, --w and --hop", fix="its file says the costs")
+
+
 def memory_of(options: argparse.Namespace, ranks: int) -> tuple[float, ...] | None:
     """The memory limit per rank in micro-batches; None without one.
 

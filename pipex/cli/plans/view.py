@@ -10,8 +10,7 @@ from typing import Any
 
 from pipex.cli.plans.figures import figures
 from pipex.cli.plans.files import read_plan, write_text
-from pipex.cli.plans.sizes import add_costs, add_json, costs_of, memory_of
-from pipex.errors import InputError
+from pipex.cli.plans.sizes import add_costs, add_json, check_no_costs, costs_of, memory_of
 from pipex.observe import measure, read_trace
 from pipex.plan import bounds, simulation_view
 from pipex.plan.view.chrome import chrome_trace
@@ -38,8 +37,7 @@ def run(options: argparse.Namespace) -> int:
     limit = memory_of(options, plan.placement.ranks)
     trace: Any = None
     if options.trace is not None:
-        if (options.f, options.i, options.w, options.hop) != (1.0, 1.0, 1.0, 0.0):
-            raise InputError("--trace excludes --f, --i, --w and --hop", fix="the costs are those of the trace")
+        check_no_costs(options, "--trace")
         trace = read_trace(options.trace)
         measured = measure(trace)
         costs = measured_costs(plan, measured.action, median(measured.messages) if measured.messages else 0.0)
@@ -55,4 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(found))
     else:
         print(simulation_view(simulation, shutil.get_terminal_size().columns))
+        for rank, (peak, most) in enumerate(zip(simulation.peak_memory, limit or simulation.peak_memory, strict=True)):
+            if peak > most:
+                print(f"rank {rank} holds {peak:g} at its peak, more than the {most:g} of --memory")
     return 0

@@ -110,6 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("json", "print one JSON object as the last line on stdout")
 
 
+_OF_THE_PLAN = ("ranks", "schedule", "chunks", "microbatches")
+"""Options whose values stand in a plan's file."""
+
+
 class _Adder:
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._parser = parser
@@ -117,7 +121,12 @@ class _Adder:
 
     def __call__(self, name: str, text: str, metavar: str | None = None, kind: type | None = None) -> None:
         default = self._defaults[name]
-        if isinstance(default, bool):
+        if name in _OF_THE_PLAN:  # left out of the namespace unless given, so that --plan can exclude them
+            text = text if default is None else f"{text} (default: {default})"
+            kind = kind or type(default)
+            hint = {int: "N", str: "NAME"}[kind]
+            self._parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=hint, help=text)
+        elif isinstance(default, bool):
             self._parser.add_argument(f"--{name}", action="store_true", help=text)
         else:
             kind = kind or (str if default is None else type(default))
@@ -131,11 +140,12 @@ def read(namespace: argparse.Namespace) -> Options:
     Raises:
         InputError: a value is out of range, or the plan cannot be used.
     """
-    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(Options)}
+    names = [field.name for field in dataclasses.fields(Options)]
+    values = {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
     options = Options(**{**values, "paths": tuple(values["paths"])})
     if options.plan is not None:
-        if options.chunks is not None:
-            raise InputError("--chunks and --plan exclude each other", fix="the plan has its own number of chunks")
+        if given := [f"--{name}" for name in _OF_THE_PLAN if name in values]:
+            raise InputError(f"--plan excludes {', '.join(given)}", fix="the plan's file says these; leave them out")
         plan = read_plan(options.plan)
         options = dataclasses.replace(options, ranks=plan.placement.ranks, microbatches=plan.microbatches)
     options.check_values()

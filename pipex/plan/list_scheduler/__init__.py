@@ -30,7 +30,6 @@ __all__ = [
     "improve",
     "list_schedule",
     "pack",
-    "portfolio",
     "replay",
     "unpack",
 ]
