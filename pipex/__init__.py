@@ -5,6 +5,9 @@
     pipeline = pipex.Pipeline(stages, plan, loss_fn, optimizer=lambda ps: torch.optim.AdamW(ps))
     loss = pipeline.step(batch, target)
 
+    with pipex.drop_in():                  # or with torch.distributed.pipelining's own schedules
+        schedule.step(batch, target=target)
+
 Names are resolved on first use (PEP 562), so that planning does not import torch.
 """
 
@@ -16,6 +19,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipex import errors as errors
     from pipex import plan as plan
+    from pipex.backward.drop_in import drop_in as drop_in
+    from pipex.backward.stage_backward import stage_backward as stage_backward
+    from pipex.backward.stage_backward import stage_backward_input as stage_backward_input
+    from pipex.backward.stage_backward import stage_backward_weight as stage_backward_weight
     from pipex.errors import PipexError as PipexError
     from pipex.partition import profile_layers as profile_layers
     from pipex.partition import split_model as split_model
@@ -34,10 +41,14 @@ _HOME = {
     "PipexError": "pipex.errors",
     "build": "pipex.plan",
     "current_world": "pipex.runtime.worlds",
+    "drop_in": "pipex.backward.drop_in",
     "launch": "pipex.runtime.launch",
     "profile_layers": "pipex.partition",
     "search": "pipex.plan.search",
     "split_model": "pipex.partition",
+    "stage_backward": "pipex.backward.stage_backward",
+    "stage_backward_input": "pipex.backward.stage_backward",
+    "stage_backward_weight": "pipex.backward.stage_backward",
 }
 
 _MODULES = ("errors", "plan")

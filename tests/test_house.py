@@ -85,8 +85,9 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
 
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
-        "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "errors", "launch",
-        "plan", "profile_layers", "search", "split_model",
+        "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "drop_in", "errors", "launch",
+        "plan", "profile_layers", "search", "split_model", "stage_backward", "stage_backward_input",
+        "stage_backward_weight",
     }  # fmt: skip
     for name in pipex.__all__:
         assert getattr(pipex, name) is not None

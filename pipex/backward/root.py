@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipex.backward.uses import Use
 
-_anchor = torch.zeros((), requires_grad=True)  # something that requires grad, so that the output does
+anchor = torch.zeros((), requires_grad=True)
+"""Something that requires grad, so that the output does."""
 
 
 class _Root(torch.autograd.Function):
@@ -29,5 +30,5 @@ class _Root(torch.autograd.Function):
 
 def rooted(use: Use, run: Callable[[], Tensor]) -> Tensor:
     """The output of ``run``, with a place in the graph at which ``use`` gets its dy and the backward ends."""
-    y: Tensor = _Root.apply(use, run, _anchor)  # type: ignore[no-untyped-call]
+    y: Tensor = _Root.apply(use, run, anchor)  # type: ignore[no-untyped-call]
     return y

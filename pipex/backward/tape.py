@@ -14,6 +14,7 @@ graph walks it once per parameter and keeps nearly all of it alive. So the graph
       W: plain GEMMs from (x, dy), linear in the number of uses.
 
 Because of [1] nothing can be computed twice, and an operation that is not recorded is not wrong, only not deferred.
+Nor can anything be lost unseen: a pass that nobody has announced is refused (``passes``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate
+from pipex.backward.passes import Then, announced, end_of, refuse_graph_of_gradients
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
 
@@ -40,11 +45,18 @@ class Splitter:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
         self._aliases: dict[int, tuple[int, Tensor]] = {}  # id of a parameter -> its address, its alias
-        self._unproven: dict[int, Tensor] = {}  # recorded parameters that no I has shown to be recorded everywhere
+        # Of recorded parameters, until the first pass over a tape has ended: the watch over their accumulators, which
+        # must be held, and by id the last pass that came there.
+        self._unproven: list[tuple[Node, RemovableHandle]] = []
+        self._reached: dict[int, int] = {}
 
-    def record(self) -> Tape:
-        """A new tape; the forward runs inside ``with``."""
-        return Tape(self)
+    def record(self, then: Then | None = None) -> Tape:
+        """A new tape; the forward runs inside ``with``.
+
+        Args:
+            then: gets the tape at the end of every pass over it, so that none has to be announced.
+        """
+        return Tape(self, then)
 
     def alias(self, parameter: Tensor | None) -> Tensor | None:
         """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
@@ -56,44 +68,64 @@ class Splitter:
             return known[1]
         alias = parameter.detach()
         self._aliases[id(parameter)] = address, alias
-        self._unproven[id(parameter)] = parameter
+        self._watch(parameter)
         return alias
 
-    def backward(self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
-        """Autograd's pass. A recorded parameter that it reaches nevertheless is used in unrecorded operations too: it
-        is not recorded again, so that all its gradients are summed by autograd, in autograd's order."""
-        before = {key: (p.grad, None if p.grad is None else p.grad._version) for key, p in self._unproven.items()}
-        torch.autograd.backward(outputs, output_gradients)
-        for key, (gradient, version) in before.items():
-            now = self._unproven.pop(key).grad
-            if now is not gradient or (now is not None and now._version != version):
-                del self._recordable[key]
+    def _watch(self, parameter: Tensor) -> None:
+        """Sees which passes come to a recorded parameter nevertheless."""
+
+        def reached(_: object) -> None:
+            self._reached[id(parameter)] = torch._C._current_graph_task_id()
+
+        node = get_gradient_edge(parameter).node
+        self._unproven.append((node, node.register_prehook(reached)))
+
+    def pass_ended(self, graph_task: int) -> None:
+        """A recorded parameter that this pass over a tape has come to is used in unrecorded operations too: it is not
+        recorded again, so that all its gradients are summed by autograd, in autograd's order. What the first such pass
+        shows holds for the others."""
+        if self._unproven:
+            for key, task in self._reached.items():
+                if task == graph_task:
+                    del self._recordable[key]
+            for _, handle in self._unproven:
+                handle.remove()
+            self._unproven.clear()
+            self._reached.clear()
 
 
 class Tape:
-    """The recorded uses of one forward. Used once, in the order forward, I, W."""
+    """Records one forward, then holds what a backward pass over it leaves to W.
 
-    __slots__ = ("_outer", "_splitter", "_uses")
+    The graph holds the uses and those the tape, not the other way round, so a forward that nobody goes back through is
+    freed with its output.
+    """
 
-    def __init__(self, splitter: Splitter) -> None:
+    __slots__ = ("_graph_task", "_outer", "_splitter", "_uses", "recording", "then")
+
+    def __init__(self, splitter: Splitter, then: Then | None) -> None:
         self._splitter = splitter
-        self._uses: list[Use] = []
+        self.then = then
+        self.recording = False
+        self._uses: list[Use] = []  # that have their dy, in the order in which autograd came to them
         self._outer: Tape | None = None
+        self._graph_task = -1  # the backward pass that has begun to hand over what the uses need
 
     def __enter__(self) -> Tape:
         self._outer = recording.start(self)
+        self.recording = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
-        self._outer = None
+        self._outer, self.recording = None, False
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear of a contiguous x, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
         w, b = self._splitter.alias(weight), self._splitter.alias(bias)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
-        use = LinearUse(x, None if w is None else weight, None if b is None else bias)
+        use = LinearUse(self, x, None if w is None else weight, None if b is None else bias)
         w, b = weight if w is None else w, bias if b is None else b
         if x.requires_grad or w.requires_grad or (b is not None and b.requires_grad):
             y = recording.torch_linear(x, w, b)
@@ -103,7 +135,6 @@ class Tape:
             product.grad_fn.register_prehook(use.capture)  # type: ignore[union-attr]
         else:
             y = rooted(use, lambda: recording.torch_linear(x, w, b))
-        self._uses.append(use)
         return y
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
@@ -112,9 +143,25 @@ class Tape:
         if w is None:
             return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
         row = -1 if padding is None else padding % weight.shape[0]
-        use = EmbeddingUse(x, weight, row, scale_by_frequency)
-        self._uses.append(use)
+        use = EmbeddingUse(self, x, weight, row, scale_by_frequency)
         return rooted(use, lambda: recording.torch_embedding(x, w, padding))
+
+    def captured(self, use: Use) -> None:
+        """A use has got its dy. Called in a backward pass, whichever it is."""
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            refuse_graph_of_gradients()
+            self._graph_task = task
+            self._uses = []  # a pass before this one was not completed
+            # The engine's own place for work at the end of a pass, which DDP and FSDP use too.
+            Variable._execution_engine.queue_callback(self._end_pass)
+        self._uses.append(use)
+
+    def _end_pass(self) -> None:
+        self._splitter.pass_ended(self._graph_task)
+        for use in self._uses:
+            use.x = use.x.detach()  # lets the graph go now, as an unsplit backward would
+        end_of(self, self._graph_task)
 
     def backward_input(
         self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
@@ -129,22 +176,24 @@ class Tape:
         Returns:
             one gradient per input, None where no output depends on it.
         """
-        self._splitter.backward(outputs, output_gradients)
-        for use in self._uses:
-            use.x = use.x.detach()  # lets the graph go now, as an unsplit backward would
+        with announced(outputs, keep):
+            torch.autograd.backward(outputs, output_gradients)
         gradients = tuple(x.grad for x in inputs)
         for x in inputs:
             x.grad = None
         return gradients
 
     def backward_weight(self) -> None:
-        """W: adds the deferred weight gradients to ``.grad``.
+        """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
 
         The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
         """
+        uses, self._uses = self._uses, []
         sums = Sums()
-        for use in reversed(self._uses):  # neither x nor dy requires grad, so nothing here makes a graph
-            if use.dy is not None:
-                use.add_to(sums)
+        for use in uses:  # neither x nor dy requires grad, so nothing here makes a graph
+            use.add_to(sums)
         accumulate(sums.parameters, sums.gradients)
-        self._uses = []
+
+
+def keep(_: Tape) -> None:
+    """For ``announced``: W comes later; whoever called the pass has the tape."""

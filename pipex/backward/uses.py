@@ -6,8 +6,13 @@ autograd would have called, operand for operand, so the bits are those of the un
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipex.backward.tape import Tape
 
 
 class Sums:
@@ -32,16 +37,18 @@ class Sums:
 class Use:
     """Base of all uses; lives from the forward until W of one micro-batch."""
 
-    __slots__ = ("dy", "version", "x")
+    __slots__ = ("dy", "tape", "version", "x")
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, tape: Tape, x: Tensor) -> None:
+        self.tape = tape
         self.x = x
         self.version = x._version
-        self.dy: Tensor | None = None  # stays None where the output does not reach the loss
+        self.dy: Tensor | None = None
 
     def capture(self, gradients: tuple[Tensor, ...]) -> None:
         """Takes dy; autograd calls it in I, before it goes on from the operation's output to its input."""
         self.dy = gradients[0]
+        self.tape.captured(self)
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
@@ -55,7 +62,7 @@ class Use:
         return x
 
     def add_to(self, sums: Sums) -> None:
-        """Adds the gradients of this use to the sums; only called where there is a dy."""
+        """Adds the gradients of this use to the sums; called when it has its dy."""
         raise NotImplementedError
 
 
@@ -67,8 +74,8 @@ class LinearUse(Use):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__(x)
+    def __init__(self, tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__(tape, x)
         self.weight = weight  # None where frozen
         self.bias = bias
 
@@ -90,8 +97,8 @@ class EmbeddingUse(Use):
 
     __slots__ = ("padding", "scale_by_frequency", "weight")
 
-    def __init__(self, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
-        super().__init__(x)
+    def __init__(self, tape: Tape, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+        super().__init__(tape, x)
         self.weight = weight
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency

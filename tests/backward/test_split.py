@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipex.backward import Splitter
+from pipex.backward import Splitter, stage_backward, stage_backward_input, stage_backward_weight
+from pipex.errors import InputError, UnsupportedModule
 
 
 class Block(nn.Module):
@@ -228,9 +230,30 @@ def run_split(
     return y, found[0] if found else None
 
 
+def run_functions(
+    module: nn.Module, x: Tensor, dy: Tensor, splitter: Splitter | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The functions with torch's signatures; over a prepared forward where there is a splitter."""
+    if splitter is None:
+        y = module(x)
+    else:
+        with splitter.record():
+            y = module(x)
+    before = [p.grad for p in module.parameters()]
+    versions = [None if g is None else g._version for g in before]
+    (gradient,), rest = stage_backward_input([y], [dy], [x], module.parameters())
+    after = [p.grad for p in module.parameters()]
+    assert all(a is b for a, b in zip(after, before, strict=True)), "I must leave weights alone"
+    assert versions == [None if g is None else g._version for g in after]
+    x.grad = None
+    stage_backward_weight(module.parameters(), rest)
+    return y, gradient
+
+
+@pytest.mark.parametrize("way", ["tape", "functions", "functions on a tape"])
 @pytest.mark.parametrize("input_needs_gradient", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_split_gives_the_bits_of_one_backward(name: str, input_needs_gradient: bool) -> None:
+def test_split_gives_the_bits_of_one_backward(name: str, input_needs_gradient: bool, way: str) -> None:
     build, sample = CASES[name]
     module = build()
     whole = copy.deepcopy(module)
@@ -244,7 +267,10 @@ def test_split_gives_the_bits_of_one_backward(name: str, input_needs_gradient: b
         y_whole = whole(x_whole)
         dy = torch.randn_like(y_whole)
         y_whole.backward(dy)
-        y, gradient = run_split(module, x, dy, splitter)
+        if way == "tape":
+            y, gradient = run_split(module, x, dy, splitter)
+        else:
+            y, gradient = run_functions(module, x, dy, splitter if way == "functions on a tape" else None)
         assert torch.equal(y, y_whole)
         assert (gradient is None) == (x_whole.grad is None)
         if gradient is not None:
@@ -299,16 +325,34 @@ def test_weight_gradients_are_left_to_w_and_norm_gradients_are_made_in_i() -> No
     assert set(in_w.names) <= {"mm", "sum", "t", "view", "reshape", "_unsafe_view", "clone", "empty_like", "copy_"}
 
 
-def test_custom_function_runs_once() -> None:
+@pytest.mark.parametrize("run", [run_split, run_functions])
+def test_custom_function_runs_once(run: Callable[..., object]) -> None:
     OwnFunction.calls = 0
-    run_split(WithOwnFunction(), torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
+    run(WithOwnFunction(), torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
     assert OwnFunction.calls == 1
 
 
-def test_checkpointed_region_is_recomputed_once() -> None:
+@pytest.mark.parametrize("run", [run_split, run_functions])
+def test_checkpointed_region_is_recomputed_once(run: Callable[..., object]) -> None:
     module = Checkpointed()
-    run_split(module, torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
+    run(module, torch.randn(6, 8, requires_grad=True), torch.randn(6, 8))
     assert module.runs == 2  # forward and one recomputation
+
+
+def test_reentrant_checkpointing_is_right_on_a_tape_and_refused_by_the_functions() -> None:
+    class Reentrant(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(checkpoint(self.inner, x, use_reentrant=True))
+
+    module = Reentrant()
+    whole = copy.deepcopy(module)
+    x, dy = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+    whole(x).backward(dy)
+    run_split(module, x.detach().requires_grad_(), dy)
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter.grad, reference.grad)
+    with pytest.raises(UnsupportedModule, match="use_reentrant=False"):
+        run_functions(module, x.detach().requires_grad_(), dy)
 
 
 def test_graph_is_freed_by_i() -> None:
@@ -414,3 +458,119 @@ def test_w_is_linear_in_depth() -> None:
             tape.backward_weight()
         counts[depth] = len(in_w.names)
     assert counts[32] == 8 * counts[4]
+
+
+class GradientPenalty(nn.Module):
+    """Differentiates itself in its forward."""
+
+    def __init__(self, create_graph: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.create_graph = nn.Linear(4, 4), nn.Linear(4, 4), create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.tanh(self.a(x)))
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=self.create_graph, retain_graph=True)
+        return y + slope
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_pass_inside_the_forward_is_refused_not_wrong(create_graph: bool) -> None:
+    module = GradientPenalty(create_graph)
+    with Splitter(module.parameters()).record(), pytest.raises(UnsupportedModule, match="prepared forward"):
+        module(torch.randn(3, 4, requires_grad=True))
+
+
+def test_a_pass_that_nobody_announced_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    with Splitter(layer.parameters()).record():
+        y = layer(torch.randn(3, 4))
+    with pytest.raises(UnsupportedModule, match="stage_backward"):
+        y.sum().backward()
+    assert layer.weight.grad is None
+
+
+def test_a_pass_that_failed_half_way_leaves_nothing_to_w() -> None:
+    class Fails(torch.autograd.Function):
+        failing = True
+
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:
+            if Fails.failing:
+                raise ZeroDivisionError
+            return dy
+
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    wholes = copy.deepcopy((first, second))
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    wholes[1](wholes[0](x)).backward(dy)
+    splitter = Splitter([*first.parameters(), *second.parameters()])
+    for Fails.failing in (True, False):
+        with splitter.record() as tape:
+            y = second(Fails.apply(first(x)))
+        if Fails.failing:
+            with pytest.raises(ZeroDivisionError):
+                tape.backward_input([y], [dy], [])
+        else:
+            tape.backward_input([y], [dy], [])
+            tape.backward_weight()
+    for layer, whole in zip((first, second), wholes, strict=True):
+        assert torch.equal(layer.weight.grad, whole.weight.grad)
+
+
+def test_a_forward_without_a_backward_is_freed_with_its_output() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    kept = weakref.ref(x)
+    gc.collect()
+    gc.disable()
+    try:
+        with Splitter(module.parameters()).record() as tape:
+            y = module(x)
+        del x, y, tape
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_the_whole_backward_takes_nested_outputs_and_empties_the_inputs() -> None:
+    layer = nn.Linear(4, 4)
+    x, y = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
+    output = {"a": (layer(x), 3), "b": [layer(y), torch.arange(3)], "c": None}
+    ones = torch.ones(2, 4)
+    found = stage_backward(output, {"a": (ones, None), "b": [2 * ones, None], "c": None}, [x, 5, y])
+    assert torch.equal(found[0], ones @ layer.weight)
+    assert found[1:] == (None, None)
+    assert x.grad is None
+    torch.testing.assert_close(layer.weight.grad, ones.t() @ x + 2 * ones.t() @ y)
+
+
+@pytest.mark.parametrize(
+    ("output", "gradient"),
+    [
+        (("x", "x"), ("x",)),
+        ({"a": "x"}, {"b": "x"}),
+        ({"a": "x"}, ["x"]),
+        (("x",), "x"),
+        ("x", ("x",)),
+    ],
+)
+def test_outputs_and_gradients_of_other_structures_are_refused(output: object, gradient: object) -> None:
+    def tensors(structure: object) -> object:
+        if isinstance(structure, dict):
+            return {key: tensors(value) for key, value in structure.items()}
+        return torch.ones(2, requires_grad=True) * 1 if structure == "x" else type(structure)(map(tensors, structure))
+
+    with pytest.raises(InputError, match="got"):
+        stage_backward(tensors(output), tensors(gradient), [])
+
+
+def test_gradients_of_inputs_are_added_to_those_that_are_there() -> None:
+    layer = nn.Linear(4, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    x.grad = torch.ones(2, 4)
+    (gradient,), _ = stage_backward_input([layer(x)], None, [x], layer.parameters())
+    assert torch.equal(x.grad, 1 + gradient)

@@ -1,0 +1,73 @@
+"""Backward passes that somebody answers for.
+
+The graph of a prepared forward has no paths to recorded parameters, so a pass over it is right only if what the tapes
+capture goes to W. Whoever runs a backward announces it, and says what is to become of the tapes; any other pass over
+recorded operations (a gradient penalty inside a loss, a backward past the schedule) is refused rather than wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipex.errors import UnsupportedModule
+
+if TYPE_CHECKING:
+    from pipex.backward.tape import Tape
+
+Then = Callable[["Tape"], None]
+"""What becomes of a tape that a pass has reached."""
+
+_announced: dict[int, Then] = {}  # by the id of the engine's graph task
+
+
+@contextmanager
+def announced(outputs: Sequence[Tensor], then: Then) -> Iterator[None]:
+    """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
+    task = -1
+
+    def begin(_: object) -> None:
+        nonlocal task
+        task = torch._C._current_graph_task_id()
+        _announced[task] = then
+
+    # Every root of a pass runs, so one of them can tell which pass this is, in whatever thread the engine runs it.
+    root = next((output.grad_fn for output in outputs if output.grad_fn is not None), None)
+    handle = None if root is None else root.register_prehook(begin)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        _announced.pop(task, None)
+
+
+def end_of(tape: Tape, task: int) -> None:
+    """Gives the tape to whoever announced the pass."""
+    then = tape.then or _announced.get(task)
+    if then is None or tape.recording:
+        raise UnsupportedModule(
+            "a backward pass goes through a prepared forward, but is not the backward of its stage",
+            needed="weight gradients that no such pass would make",
+            fix="call pipex.stage_backward there, or run the part that differentiates itself (a gradient penalty, "
+            "forces) outside of the stage",
+        )
+    then(tape)
+
+
+def refuse_graph_of_gradients() -> None:
+    """Called during a pass, before dy is taken.
+
+    Raises:
+        UnsupportedModule: the pass makes a graph of its gradients (create_graph), in which recorded parameters lack.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedModule(
+            "a backward pass with create_graph goes through a prepared forward",
+            needed="first derivatives only",
+            fix="run the part that is differentiated twice outside of the stage, or without the split backward",
+        )

@@ -1,0 +1,314 @@
+"""torch's schedules with ``drop_in()``: the bits of torch's unsplit backward, on real ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import pipex
+from pipex.backward.drop_in import drop_in
+from pipex.backward.tape import Tape
+from pipex.plan.interop import write_torch_csv
+
+FORK = multiprocessing.get_context("fork")
+LIMIT_SECONDS = 100.0
+WORDS, WIDTH, HEADS, LENGTH = 11, 8, 2, 3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Viewed(nn.Module):
+    """Its output is a view, and so is that of its linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).view(x.shape)
+
+
+def build_stages(count: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    middle = [nn.Sequential(Block(), Viewed()) for _ in range(count - 2)]
+    return [nn.Sequential(nn.Embedding(WORDS, WIDTH), Block()), *middle, nn.Sequential(Block(), nn.Linear(WIDTH, 5))]
+
+
+def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks run."""
+
+    schedule: str
+    ranks: int
+    chunks: int
+    microbatches: int
+    parallel: str = ""  # around a stage: "ddp" or "fsdp", over two replicas
+    csv: str = ""
+
+    @property
+    def replicas(self) -> int:
+        return 2 if self.parallel else 1
+
+    @property
+    def stages(self) -> int:
+        return self.ranks * self.chunks
+
+    def stages_of(self, rank: int) -> list[int]:
+        if self.schedule in ("ZBVZeroBubble", "DualPipeV"):
+            return [rank, self.stages - 1 - rank]
+        return list(range(rank, self.stages, self.ranks))
+
+    def shapes(self, index: int) -> dict[str, Tensor]:
+        hidden = torch.zeros(2, LENGTH, WIDTH, requires_grad=True)
+        outputs = torch.zeros(2, LENGTH, 5) if index == self.stages - 1 else hidden
+        return {"input_args": torch.zeros(2, LENGTH).long() if index == 0 else hidden, "output_args": outputs}
+
+    def data(self, replica: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(7 + replica)
+        shape = (2 * self.microbatches, LENGTH)
+        return torch.randint(0, WORDS, shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
+
+
+def run_rank(job: Job, rank: int, replica: int) -> tuple[dict[int, list[Any]], list[tuple[str, int, int]], int]:
+    """Two steps; the gradients per stage, this rank's backward actions, and how often W was really deferred."""
+    deferred = 0
+    run_weight = Tape.backward_weight
+
+    def count(tape: Tape) -> None:
+        nonlocal deferred
+        deferred += torch._C._current_graph_task_id() == -1  # called outside of any backward pass
+        run_weight(tape)
+
+    Tape.backward_weight = count  # type: ignore[method-assign]
+    mesh = init_device_mesh("cpu", (job.replicas, job.ranks), mesh_dim_names=("data", "pipe"))
+    modules = build_stages(job.stages)
+    mine = {}
+    for index in job.stages_of(rank):
+        module: nn.Module = modules[index]
+        if job.parallel == "ddp":
+            module = DistributedDataParallel(module, process_group=mesh.get_group("data"))
+        elif job.parallel == "fsdp":
+            fully_shard(module, mesh=mesh["data"])
+        mine[index] = module
+    # torch's own look at the shapes runs the accumulators' hooks, which DDP takes for those of a step; so it is told.
+    told = job.shapes if job.parallel == "ddp" else lambda index: {}
+    stages = [
+        PipelineStage(module, index, job.stages, torch.device("cpu"), group=mesh.get_group("pipe"), **told(index))
+        for index, module in mine.items()
+    ]
+    single = job.schedule in ("GPipe", "1F1B")
+    if job.csv:
+        schedule: Any = schedules._PipelineScheduleRuntime(stages, job.microbatches, loss_fn=loss_fn)
+        schedule._load_csv(job.csv, format="compute_only")
+    else:
+        schedule = getattr(schedules, f"Schedule{job.schedule}")(
+            stages[0] if single else stages, job.microbatches, loss_fn=loss_fn
+        )
+    inputs, target = job.data(replica)
+    with drop_in():
+        deferred = 0  # its own trial does not count
+        for _ in range(2):
+            for module in mine.values():
+                module.zero_grad()
+            arguments = (inputs,) if 0 in mine else ()
+            schedule.step(*arguments, target=target if job.stages - 1 in mine else None, losses=[])
+    found = {}
+    for index, module in mine.items():
+        gradients = [p.grad for p in module.parameters()]
+        gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+        found[index] = [None if g is None else g.numpy() for g in gradients]
+    orders = [] if single else [a for a in schedule.pipeline_order_with_comms[rank] if a is not None]
+    flat = [part for action in orders for part in (action.sub_actions or (action,))]
+    actions = [(a.computation_type.value, a.stage_index, a.microbatch_index) for a in flat]
+    return found, actions, deferred
+
+
+def rank_process(report: Connection, store: Path, job: Job, number: int) -> None:
+    world = job.ranks * job.replicas
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=number, world_size=world)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    replica, rank = divmod(number, job.ranks)
+    report.send(run_rank(job, rank, replica))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[[Job], list[Any]]]:
+    processes = []
+
+    def start(job: Job) -> list[Any]:
+        reports = []
+        for number in range(job.ranks * job.replicas):
+            report, end = FORK.Pipe(duplex=False)
+            processes.append(
+                FORK.Process(target=rank_process, args=(end, tmp_path / "store", job, number), daemon=True)
+            )
+            processes[-1].start()
+            end.close()
+            reports.append(report)
+        assert all(report.poll(LIMIT_SECONDS) for report in reports)
+        return [report.recv() for report in reports]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def unsplit(job: Job, replica: int, orders: dict[int, list[int]]) -> dict[int, list[Tensor]]:
+    """Autograd's own gradients, one micro-batch after the other in the order of each stage, in one process."""
+    modules = build_stages(job.stages)
+    inputs, target = job.data(replica)
+    whole = nn.Sequential(*modules)
+    parameters = [p for module in modules for p in module.parameters()]
+    made = [
+        torch.autograd.grad(loss_fn(whole(x), y), parameters)
+        for x, y in zip(inputs.chunk(job.microbatches), target.chunk(job.microbatches), strict=True)
+    ]
+    found: dict[int, list[Tensor]] = {}
+    place = 0
+    for index, module in enumerate(modules):
+        order = orders.get(index) or list(range(job.microbatches))
+        found[index] = []
+        for _ in module.parameters():
+            total = made[order[0]][place].clone()
+            for microbatch in order[1:]:
+                total += made[microbatch][place]
+            found[index].append(total.div_(job.microbatches))
+            place += 1
+    return found
+
+
+def orders_of(answers: list[Any]) -> dict[int, list[int]]:
+    """Per stage its micro-batches in the order of their B or W."""
+    orders: dict[int, list[int]] = {}
+    for _, actions, _ in answers:
+        for kind, stage, microbatch in actions:
+            if kind in ("B", "W"):
+                orders.setdefault(stage, []).append(microbatch)
+    return orders
+
+
+def split_in(actions: list[tuple[str, int, int]]) -> int:
+    """How many I's are not directly followed by their W."""
+    return sum(
+        kind == "I" and following != ("W", stage, microbatch)
+        for (kind, stage, microbatch), following in zip(actions, [*actions[1:], None], strict=False)
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [
+        ("GPipe", 1), ("1F1B", 1), ("LoopedBFS", 2), ("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2),
+        ("ZBVZeroBubble", 2), ("DualPipeV", 2),
+    ],
+)  # fmt: skip
+def test_every_schedule_of_torch_gives_the_bits_of_the_unsplit_backward(
+    run: Callable[[Job], list[Any]], schedule: str, chunks: int, ranks: int
+) -> None:
+    check(run, Job(schedule, ranks, chunks, microbatches=2 * ranks))
+
+
+def test_a_plan_from_a_file_gives_the_bits_of_the_unsplit_backward(
+    run: Callable[[Job], list[Any]], tmp_path: Path
+) -> None:
+    csv = tmp_path / "plan.csv"
+    write_torch_csv(pipex.build("zb-h1", 2, 6), csv, "compute_only")
+    check(run, Job("CSV", 2, 1, microbatches=6, csv=str(csv)))
+
+
+def check(run: Callable[[Job], list[Any]], job: Job) -> None:
+    answers = run(job)
+    wanted = unsplit(job, 0, orders_of(answers))
+    for found, actions, deferred in answers:
+        for index, gradients in found.items():
+            for gradient, reference in zip(gradients, wanted[index], strict=True):
+                assert torch.equal(torch.from_numpy(gradient), reference)
+        assert deferred == 2 * split_in(actions)  # in two steps
+    if "I" in {kind for _, actions, _ in answers for kind, _, _ in actions}:
+        assert any(deferred for _, _, deferred in answers)
+
+
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "Interleaved1F1B"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_data_parallel_stages_are_reduced_under_a_split_schedule(
+    run: Callable[[Job], list[Any]], schedule: str, parallel: str
+) -> None:
+    job = Job(schedule, 2, 2, microbatches=4, parallel=parallel)
+    answers = run(job)
+    both = [unsplit(job, replica, {}) for replica in range(2)]
+    for found, _, _ in answers:
+        for index, gradients in found.items():
+            for place, gradient in enumerate(gradients):
+                mean = (both[0][index][place] + both[1][index][place]) / 2
+                torch.testing.assert_close(torch.from_numpy(gradient), mean, rtol=1e-5, atol=1e-7)
+
+
+def functions() -> list[Any]:
+    base, runtime = schedules._PipelineStageBase, schedules._PipelineScheduleRuntime
+    stage = torch.distributed.pipelining.stage
+    return [
+        base.forward_one_chunk, base.backward_one_chunk, base.backward_weight_one_chunk, runtime._step_microbatches,
+        schedules._check_torch_compile_compatibility, stage.stage_backward, stage.stage_backward_input,
+        stage.stage_backward_weight,
+    ]  # fmt: skip
+
+
+def test_everything_is_put_back() -> None:
+    before = functions()
+    with drop_in() as outer:
+        during = functions()
+        assert all(a is not b for a, b in zip(before, during, strict=True))
+        inner = drop_in()
+        outer.undo()
+        assert functions() == during
+        inner.undo()
+    assert functions() == before
+
+
+def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules._PipelineStageBase, "backward_one_chunk", lambda self, chunk: None)
+    with pytest.raises(pipex.errors.UnsupportedModule, match=r"backward_one_chunk\(self, chunk\); needed"):
+        drop_in()
+
+
+def test_a_trial_that_fails_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = functions()
+    monkeypatch.setattr(Tape, "backward_weight", lambda self: None)
+    with pytest.raises(pipex.errors.UnsupportedModule, match="gradients right: False"):
+        drop_in()
+    assert functions() == before
