@@ -18,6 +18,7 @@ from pipex.backward.accumulate import accumulate
 from pipex.backward.passes import Then, announced
 from pipex.backward.root import anchor
 from pipex.backward.tape import Tape
+from pipex.backward.uses import Sums
 from pipex.errors import InputError, UnsupportedModule
 
 _then: ContextVar[Then] = ContextVar("then", default=Tape.backward_weight)
@@ -107,7 +108,7 @@ def stage_backward_input(
                     allow_unused=True,
                 )  # fmt: skip
             except RuntimeError as error:
-                if "Checkpointing is not compatible with .grad()" in str(error):
+                if "checkpoint" in str(error).lower() and ".grad()" in str(error):
                     raise UnsupportedModule(
                         "a region of the stage is under reentrant checkpointing, which cannot be split",
                         fix="checkpoint with use_reentrant=False",
@@ -139,9 +140,12 @@ def stage_backward_weight(
         ``.grad`` of each weight (torch's own returns what it was before).
     """
     for group in param_groups:
+        sums = Sums()
         for tape in group["tapes"]:
-            tape.backward_weight()
-        accumulate(group["params"], group["grads"])
+            tape.add_to(sums)
+        for parameter, gradient in zip(group["params"], group["grads"], strict=True):
+            sums.add(parameter, gradient)
+        accumulate(sums.parameters, sums.gradients)
     param_groups.clear()
     return tuple(weight.grad for weight in weights)
 

@@ -188,11 +188,15 @@ class Tape:
 
         The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
         """
-        uses, self._uses = self._uses, []
         sums = Sums()
+        self.add_to(sums)
+        accumulate(sums.parameters, sums.gradients)
+
+    def add_to(self, sums: Sums) -> None:
+        """The products of W, once: the uses are let go."""
+        uses, self._uses = self._uses, []
         for use in uses:  # neither x nor dy requires grad, so nothing here makes a graph
             use.add_to(sums)
-        accumulate(sums.parameters, sums.gradients)
 
 
 def keep(_: Tape) -> None:
