@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -64,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `pipex info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return FAILED
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not _out_of_space(error):
+            raise
+        print(f"pipex {options.command}: {str(error).splitlines()[0]}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         print(f"pipex {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_space(error: Exception) -> bool:
+    """Whether a disk or the memory is full: for torch that is a RuntimeError of its allocator."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

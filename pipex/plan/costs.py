@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pipex.errors import InputError
 from pipex.plan.placement import Edge, Placement
-from pipex.plan.plan import Plan
+from pipex.plan.plan import MAX_WORK, Plan
 
 
 class CostModel(Protocol):
@@ -131,6 +131,9 @@ class RankCosts:
                 not finite.
         """
 
+        if not 1 <= ranks <= MAX_WORK:
+            raise InputError("bad number of ranks of the costs", got=ranks, needed=f"1 to {MAX_WORK}")
+
         def each(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
             values = tuple(value) if isinstance(value, Sequence) else (value,) * ranks
             if not values or len(values) % ranks:
@@ -169,7 +172,7 @@ class RankCosts:
             if len(costs) == self.ranks:
                 return [costs[rank] / shares for rank in holder]
             if len(costs) != placement.stages:
-                needed = f"{placement.stages}, one per stage, or {self.ranks}, one per rank"
+                needed = f"{self.ranks}, one per rank, or {placement.stages}, one per stage"
                 raise InputError("the costs are of another number of stages", got=len(costs), needed=needed)
             return list(costs)
 

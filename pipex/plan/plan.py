@@ -110,7 +110,11 @@ class Plan:
         lines = text.split("\n")
         match = _HEADER.fullmatch(lines[0])
         if match is None:
-            raise syntax_error(1, 1, lines[0], f"a first line such as '{_HEADER_EXAMPLE}'")
+            edited = lines[0].startswith(BYTE_ORDER_MARK) or lines[0].endswith("\r")
+            needed = (
+                "no byte-order mark, and line feeds alone" if edited else f"a first line such as '{_HEADER_EXAMPLE}'"
+            )
+            raise syntax_error(1, 1, lines[0], needed)
         if lines[-1]:
             raise syntax_error(len(lines), len(lines[-1]) + 1, lines[-1], "a line feed at the end")
         fields = match.groupdict()
@@ -128,8 +132,9 @@ class Plan:
         return plan
 
 
-MAX_WORK = 1 << 20
-"""Most micro-batches times stages of a plan that is built: some three million actions."""
+MAX_WORK = 1 << 18
+"""Most micro-batches times stages of a plan that is built: 64 ranks with 8 chunks and 512 micro-batches, some 800,000
+actions, which take seconds to prove and simulate."""
 
 
 def check_size(ranks: int, chunks: int, microbatches: int) -> None:
@@ -142,6 +147,9 @@ def check_size(ranks: int, chunks: int, microbatches: int) -> None:
         got = f"{microbatches} micro-batches on {ranks} ranks with {chunks} chunks each"
         raise PlanError("the plan is too large", got=got, needed=f"a product of at most {MAX_WORK}")
 
+
+BYTE_ORDER_MARK = "\xef\xbb\xbf"
+"""That of UTF-8, as ``plain_text`` shows it."""
 
 MAX_TEXT = 1 << 24
 """Longest text of a plan, in characters: some two million actions. A longer one is refused unread."""

@@ -16,7 +16,7 @@ from pipex.plan.layer_costs import Layer, LayerCosts
 
 KEYS = {
     "family", "chunks", "makespan", "span", "bubble_makespan", "bubble_span", "bound_makespan", "peak_memory", "limit",
-    "seconds", "plan_file",
+    "over_limit", "seconds", "plan_file",
 }  # fmt: skip
 
 
@@ -128,7 +128,9 @@ def test_a_written_plan_is_viewed(pipex: Any, tmp_path: Path, name: str) -> None
             "1f1b has no option group; needed one of war",
         ),
         (["schedule", "1f1b", "-p", "2", "-m", "2", "--set", "warmup=x"], "bad option warmup; got 'x'; needed a whole"),
-        (["schedule", "zbv", "-p", "2", "-m", "2", "--set", "costs=3"], "cannot --set costs; give -v, --f"),
+        (["schedule", "zbv", "-p", "2", "-m", "2", "--set", "costs=3"], "cannot --set costs; give -p, -m, -v, --f"),
+        (["schedule", "interleaved", "-p", "2", "-m", "2", "--set", "ranks=3"], "cannot --set ranks; give -p"),
+        (["schedule", "gpipe", "-p", "1000", "-m", "1000"], "the plan is too large"),
         (["schedule", "gpipe", "-p", "1000000", "-m", "1000000"], "the plan is too large; got 1000000 micro-batches"),
         (["schedule", "gpipe", "-p", "9" * 20, "-m", "1"], "the plan is too large"),
         (["view", "/nowhere/a.plan"], "cannot read /nowhere/a.plan; got No such file"),
@@ -222,3 +224,30 @@ def test_a_plan_that_holds_more_than_the_memory_is_shown_with_a_word_about_it(pi
     pipex("schedule", "1f1b", "-p", "2", "-m", "4", "--out", str(file))
     assert "rank 0 holds 2 at its peak, more than the 1 of --memory" in pipex("view", str(file), "--memory", "1")
     assert "--memory" not in pipex("view", str(file), "--memory", "2")
+    found = last_line(pipex("view", str(file), "--memory", "1", "--json"))
+    assert found["over_limit"] == [0]
+    assert found["bound_makespan"] <= found["makespan"]
+
+
+def test_a_picture_is_not_written_over_its_plan(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.plan"
+    pipex("schedule", "1f1b", "-p", "2", "-m", "4", "--out", str(file))
+    text = file.read_text()
+    assert "is the plan itself" in pipex("view", str(file), "--html", str(tmp_path / "." / "a.plan"), code=1)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\xef\xbb\xbf" + text])
+def test_a_plan_that_an_editor_has_changed_is_refused_by_what_it_did(pipex: Any, tmp_path: Path, spoil: Any) -> None:
+    file = tmp_path / "a.plan"
+    pipex("schedule", "1f1b", "-p", "2", "-m", "4", "--out", str(file))
+    file.write_bytes(spoil(file.read_bytes()))
+    assert "no byte-order mark, and line feeds alone" in pipex("view", str(file), code=1)
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pipex", "schedules"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "pipex schedules: [Errno 28] No space left on device\n"

@@ -33,7 +33,7 @@ def test_costs_per_stage_fit_their_number_of_stages_only() -> None:
     costs = RankCosts.of(2, (1, 2, 3, 4), 1)
     assert costs.on(Placement("loop", 2, 2)).forward == [1, 2, 3, 4]
     assert costs.on(Placement("loop", 2, 2)).input_gradient == [0.5] * 4
-    with pytest.raises(InputError, match=r"another number of stages; got 4; needed 6, one per stage, or 2"):
+    with pytest.raises(InputError, match=r"got 4; needed 2, one per rank, or 6, one per stage"):
         costs.on(Placement("loop", 2, 3))
 
 
@@ -63,3 +63,9 @@ def test_costs_per_stage_are_a_model_of_their_own_placement() -> None:
         costs.on(Placement("loop", 2))
     with pytest.raises(InputError, match="no hop cost for the activation edge 1→2"):
         Costs(**{**costs.__dict__}).on(Placement("loop", 2, 2))
+
+
+@pytest.mark.parametrize("ranks", [0, -2, 10**9])
+def test_a_number_of_ranks_that_no_plan_has_is_refused_at_once(ranks: int) -> None:
+    with pytest.raises(InputError, match="bad number of ranks of the costs"):
+        RankCosts.of(ranks)

@@ -248,7 +248,7 @@ def test_a_limit_that_the_families_miss_is_called_unproven_with_one_that_is_enou
         PlanError, match="found no plan of 1f1b, gpipe within the memory limit, and cannot prove"
     ) as caught:
         search(rank_costs(4), 3, ranks=4, microbatches=8, families=["1f1b", "gpipe"])
-    assert "got 3, 3, 3, 3; needed at most 4 per rank, which is enough for 1f1b" in str(caught.value)
+    assert "got 3, 3, 3, 3; needed 4 per rank, which is enough for 1f1b" in str(caught.value)
     assert search(rank_costs(4), 4, ranks=4, microbatches=8, families=["1f1b", "gpipe"]).best.family == "1f1b"
 
 
@@ -265,9 +265,12 @@ def test_measured_costs_of_stages_fit_their_placement_only() -> None:
     ("change", "problem"),
     [
         ({"objective": "time"}, "unknown objective; got 'time'; needed makespan or span"),
-        ({"ranks": 0}, "too few ranks; got 0"),
-        ({"microbatches": 0}, "too few micro-batches; got 0"),
-        ({"chunks": 0}, "too few chunks; got 0"),
+        ({"ranks": 0}, "bad number of ranks; got 0"),
+        ({"microbatches": 0}, "bad number of micro-batches; got 0"),
+        ({"chunks": 0}, "bad number of chunks; got 0"),
+        ({"ranks": 4.0}, "bad number of ranks; got 4.0"),
+        ({"families": "zbv"}, "bad families; got 'zbv'"),
+        ({"families": []}, "bad families"),
         ({"evaluations": 0}, "too few evaluations; got 0"),
         ({"seconds": -1.0}, "bad number of seconds; got -1.0; needed at least 0"),
         ({"seconds": float("nan")}, "bad number of seconds; got nan"),

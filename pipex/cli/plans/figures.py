@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from pipex.plan import CostModel, Plan, Simulation, bounds, simulate
+from pipex.plan import CostModel, Plan, Simulation, bounds, simulate, simulation_view
 
 
 def figures(
@@ -16,7 +17,8 @@ def figures(
     seconds: float,
     plan_file: str | None = None,
 ) -> tuple[dict[str, Any], Simulation]:
-    """The figures of ``plan`` under ``costs``, and the simulation behind them.
+    """The figures of ``plan`` under ``costs``, and the simulation behind them. ``over_limit`` lists the ranks that hold
+    more than the limit.
 
     Args:
         limit: memory per rank, in the unit of the costs; None for any.
@@ -25,7 +27,9 @@ def figures(
     """
     stage_costs = costs.on(plan.placement)
     simulation = simulate(plan, stage_costs)
-    bound = bounds.makespan_bound(plan.placement, plan.microbatches, stage_costs, limit, plan.update)
+    over = [] if limit is None else [r for r, most in enumerate(limit) if simulation.peak_memory[r] > most]
+    kept = None if over else limit  # nothing bounds a plan that breaks the limit but what holds without one
+    bound = bounds.makespan_bound(plan.placement, plan.microbatches, stage_costs, kept, plan.update)
     # A bound is a bound; only the rounding of two different sums can put it above.
     least = simulation.makespan if 0 < bound.value / (simulation.makespan or 1) - 1 < 1e-9 else bound.value
     found = {
@@ -38,7 +42,17 @@ def figures(
         "bound_makespan": least,
         "peak_memory": list(simulation.peak_memory),
         "limit": None if limit is None else list(limit),
+        "over_limit": over,
         "seconds": seconds,
         "plan_file": plan_file,
     }
     return found, simulation
+
+
+def picture(simulation: Simulation) -> str:
+    """The step as wide as the terminal, and a word where that is too narrow to show every action."""
+    columns = shutil.get_terminal_size().columns
+    text = simulation_view(simulation, columns)
+    if max(map(len, simulation.timeline)) > columns:
+        text += "\nActions share characters here; a wider terminal, or the page of `pipex view --html`, shows them all."
+    return text

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from typing import Any
 
-from pipex.cli.plans.figures import figures
+from pipex.cli.plans.figures import figures, picture
 from pipex.cli.plans.files import write_plan
 from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_no_costs, check_sizes, costs_of, memory_of
 from pipex.errors import InputError
-from pipex.plan import CostModel, simulation_view, validate
+from pipex.plan import CostModel, validate
 from pipex.plan.layer_costs import LayerCosts
 from pipex.plan.plan import check_size
 from pipex.plan.search import Candidate, search
@@ -84,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    print(simulation_view(simulation, shutil.get_terminal_size().columns))
+    print(picture(simulation))
     best, bound = result.best, result.bound
     print(
         f"{_name(best)}, the best of {result.evaluations} orders in {seconds:.1f} s"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from typing import Any
 
-from pipex.cli.plans.figures import figures
+from pipex.cli.plans.figures import figures, picture
 from pipex.cli.plans.files import write_plan
 from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_sizes, costs_of, memory_of
 from pipex.errors import InputError
-from pipex.plan import build, options_of, simulation_view, validate
+from pipex.plan import build, options_of, validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    print(simulation_view(simulation, shutil.get_terminal_size().columns))
+    print(picture(simulation))
     print(f"no schedule of this placement and memory is shorter than {found['bound_makespan']:g}")
     return 0
 
@@ -63,6 +62,6 @@ def _setting(text: str) -> tuple[str, int | str]:
     name, sign, value = text.partition("=")
     if not (name and sign and value):
         raise InputError("cannot read --set", got=repr(text), needed="NAME=VALUE, as in group=4")
-    if name in ("chunks", "costs", "memory"):
-        raise InputError(f"cannot --set {name}", fix="give -v, --f, --i, --w, --hop or --memory")
+    if name in ("name", "ranks", "microbatches", "chunks", "costs", "memory"):
+        raise InputError(f"cannot --set {name}", fix="give -p, -m, -v, --f, --i, --w, --hop or --memory")
     return name, int(value) if value.isdecimal() else value

@@ -84,5 +84,5 @@ def memory_of(options: argparse.Namespace, ranks: int) -> tuple[float, ...] | No
         raise InputError("wrong number of limits in --memory", got=len(limits), needed=f"1 or {ranks}")
     for rank, limit in enumerate(limits):
         if not 0 < limit < float("inf"):
-            raise InputError(f"bad --memory of rank {rank}", got=limit, needed="a number above 0")
+            raise InputError(f"bad --memory of rank {rank}", got=limit, needed="a finite number above 0")
     return limits

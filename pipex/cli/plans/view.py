@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipex.cli.plans.figures import figures
+from pipex.cli.plans.figures import figures, picture
 from pipex.cli.plans.files import read_plan, write_text
 from pipex.cli.plans.sizes import add_costs, add_json, check_no_costs, costs_of, memory_of
+from pipex.errors import InputError
 from pipex.observe import measure, read_trace
-from pipex.plan import bounds, simulation_view
+from pipex.plan import bounds
 from pipex.plan.view.chrome import chrome_trace
 from pipex.plan.view.html import html_page
 from pipex.plan.view.measured import measured_costs
@@ -35,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
     """Draws the plan."""
     plan = read_plan(options.plan)
     limit = memory_of(options, plan.placement.ranks)
+    for output in (options.html, options.chrome):
+        if output is not None and Path(output).resolve() == Path(options.plan).resolve():
+            raise InputError(f"{output} is the plan itself", fix="write the picture to another file")
     trace: Any = None
     if options.trace is not None:
         check_no_costs(options, "--trace")
@@ -45,15 +49,16 @@ def run(options: argparse.Namespace) -> int:
         costs = costs_of(options, plan.placement.ranks).on(plan.placement)
     found, simulation = figures(plan, costs, limit=limit, seconds=0.0, plan_file=options.plan)
     if options.html is not None:
-        bound = bounds.makespan_bound(plan.placement, plan.microbatches, costs, limit, plan.update)
+        kept = None if found["over_limit"] else limit
+        bound = bounds.makespan_bound(plan.placement, plan.microbatches, costs, kept, plan.update)
         write_text(options.html, html_page(plan, costs, bound=bound, limit=limit, trace=trace))
     if options.chrome is not None:
         write_text(options.chrome, json.dumps(chrome_trace(plan, costs)))
     if options.json:
         print(json.dumps(found))
     else:
-        print(simulation_view(simulation, shutil.get_terminal_size().columns))
-        for rank, (peak, most) in enumerate(zip(simulation.peak_memory, limit or simulation.peak_memory, strict=True)):
-            if peak > most:
-                print(f"rank {rank} holds {peak:g} at its peak, more than the {most:g} of --memory")
+        print(picture(simulation))
+        for rank in found["over_limit"]:
+            peak, most = found["peak_memory"][rank], found["limit"][rank]
+            print(f"rank {rank} holds {peak:g} at its peak, more than the {most:g} of --memory")
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from pipex.cli import FAILED, INTERRUPTED
 from pipex.cli.train import options as option_module
 from pipex.cli.train.options import Options
+from pipex.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,8 @@ def run(namespace: argparse.Namespace) -> int:
     options.check_outputs()
     plan = build_plan(options, ranks)
     check_runnable(plan)
+    if plan.update == "never":
+        raise InputError(f"{plan.family} has no backward", fix="choose a plan that trains")
     check_resume(options, build_stages(options, plan.placement.stages))
     results = launch(_rank, ranks, args=(options, text), timeout=options.timeout)
     return max(int(result) for result in results if result is not None)

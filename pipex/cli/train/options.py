@@ -54,6 +54,12 @@ class Options:
                 raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed is out of range", got=self.seed, needed="0 to 2⁶³-1")
+        if self.ranks > self.layers + 2:
+            raise InputError(
+                f"a model of {self.layers + 2} layers cannot be cut into {self.ranks} stages",
+                got=f"--layers {self.layers}, an embedding and a head", needed="a layer for every stage",
+                fix="raise --layers or lower --ranks",
+            )  # fmt: skip
         if self.batch < self.microbatches:
             raise InputError(
                 "the batch is too small for the plan",

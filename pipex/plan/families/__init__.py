@@ -78,6 +78,9 @@ def build(name: str, ranks: int, microbatches: int, **options: object) -> Plan:
             family (names the rule and the nearest legal values).
     """
     known = options_of(name)
+    for what, size in (("ranks", ranks), ("micro-batches", microbatches)):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise PlanError(f"bad number of {what}", got=repr(size), needed="a whole number")
     if ranks < 1:
         raise PlanError(f"too few ranks for {name}", got=ranks, needed="at least 1")
     if microbatches < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipex.errors import InputError, PlanSyntaxError
 from pipex.plan.interop.sidecar import sidecar_text
 from pipex.plan.interop.torch_csv import Format, from_torch_csv, to_torch_csv
-from pipex.plan.plan import MAX_TEXT, Plan
+from pipex.plan.plan import BYTE_ORDER_MARK, MAX_TEXT, Plan
 
 
 def read_plan(path: str | PathLike[str]) -> Plan:
@@ -22,7 +22,7 @@ def read_plan(path: str | PathLike[str]) -> Plan:
     """
     path = Path(path)
     content = _content(path)
-    if content.startswith(b"#"):
+    if content.removeprefix(BYTE_ORDER_MARK.encode("latin-1")).startswith(b"#"):
         return Plan.from_text(content)
     sidecar = _sidecar_of(path)
     return from_torch_csv(content, _content(sidecar) if sidecar.exists() else None)

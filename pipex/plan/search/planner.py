@@ -84,8 +84,10 @@ def search(
     if objective not in ("makespan", "span"):
         raise InputError("unknown objective", got=repr(objective), needed="makespan or span")
     for name, value in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
-        if value < 1:
-            raise InputError(f"too few {name}", got=value, needed="at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"bad number of {name}", got=repr(value), needed="a whole number, at least 1")
+    if families is not None and (isinstance(families, str) or not families):
+        raise InputError("bad families", got=repr(families), needed="a list of names, or None for all")
     if evaluations is not None and evaluations < 1:
         raise InputError("too few evaluations", got=evaluations, needed="at least 1")
     if seconds is not None and not seconds >= 0:  # so that nan is refused too
@@ -324,6 +326,6 @@ class _Search:
         return PlanError(
             f"found no plan of {names} within the memory limit, and cannot prove that there is none",
             got=", ".join(f"{most:g}" for most in self.limit),
-            needed=f"at most {max(least.peak_memory):g} per rank, which is enough for {least.family}",
+            needed=f"{max(least.peak_memory):g} per rank, which is enough for {least.family}",
             fix="allow other families",
         )
