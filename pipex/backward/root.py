@@ -24,7 +24,7 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
-        ctx.use.capture((dy,))
+        ctx.use.capture(dy)
         return None, None, None
 
 

@@ -45,9 +45,9 @@ class Use:
         self.version = x._version
         self.dy: Tensor | None = None
 
-    def capture(self, gradients: tuple[Tensor, ...]) -> None:
+    def capture(self, dy: Tensor) -> None:
         """Takes dy; autograd calls it in I, before it goes on from the operation's output to its input."""
-        self.dy = gradients[0]
+        self.dy = dy
         self.tape.captured(self)
 
     def input(self) -> Tensor:

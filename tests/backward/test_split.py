@@ -574,3 +574,20 @@ def test_gradients_of_inputs_are_added_to_those_that_are_there() -> None:
     x.grad = torch.ones(2, 4)
     (gradient,), _ = stage_backward_input([layer(x)], None, [x], layer.parameters())
     assert torch.equal(x.grad, 1 + gradient)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_hooks_on_the_output_of_a_linear_are_seen_by_its_weight(shape: tuple[int, ...]) -> None:
+    class Hooked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            y.register_hook(lambda dy: 2 * dy)
+            return y * 3
+
+    module = Hooked(4, 4)
+    whole = copy.deepcopy(module)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    whole(x).backward(dy)
+    run_split(module, x.detach().requires_grad_(), dy)
+    assert torch.equal(module.weight.grad, whole.weight.grad)
+    assert torch.equal(module.bias.grad, whole.bias.grad)
