@@ -1,6 +1,6 @@
-#include <cuda_runtime_api.h>
-
 #include "cuda/toolkit.hpp"
+
+#include "cuda/runtime.hpp"
 
 namespace pipex::cuda {
 
@@ -10,11 +10,7 @@ std::string toolkit() {
 
 int device_count() {
   int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) {
-    throw CudaError(std::string("cudaGetDeviceCount: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
-                    ")");
-  }
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
   return count;
 }
 
