@@ -59,11 +59,6 @@ TileForm tile_form(std::uint32_t type, std::uint32_t element_bytes, std::uint32_
   return form;
 }
 
-bool TensorView::operator==(const TensorView& other) const {
-  return address == other.address && shape == other.shape && strides == other.strides && form.box == other.form.box &&
-         form.rank == other.form.rank && form.type == other.form.type && form.swizzle == other.form.swizzle;
-}
-
 std::size_t TensorMaps::Hash::operator()(const TensorView& view) const {
   // Views mostly differ by address; shapes and tiles then separate what reuses a buffer.
   std::uint64_t hash = view.address;

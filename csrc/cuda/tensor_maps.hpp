@@ -25,6 +25,8 @@ struct TileForm {
   CUtensorMapSwizzle swizzle;
   std::uint32_t rank;
   std::array<std::uint32_t, kMaxTensorRank> box;
+
+  bool operator==(const TileForm& other) const = default;
 };
 
 /// Throws NamedError (InputError) for a type, a swizzle or a rank that tensor maps do not have.
@@ -38,7 +40,7 @@ struct TensorView {
   TileForm form;
   std::array<std::int64_t, kMaxTensorRank> shape, strides;
 
-  bool operator==(const TensorView& other) const;
+  bool operator==(const TensorView& other) const = default;
 };
 
 /// Encodes tensor maps and remembers the latest. Can be used by several threads.
