@@ -7,6 +7,7 @@
     │       └── DeadlockError     ranks would wait for each other for ever; names the cycle
     ├── UnsupportedModule     a module that cannot run in a stage; names it
     ├── NativeUnavailable     a compiled part or a driver is missing on this machine
+    ├── CudaError             a call of CUDA failed; names the call and CUDA's error
     ├── OutOfSharedMemory     the buffers between ranks cannot be allocated (also a MemoryError)
     ├── CheckpointError       a checkpoint cannot be written or does not fit this model
     ├── ConfigMismatch        ranks were started with different plans, sizes or types
@@ -61,6 +62,10 @@ class UnsupportedModule(PipexError):
 
 class NativeUnavailable(PipexError):
     """A compiled part of pipex, or a driver that it needs, is missing on this machine."""
+
+
+class CudaError(PipexError):
+    """A call of the CUDA driver or runtime failed; names the call, what it was for, and CUDA's own error."""
 
 
 class OutOfSharedMemory(PipexError, MemoryError):

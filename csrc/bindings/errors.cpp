@@ -3,6 +3,7 @@
 #include <string>
 
 #include "bindings/bindings.hpp"
+#include "bindings/named_error.hpp"
 #include "host/control.hpp"
 
 namespace py = pybind11;
@@ -13,20 +14,7 @@ namespace {
 PyObject* aborted_type;
 PyObject* mismatch_type;
 
-py::object or_none(const std::string& text) {
-  if (text.empty()) return py::none();
-  return py::str(text);
-}
-
 py::bytes to_bytes(const TensorHeader& header) { return {reinterpret_cast<const char*>(header.data()), header.size()}; }
-
-void raise(const NamedError& error) {
-  using py::literals::operator""_a;
-  const py::object type = py::module_::import("pipex.errors").attr(error.python_class);
-  const py::object instance = type(error.problem, "got"_a = or_none(error.got), "needed"_a = or_none(error.needed),
-                                   "fix"_a = or_none(error.fix));
-  PyErr_SetObject(type.ptr(), instance.ptr());
-}
 
 void raise(const Aborted& error) {
   const AbortRecord& record = error.record;
