@@ -17,6 +17,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pipex.backward.tape import Tape
 
+# Looked up once: they are asked before every operation.
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_dynamo_compiling
+_autocast = torch._C._is_any_autocast_enabled
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
 torch_linear = F.linear
 torch_embedding = F.embedding
 
@@ -57,11 +63,11 @@ def _tape_for(x: Tensor) -> Tape | None:
     if (
         tape is None
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
-        or not torch.is_grad_enabled()
-        or torch.compiler.is_dynamo_compiling()
-        or torch._C._is_any_autocast_enabled()  # the gradient would have to repeat autocast's own casts
+        or not _grad_enabled()
+        or _compiling()
+        or _autocast()  # the gradient would have to repeat autocast's own casts
         # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or _saved_tensors_hooks(False) is not None
     ):
         return None
     return tape
@@ -70,7 +76,7 @@ def _tape_for(x: Tensor) -> Tape | None:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = _tape_for(input)
     # Whether torch folds an input that is not contiguous into a matrix depends on its weight requiring grad.
-    if tape is None or input.dim() < 2 or not (input.dim() == 2 or input.is_contiguous()):
+    if tape is None or not ((input.dim() > 2 and input.is_contiguous()) or input.dim() == 2):
         return torch_linear(input, weight, bias)
     return tape.linear(input, weight, bias)
 

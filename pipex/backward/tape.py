@@ -19,7 +19,6 @@ Nor can anything be lost unseen: a pass that nobody has announced is refused (``
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
@@ -61,14 +60,15 @@ class Splitter:
 
     def alias(self, parameter: Tensor | None) -> Tensor | None:
         """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
-        if parameter is None or id(parameter) not in self._recordable or parameter._backward_hooks:
-            return None  # not ours, frozen, not recorded everywhere, or with hooks that must see the whole gradient
+        if parameter is None or parameter._backward_hooks:  # which must see the whole gradient
+            return None
         known = self._aliases.get(id(parameter))
-        address = parameter.data_ptr()
-        if known is not None and known[0] == address:
+        if known is not None and known[0] == parameter.data_ptr():
             return known[1]
+        if id(parameter) not in self._recordable:
+            return None  # not ours, frozen, or not recorded everywhere
         alias = parameter.detach()
-        self._aliases[id(parameter)] = address, alias
+        self._aliases[id(parameter)] = parameter.data_ptr(), alias
         self._watch(parameter)
         return alias
 
@@ -88,7 +88,7 @@ class Splitter:
         if self._unproven:
             for key, task in self._reached.items():
                 if task == graph_task:
-                    del self._recordable[key]
+                    del self._recordable[key], self._aliases[key]
             for _, handle in self._unproven:
                 handle.remove()
             self._unproven.clear()
@@ -209,7 +209,7 @@ def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:
         y.grad_fn.register_prehook(lambda gradients: capture(gradients[0]))  # type: ignore[union-attr]
     else:
         # Nobody else has this tensor. What Tensor.register_hook does, less the handle to remove it: a third of the time.
-        product._backward_hooks = OrderedDict(pipex=capture)
+        product._backward_hooks = {0: capture}
         product.grad_fn._register_hook_dict(product)  # type: ignore[union-attr]
 
 

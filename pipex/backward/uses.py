@@ -39,11 +39,12 @@ class Use:
 
     __slots__ = ("dy", "tape", "version", "x")
 
+    dy: Tensor  # from I on
+
     def __init__(self, tape: Tape, x: Tensor) -> None:
         self.tape = tape
         self.x = x
         self.version = x._version
-        self.dy: Tensor | None = None
 
     def capture(self, dy: Tensor) -> None:
         """Takes dy; autograd calls it in I, before it goes on from the operation's output to its input."""
@@ -75,13 +76,12 @@ class LinearUse(Use):
     __slots__ = ("bias", "weight")
 
     def __init__(self, tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__(tape, x)
+        self.tape, self.x, self.version = tape, x, x._version  # not by super(): there is one of these per operation
         self.weight = weight  # None where frozen
         self.bias = bias
 
     def add_to(self, sums: Sums) -> None:
         rows, columns = self.dy, self.input()
-        assert rows is not None
         if columns.dim() > 2:
             columns = columns.reshape(-1, columns.shape[-1])
         if rows.dim() > 2:
