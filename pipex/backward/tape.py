@@ -208,7 +208,7 @@ def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:
         # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
         y.grad_fn.register_prehook(lambda gradients: capture(gradients[0]))  # type: ignore[union-attr]
     else:
-        # Nobody else has this tensor. What Tensor.register_hook does, less the handle to remove it: a third of the time.
+        # Nobody else has this tensor. This is Tensor.register_hook without a handle to remove it: a third of the time.
         product._backward_hooks = {0: capture}
         product.grad_fn._register_hook_dict(product)  # type: ignore[union-attr]
 
