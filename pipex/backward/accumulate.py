@@ -1,4 +1,4 @@
-"""Adds gradients to ``param.grad`` as autograd's AccumulateGrad does, hooks included."""
+"""Adds gradients to ``param.grad`` as autograd's AccumulateGrad does, hooks included, or to ``param.main_grad``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Adds each gradient to its parameter's ``.grad``, then runs the post-accumulate hooks.
 
+    A parameter with an attribute ``main_grad`` (Megatron-LM's and TransformerEngine's name for a gradient of higher
+    precision) gets its gradient added there, and ``grad_added_to_main_grad`` set where it has that too.
+
     Args:
         parameters: leaf tensors, each once.
         gradients: for each of them, in its shape and dtype, the whole gradient of this backward; fresh memory, which
@@ -20,7 +23,11 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
     additions: list[Tensor] = []
     hooked = False
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        before = parameter.grad
+        before = getattr(parameter, "main_grad", None)
+        if before is None:
+            before = parameter.grad
+        elif hasattr(parameter, "grad_added_to_main_grad"):
+            parameter.grad_added_to_main_grad = True
         if before is not None:
             present.append(before)
             additions.append(gradient)

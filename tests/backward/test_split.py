@@ -591,3 +591,36 @@ def test_hooks_on_the_output_of_a_linear_are_seen_by_its_weight(shape: tuple[int
     run_split(module, x.detach().requires_grad_(), dy)
     assert torch.equal(module.weight.grad, whole.weight.grad)
     assert torch.equal(module.bias.grad, whole.bias.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_main_gradients_get_what_would_be_added_to_grad(dtype: torch.dtype) -> None:
+    module = mlp().to(dtype)
+    whole = copy.deepcopy(module)
+    wanted = [torch.zeros_like(p, dtype=torch.float32) for p in whole.parameters()]
+    for parameter in module.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
+    splitter = Splitter(module.parameters())
+    for _ in range(3):
+        x, dy = torch.randn(6, 8, dtype=dtype), torch.randn(6, 8, dtype=dtype)
+        for total, gradient in zip(wanted, torch.autograd.grad(whole(x), list(whole.parameters()), dy), strict=True):
+            total += gradient.float()
+        run_split(module, x, dy, splitter)
+    for parameter, total in zip(module.parameters(), wanted, strict=True):
+        assert torch.equal(parameter.main_grad, total)
+        assert parameter.grad is None
+        assert parameter.grad_added_to_main_grad
+
+
+def test_a_tied_parameter_adds_once_to_its_main_gradient() -> None:
+    module = TiedLanguageModel()
+    whole = copy.deepcopy(module)
+    module.tokens.weight.main_grad = torch.ones_like(module.tokens.weight)
+    ids = torch.randint(0, 11, (2, 6))
+    y = whole(ids)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    run_split(module, ids, dy)
+    assert torch.equal(module.tokens.weight.main_grad, 1 + whole.tokens.weight.grad)
+    assert module.tokens.weight.grad is None
