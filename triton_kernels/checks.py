@@ -33,14 +33,14 @@ def check(operands: Sequence[Operand]) -> None:
             raise InputError(
                 f"{name} has another dtype", got=tensor.dtype, needed=" or ".join(str(d) for d in dtypes), fix="cast it"
             )
-    for name, tensor, shape, _ in operands:
-        # Rows may lie apart, elements of a row and rows themselves may not overlap.
-        apart = all(tensor.stride(d) >= shape[d + 1] * tensor.stride(d + 1) for d in range(len(shape) - 1))
-        if tensor.numel() > 1 and not (tensor.stride(-1) == 1 or shape[-1] == 1) or not (apart or tensor.numel() == 0):
+    for name, tensor, _, _ in operands:
+        if not _lies_by_rows(tensor):
             raise InputError(
-                f"{name} does not lie row by row", got=f"strides {tensor.stride()}", needed="a last stride of 1",
+                f"{name} does not lie row by row",
+                got=f"strides {tensor.stride()}",
+                needed="elements of a row side by side, and rows that do not overlap",
                 fix="call .contiguous() on it",
-            )  # fmt: skip
+            )
     first = operands[0]
     for name, tensor, _, _ in operands:
         if tensor.device != first.tensor.device:
@@ -54,3 +54,17 @@ def check(operands: Sequence[Operand]) -> None:
         raise InputError(
             "a Triton kernel runs on a GPU", got=first.tensor.device, needed="tensors on cuda", fix="use torch"
         )
+
+
+def _lies_by_rows(tensor: Tensor) -> bool:
+    """Whether elements of a row are neighbours and rows, which may lie apart, do not overlap."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    reach = 1  # elements from the first to behind the last of what the dimensions so far span
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if size > 1 and stride < reach:
+            return False
+        reach = max(reach, size * stride if size > 1 else 1)
+    return True

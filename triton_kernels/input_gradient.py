@@ -118,7 +118,10 @@ def plan_input_gradient(
     out: tuple[Tensor, ...],
     capability: tuple[int, int],
 ) -> Launch:
-    """The launch for checked operands; ``saved`` and ``out`` hold nothing, z or (gate, up), and dz or (d_gate, d_up)."""
+    """The launch for checked operands.
+
+    ``saved`` is empty, (z,) or (gate, up); ``out`` is (dz,) or (d_gate, d_up).
+    """
     (t, n), k = dy.shape, weight.shape[1]
     descriptors = capability == HOPPER and dy.dtype is not torch.float32 and describable(dy, weight, *saved, *out)
     block = tiles(dy.dtype, activation, descriptors)
@@ -176,8 +179,11 @@ def input_gradient(
     if activation is not None and activation not in FORWARD:
         raise InputError("unknown activation", got=repr(activation), needed=" or ".join(map(repr, FORWARD)))
     if (activation is None) != (z is None):
-        raise InputError("an activation's gradient needs its input", got=f"{activation=}, z={'given' if z is not None else None}",
-                         needed="both or none")  # fmt: skip
+        raise InputError(
+            "an activation's gradient needs the activation's input",
+            got=f"activation {activation!r} {'without' if z is None else 'with'} z",
+            needed="both or none",
+        )
     saved = () if z is None else (z,)
     return _launch(dy, weight, activation, saved, None if out is None else (out,), ("z",))[0]
 
@@ -213,12 +219,17 @@ def _launch(
     names: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
     if dy.dim() != 2 or weight.dim() != 2:
-        raise InputError("dy and weight are matrices", got=f"{tuple(dy.shape)} and {tuple(weight.shape)}", needed="[T, N] and [N, K]",
-                         fix="flatten the leading dimensions")  # fmt: skip
+        raise InputError(
+            "dy and weight are matrices",
+            got=f"{tuple(dy.shape)} and {tuple(weight.shape)}",
+            needed="[T, N] and [N, K]",
+            fix="flatten the leading dimensions",
+        )
     (t, n), k = dy.shape, weight.shape[1]
     if out is None:
         count = max(1, len(saved))
-        out = dy.new_empty(t, count * k).split(k, dim=1) if k else (dy.new_empty(t, 0),) * count
+        joint = dy.new_empty(t, count * k)
+        out = tuple(joint[:, i * k : (i + 1) * k] for i in range(count))
     same = (dy.dtype,)
     check(
         [Operand("dy", dy, (t, n), OPERAND_DTYPES), Operand("weight", weight, (n, k), same)]

@@ -46,7 +46,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 def describable(*tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator can address these: 16-byte aligned start and rows."""
     return all(
-        tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
 

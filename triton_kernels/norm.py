@@ -1,8 +1,8 @@
 """The backward of RMSNorm and LayerNorm: dX at once, and partial rows of the weight's and bias's gradients.
 
-Each program walks every P-th row and keeps its own sum of dγ (and dβ) in registers; at the end it writes that sum as one
-float32 row of [P, width]. Adding up these rows is a W job: ``reduce_partials`` does it later, for the rows of any number
-of micro-batches at once, always in the same order.
+Each program walks every P-th row and keeps its own sum of dγ (and dβ) in registers; at the end it writes that sum as
+one float32 row of [P, width]. Adding up these rows is a W job: ``reduce_partials`` does it later, for the rows of any
+number of micro-batches at once, always in the same order.
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ WIDEST = 8192
 
 def norm_gradient_reference(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, layer: bool
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, weight and (where there is one) bias, as autograd makes them."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    shape = (x.shape[1],)
     with torch.enable_grad():
-        shape = (x.shape[1],)
-        y = (
-            F.layer_norm(leaves[0], shape, *leaves[1:], eps=eps)
-            if layer
-            else F.rms_norm(*leaves[:1], shape, leaves[1], eps)
-        )
-        return torch.autograd.grad(y, leaves, dy)
+        y = F.layer_norm(x, shape, weight, bias, eps) if layer else F.rms_norm(x, shape, weight, eps)
+        return torch.autograd.grad(y, [t for t in (x, weight, bias) if t is not None], dy)
 
 
 @triton.jit
@@ -173,8 +170,8 @@ def rms_norm_gradient(
         dy, x: [T, H]; bfloat16, float16 or float32; H up to 8192.
         weight: γ, [H] of the same dtype, without gaps.
         eps: the forward's; where that had None, ``torch.finfo(x.dtype).eps``.
-        partials: [partial_rows(device), H], float32: where to write the partial rows, such as one slice per micro-batch of
-            a larger tensor.
+        partials: [partial_rows(device), H], float32: where to write the partial rows, such as one slice per
+            micro-batch of a larger tensor.
         out: [T, H]: where to write dX.
 
     Returns:
@@ -241,8 +238,12 @@ def _norm_gradient(
     layer: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if x.dim() != 2 or not 0 < x.shape[1] <= WIDEST:
-        raise InputError("x is a matrix of rows to normalize", got=tuple(x.shape), needed=f"[T, H] with H from 1 to {WIDEST}",
-                         fix="flatten the leading dimensions; for wider rows use torch's own")  # fmt: skip
+        raise InputError(
+            "x is a matrix of rows to normalize",
+            got=tuple(x.shape),
+            needed=f"[T, H] with H from 1 to {WIDEST}",
+            fix="flatten the leading dimensions; for wider rows use torch's own",
+        )
     same, rows = (x.dtype,), partial_rows(x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     made = [x.new_empty(rows, x.shape[1], dtype=torch.float32) if p is None else p for p in partials[: 1 + layer]]

@@ -48,8 +48,8 @@ class Resources:
         mma: older matrix instructions.
         tma_loads, tma_stores: copies by the tensor memory accelerator.
         async_copies: copies from global to shared memory without it, ``wide`` of them 16 bytes long.
-        shallow_buffers: tiles in shared memory that wgmma may still read while the next copy overwrites them, because the
-            compiler gave them less buffers than the pipeline has stages (see ``weight_gradient_kernel.ONES``).
+        shallow_buffers: tiles in shared memory that wgmma may still read while the next copy overwrites them, because
+            the compiler gave them fewer buffers than the pipeline has stages (see ``weight_gradient_kernel.ONES``).
     """
 
     kernel: str

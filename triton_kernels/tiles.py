@@ -86,11 +86,10 @@ def multiply(a, b, total, UPCAST: tl.constexpr):
 @triton.jit
 def rounded(values, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 values in DTYPE, rounded to nearest even."""
-    if UPCAST:
+    if UPCAST and DTYPE.is_bf16():
         # The interpreter truncates to bfloat16, so round by hand: add just under half of the last kept bit, plus that
         # bit itself for ties, and clear the rest. Only ever used there.
-        if DTYPE == tl.bfloat16:
-            bits = values.to(tl.uint32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            values = bits.to(tl.float32, bitcast=True)
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = bits.to(tl.float32, bitcast=True)
     return values.to(DTYPE)

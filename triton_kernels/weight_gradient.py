@@ -216,7 +216,7 @@ def grouped_weight_gradient(
         return
     device = weight_grads[0].device
     biases: Sequence[Tensor | None] = [None] * len(groups) if bias_grads is None else bias_grads
-    many = len(groups) > 1 or (len(groups[0]) > SLABS and not _are_slabs(dys[0], xs[0]))
+    many = len(groups) > 1 or (len(groups[0]) > SLABS and not isinstance(dys[0], Tensor))
     if many and not exact and _tabular(groups, weight_grads):
         table = _table(groups, weight_grads, biases)
         launch = plan_table(table, *groups[0][0], weight_grads[0], bias_grads is not None, capability(device))
@@ -227,7 +227,9 @@ def grouped_weight_gradient(
         if not group:
             continue
         matrices = [(dy.unsqueeze(0), x.unsqueeze(0)) for dy, x in group]
-        slabs, per_launch = ([(dy, x)] if _are_slabs(dy, x) else matrices), SLABS
+        slabs, per_launch = matrices, SLABS
+        if isinstance(dy, Tensor) and isinstance(x, Tensor):
+            slabs = [(dy, x)]
         if exact:
             # The form that rounds in between spills with several slabs and without descriptors: then a launch each.
             slabs, per_launch = (slabs if describes(slabs, weight_grad, capability(device)) else matrices), 1
@@ -262,10 +264,6 @@ def _check(groups: list[MicroBatches], weight_grads: Sequence[Tensor], bias_grad
             operands.append(Operand(f"dys[{m}]", dy, (rows, n), OPERAND_DTYPES if dy is groups[0][0][0] else (dtype,)))
             operands.append(Operand(f"xs[{m}]", x, (rows, k), (dtype,)))
     check(operands)
-
-
-def _are_slabs(dys: Tensor | Sequence[Tensor], xs: Tensor | Sequence[Tensor]) -> bool:
-    return isinstance(dys, Tensor) and isinstance(xs, Tensor) and dys.shape[1] > 0
 
 
 def _tabular(groups: list[MicroBatches], weight_grads: Sequence[Tensor]) -> bool:

@@ -1,7 +1,8 @@
 """The kernel behind ``weight_gradient``: dW += Σ dYᵀ·X over micro-batches, db += Σ dY in the same pass.
 
 The sum of all micro-batches stays in registers, so the gradient is read and written once, not once per micro-batch.
-Every element of a gradient belongs to one program, which adds in rising micro-batch order: the same bits, run after run.
+Every element of a gradient belongs to one program, which adds in rising micro-batch order: the same bits, run after
+run.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def weight_gradient_kernel(
         bias_gradient = tl.load(entry + 1).to(tl.pointer_type(GRADIENT_DTYPE))
 
     rows_of_w = n + tl.arange(0, BLOCK_N)
-    writes_bias = (rows_of_w < N) & (k == 0)
+    writes_bias = rows_of_w < tl.where(k == 0, N, 0)  # the first column of programs only
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     row_total = tl.zeros((BLOCK_N, ONES), tl.float32)
     if EXACT:  # starts from the gradient, so that each rounding is that of a launch of its own
