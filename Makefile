@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long test-triton36 lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
@@ -14,6 +14,9 @@ test: $(VENV)/installed ## all tests but the long sweeps; needs no GPU
 
 test-long: $(VENV)/installed ## the long sweeps
 	$(BIN)/python -m pytest -m long --timeout 1200
+
+test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
+	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
 
 lint: $(VENV)/linted ## formats, types, and whether the native stubs are those of the built modules
 	$(BIN)/ruff check .
@@ -34,6 +37,12 @@ clean:
 $(VENV)/installed: $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Triton 3.6 breaks under NumPy 2.4. The package itself is imported from this folder: the kernels need nothing compiled.
+$(VENV)-triton36/installed: Makefile constraints.txt
+	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/pip install --quiet $$(grep ^torch constraints.txt) triton==3.6.0 'numpy<2.4' pytest pytest-timeout
 	touch $@
 
 $(VENV)/linted: $(VENV)/installed

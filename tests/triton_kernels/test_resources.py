@@ -1,18 +1,16 @@
 """Gates on what the compiler makes of each shipped kernel, for Hopper and Ampere; no GPU is needed.
 
-They exist because the compiler says nothing when a kernel spills, takes more shared memory than a launch may have, feeds
-a matrix instruction in a way that its assembler gets wrong, or overwrites a tile that is still being read.
+They exist because the compiler says nothing when a kernel spills, takes more shared memory than a launch may have,
+feeds a matrix instruction in a way that its assembler gets wrong, or overwrites a tile that is still being read.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import pytest
 
 pytest.importorskip("triton")
 
-from pipex.triton_kernels.resources import Resources, measure
+from pipex.triton_kernels.resources import measure
 from pipex.triton_kernels.variants import Variant, variants
 
 CASES = [
@@ -21,12 +19,6 @@ CASES = [
     for variant in variants()
     if capability in variant.capabilities
 ]
-
-measured = cache(measure)
-
-
-def found(variant: Variant, capability: int) -> Resources:
-    return measured(variant, capability)
 
 
 @pytest.mark.parametrize(("variant", "capability"), CASES)

@@ -19,7 +19,7 @@ Compare = Callable[[Tensor, Tensor, Tensor], None]
 
 @pytest.fixture
 def assert_as_good() -> Compare:
-    """(ours, torch's, float64's): our error is at most twice that of torch in the same dtype; rounding is to nearest."""
+    """(ours, torch's, float64's): our error is at most twice that of torch in this dtype; rounding is to nearest."""
 
     def compare(ours: Tensor, torch_s: Tensor, exact: Tensor) -> None:
         assert ours.shape == exact.shape

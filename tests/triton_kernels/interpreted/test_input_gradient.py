@@ -124,7 +124,7 @@ def test_descriptors_are_used_where_they_can_be() -> None:
         ({"dy": torch.ones(1, 5).expand(4, 5)}, "dy does not lie row by row"),
         ({"weight": torch.ones(5, 8, device="meta")}, "weight is on another device"),
         ({"activation": "tanh"}, "unknown activation; got 'tanh'"),
-        ({"z": None}, "needs its input"),
+        ({"z": None}, "needs the activation's input"),
     ],
 )
 def test_what_cannot_be_used_is_refused(change: dict[str, object], message: str) -> None:

@@ -50,11 +50,8 @@ def check(
     given: tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]] | None = None,
 ) -> None:
     """weight_gradient on top of existing gradients, with bias."""
-    start = [
-        torch.randn(dys[0].shape[1], xs[0].shape[1]).to(gradient_dtype),
-        torch.randn(dys[0].shape[1]).to(gradient_dtype),
-    ]
-    ours, torch_s, exact = ([s.to(d) for s in start] for d in (gradient_dtype, gradient_dtype, torch.float64))
+    n, k = dys[0].shape[1], xs[0].shape[1]
+    start = [torch.randn(n, k).to(gradient_dtype), torch.randn(n).to(gradient_dtype)]
     ours = [s.clone() for s in start]
     weight_gradient(*(given or (dys, xs)), *ours)
     # A float32 gradient must be as good as one from float32 operands: nothing may be rounded to 16 bits on its way.
@@ -203,8 +200,11 @@ def test_nothing_to_add() -> None:
 )
 def test_what_cannot_be_used_is_refused(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {
-        "dys": [torch.ones(4, 5)], "xs": [torch.ones(4, 8)], "weight_grad": torch.ones(5, 8), "bias_grad": torch.ones(5),
-    }  # fmt: skip
+        "dys": [torch.ones(4, 5)],
+        "xs": [torch.ones(4, 8)],
+        "weight_grad": torch.ones(5, 8),
+        "bias_grad": torch.ones(5),
+    }
     weight_gradient(**arguments)  # type: ignore[arg-type]
     before = [t.clone() for t in (arguments["weight_grad"], arguments["bias_grad"]) if isinstance(t, Tensor)]
     with pytest.raises(InputError, match=message):
