@@ -94,9 +94,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         {path: get_iterable_path(list(values.values()), path) for path in constants},
         {path: nvidia.CUDABackend.parse_attr(get_iterable_path(hints, path)) for path in hinted},
     )
-    return triton.compile(
-        source, GPUTarget("cuda", capability, 32), {"num_warps": launch.warps, "num_stages": launch.stages}
-    )
+    return triton.compile(source, GPUTarget("cuda", capability, 32), launch.options)
 
 
 def measure(variant: Variant, capability: int) -> Resources:
