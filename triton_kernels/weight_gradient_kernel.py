@@ -76,7 +76,8 @@ def add_products(
         x_tile = load_x(x, x_slab_stride, x_stride, m, t, k, rows, K, BLOCK_T, BLOCK_K, DESCRIPTORS)
         product = multiply(dy_tile, x_tile, product, UPCAST)
         if BIAS:
-            row_sum = multiply(dy_tile, tl.full((BLOCK_T, ONES), 1.0, dy_tile.dtype), row_sum, UPCAST)
+            ones = tl.full((BLOCK_T, ONES), 1.0, tl.float32).to(dy_tile.dtype)
+            row_sum = multiply(dy_tile, ones, row_sum, UPCAST)
     return product, row_sum
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 else:
     collect_ignore_glob = ["test_*.py"]
 
+# Of NumPy, through which the interpreter computes: 3.6 indexes with arrays, and an exponential may be infinite.
+NUMPY_WARNINGS = ("ignore:Conversion of an array:DeprecationWarning", "ignore:overflow encountered:RuntimeWarning")
+
 Compare = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for warning in NUMPY_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture

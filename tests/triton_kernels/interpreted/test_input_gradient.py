@@ -62,7 +62,6 @@ def test_swiglu(shape: tuple[int, int, int], dtype: torch.dtype, assert_as_good:
     assert ours[0].stride() == ours[1].stride() == (2 * k, 1), "one matrix for the projection's own backward"
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's; a GPU says nothing and has infinity too
 @pytest.mark.parametrize("activation", FORWARD)
 def test_activation_far_out(activation: str, assert_as_good: Compare) -> None:
     z = torch.cat([torch.linspace(-12, 12, 241), torch.tensor([-1e4, -88.0, -0.0, 88.0, 1e4])])[None]
