@@ -7,16 +7,19 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long test-triton36 lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
 
-test: $(VENV)/installed ## all tests but the long sweeps; needs no GPU
+test: $(VENV)/tested ## all tests but the long sweeps; needs no GPU
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(VENV)/installed ## the long sweeps
+test-long: $(VENV)/tested ## the long sweeps
 	$(BIN)/python -m pytest -m long --timeout 1200
+
+test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
+	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
 
 lint: $(VENV)/linted ## formats, types, and whether the native stubs are those of the built modules
 	$(BIN)/ruff check .
@@ -36,9 +39,19 @@ clean:
 # An editable install, since the package stands in the folder from which tests run.
 $(VENV)/installed: $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/linted: $(VENV)/installed
+$(VENV)/tested: $(VENV)/installed tests/requirements.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement tests/requirements.txt
+	touch $@
+
+# Triton 3.6 breaks under NumPy 2.4. The package itself is imported from this folder: the kernels need nothing compiled.
+$(VENV)-triton36/installed: Makefile constraints.txt
+	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/pip install --quiet $$(grep ^torch constraints.txt) triton==3.6.0 'numpy<2.4' pytest pytest-timeout
+	touch $@
+
+$(VENV)/linted: $(VENV)/tested
 	$(BIN)/pip install --quiet --constraint constraints.txt clang-format mypy ruff
 	touch $@
