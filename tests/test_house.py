@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "plan": {"errors", "_native"},
     "backward": {"errors"},
     "transport": {"errors", "_native"},
-    "triton_kernels": {"errors"},
+    "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
     "state": {"errors"},
     "observe": {"errors"},

@@ -23,6 +23,17 @@ def test_the_example_in_the_readme_is_the_file() -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 40
 
 
+def test_the_drop_in_s_example_learns() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/drop_in.py"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] / 2
+    assert "examples/drop_in.py" in README
+
+
 @pytest.mark.parametrize("starter", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]])
 def test_the_example_learns(starter: list[str]) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
