@@ -60,13 +60,13 @@ class Splitter:
 
     def alias(self, parameter: Tensor | None) -> Tensor | None:
         """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
-        if parameter is None or parameter._backward_hooks:  # which must see the whole gradient
-            return None
+        if parameter is None or not parameter.requires_grad or parameter._backward_hooks:
+            return None  # the last ones must see the whole gradient
         known = self._aliases.get(id(parameter))
         if known is not None and known[0] == parameter.data_ptr():
             return known[1]
         if id(parameter) not in self._recordable:
-            return None  # not ours, frozen, or not recorded everywhere
+            return None  # not ours, frozen when the tapes' owner was made, or not recorded everywhere
         alias = parameter.detach()
         self._aliases[id(parameter)] = parameter.data_ptr(), alias
         self._watch(parameter)

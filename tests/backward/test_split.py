@@ -624,3 +624,17 @@ def test_a_tied_parameter_adds_once_to_its_main_gradient() -> None:
     run_split(module, ids, dy)
     assert torch.equal(module.tokens.weight.main_grad, 1 + whole.tokens.weight.grad)
     assert module.tokens.weight.grad is None
+
+
+def test_a_parameter_frozen_between_steps_gets_no_gradient_any_more() -> None:
+    module = mlp()
+    splitter = Splitter(module.parameters())
+    run_split(module, torch.randn(3, 8), torch.randn(3, 8), splitter)
+    module.zero_grad()
+    module[0].weight.requires_grad_(False)
+    run_split(module, torch.randn(3, 8), torch.randn(3, 8), splitter)
+    assert module[0].weight.grad is None
+    assert module[0].bias.grad is not None
+    module[0].weight.requires_grad_()
+    run_split(module, torch.randn(3, 8), torch.randn(3, 8), splitter)
+    assert module[0].weight.grad is not None
