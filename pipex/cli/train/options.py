@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipex.cli.plans.files import read_plan
 from pipex.errors import InputError
+from pipex.plan.chain import check_stages
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,7 @@ class Options:
                 raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed is out of range", got=self.seed, needed="0 to 2⁶³-1")
-        if self.ranks > self.layers + 2:
-            raise InputError(
-                f"a model of {self.layers + 2} layers cannot be cut into {self.ranks} stages",
-                got=f"--layers {self.layers}, an embedding and a head", needed="a layer for every stage",
-                fix="raise --layers or lower --ranks",
-            )  # fmt: skip
+        check_stages(self.layers + 2, self.ranks)  # the blocks, an embedding and a head
         if self.batch < self.microbatches:
             raise InputError(
                 "the batch is too small for the plan",
