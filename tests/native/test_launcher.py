@@ -25,9 +25,9 @@ class Fake:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.library = ctypes.CDLL(self.path)
-        self.library.fake_journal.restype = ctypes.c_char_p
-        self.library.fake_current.restype = ctypes.c_size_t
+        self.functions = ctypes.CDLL(self.path)
+        self.functions.fake_journal.restype = ctypes.c_char_p
+        self.functions.fake_current.restype = ctypes.c_size_t
 
     def device(self, **options: Any) -> _cuda.Device:
         return _cuda.Device(0, library=self.path, **options)
@@ -38,15 +38,15 @@ class Fake:
         """A kernel whose code has exactly these parameters, unless `fields` says otherwise."""
         fields = _cuda.parameter_layout(parameters) if fields is None else fields
         numbers = [number for field in fields for number in field]
-        self.library.fake_set_parameters((ctypes.c_size_t * len(numbers))(*numbers), len(fields))
+        self.functions.fake_set_parameters((ctypes.c_size_t * len(numbers))(*numbers), len(fields))
         return _cuda.Kernel(device or self.device(), CUBIN, "work", 4, shared, parameters)
 
     def fail(self, function: str, result: int) -> None:
-        self.library.fake_fail(function.encode(), result)
+        self.functions.fake_fail(function.encode(), result)
 
     @property
     def journal(self) -> list[str]:
-        return self.library.fake_journal().decode().splitlines()
+        return self.functions.fake_journal().decode().splitlines()
 
     def calls(self, function: str) -> list[str]:
         """The arguments of every call of a function."""
@@ -55,7 +55,7 @@ class Fake:
     @property
     def parameter_bytes(self) -> bytes:
         buffer = ctypes.create_string_buffer(1 << 16)
-        size = self.library.fake_parameter_bytes(buffer, ctypes.c_size_t(len(buffer)))
+        size = self.functions.fake_parameter_bytes(buffer, ctypes.c_size_t(len(buffer)))
         return buffer.raw[:size]
 
 
@@ -187,18 +187,18 @@ def test_a_failed_encoding_is_not_remembered(fake: Fake) -> None:
 
 def test_the_caller_s_context_is_given_back(fake: Fake) -> None:
     for current in (0, PRIMARY, 0x5000):
-        fake.library.fake_make_current(ctypes.c_size_t(current))
+        fake.functions.fake_make_current(ctypes.c_size_t(current))
         kernel = fake.kernel(["i32"])
         kernel.launch(1, 1, 1, 0, (1,))
         with pytest.raises(InputError):
             kernel.launch(1, 1, 1, 0, (2**31,))
         del kernel
-        assert fake.library.fake_current() == current
+        assert fake.functions.fake_current() == current
 
 
 def test_a_launch_in_the_right_context_changes_nothing(fake: Fake) -> None:
     kernel = fake.kernel(["i32"])
-    fake.library.fake_make_current(ctypes.c_size_t(PRIMARY))
+    fake.functions.fake_make_current(ctypes.c_size_t(PRIMARY))
     before = len(fake.journal)
     kernel.launch(1, 1, 1, 0, (1,))
     assert [line.split()[0] for line in fake.journal[before:]] == ["cuLaunchKernelEx"]
