@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(backward, samples=20, floor="how many times faster than torch's split, such as mlp=2")
     backward.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
                           help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
+    backward.add_argument("--max-forward-over-whole", metavar="CASE=RATIO,...",
+                          help="most that the prepared forward may cost, in plain ones, such as block=1.1")  # fmt: skip
+    backward.add_argument("--max-held-share", metavar="CASE=SHARE,...",
+                          help="most bytes that may wait for W, over a plain forward's, such as block=1")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -105,7 +109,12 @@ def _backward(options: argparse.Namespace) -> int:
     from pipex.bench.report import finish, parse_floors
 
     floors = []
-    for text, figure, most in ((options.min_ratio, "ratio", False), (options.max_over_whole, "over_whole", True)):
+    for text, figure, most in (
+        (options.min_ratio, "ratio", False),
+        (options.max_over_whole, "over_whole", True),
+        (options.max_forward_over_whole, "forward_over_whole", True),
+        (options.max_held_share, "held_share", True),
+    ):
         if text is not None:
             floors += parse_floors(text, backward.PROVIDER, figure, list(backward.CASES), most=most)
     torch.set_num_threads(1)
