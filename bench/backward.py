@@ -2,12 +2,17 @@
 
     pipex   a prepared forward, then I and W (pipex.backward)
     torch   stage_backward_input and stage_backward_weight of torch.distributed.pipelining
-    whole   torch.autograd.backward: what a split must not cost more than
+    whole   a plain forward and torch.autograd.backward: what a split must not cost more than
 
-A sample is the time of the backward alone, I and W together, as the mean of ``REPEATS`` in a row; every provider runs
-its own forward before each, which is given as ``forward_us``. ``over_whole`` is the row's median over that of
-``whole``. Gradients are compared with those of ``whole`` first: pipex's must be equal bit by bit, torch's within
-``TOLERANCE``.
+A sample is the time of the backward alone, I and W together, as the mean of ``Case.repeats`` in a row; every provider
+runs its own forward before each, which is given as ``forward_us``. ``over_whole`` and ``forward_over_whole`` are the
+row's medians over those of ``whole``. Gradients are compared with those of ``whole`` first: pipex's must be equal bit
+by bit, torch's within ``TOLERANCE``.
+
+``held_share`` is what waits for W, over what waited for the backward: the bytes that are alive between I and W, when
+whoever called I has let go of the stage's input, its output and both their gradients; divided by the bytes that are
+alive after a plain forward, which are its input and what autograd has saved. Parameters and their gradients count in
+neither.
 """
 
 from __future__ import annotations
@@ -24,16 +29,13 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from pipex.backward import Splitter
 from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.held import Storages
 from pipex.bench.report import Row
 from pipex.cli.train.model import Block, ModelConfig
 
 PROVIDER, PEER, WHOLE = "pipex", "torch", "whole"
 TOLERANCE = 1e-5
 """Largest error of torch's gradients, relative to the tensor's largest element."""
-
-
-REPEATS = 10
-"""In a row, as a step has them; a single one after another provider's would measure cold caches."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    repeats: int = 10
+    """In a row, as a step has them; a single short one after another provider's would measure cold caches."""
 
 
-def _blocks(count: int) -> nn.Module:
-    config = ModelConfig(width=64, heads=4, layers=count, context=16)
+def _blocks(count: int, width: int = 64, heads: int = 4) -> nn.Module:
+    config = ModelConfig(width, heads, layers=count, context=128)
     return nn.Sequential(*(Block(config) for _ in range(count)))
 
 
@@ -60,12 +64,16 @@ CASES = {
         Case("mlp", _mlp, (32, 64)),
         Case("block", lambda: _blocks(1), (2, 16, 64)),
         Case("blocks32", lambda: _blocks(32), (2, 16, 64)),
+        Case("block512", lambda: _blocks(1, width=512, heads=8), (2, 128, 512), repeats=2),
     )
 }
 
 
 def measure(cases: list[Case], rounds: Rounds) -> list[Row]:
-    """Three rows per case, with the figures forward_us and over_whole."""
+    """Three rows per case, with the figures forward_us, over_whole, forward_over_whole and held_share.
+
+    ``whole`` has no held_share: nothing waits there.
+    """
     return [row for case in cases for row in _measure_case(case, rounds)]
 
 
@@ -74,9 +82,8 @@ def _measure_case(case: Case, rounds: Rounds) -> list[Row]:
     module = case.build()
     x, dy = torch.randn(case.shape), torch.randn(case.shape)
     sides = {
-        WHOLE: _Side(module, x, dy, _Whole),
-        PROVIDER: _Side(module, x, dy, _Pipex),
-        PEER: _Side(module, x, dy, _Torch),
+        name: _Side(module, x, dy, provider, case.repeats)
+        for name, provider in ((WHOLE, _Whole), (PROVIDER, _Pipex), (PEER, _Torch))
     }
     wanted = sides[WHOLE].gradients()
     correct = {
@@ -86,31 +93,43 @@ def _measure_case(case: Case, rounds: Rounds) -> list[Row]:
         )
         for name, side in sides.items()
     }
+    held = {name: side.held() for name, side in sides.items()}
     times = {name: quantiles(s) for name, s in rounds.interleave({n: s.sample for n, s in sides.items()}).items()}
+    forwards = {name: quantiles(side.forwards[-rounds.samples :]).p50 for name, side in sides.items()}
     return [
         Row(
             case.name, name, {"shape": case.shape}, time, times[PEER].p50 / time.p50, correct[name],
-            {"forward_us": quantiles(sides[name].forwards[-rounds.samples :]).p50,
-             "over_whole": time.p50 / times[WHOLE].p50},
+            {"forward_us": forwards[name], "over_whole": time.p50 / times[WHOLE].p50,
+             "forward_over_whole": forwards[name] / forwards[WHOLE],
+             "held_share": None if name == WHOLE else held[name].between / held[WHOLE].after_forward},
         )
         for name, time in times.items()
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes alive at three times of one micro-batch."""
+
+    after_forward: int
+    between: int  # I and W
+    after: int
+
+
 class _Side:
     """One provider on its own copy of the stage."""
 
-    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, backward: Any) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, provider: Any, repeats: int) -> None:
         self._module = copy.deepcopy(module)
-        self._x, self._dy = x, dy
-        self._provider = backward(self._module)
+        self._x, self._dy, self._repeats = x, dy, repeats
+        self._provider = provider(self._module)
         self.forwards: list[float] = []
 
     def sample(self) -> float:
-        """Microseconds of one backward: the mean over ``REPEATS``."""
-        forward, backward = zip(*(self.run() for _ in range(REPEATS)), strict=True)
-        self.forwards.append(sum(forward) / REPEATS)
-        return float(sum(backward)) / REPEATS
+        """Microseconds of one backward: the mean over the repeats."""
+        forward, backward = zip(*(self.run() for _ in range(self._repeats)), strict=True)
+        self.forwards.append(sum(forward) / self._repeats)
+        return float(sum(backward)) / self._repeats
 
     def run(self) -> tuple[float, float]:
         """Microseconds of one forward and its backward; gradients are added to those of the runs before."""
@@ -118,7 +137,8 @@ class _Side:
         begin = perf_counter()
         y = self._provider.forward(x)
         middle = perf_counter()
-        self._provider.backward(y, self._dy, x)
+        self._provider.backward_input(y, self._dy, x)
+        self._provider.backward_weight()
         end = perf_counter()
         return 1e6 * (middle - begin), 1e6 * (end - middle)
 
@@ -128,13 +148,32 @@ class _Side:
         self.run()
         return [p.grad.clone() for p in self._module.parameters() if p.grad is not None]
 
+    def held(self) -> Held:
+        """Of one micro-batch."""
+        parameters = list(self._module.parameters())
+        with Storages() as storages:
+            x = self._x.clone().requires_grad_()
+            graph = self._provider.forward(x).grad_fn  # without the output, which goes to the next stage
+            after_forward = storages.alive(parameters)
+            del graph
+            y = self._provider.forward(x)
+            self._provider.backward_input(y, self._dy.clone(), x)
+            x.grad = None  # a caller that has sent it may do so
+            del x, y
+            between = storages.alive(parameters)
+            self._provider.backward_weight()
+            return Held(after_forward, between, storages.alive(parameters))
+
 
 class _Whole:
     def __init__(self, module: nn.Module) -> None:
         self.forward = module
 
-    def backward(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
+    def backward_input(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
         torch.autograd.backward([y], [dy])
+
+    def backward_weight(self) -> None:
+        """Nothing is left to do."""
 
 
 class _Pipex:
@@ -147,8 +186,10 @@ class _Pipex:
             output: Tensor = self._module(x)
         return output
 
-    def backward(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
+    def backward_input(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
         self._tape.backward_input([y], [dy], [x])
+
+    def backward_weight(self) -> None:
         self._tape.backward_weight()
 
 
@@ -156,6 +197,8 @@ class _Torch:
     def __init__(self, module: nn.Module) -> None:
         self.forward = module
 
-    def backward(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
-        _, groups = stage_backward_input([y], [dy], [x], self.forward.parameters())
-        stage_backward_weight(self.forward.parameters(), groups)
+    def backward_input(self, y: Tensor, dy: Tensor, x: Tensor) -> None:
+        _, self._groups = stage_backward_input([y], [dy], [x], self.forward.parameters())
+
+    def backward_weight(self) -> None:
+        stage_backward_weight(self.forward.parameters(), self._groups)

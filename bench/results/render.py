@@ -1,6 +1,7 @@
 """Writes the README's table of figures from the measured results beside this file: ``python bench/results/render.py``.
 
-Each ``<bench>.json`` is the last line of ``pipex bench <bench> --json``, as it was measured.
+Each ``<bench>.json`` is the last line of ``pipex bench <bench> --json``, as it was measured; a bench without one has no
+rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ COLUMNS = {
     "p2p": ("message of {case} between two processes", "host", "p50_us", "µs", "ratio", "Gloo ÷ pipex"),
     "step": ("overhead per action, {case}", "pipex", "overhead_us_per_action", "µs", "overhead_ratio",
              "torch.distributed.pipelining ÷ pipex"),
+    "drop-in": ("step under `pipex.drop_in()`, {case} ranks", "pipex", "p50_us", "µs", "ratio", "without ÷ with it"),
     "backward": ("split backward, {case} ({over_whole:.2f} × a whole one; forward {forward_us:,.0f} µs)", "pipex",
                  "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
 }  # fmt: skip
@@ -28,7 +30,10 @@ def table() -> str:
     lines = ["| | pipex | compared with | |", "|---|---|---|---|"]
     machine: dict[str, Any] = {}
     for bench, (text, provider, figure, unit, comparison, peer) in COLUMNS.items():
-        result = json.loads((HERE / f"{bench}.json").read_text())
+        path = HERE / f"{bench}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
         machine = result["environment"]
         for row in result["rows"]:
             if row["provider"] == provider:

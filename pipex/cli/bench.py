@@ -9,7 +9,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|backward", required=True)
+    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|drop-in|backward", required=True)
     p2p = benches.add_parser(
         "p2p", help="half a round trip between two processes: host (pipex), gloo, memcpy",
         description="Half a round trip between two processes: host (pipex), gloo, and memcpy in one process.",
@@ -33,6 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
                       help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
 
+    drop_in = benches.add_parser(
+        "drop-in", help="a training step of torch.distributed.pipelining, with and without pipex.drop_in()",
+        description="A training step of torch.distributed.pipelining (Gloo), with and without pipex.drop_in().",
+    )  # fmt: skip
+    drop_in.add_argument("--schedules", default="zbv,interleaved-zb", help="of zbv and interleaved-zb (default: both)")
+    drop_in.add_argument("--ranks", metavar="COUNT,...", default="2,4",
+                         help="of two chunks each; a case is SCHEDULE/RANKS (default: 2,4)")  # fmt: skip
+    _add_common(drop_in, samples=20, floor="how many times faster drop_in() must make a step, such as zbv/2=1.4")
+
     backward = benches.add_parser(
         "backward", help="the split backward of one stage: pipex, torch's split, one whole backward",
         description="The backward of one stage, I and W together: pipex, torch's split, and one whole backward.",
@@ -40,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(backward, samples=20, floor="how many times faster than torch's split, such as mlp=2")
     backward.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
                           help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
+    backward.add_argument("--max-forward-over-whole", metavar="CASE=RATIO,...",
+                          help="most that the prepared forward may cost, in plain ones, such as block=1.1")  # fmt: skip
+    backward.add_argument("--max-held-share", metavar="CASE=SHARE,...",
+                          help="most bytes that may wait for W, over a plain forward's, such as block=1")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(
             "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
         )
-    return {"p2p": _p2p, "step": _step, "backward": _backward}[options.bench](options)
+    return {"p2p": _p2p, "step": _step, "drop-in": _drop_in, "backward": _backward}[options.bench](options)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
@@ -96,6 +109,20 @@ def _step(options: argparse.Namespace) -> int:
     return finish(environment(threads_per_rank(step.RANKS)), rows, floors, as_json=options.json)
 
 
+def _drop_in(options: argparse.Namespace) -> int:
+    from pipex.bench import drop_in
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors
+
+    cases = drop_in.cases(options.schedules, options.ranks)
+    floors = []
+    if options.min_ratio is not None:
+        floors += parse_floors(options.min_ratio, drop_in.PROVIDER, "ratio", [case.name for case in cases])
+    rows = drop_in.measure(cases, Rounds(options.n, options.w))
+    return finish(environment(drop_in.THREADS), rows, floors, as_json=options.json)
+
+
 def _backward(options: argparse.Namespace) -> int:
     import torch
 
@@ -105,7 +132,12 @@ def _backward(options: argparse.Namespace) -> int:
     from pipex.bench.report import finish, parse_floors
 
     floors = []
-    for text, figure, most in ((options.min_ratio, "ratio", False), (options.max_over_whole, "over_whole", True)):
+    for text, figure, most in (
+        (options.min_ratio, "ratio", False),
+        (options.max_over_whole, "over_whole", True),
+        (options.max_forward_over_whole, "forward_over_whole", True),
+        (options.max_held_share, "held_share", True),
+    ):
         if text is not None:
             floors += parse_floors(text, backward.PROVIDER, figure, list(backward.CASES), most=most)
     torch.set_num_threads(1)

@@ -14,21 +14,33 @@ TINY = ["bench", "backward", "-n", "1", "-w", "0", "--json"]
 
 
 def test_rows_and_floors(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main([*TINY, "--min-ratio", "mlp=0.001", "--max-over-whole", "block=1000"])
+    ceilings = ["--max-over-whole", "block=1000", "--max-forward-over-whole", "block=1000,block512=1000"]
+    code = main([*TINY, "--min-ratio", "mlp=0.001", *ceilings, "--max-held-share", "block=1,blocks32=1,block512=1"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert code == 0
     assert [(row["case"], row["provider"]) for row in rows] == [
-        (case, provider) for case in ("mlp", "block", "blocks32") for provider in ("whole", "pipex", "torch")
+        (case, provider)
+        for case in ("mlp", "block", "blocks32", "block512")
+        for provider in ("whole", "pipex", "torch")
     ]
     assert all(row["correct"] for row in rows)
-    assert [row["over_whole"] for row in rows if row["provider"] == "whole"] == [1, 1, 1]
+    whole, pipex, torch_ = ([row for row in rows if row["provider"] == name] for name in ("whole", "pipex", "torch"))
+    assert [(row["over_whole"], row["forward_over_whole"], row["held_share"]) for row in whole] == [(1, 1, None)] * 4
+    for row, plain in zip(pipex, whole, strict=True):
+        assert row["forward_over_whole"] == pytest.approx(row["forward_us"] / plain["forward_us"], rel=1e-3)
+    # A plain forward of a block keeps 16 times its input, and per norm and row two numbers, per head and row one.
+    assert pipex[1]["held_share"] == pytest.approx(16 / (16 + (2 * 2 + 4) / 64), rel=1e-4)
+    assert all(row["held_share"] > 1.6 for row in torch_[1:])
 
 
 def test_a_missed_ceiling_and_a_wrong_result_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main([*TINY, "--max-over-whole", "mlp=0.001"]) == 1
-    assert "above the ceiling of 0.001" in capsys.readouterr().err
+    figures = ("over-whole", "forward-over-whole", "held-share")
+    assert main([*TINY, *(word for figure in figures for word in (f"--max-{figure}", "mlp=0.001"))]) == 1
+    errors = capsys.readouterr().err
+    assert all(f"mlp: {figure.replace('-', '_')} of pipex is " in errors for figure in figures)
+    assert errors.count("above the ceiling of 0.001") == 3
 
     right = Tape.backward_weight
 

@@ -1,0 +1,206 @@
+"""A training step of torch.distributed.pipelining, with and without ``pipex.drop_in()``.
+
+    pipex   torch's schedule inside of pipex.drop_in()
+    torch   the same schedule as it is
+
+Both run in the same processes over Gloo on the loopback interface, in the same rounds: two chunks per rank, four
+transformer blocks per stage, and twice as many micro-batches as stages, so that every W that the schedule moves is a
+part of the step. Putting the replacements in and out again is not timed. A step's time is the slowest rank's.
+
+Before anything is timed, and after every step, the gradients are compared with those of one process: plain autograd,
+one micro-batch after the other, summed in the order in which the schedule has this rank's W. pipex's must be equal bit
+by bit, torch's within ``TOLERANCE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+    _PipelineScheduleRuntime,
+)
+
+from pipex.backward.drop_in import drop_in
+from pipex.bench import gloo
+from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.report import Row
+from pipex.bench.step import TimedStep
+from pipex.cli.train.model import Block, ModelConfig
+from pipex.errors import InputError
+from pipex.runtime.launch import launch
+from pipex.runtime.worlds import current_world
+from pipex.transport.interface import World
+
+PROVIDER, PEER = "pipex", "torch"
+CHUNKS = 2  # per rank; ZBV has no other
+BLOCKS = 4  # per stage
+SHAPE = (2, 16, 64)  # of a micro-batch: sequences, positions, width
+THREADS = 1  # of each rank: a width of 64 has nothing to share out
+TOLERANCE = 1e-5
+"""Largest error of torch's gradients, relative to the tensor's largest element."""
+
+SCHEDULES: dict[str, type[_PipelineScheduleRuntime]] = {
+    "zbv": ScheduleZBVZeroBubble,
+    "interleaved-zb": ScheduleInterleavedZeroBubble,
+}
+"""pipex's name of a schedule -> torch's class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A schedule on a number of ranks."""
+
+    schedule: str
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}/{self.ranks}"
+
+    @property
+    def stages(self) -> int:
+        return CHUNKS * self.ranks
+
+    @property
+    def microbatches(self) -> int:
+        return 2 * self.stages
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Their indices, in the order in which torch's schedule wants them."""
+        if self.schedule == "zbv":
+            return [rank, self.stages - 1 - rank]
+        return list(range(rank, self.stages, self.ranks))
+
+    def modules(self) -> list[nn.Module]:
+        """Of all stages; the same weights on every call."""
+        config = ModelConfig(width=SHAPE[2], heads=4, layers=BLOCKS, context=SHAPE[1])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [nn.Sequential(*(Block(config) for _ in range(BLOCKS))) for _ in range(self.stages)]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Input and target, the same on every call."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.microbatches * SHAPE[0], *SHAPE[1:])
+        return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def cases(schedules: str, ranks: str) -> list[Case]:
+    """Every schedule on every number of ranks, from texts such as ``zbv,interleaved-zb`` and ``2,4``.
+
+    Raises:
+        InputError: a schedule that does not split its backward or that torch does not have, or too few ranks.
+    """
+    found = []
+    for count in ranks.split(","):
+        if not (count.isdecimal() and int(count) > 1):
+            raise InputError("not a number of ranks", got=repr(count), needed="at least 2")
+        for schedule in schedules.split(","):
+            if schedule not in SCHEDULES:
+                raise InputError("not a schedule of torch's that splits its backward", got=repr(schedule),
+                                 needed=f"one of {', '.join(SCHEDULES)}")  # fmt: skip
+            found.append(Case(schedule, int(count)))
+    return found
+
+
+def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
+    """Two rows per case."""
+    ranks = {case: launch(_rank, case.ranks, args=(asdict(case), asdict(rounds))) for case in cases}
+    return [row for case in cases for row in _rows(case, ranks[case])]
+
+
+def _rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """``ranks[r]`` is what ``_rank`` returned on rank r."""
+    slowest = {
+        name: quantiles([max(times) for times in zip(*(rank["samples"][name] for rank in ranks), strict=True)])
+        for name in (PROVIDER, PEER)
+    }
+    return [
+        Row(case.name, name, {"shape": SHAPE}, time, slowest[PEER].p50 / time.p50,
+            all(rank["correct"][name] for rank in ranks))
+        for name, time in slowest.items()
+    ]  # fmt: skip
+
+
+def _rank(case: Mapping[str, Any], rounds: Mapping[str, int]) -> dict[str, Any]:
+    """On each rank: its samples in µs, and whether its gradients were right, by provider."""
+    torch.set_num_threads(THREADS)
+    world = current_world()
+    with gloo.joined(world):
+        return _measure_case(world, Case(**case), Rounds(**rounds))
+
+
+def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
+    with_pipex, without = _Step(case, world.rank), _Step(case, world.rank)
+    wanted = unsplit(case, case.stages_of(world.rank), without.order_of_weights())
+    steps = {
+        PROVIDER: TimedStep(world, with_pipex.run, wanted, tolerance=0),
+        PEER: TimedStep(world, without.run, wanted, TOLERANCE),
+    }
+
+    def sample_pipex() -> float:
+        with drop_in():
+            return steps[PROVIDER].sample()
+
+    providers = {PROVIDER: sample_pipex, PEER: steps[PEER].sample}
+    for sample in providers.values():
+        sample()  # compares; and torch's stages tell each other their shapes in their first step
+    times = rounds.interleave(providers)
+    return {"samples": times, "correct": {name: step.correct for name, step in steps.items()}}
+
+
+class _Step:
+    """Steps of torch's schedule on this rank's stages."""
+
+    def __init__(self, case: Case, rank: int) -> None:
+        modules = case.modules()
+        mine = case.stages_of(rank)
+        self._parameters = [p for index in mine for p in modules[index].parameters()]
+        stages = [PipelineStage(modules[index], index, case.stages, torch.device("cpu")) for index in mine]
+        self._rank = rank
+        self._schedule: Any = SCHEDULES[case.schedule](stages, case.microbatches, loss_fn=nn.functional.mse_loss)
+        batch, target = case.batch()
+        self._inputs = (batch,) if 0 in mine else ()
+        self._target = target if case.stages - 1 in mine else None
+
+    def run(self) -> list[Tensor]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._schedule.step(*self._inputs, target=self._target, losses=[], return_outputs=False)
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def order_of_weights(self) -> dict[int, list[int]]:
+        """Of each of this rank's stages its micro-batches, in the order in which they add to the weight gradients."""
+        order: dict[int, list[int]] = {}
+        for action in self._schedule.pipeline_order[self._rank]:
+            if action is not None and action.computation_type.value in ("B", "W"):
+                order.setdefault(action.stage_index, []).append(action.microbatch_index)
+        return order
+
+
+def unsplit(case: Case, indices: Sequence[int], order: Mapping[int, Sequence[int]]) -> list[Tensor]:
+    """Gradients of these stages in one process: autograd, summed over the micro-batches in the given order."""
+    modules = case.modules()
+    whole = nn.Sequential(*modules)
+    parameters = {index: list(modules[index].parameters()) for index in indices}
+    flat = [p for index in indices for p in parameters[index]]
+    made = [
+        iter(torch.autograd.grad(nn.functional.mse_loss(whole(x), y), flat))
+        for x, y in zip(*(data.chunk(case.microbatches) for data in case.batch()), strict=True)
+    ]
+    found = []
+    for index in indices:
+        for _ in parameters[index]:
+            parts = [next(gradients) for gradients in made]
+            total = parts[order[index][0]].clone()
+            for microbatch in order[index][1:]:
+                total += parts[microbatch]
+            found.append(total.div_(case.microbatches))
+    return found
