@@ -5,9 +5,12 @@
     whole   a plain forward and torch.autograd.backward: what a split must not cost more than
 
 A sample is the time of the backward alone, I and W together, as the mean of ``Case.repeats`` in a row; every provider
-runs its own forward before each, which is given as ``forward_us``. ``over_whole`` and ``forward_over_whole`` are the
-row's medians over those of ``whole``. Gradients are compared with those of ``whole`` first: pipex's must be equal bit
-by bit, torch's within ``TOLERANCE``.
+runs its own forward before each. ``over_whole`` is the row's median over that of ``whole``. Gradients are compared with
+those of ``whole`` first: pipex's must be equal bit by bit, torch's within ``TOLERANCE``.
+
+``forward_us`` is the median of ``FORWARDS`` forwards per sample, for which the providers take turns one by one, since
+what a prepared forward adds is little beside the noise of a busy machine. ``forward_over_whole`` is it over that of
+``whole``; torch's forward is a plain one as well, so its figure shows how much noise is left.
 
 ``held_share`` is what waits for W, over what waited for the backward: the bytes that are alive between I and W, when
 whoever called I has let go of the stage's input, its output and both their gradients; divided by the bytes that are
@@ -36,6 +39,9 @@ from pipex.cli.train.model import Block, ModelConfig
 PROVIDER, PEER, WHOLE = "pipex", "torch", "whole"
 TOLERANCE = 1e-5
 """Largest error of torch's gradients, relative to the tensor's largest element."""
+
+FORWARDS = 10
+"""Per sample."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,14 @@ def _measure_case(case: Case, rounds: Rounds) -> list[Row]:
     }
     held = {name: side.held() for name, side in sides.items()}
     times = {name: quantiles(s) for name, s in rounds.interleave({n: s.sample for n, s in sides.items()}).items()}
-    forwards = {name: quantiles(side.forwards[-rounds.samples :]).p50 for name, side in sides.items()}
+    forward_rounds = Rounds(FORWARDS * rounds.samples, rounds.warmups)
+    forwards = forward_rounds.interleave({name: side.forward for name, side in sides.items()})
+    forward_us = {name: quantiles(samples).p50 for name, samples in forwards.items()}
     return [
         Row(
             case.name, name, {"shape": case.shape}, time, times[PEER].p50 / time.p50, correct[name],
-            {"forward_us": forwards[name], "over_whole": time.p50 / times[WHOLE].p50,
-             "forward_over_whole": forwards[name] / forwards[WHOLE],
+            {"forward_us": forward_us[name], "over_whole": time.p50 / times[WHOLE].p50,
+             "forward_over_whole": forward_us[name] / forward_us[WHOLE],
              "held_share": None if name == WHOLE else held[name].between / held[WHOLE].after_forward},
         )
         for name, time in times.items()
@@ -123,24 +131,28 @@ class _Side:
         self._module = copy.deepcopy(module)
         self._x, self._dy, self._repeats = x, dy, repeats
         self._provider = provider(self._module)
-        self.forwards: list[float] = []
 
     def sample(self) -> float:
         """Microseconds of one backward: the mean over the repeats."""
-        forward, backward = zip(*(self.run() for _ in range(self._repeats)), strict=True)
-        self.forwards.append(sum(forward) / self._repeats)
-        return float(sum(backward)) / self._repeats
+        return sum(self.run() for _ in range(self._repeats)) / self._repeats
 
-    def run(self) -> tuple[float, float]:
-        """Microseconds of one forward and its backward; gradients are added to those of the runs before."""
+    def forward(self) -> float:
+        """Microseconds of one forward."""
         x = self._x.clone().requires_grad_()
         begin = perf_counter()
         y = self._provider.forward(x)
-        middle = perf_counter()
+        end = perf_counter()
+        del y  # its graph is let go here, not within the time
+        return 1e6 * (end - begin)
+
+    def run(self) -> float:
+        """Microseconds of one backward; gradients are added to those of the runs before."""
+        x = self._x.clone().requires_grad_()
+        y = self._provider.forward(x)
+        begin = perf_counter()
         self._provider.backward_input(y, self._dy, x)
         self._provider.backward_weight()
-        end = perf_counter()
-        return 1e6 * (middle - begin), 1e6 * (end - middle)
+        return 1e6 * (perf_counter() - begin)
 
     def gradients(self) -> list[Tensor]:
         """Of one backward."""
