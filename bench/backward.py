@@ -191,7 +191,7 @@ class _Whole:
 class _Pipex:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._splitter = Splitter(module.parameters())
+        self._splitter = Splitter.of(module)
 
     def forward(self, x: Tensor) -> Tensor:
         with self._splitter.record() as self._tape:

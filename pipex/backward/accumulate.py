@@ -1,4 +1,4 @@
-"""Adds gradients to ``param.grad`` as autograd's AccumulateGrad does, hooks included, or to ``param.main_grad``."""
+"""Adds gradients to ``param.grad`` as autograd does, or to ``param.main_grad``."""
 
 from __future__ import annotations
 
@@ -9,34 +9,32 @@ from torch import Tensor
 
 
 def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Adds each gradient to its parameter's ``.grad``, then runs the post-accumulate hooks.
+    """Adds each gradient to its parameter's ``.grad``, through autograd's own accumulators: so every hook on the
+    parameter and on its accumulator runs (optimizers in the backward, data parallelism), and memory that others hold
+    does not become ``.grad``.
 
     A parameter with an attribute ``main_grad`` (Megatron-LM's and TransformerEngine's name for a gradient of higher
-    precision) gets its gradient added there, and ``grad_added_to_main_grad`` set where it has that too.
+    precision) gets its gradient added there instead, and ``grad_added_to_main_grad`` set where it has that too; of its
+    hooks those run that wait for an accumulated gradient. One that was frozen meanwhile gets none.
 
     Args:
         parameters: leaf tensors, each once.
-        gradients: for each of them, in its shape and dtype, the whole gradient of this backward; fresh memory, which
-            may become ``.grad`` itself.
+        gradients: for each of them, in its shape, the whole gradient of this backward.
     """
-    present: list[Tensor] = []
+    plain: list[Tensor] = []
     additions: list[Tensor] = []
-    hooked = False
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        before = getattr(parameter, "main_grad", None)
-        if before is None:
-            before = parameter.grad
-        elif hasattr(parameter, "grad_added_to_main_grad"):
-            parameter.grad_added_to_main_grad = True
-        if before is not None:
-            present.append(before)
+        main = getattr(parameter, "main_grad", None)
+        if not parameter.requires_grad:
+            continue
+        if main is None:
+            plain.append(parameter)
             additions.append(gradient)
-        else:
-            parameter.grad = gradient
-        hooked = hooked or bool(parameter._post_accumulate_grad_hooks)
-    if present:
-        torch._foreach_add_(present, additions)
-    if hooked:
-        for parameter in parameters:
-            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
-                hook(parameter)
+            continue
+        main.add_(gradient)
+        if hasattr(parameter, "grad_added_to_main_grad"):
+            parameter.grad_added_to_main_grad = True
+        for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+            hook(parameter)
+    if plain:
+        torch.autograd.backward(plain, additions)  # a leaf as a root: nothing runs but its accumulator

@@ -181,18 +181,9 @@ def _forward_one_chunk(self: _PipelineStageBase, fwd_chunk_id: int, *args: Any, 
     if (self.stage_index, fwd_chunk_id) not in _split.get() or not self.has_backward or self.dw_builder is not None:
         return forward(self, fwd_chunk_id, *args, **kwargs)
     if (splitter := _splitters.get(self)) is None:
-        splitter = _splitters[self] = Splitter(_recordable(self.submod))
+        splitter = _splitters[self] = Splitter.of(self.submod)
     with splitter.record():
         return forward(self, fwd_chunk_id, *args, **kwargs)
-
-
-def _recordable(module: Any) -> Iterable[Tensor]:
-    """The parameters whose gradients may be deferred; see above for those that may not."""
-    if not isinstance(module, nn.Module) or isinstance(module, DistributedDataParallel):
-        return ()
-    if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()):
-        return ()
-    return module.parameters()
 
 
 def _backward_one_chunk(

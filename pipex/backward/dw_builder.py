@@ -23,18 +23,15 @@ def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
     Raises:
         UnsupportedModule: in a backward that the module's own forward runs, or one with create_graph.
     """
-    splitter = Splitter(module.parameters())
-    open_tapes: list[Tape] = []
+    splitter = Splitter.of(module)
+    forward = module.forward
     ended: list[Tape] = []
 
-    def start(_: nn.Module, __: Any) -> None:
-        open_tapes.append(splitter.record(ended.append).__enter__())
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        with splitter.record(ended.append):
+            return forward(*args, **kwargs)
 
-    def stop(_: nn.Module, __: Any, ___: Any) -> None:
-        open_tapes.pop().__exit__(None, None, None)
-
-    module.register_forward_pre_hook(start)
-    module.register_forward_hook(stop, always_call=True)
+    module.forward = prepared
 
     def build() -> Callable[[], None]:
         tapes = ended[:]

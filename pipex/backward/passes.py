@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from pipex.backward.root import anchor
 from pipex.errors import UnsupportedModule
 
 if TYPE_CHECKING:
@@ -35,13 +37,12 @@ def announced(outputs: Sequence[Tensor], then: Then) -> Iterator[None]:
         task = torch._C._current_graph_task_id()
         _announced[task] = then
 
-    # Every root of a pass runs, so one of them can tell which pass this is, in whatever thread the engine runs it.
-    root = next((output.grad_fn for output in outputs if output.grad_fn is not None), None)
-    handle = None if root is None else root.register_prehook(begin)
+    # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
+    handles = [output.grad_fn.register_prehook(begin) for output in outputs if output.grad_fn is not None]
     try:
         yield
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         _announced.pop(task, None)
 
@@ -71,3 +72,18 @@ def refuse_graph_of_gradients() -> None:
             needed="first derivatives only",
             fix="run the part that is differentiated twice outside of the stage, or without the split backward",
         )
+
+
+def accumulates(x: Tensor) -> bool:
+    """Called during a pass over an operation on ``x``: whether it adds to ``.grad`` all that it comes to, as
+    ``backward`` does, or is an ``autograd.grad``, which makes the gradients that it was asked for and no others."""
+    node = get_gradient_edge(x if x.requires_grad else anchor).node
+    while node.next_functions:
+        following = next((n for n, _ in node.next_functions if n is not None), None)
+        if following is None:
+            return True
+        node = following
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # asked about a leaf whose gradient the pass returns
+        return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from pipex.backward.tape import Tape
@@ -22,6 +23,7 @@ _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_dynamo_compiling
 _autocast = torch._C._is_any_autocast_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_functorch = torch._C._are_functorch_transforms_active
 
 torch_linear = F.linear
 torch_embedding = F.embedding
@@ -68,6 +70,8 @@ def _tape_for(x: Tensor) -> Tape | None:
         or _autocast()  # the gradient would have to repeat autocast's own casts
         # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
         or _saved_tensors_hooks(False) is not None
+        or _functorch()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
+        or forward_ad._current_level >= 0
     ):
         return None
     return tape

@@ -23,14 +23,15 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate
-from pipex.backward.passes import Then, announced, end_of, refuse_graph_of_gradients
+from pipex.backward.passes import Then, accumulates, announced, end_of, refuse_graph_of_gradients
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
 
@@ -44,11 +45,21 @@ class Splitter:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
-        self._aliases: dict[int, tuple[int, Tensor]] = {}  # id of a parameter -> its address, its alias
+        self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         # Of recorded parameters, until the first pass over a tape has ended: the watch over their accumulators, which
         # must be held, and by id the last pass that came there.
         self._unproven: list[tuple[Node, RemovableHandle]] = []
         self._reached: dict[int, int] = {}
+
+    @staticmethod
+    def of(module: nn.Module) -> Splitter:
+        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
+        compiled parts have a backward of their own."""
+        for part in module.modules():
+            compiled = isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+            if compiled or isinstance(part, DistributedDataParallel):
+                return Splitter(())
+        return Splitter(module.parameters())
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -58,18 +69,19 @@ class Splitter:
         """
         return Tape(self, then)
 
-    def alias(self, parameter: Tensor | None) -> Tensor | None:
-        """The stand-in of a parameter in recorded operations; None where its gradient must not be deferred."""
+    def alias(self, parameter: Tensor | None, bias_of: Tensor | None = None) -> Tensor | None:
+        """The stand-in of a matrix, or of the bias beside one, in recorded operations; None where its gradient must not
+        be deferred."""
         if parameter is None or not parameter.requires_grad or parameter._backward_hooks:
             return None  # the last ones must see the whole gradient
         known = self._aliases.get(id(parameter))
-        if known is not None and known[0] == parameter.data_ptr():
-            return known[1]
-        if id(parameter) not in self._recordable:
+        if known is not None and parameter.is_set_to(known):  # the same memory, shape and strides
+            return known
+        fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
+        if id(parameter) not in self._recordable or not fits:
             return None  # not ours, frozen when the tapes' owner was made, or not recorded everywhere
-        alias = parameter.detach()
-        self._aliases[id(parameter)] = parameter.data_ptr(), alias
         self._watch(parameter)
+        self._aliases[id(parameter)] = alias = parameter.detach()
         return alias
 
     def _watch(self, parameter: Tensor) -> None:
@@ -88,7 +100,8 @@ class Splitter:
         if self._unproven:
             for key, task in self._reached.items():
                 if task == graph_task:
-                    del self._recordable[key], self._aliases[key]
+                    self._recordable.pop(key, None)
+                    self._aliases.pop(key, None)
             for _, handle in self._unproven:
                 handle.remove()
             self._unproven.clear()
@@ -102,13 +115,15 @@ class Tape:
     freed with its output.
     """
 
-    __slots__ = ("_graph_task", "_outer", "_splitter", "_uses", "recording", "then")
+    __slots__ = ("_before", "_graph_task", "_outer", "_splitter", "_uses", "recording", "then")
 
     def __init__(self, splitter: Splitter, then: Then | None) -> None:
         self._splitter = splitter
         self.then = then
         self.recording = False
-        self._uses: list[Use] = []  # that have their dy, in the order in which autograd came to them
+        # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
+        self._uses: list[tuple[Use, Tensor, int]] = []
+        self._before = 0  # how many of them are of passes that have ended
         self._outer: Tape | None = None
         self._graph_task = -1  # the backward pass that has begun to hand over what the uses need
 
@@ -123,7 +138,7 @@ class Tape:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear of a contiguous x, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
-        w, b = self._splitter.alias(weight), self._splitter.alias(bias)
+        w, b = self._splitter.alias(weight), self._splitter.alias(bias, weight)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
         use = LinearUse(self, x, None if w is None else weight, None if b is None else bias)
@@ -144,22 +159,22 @@ class Tape:
         use = EmbeddingUse(self, x, weight, row, scale_by_frequency)
         return rooted(use, lambda: recording.torch_embedding(x, w, padding))
 
-    def captured(self, use: Use) -> None:
+    def captured(self, use: Use, dy: Tensor) -> None:
         """A use has got its dy. Called in a backward pass, whichever it is."""
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             refuse_graph_of_gradients()
+            del self._uses[self._before :]  # of a pass that was not completed
             self._graph_task = task
-            self._uses = []  # a pass before this one was not completed
             # The engine's own place for work at the end of a pass, which DDP and FSDP use too.
-            Variable._execution_engine.queue_callback(self._end_pass)
-        self._uses.append(use)
+            if self.then is None or accumulates(use.x):
+                Variable._execution_engine.queue_callback(self._end_pass)
+        self._uses.append((use, dy, dy._version))
 
     def _end_pass(self) -> None:
         self._splitter.pass_ended(self._graph_task)
-        for use in self._uses:
-            use.x = use.x.detach()  # lets the graph go now, as an unsplit backward would
         end_of(self, self._graph_task)
+        self._before = len(self._uses)
 
     def backward_input(
         self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
@@ -181,6 +196,11 @@ class Tape:
             x.grad = None
         return gradients
 
+    @property
+    def held(self) -> list[Tensor]:
+        """What W keeps alive: the input and the gradient of the output of every use."""
+        return [tensor for use, dy, _ in self._uses for tensor in (use.x, dy)]
+
     def backward_weight(self) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
 
@@ -192,9 +212,15 @@ class Tape:
 
     def add_to(self, sums: Sums) -> None:
         """The products of W, once: the uses are let go."""
-        uses, self._uses = self._uses, []
-        for use in uses:  # neither x nor dy requires grad, so nothing here makes a graph
-            use.add_to(sums)
+        uses, self._uses, self._before = self._uses, [], 0
+        for use, dy, version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
+            if dy._version != version:
+                raise RuntimeError(
+                    f"the gradient of an operation's output was modified in place before its weight gradient was made; "
+                    f"got version {dy._version} of a tensor of shape {tuple(dy.shape)}, needed version {version}; "
+                    f"use an out-of-place operation there"
+                )
+            use.add_to(sums, dy)
 
 
 def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:

@@ -31,25 +31,25 @@ class Sums:
             self.parameters.append(parameter)
             self.gradients.append(gradient)
         else:
-            self.gradients[place] = self.gradients[place] + gradient
+            before = self.gradients[place]
+            self.gradients[place] = gradient + before if before.is_sparse else before + gradient
 
 
 class Use:
     """Base of all uses; lives from the forward until W of one micro-batch."""
 
-    __slots__ = ("dy", "tape", "version", "x")
-
-    dy: Tensor  # from I on
+    __slots__ = ("tape", "version", "x")
 
     def __init__(self, tape: Tape, x: Tensor) -> None:
         self.tape = tape
         self.x = x
         self.version = x._version
 
-    def capture(self, dy: Tensor) -> None:
-        """Takes dy; autograd calls it in I, before it goes on from the operation's output to its input."""
-        self.dy = dy
-        self.tape.captured(self)
+    def capture(self, dy: Tensor | None) -> None:
+        """Takes dy, None where it is zero; autograd calls it in I, before it goes on to the operation's input."""
+        if dy is not None:
+            self.tape.captured(self, dy)
+            self.x = self.x.detach()  # so that no graph hangs on what the tape holds
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
@@ -62,8 +62,8 @@ class Use:
             )
         return x
 
-    def add_to(self, sums: Sums) -> None:
-        """Adds the gradients of this use to the sums; called when it has its dy."""
+    def add_to(self, sums: Sums, dy: Tensor) -> None:
+        """Adds the gradients of this use to the sums."""
         raise NotImplementedError
 
 
@@ -80,8 +80,8 @@ class LinearUse(Use):
         self.weight = weight  # None where frozen
         self.bias = bias
 
-    def add_to(self, sums: Sums) -> None:
-        rows, columns = self.dy, self.input()
+    def add_to(self, sums: Sums, dy: Tensor) -> None:
+        rows, columns = dy, self.input()
         if columns.dim() > 2:
             columns = columns.reshape(-1, columns.shape[-1])
         if rows.dim() > 2:
@@ -89,7 +89,7 @@ class LinearUse(Use):
         if self.bias is not None:
             sums.add(self.bias, rows.sum(0))
         if self.weight is not None:
-            sums.add(self.weight, rows.t().mm(columns))
+            sums.add(self.weight, rows.t().mm(columns.conj() if columns.is_complex() else columns))
 
 
 class EmbeddingUse(Use):
@@ -103,8 +103,8 @@ class EmbeddingUse(Use):
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency
 
-    def add_to(self, sums: Sums) -> None:
-        dy = torch.ops.aten.embedding_dense_backward(
-            self.dy, self.input(), self.weight.shape[0], self.padding, self.scale_by_frequency
+    def add_to(self, sums: Sums, dy: Tensor) -> None:
+        gradient = torch.ops.aten.embedding_dense_backward(
+            dy, self.input(), self.weight.shape[0], self.padding, self.scale_by_frequency
         )
-        sums.add(self.weight, dy)
+        sums.add(self.weight, gradient)

@@ -103,7 +103,7 @@ class _Passes:
         self._inputs = inputs
         self._layers = layers
         self._names = names
-        self._splitters = [Splitter(layer.parameters()) for layer in layers]
+        self._splitters = [Splitter.of(layer) for layer in layers]
 
     def seconds(self) -> tuple[list[float], list[float], list[float]]:
         """Of F, I and W, per layer."""
@@ -183,8 +183,7 @@ class _Run:
 
     def kept_for_weight(self) -> int:
         """Bytes that the tape keeps from I to W."""
-        kept = [tensor for use in self.tape._uses for tensor in (use.x, use.dy) if tensor is not None]
-        return _bytes(kept, without=self.layer.parameters())
+        return _bytes(self.tape.held, without=self.layer.parameters())
 
     def _arguments(self) -> tuple[Tensor, ...]:
         return tuple(x.clone() for x in self.inputs)  # a layer may work in place, which a leaf forbids

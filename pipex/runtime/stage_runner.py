@@ -71,7 +71,7 @@ class StageRunner:
         self._loss_fn = loss_fn
         self._device = device
         self._seed = seed
-        self._splitter = Splitter(stage.parameters())
+        self._splitter = Splitter.of(stage)
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output, with its random layers seeded while it trains."""

@@ -146,7 +146,7 @@ def test_times_go_to_their_layers_and_the_loss_to_the_last(ticks: Ticks, monkeyp
     weight = Tape.backward_weight
 
     def slow_weight(tape: Tape) -> None:
-        ticks.now += sum(use.weight.numel() for use in tape._uses)
+        ticks.now += sum(use.weight.numel() for use, _, _ in tape._uses)
         weight(tape)
 
     monkeypatch.setattr(Tape, "backward_weight", slow_weight)

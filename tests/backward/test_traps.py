@@ -1,0 +1,309 @@
+"""Each of these once gave wrong gradients without a word, or kept memory for ever."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
+from zoo import mlp, run_functions, run_split
+
+from pipex.backward import Splitter, dw_builder, stage_backward_input, stage_backward_weight
+
+RUNS = [run_split, run_functions]
+
+
+def compare(module: nn.Module, run: Callable[..., object], *inputs: Tensor, times: int = 3) -> None:
+    """Three micro-batches, with the bits of autograd."""
+    whole = copy.deepcopy(module)
+    splitter = Splitter.of(module)
+    for x in inputs * times:
+        y = whole(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()))
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        run(module, x.detach().requires_grad_(x.is_floating_point() or x.is_complex()), dy, splitter)
+    for (name, parameter), reference in zip(module.named_parameters(), whole.parameters(), strict=True):
+        assert (parameter.grad is None) == (reference.grad is None), name
+        if reference.grad is not None:
+            torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_complex_layers(run: Callable[..., object], shape: tuple[int, ...]) -> None:
+    compare(nn.Linear(4, 4, dtype=torch.complex64), run, torch.randn(shape, dtype=torch.complex64))
+
+
+class WithShapes(nn.Module):
+    def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(weight))
+        self.bias = None if bias is None else nn.Parameter(torch.randn(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("weight", "bias"), [((5, 4), (3, 5)), ((5, 4), (1,)), ((5, 4), ()), ((4,), None)])
+def test_biases_and_weights_of_other_shapes(
+    run: Callable[..., object], weight: tuple[int, ...], bias: tuple[int, ...] | None
+) -> None:
+    compare(WithShapes(weight, bias), run, torch.randn(3, 4))
+
+
+class Shifted(nn.Module):
+    """Two parameters whose gradients autograd hands over in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.a + self.b
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_that_share_memory(run: Callable[..., object]) -> None:
+    compare(Shifted(), run, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_gradient_that_the_caller_uses_again_is_not_written_to(run: Callable[..., object]) -> None:
+    module = Shifted()
+    dy = torch.ones(3, 4)
+    for _ in range(3):
+        run(module, torch.randn(3, 4, requires_grad=True), dy)
+    assert torch.equal(dy, torch.ones(3, 4))
+    assert torch.equal(module.a.grad, torch.full((3, 4), 3.0))
+
+
+class ForwardDerivative(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            primal, tangent = forward_ad.unpack_dual(
+                self.b(torch.tanh(self.a(forward_ad.make_dual(x, torch.ones_like(x)))))
+            )
+            return primal + tangent
+
+
+class Vjp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.func.vjp(self.a, self.b(x))[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for its derivatives
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("build", [ForwardDerivative, Vjp])
+def test_other_ways_to_differentiate_inside_of_a_stage(
+    run: Callable[..., object], build: Callable[[], nn.Module]
+) -> None:
+    compare(build(), run, torch.randn(3, 4))
+
+
+def test_a_weight_whose_layout_was_changed_in_place() -> None:
+    layer = nn.Linear(4, 4)
+    splitter = Splitter.of(layer)
+    run_split(layer, torch.randn(3, 4), torch.randn(3, 4), splitter)
+    layer.weight.data = layer.weight.data.t()
+    layer.zero_grad()
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    y, _ = run_split(layer, x, dy, splitter)
+    assert torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
+
+
+def test_hooks_on_the_accumulator_run() -> None:
+    layer = nn.Linear(4, 4)
+    calls = []
+    node = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        run_split(layer, torch.randn(3, 4), torch.randn(3, 4))
+    assert len(calls) == 3
+
+
+def test_a_hook_registered_between_f_and_i_runs() -> None:
+    layer = nn.Linear(4, 4)
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    with Splitter.of(layer).record() as tape:
+        y = layer(x)
+    layer.weight.register_hook(lambda g: 10 * g)
+    tape.backward_input([y], [dy], [])
+    tape.backward_weight()
+    assert torch.equal(layer.weight.grad, 10 * (dy.t() @ x))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("way", ["tape", "builder", "functions"])
+def test_two_passes_before_w_are_both_in_it(way: str) -> None:
+    module = TwoHeads()
+    whole = copy.deepcopy(module)
+    x = torch.randn(3, 4)
+    for y in whole(x):
+        y.sum().backward()
+    build = dw_builder(module) if way == "builder" else None
+    with Splitter.of(module).record() as tape:
+        outputs = module(x)
+    if build is not None:
+        for y in outputs:
+            y.sum().backward()
+        build()()
+    elif way == "tape":
+        for y in outputs:
+            tape.backward_input([y], [torch.ones_like(y)], [])
+        tape.backward_weight()
+    else:
+        rests = [stage_backward_input([y.sum()], None, [], module.parameters())[1] for y in outputs]
+        for rest in rests:
+            stage_backward_weight(module.parameters(), rest)
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        assert (parameter.grad is None) == (reference.grad is None)
+        if reference.grad is not None:
+            assert torch.equal(parameter.grad, reference.grad)
+
+
+def test_a_look_at_the_gradients_of_inputs_leaves_nothing_to_a_builder() -> None:
+    """As torch's stages look at their shapes."""
+    module = mlp()
+    whole = copy.deepcopy(module)
+    build = dw_builder(module)
+    x = torch.randn(3, 8, requires_grad=True)
+    torch.autograd.grad(module(x).sum(), x)
+    y = module(x)
+    y.sum().backward()
+    build()()
+    whole(x.detach()).sum().backward()
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter.grad, reference.grad)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_gradient_changed_in_place_before_w_is_refused(run: Callable[..., object]) -> None:
+    class Halves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:
+            return dy.mul_(0.5)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Halves.apply(x) + self.linear(x)
+
+    module = Both()
+    x = torch.randn(3, 4, requires_grad=True)
+    dy = torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        run(module, x, dy, Splitter.of(module))
+
+
+def test_an_output_whose_gradient_is_undefined() -> None:
+    class Cuts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> None:
+            return None
+
+    layer, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    module = nn.Sequential(layer, last)
+    with Splitter.of(module).record() as tape:
+        y = last(Cuts.apply(layer(torch.randn(2, 3, 4))))
+    tape.backward_input([y], [torch.ones_like(y)], [])
+    tape.backward_weight()
+    assert layer.weight.grad is None or not layer.weight.grad.any()
+    assert last.weight.grad is not None
+
+
+def test_a_pass_that_raises_leaves_no_memory_behind() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    kept: list[weakref.ref[Tensor]] = []
+
+    def fail() -> None:
+        x = torch.randn(2, 3, 4, requires_grad=True)
+        kept.append(weakref.ref(x))
+        with Splitter.of(module).record() as tape:
+            y = module(Fails.apply(x))
+        with pytest.raises(ZeroDivisionError):
+            tape.backward_input([y], [torch.ones_like(y)], [x])
+
+    fail()
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_an_interrupted_forward_leaves_nothing_replaced() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    before = F.linear
+    module = Interrupted()
+    dw_builder(module)
+    with pytest.raises(KeyboardInterrupt):
+        module(torch.randn(2))
+    assert F.linear is before
+
+
+def test_a_stage_with_ddp_inside_is_left_to_autograd(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        module = nn.Sequential(DistributedDataParallel(nn.Linear(4, 4)), nn.Linear(4, 4))
+        reduced = []
+
+        def count(state, bucket):  # torch looks at the annotations
+            reduced.append(1)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        module[0].register_comm_hook(None, count)
+        for _ in range(2):
+            run_split(module, torch.randn(3, 4), torch.randn(3, 4), Splitter.of(module))
+        assert len(reduced) == 2
+    finally:
+        dist.destroy_process_group()
