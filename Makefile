@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
 
-.PHONY: demo test test-long test-triton36 lint format clean
+.PHONY: demo test test-long test-triton36 gpu-check lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
@@ -20,6 +20,10 @@ test-long: $(VENV)/tested ## the long sweeps
 
 test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
 	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
+
+REPORT ?= gpu-check.json
+gpu-check: ## build, test and measure with $(PYTHON) as it is, on a machine with a GPU, into one file
+	$(PYTHON) -m pipex.bench.gpu_check --out $(REPORT)
 
 lint: $(VENV)/linted ## formats, types, and whether the native stubs are those of the built modules
 	$(BIN)/ruff check .

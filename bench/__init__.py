@@ -8,6 +8,9 @@
     p2p          half a round trip between two processes
     step         a training step of a small pipeline
     backward     the split backward of one stage
+    gpu          times on a GPU, and its ceilings
+    gemm         the matrix products of the backward, on a GPU
+    gpu_check    builds, tests and measures on a machine with a GPU
 
 Every benchmark is a function that returns rows; ``pipex bench`` (pipex/cli/bench.py) runs and reports them. How a
 number is measured and what it means is said at the top of the benchmark's file.

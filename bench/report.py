@@ -93,19 +93,24 @@ def finish(environment: Mapping[str, Any], rows: Sequence[Row], floors: Iterable
 
     With ``as_json`` standard output gets one line of JSON and the table goes to standard error.
     """
-    _print_table(environment, rows, sys.stderr if as_json else sys.stdout)
+    return say(environment, [row.as_json() for row in rows], failures(rows, floors), as_json=as_json)
+
+
+def say(
+    environment: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], sentences: Sequence[str], *, as_json: bool
+) -> int:
+    """``finish`` for rows as they are printed, and the sentences on what failed."""
+    _print_table(environment, lines, sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps({"environment": environment, "rows": [row.as_json() for row in rows]}), flush=True)
-    sentences = failures(rows, floors)
+        print(json.dumps({"environment": environment, "rows": lines}), flush=True)
     for sentence in sentences:
         print(f"pipex bench: {sentence}", file=sys.stderr)
     return FAILED if sentences else PASSED
 
 
-def _print_table(environment: Mapping[str, Any], rows: Sequence[Row], file: TextIO) -> None:
+def _print_table(environment: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], file: TextIO) -> None:
     for key, value in environment.items():
         print(f"# {key}: {value}", file=file)
-    lines = [row.as_json() for row in rows]
     header = [key for key in lines[0] if key not in ("bytes", "shape")]  # the case says them in short
     cells = [header] + [[_text(line[key]) for key in header] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 # One thread, before anything else runs: an OpenMP pool in this process would make forked ranks hang, and the bits of
 # a matrix product depend on the number of threads.
@@ -20,3 +23,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+Compare = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@pytest.fixture
+def assert_as_good() -> Compare:
+    """(ours, torch's, float64's): our error is at most twice that of torch in this dtype; rounding is to nearest."""
+
+    def compare(ours: Tensor, torch_s: Tensor, exact: Tensor) -> None:
+        assert ours.shape == exact.shape
+        ours_error, allowed = (ours.double() - exact).abs(), 2 * (torch_s.double() - exact).abs().max() + 1e-6
+        worst = int(ours_error.argmax()) if ours_error.numel() else 0
+        assert (ours_error <= allowed).all(), (
+            f"at {worst} of {tuple(exact.shape)}: ours {ours.flatten()[worst]}, exact {exact.flatten()[worst]}, "
+            f"error {ours_error.flatten()[worst]}, allowed {allowed}"
+        )
+        if ours.dtype is not torch.float32 and ours.numel() > 1000:
+            # A float32 result rounded once is nearly always the exact one rounded once; truncated, half of the time.
+            assert (ours == exact.to(ours.dtype)).double().mean() > 0.95
+
+    return compare

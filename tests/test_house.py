@@ -17,7 +17,7 @@ ROOT = Path(pipex.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "plan": {"errors", "_native"},
-    "backward": {"errors"},
+    "backward": {"errors", "triton_kernels", "_cuda"},
     "transport": {"errors", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
@@ -25,7 +25,17 @@ MAY_IMPORT = {
     "observe": {"errors"},
     "runtime": {"errors", "plan", "backward", "transport", "partition", "state", "observe"},
     "cli": {"errors", "plan", "partition", "state", "observe", "runtime", "transport", "bench", "_cuda", "_native"},
-    "bench": {"errors", "plan", "backward", "partition", "observe", "runtime", "transport", "cli"},
+    "bench": {
+        "errors",
+        "plan",
+        "backward",
+        "triton_kernels",
+        "partition",
+        "observe",
+        "runtime",
+        "transport",
+        "cli",
+    },
 }
 
 

@@ -1,8 +1,7 @@
 """Kernels that Triton has compiled, launched without Triton (csrc/cuda/launcher).
 
-``kernel = load(device, triton.compile(source, target=…))`` and then ``kernel.launch(*grid, stream, values)``, where
-``values`` are those of the signature in order, constants left out; a tensor descriptor is its address, shape and
-strides (in elements), see ``pipex._cuda.Kernel``. Only facts of Triton's metadata are read, so this imports no Triton.
+``kernel = load(device, triton.compile(source, target=…))`` and then ``kernel.launch(*grid, stream, values(…))``, see
+``pipex._cuda.Kernel``. Only facts of Triton's metadata are read, so this imports no Triton.
 Needs the CUDA part of pipex.
 """
 
@@ -67,6 +66,29 @@ def parameters(signature: dict[str, Any], tensordesc_meta: list[dict[str, Any]])
                 needed="a pointer, a tensor descriptor, " + ", ".join(SCALARS),
             )
     return result
+
+
+def values(signature: dict[str, Any], arguments: dict[str, Any]) -> tuple[int | float, ...]:
+    """What ``pipex._cuda.Kernel.launch`` takes for a launch's arguments, by name, in the order of the signature.
+
+    Constants are left out; a tensor is its address, a descriptor its address, shape and strides in elements.
+    """
+    result: list[int | float] = []
+
+    def add(kind: Any, value: Any) -> None:
+        if isinstance(kind, tuple):
+            for pair in zip(kind, value, strict=True):
+                add(*pair)
+        elif kind.startswith("tensordesc"):
+            result.extend((value.base.data_ptr(), *value.shape, *value.strides))
+        elif kind.startswith("*"):
+            result.append(value.data_ptr())
+        elif kind != "constexpr":
+            result.append(value)
+
+    for name, kind in signature.items():
+        add(kind, arguments.get(name))  # compile-time parameters are not among a launch's arguments
+    return tuple(result)
 
 
 def flat(kinds: tuple[Any, ...]) -> list[str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipex.bench.gemm import Case
 
 # Case names are known before anything is measured, so a floor for an unknown one is refused at once.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|drop-in|backward", required=True)
+    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|drop-in|backward|gemm", required=True)
     p2p = benches.add_parser(
         "p2p", help="half a round trip between two processes: host (pipex), gloo, memcpy",
         description="Half a round trip between two processes: host (pipex), gloo, and memcpy in one process.",
@@ -54,6 +58,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     backward.add_argument("--max-held-share", metavar="CASE=SHARE,...",
                           help="most bytes that may wait for W, over a plain forward's, such as block=1")  # fmt: skip
 
+    gemm = benches.add_parser(
+        "gemm", help="the matrix products of the backward on a GPU: pipex (Triton), cublas",
+        description="The matrix products of the backward on a GPU: pipex's Triton kernels and cuBLAS through torch. "
+        "Measured are all combinations of the sizes.",
+    )  # fmt: skip
+    add_products(gemm)
+    _add_common(gemm, samples=15, floor="how many times faster than cublas, such as dW/4096x4096/512x8=1.15")
+    gemm.add_argument("--compile-only", action="store_true",
+                      help="compile the kernels and print what they cost; needs no GPU; exit 1 on a spill")  # fmt: skip
+
+
+def add_products(parser: argparse.ArgumentParser) -> None:
+    """Declares which products are measured."""
+    parser.add_argument("--kinds", metavar="KIND,...", default="dX,dX+gelu,dX+swiglu,dW,dW+db",
+                        help="of dX, dX+relu, dX+silu, dX+gelu, dX+gelu_tanh, dX+swiglu, dW and dW+db "
+                        "(default: dX,dX+gelu,dX+swiglu,dW,dW+db)")  # fmt: skip
+    parser.add_argument("--layers", metavar="LAYER,...", default="square,up",
+                        help="of square (H x H), up (4H x H) and down (H x 4H); activations stand before a down "
+                        "(default: square,up)")  # fmt: skip
+    parser.add_argument("--hidden", metavar="H,...", default="1024,2048,4096,8192",
+                        help="hidden widths (default: 1024,2048,4096,8192)")  # fmt: skip
+    parser.add_argument("--tokens", metavar="T,...", default="512,2048,8192",
+                        help="tokens of a micro-batch (default: 512,2048,8192)")  # fmt: skip
+    parser.add_argument("--micro-batches", metavar="COUNT,...", default="1,4,8",
+                        help="micro-batches of a weight gradient (default: 1,4,8)")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")
+    parser.add_argument("--gradient", default="float32",
+                        help="dtype of the weight gradient: float32 or the operands' (default: float32)")  # fmt: skip
+
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns its exit code: 1 after a wrong result or a missed floor."""
@@ -63,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(
             "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
         )
-    return {"p2p": _p2p, "step": _step, "drop-in": _drop_in, "backward": _backward}[options.bench](options)
+    return {"p2p": _p2p, "step": _step, "drop-in": _drop_in, "backward": _backward, "gemm": _gemm}[options.bench](
+        options
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
@@ -143,3 +178,50 @@ def _backward(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     rows = backward.measure(list(backward.CASES.values()), Rounds(options.n, options.w))
     return finish(environment(1), rows, floors, as_json=options.json)
+
+
+def _gemm(options: argparse.Namespace) -> int:
+    from pipex.bench import gemm, gpu
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors, say
+
+    chosen = products(options)
+    floors = []
+    if options.min_ratio is not None:
+        floors = parse_floors(options.min_ratio, gemm.PROVIDER, "ratio", [case.name for case in chosen])
+    if options.compile_only:
+        gemm.require_triton()
+        lines = gemm.compiled_lines()
+        sentences = [f"{line['case']}: spills, or does not fit its GPU" for line in lines if not line["correct"]]
+        return say(environment(1) | gemm.triton_version(), lines, sentences, as_json=options.json)
+    device = gpu.require_gpu("pipex bench gemm", "--compile-only says what the kernels cost without one")
+    gemm.require_triton()
+    clock, rounds = gpu.Clock(device), Rounds(options.n, options.w)
+    ceilings = clock.ceilings(chosen[0].dtype, rounds)
+    rows = gemm.measure(chosen, rounds, clock, ceilings)
+    found = {"ceiling_tflop_per_s": round(ceilings[0], 1), "ceiling_gb_per_s": round(ceilings[1], 1)}
+    header = environment(1) | gemm.triton_version() | gpu.describe_gpu(device) | found
+    return finish(header, rows, floors, as_json=options.json)
+
+
+def products(options: argparse.Namespace) -> list[Case]:
+    """The products that the options choose."""
+    from pipex.bench import gemm
+    from pipex.errors import InputError
+
+    def numbers(text: str) -> list[int]:
+        try:
+            return [int(part) for part in text.split(",")]
+        except ValueError:
+            raise InputError("not a list of numbers", got=repr(text), needed="such as 1024,4096") from None
+
+    return gemm.cases(
+        options.kinds.split(","),
+        options.layers.split(","),
+        numbers(options.hidden),
+        numbers(options.tokens),
+        numbers(options.micro_batches),
+        options.dtype,
+        options.gradient,
+    )

@@ -1,0 +1,233 @@
+"""``make gpu-check``: all that needs a GPU, on a machine that has little else, with one JSON file as the result.
+
+It builds the native modules in place, without network or environment, runs tests/gpu and measures:
+
+    {"environment": {...}, "passed": bool, "steps": [{"step", "passed", "seconds", "problem", "tail"}, ...],
+     "tests": {"tests", "passed", "failed", "skipped", "failures"}, "benches": {bench: {"environment", "rows"}}}
+
+A step that fails or takes too long is recorded and the rest still runs. The file is rewritten after each step, so that
+an interrupted check leaves what it has found. Imports the standard library only: torch may be what is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 520  # for everything
+TAIL = 4000  # characters of a step's output that are kept
+FAILURES = 50  # failed tests whose messages are kept
+
+VERSIONS = """
+import json, platform
+facts = {"python": platform.python_version()}
+for name in ("torch", "triton"):
+    try:
+        facts[name] = __import__(name).__version__
+    except Exception as error:
+        facts[name] = f"{type(error).__name__}: {error}"
+facts["gpu"] = None
+try:
+    import torch
+    facts["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        facts["gpu"] = device.name
+        facts["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
+        facts["multiprocessors"] = device.multi_processor_count
+except Exception as error:
+    facts["gpu_error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(facts))
+"""
+QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, the most seconds that it may take, and what becomes of its output.
+
+    Attributes:
+        read: gets the standard output and the report, after the command ended by itself; raises ValueError where what
+            it needs is not there.
+    """
+
+    name: str
+    command: list[str]
+    seconds: float
+    needs_gpu: bool = True
+    read: Callable[[str, dict[str, Any]], None] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def steps(scratch: Path) -> list[Step]:
+    """All steps; ``scratch`` is a folder for their files."""
+    python, results = sys.executable, scratch / "tests.xml"
+    # The project's own pytest settings ask for plug-ins that a bare machine lacks.
+    pytest = [python, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib",
+              "-p", "no:cacheprovider", "-v", "--tb=short"]  # fmt: skip
+    build = Step(
+        "build", [python, "setup.py", "build_ext", "--inplace"], 150, needs_gpu=False,
+        environment={"PIPEX_CUDA": "ON" if shutil.which("nvcc") else "AUTO"},
+    )  # fmt: skip
+    found = [
+        build,
+        Step("tests", [*pytest, "tests/gpu", f"--junitxml={results}"], 180, read=lambda _, to: _tests(results, to)),
+        Step("gemm", [python, "-m", "pipex", "bench", "gemm", "--json"], 180, read=_bench("gemm")),
+        Step("backward", [python, "-m", "pipex", "bench", "backward", "--json"], 90, False, _bench("backward")),
+    ]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is not None:
+        command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a buffer's neighbour looks like its own memory
+        found.append(Step("memcheck", [*command, "-k", "small"], 90, environment=caching))
+    return found
+
+
+def _tests(results: Path, report: dict[str, Any]) -> None:
+    try:
+        cases = list(ElementTree.parse(results).iter("testcase"))
+    except (OSError, ElementTree.ParseError) as error:
+        raise ValueError(f"pytest left no results: {error}") from None
+    failures = []
+    for case in cases:
+        for kind in ("failure", "error"):
+            if (found := case.find(kind)) is not None:
+                failures.append({"test": f"{case.get('classname')}.{case.get('name')}",
+                                 "message": (found.get("message") or "")[:500]})  # fmt: skip
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    report["tests"] = {
+        "tests": len(cases), "passed": len(cases) - skipped - len(failures), "failed": len(failures),
+        "skipped": skipped, "failures": failures[:FAILURES],
+    }  # fmt: skip
+    if skipped == len(cases):
+        raise ValueError(f"no test ran; {skipped} were skipped")
+
+
+def _bench(name: str) -> Callable[[str, dict[str, Any]], None]:
+    def read(output: str, report: dict[str, Any]) -> None:
+        lines = output.splitlines()
+        try:
+            result = json.loads(lines[-1])
+            report["benches"][name] = {"environment": result["environment"], "rows": result["rows"]}
+        except (IndexError, KeyError, TypeError, ValueError):
+            raise ValueError("it printed no JSON as its last line") from None
+
+    return read
+
+
+def environment() -> dict[str, Any]:
+    """This machine and these versions; where something is missing, the value says so. ``gpu`` is None without one."""
+    facts: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    found = _said([sys.executable, "-c", VERSIONS]).splitlines()
+    try:
+        facts |= json.loads(found[-1])
+    except (IndexError, ValueError):
+        facts |= {"gpu": None, "versions": "\n".join(found)[-TAIL:]}
+    smi = _said(["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]).splitlines()
+    values = [value.strip() for value in smi[0].split(",")] if smi else []
+    facts |= dict(zip(QUERY, values, strict=True)) if len(values) == len(QUERY) else {"driver_version": "unknown"}
+    facts["nvcc"] = (_said(["nvcc", "--version"]).splitlines() or ["not found"])[-1]
+    return facts
+
+
+def _said(command: list[str]) -> str:
+    """Standard output of a short command, empty where it cannot run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def run_step(step: Step, seconds: float, report: dict[str, Any]) -> dict[str, Any]:
+    """Runs one step for at most ``seconds``; its own processes end with it."""
+    begin, problem = time.monotonic(), ""
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        code: int | None = None
+        try:
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                env=os.environ | step.environment,
+            )  # fmt: skip
+        except OSError as error:
+            problem = f"cannot start: {error}"
+        else:
+            try:
+                code = process.wait(max(0.0, seconds))
+                problem = f"exit code {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                problem = f"took longer than {seconds:.0f} s"
+            finally:
+                if code is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        output, errors = (_text(file) for file in (out, err))
+    if code is not None and step.read is not None:
+        try:
+            step.read(output, report)
+        except ValueError as error:
+            problem = f"{problem}: {error}" if problem else str(error)
+    tail = (output + errors)[-TAIL:] if problem else ""
+    return {"step": step.name, "passed": not problem, "seconds": round(time.monotonic() - begin, 1),
+            "problem": problem, "tail": tail}  # fmt: skip
+
+
+def _text(file: Any) -> str:
+    file.seek(0)
+    return str(file.read())
+
+
+def check(chosen: list[Step], facts: dict[str, Any], seconds: float, path: Path) -> dict[str, Any]:
+    """Runs the steps in order, all within ``seconds``, and writes the report to ``path`` after each."""
+    end = time.monotonic() + seconds
+    report: dict[str, Any] = {"environment": facts, "passed": False, "steps": [], "tests": None, "benches": {}}
+    for step in chosen:
+        left = end - time.monotonic()
+        if step.needs_gpu and facts["gpu"] is None:
+            result = _not_run(step, "not run: there is no GPU")
+        elif left <= 0:
+            result = _not_run(step, "not run: no time left")
+        else:
+            result = run_step(step, min(step.seconds, left), report)
+        report["steps"].append(result)
+        print(f"{step.name:10} {result['seconds']:6.1f} s  {result['problem'] or 'passed'}", flush=True)
+        report["passed"] = len(report["steps"]) == len(chosen) and all(s["passed"] for s in report["steps"])
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(path)
+    return report
+
+
+def _not_run(step: Step, problem: str) -> dict[str, Any]:
+    return {"step": step.name, "passed": False, "seconds": 0.0, "problem": problem, "tail": ""}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description="Build, test and measure on a machine with a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="the report (default: gpu-check.json)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all steps (default: {SECONDS})")
+    options = parser.parse_args(arguments)
+    facts = environment()
+    if facts["gpu"] is None:
+        print("gpu-check: there is no GPU that torch can use; what needs one is recorded as failed", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = check(steps(Path(scratch)), facts, options.seconds, options.out)
+    print(f"{'passed' if report['passed'] else 'FAILED'}; the report is {options.out}")
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
