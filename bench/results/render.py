@@ -28,22 +28,21 @@ COLUMNS = {
 def table() -> str:
     """The table in Markdown, and what it was measured on."""
     lines = ["| | pipex | compared with | |", "|---|---|---|---|"]
-    machine: dict[str, Any] = {}
+    machines: dict[str, list[str]] = {}
     for bench, (text, provider, figure, unit, comparison, peer) in COLUMNS.items():
         path = HERE / f"{bench}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        machine = result["environment"]
+        machine: dict[str, Any] = result["environment"]
+        where = f"{machine['cores_allowed']} cores ({machine['cpu']}), torch {machine['torch']}, {machine['date'][:10]}"
+        machines.setdefault(where, []).append(f"`{bench}`")
         for row in result["rows"]:
             if row["provider"] == provider:
                 value = f"{row[figure]:,.1f} {unit}" if row[figure] < 100 else f"{row[figure]:,.0f} {unit}"
                 lines.append(f"| {text.format(**row)} | {value} | {peer} | {row[comparison]:.2g} × |")
-    lines.append("")
-    lines.append(
-        f"Medians on {machine['cores_allowed']} cores ({machine['cpu']}), torch {machine['torch']}, one thread a rank, "
-        f"{machine['date'][:10]}; the JSON lines are in [bench/results](bench/results)."
-    )
+    places = "; ".join(f"{', '.join(benches)} on {where}" for where, benches in machines.items())
+    lines += ["", f"Medians, one thread a rank; {places}. The JSON lines are in [bench/results](bench/results)."]
     return "\n".join(lines) + "\n"
 
 
