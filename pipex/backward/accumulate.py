@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 
 def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -37,4 +37,8 @@ def accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
         for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
             hook(parameter)
     if plain:
-        torch.autograd.backward(plain, additions)  # a leaf as a root: nothing runs but its accumulator
+        # Leaves as roots: nothing runs but their accumulators. Not by autograd.backward, whose checks of gradients that
+        # are right by construction take twice as long as the rest (18 instead of 7 µs for a small parameter).
+        Variable._execution_engine.run_backward(
+            tuple(plain), tuple(additions), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
