@@ -25,12 +25,11 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
-from pipex.backward.accumulate import accumulate
+from pipex.backward.accumulate import Accumulator, accumulate
 from pipex.backward.passes import Then, accumulates, announced, end_of, refuse_graph_of_gradients
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
@@ -46,9 +45,9 @@ class Splitter:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
-        # Of recorded parameters, until the first pass over a tape has ended: the watch over their accumulators, which
-        # must be held, and by id the last pass that came there.
-        self._unproven: list[tuple[Node, RemovableHandle]] = []
+        self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
+        # Until the first pass over a tape has ended: the watch over them, and by id the last pass that came there.
+        self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
 
     @staticmethod
@@ -90,8 +89,8 @@ class Splitter:
         def reached(_: object) -> None:
             self._reached[id(parameter)] = torch._C._current_graph_task_id()
 
-        node = get_gradient_edge(parameter).node
-        self._unproven.append((node, node.register_prehook(reached)))
+        self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
+        self._unproven.append(accumulator.node.register_prehook(reached))
 
     def pass_ended(self, graph_task: int) -> None:
         """A recorded parameter that this pass over a tape has come to is used in unrecorded operations too: it is not
@@ -102,7 +101,8 @@ class Splitter:
                 if task == graph_task:
                     self._recordable.pop(key, None)
                     self._aliases.pop(key, None)
-            for _, handle in self._unproven:
+                    self.accumulators.pop(key, None)
+            for handle in self._unproven:
                 handle.remove()
             self._unproven.clear()
             self._reached.clear()
@@ -208,7 +208,7 @@ class Tape:
         """
         sums = Sums()
         self.add_to(sums)
-        accumulate(sums.parameters, sums.gradients)
+        accumulate(sums.parameters, sums.gradients, self._splitter.accumulators)
 
     def add_to(self, sums: Sums) -> None:
         """The products of W, once: the uses are let go."""

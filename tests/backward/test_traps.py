@@ -141,6 +141,60 @@ def test_hooks_on_the_accumulator_run() -> None:
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "register_prehook"])
+def test_hooks_put_on_the_accumulator_while_a_stage_trains_run(kind: str) -> None:
+    layer = nn.Linear(4, 4)
+    splitter = Splitter.of(layer)
+    calls = []
+    for microbatch in range(6):
+        if microbatch == 2:
+            node = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]
+            handle = getattr(node, kind)(lambda *_: calls.append(microbatch))  # noqa: B023
+        if microbatch == 4:
+            handle.remove()
+        run_split(layer, torch.randn(3, 4), torch.randn(3, 4), splitter)
+    assert calls == [2, 3]
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_put_on_a_parameter_while_a_stage_trains_run(kind: str) -> None:
+    layer = nn.Linear(4, 4)
+    splitter = Splitter.of(layer)
+    calls = []
+    for microbatch in range(4):
+        if microbatch == 2:
+            getattr(layer.weight, kind)(lambda _: calls.append(microbatch))  # noqa: B023
+        run_split(layer, torch.randn(3, 4), torch.randn(3, 4), splitter)
+    assert calls == [2, 3]
+
+
+def test_gradients_of_another_dtype_than_their_parameter() -> None:
+    layer = nn.Linear(4, 4, dtype=torch.bfloat16)
+    whole = copy.deepcopy(layer)
+    splitter = Splitter.of(layer)
+    for module in (layer, whole):
+        module.weight.grad_dtype = torch.float32
+    for microbatch in range(4):
+        if microbatch == 2:
+            layer.zero_grad()
+            whole.zero_grad()
+        x, dy = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
+        whole(x).backward(dy)
+        run_split(layer, x, dy, splitter)
+    assert layer.weight.grad.dtype is torch.float32
+    assert torch.equal(layer.weight.grad, whole.weight.grad)
+
+
+def test_a_parameter_s_first_gradient_has_its_layout() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(torch.randn(4, 3).t())
+    splitter = Splitter.of(layer)
+    for _ in range(3):
+        layer.zero_grad()
+        run_split(layer, torch.randn(3, 4), torch.randn(3, 3), splitter)
+        assert layer.weight.grad.stride() == layer.weight.stride()
+
+
 def test_a_hook_registered_between_f_and_i_runs() -> None:
     layer = nn.Linear(4, 4)
     x, dy = torch.randn(3, 4), torch.randn(3, 4)
