@@ -7,9 +7,9 @@ recorded operations (a gradient penalty inside a loss, a backward past the sched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,24 +27,39 @@ Then = Callable[["Tape"], None]
 _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 
 
-@contextmanager
-def announced(outputs: Sequence[Tensor], then: Then) -> Iterator[None]:
+class announced:
     """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
-    task = -1
 
-    def begin(_: object) -> None:
-        nonlocal task
-        task = torch._C._current_graph_task_id()
-        _announced[task] = then
+    __slots__ = ("_hooks", "_task", "_then")
 
-    # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
-    handles = [output.grad_fn.register_prehook(begin) for output in outputs if output.grad_fn is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        _announced.pop(task, None)
+    def __init__(self, outputs: Sequence[Tensor], then: Then) -> None:
+        self._then = then
+        self._task = -1
+        # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
+        self._hooks = [_hooks_of(output) for output in outputs if output.grad_fn is not None]
+
+    def __enter__(self) -> None:
+        for hooks in self._hooks:
+            hooks[self] = self._begin
+
+    def _begin(self, _: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
+        _announced[self._task] = self._then
+
+    def __exit__(self, *_: object) -> None:
+        for hooks in self._hooks:
+            hooks.pop(self, None)
+        _announced.pop(self._task, None)
+
+
+def _hooks_of(output: Tensor) -> dict[Any, Callable[[Tensor], None]]:
+    """The hooks on a tensor with a graph: what Tensor.register_hook adds to, without its handle, which takes as long
+    as ten such dicts."""
+    if output._backward_hooks is None:
+        output._backward_hooks = OrderedDict()
+        output.grad_fn._register_hook_dict(output)  # type: ignore[union-attr]
+    hooks: dict[Any, Any] = output._backward_hooks
+    return hooks
 
 
 def end_of(tape: Tape, task: int) -> None:
