@@ -1,4 +1,7 @@
-"""Which of Triton and torch multiplies: what a table measured on this GPU says (``tuning``), or else a guess.
+"""Which of Triton and torch multiplies: the faster by a table measured on this GPU (``tuning``), or else by a guess.
+
+A table is of operands without gaps. Where rows do not start at multiples of 16 bytes Triton's kernels are slower than
+it says.
 
 The guess knows published figures only, and is made such that Triton is not used where it might lose. It takes a
 product's time from a roofline, and favours torch at every step:
@@ -16,10 +19,14 @@ instead of once; dY, read once more for a bias gradient; [T, K] maps, for the ke
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
-from typing import Literal, NamedTuple
+import warnings
+from functools import cache, lru_cache
+from typing import Literal
 
 import torch
+
+from pipex.backward.tuning import Gpu, Product, Table
+from pipex.backward.tuning_files import find
 
 Provider = Literal["triton", "torch"]
 TRITON: Provider = "triton"
@@ -50,13 +57,7 @@ MAPS = {"dX": (0, 1), "dX+swiglu": (11, 4)}
 ACTIVATION_MAPS = (3, 2)
 
 
-class Gpu(NamedTuple):
-    """torch's name of a GPU, and its compute capability."""
-
-    name: str
-    capability: tuple[int, int]
-
-
+@cache
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU of this device; None where Triton's kernels cannot run: on a CPU, or without Triton."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
@@ -85,7 +86,37 @@ def provider(
         device: where they are.
     """
     gpu = gpu_of(device)
-    return TORCH if gpu is None else guess(kind, shape, micro_batches, dtype, gradient_dtype, gpu)
+    if gpu is None or not shape[0]:
+        return TORCH
+    if (table := _table(gpu)) is not None:
+        names = (str(dtype).removeprefix("torch."), str(gradient_dtype).removeprefix("torch."))
+        if (times := table.nearest(Product(kind, *shape, micro_batches, *names))) is not None:
+            return TRITON if times.triton is not None and times.triton < times.torch else TORCH
+    return guess(kind, shape, micro_batches, dtype, gradient_dtype, gpu)
+
+
+@cache
+def _table(gpu: Gpu) -> Table | None:
+    found = find(gpu)
+    if found.ignored is not None:
+        warnings.warn(f"a table of measured products is ignored: {found.ignored}", RuntimeWarning, stacklevel=4)
+    return found.table
+
+
+def explain() -> str:
+    """How products are chosen on the current GPU, and why: for people."""
+    if not torch.cuda.is_available():
+        return f"torch: torch {torch.__version__} finds no GPU"
+    gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    if gpu is None:
+        return "torch: Triton is not installed (pip install 'pipex-torch[triton]')"
+    found = find(gpu)
+    ignored = "" if found.ignored is None else f"; ignored: {found.ignored}"
+    if found.table is not None:
+        how = f"Triton or torch by {len(found.table.entries)} products measured {found.table.date[:10]} ({found.file})"
+        return f"{how}, others guessed{ignored}"
+    how = "Triton or torch, guessed" if gpu.name in PEAKS else f"torch: nothing is known of {gpu.name}"
+    return how + (ignored or "; run pipex tune to measure")
 
 
 def guess(
