@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipex.backward.products import add_by_torch
+from pipex.backward.products import add_by_torch, input_gradient_by_torch, swiglu_input_gradient_by_torch
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.gpu import Clock
 from pipex.bench.report import Row
@@ -190,7 +190,6 @@ class _InputGradient:
         self._weight /= case.n**0.5  # as trained weights do, it keeps the size of a gradient
         self._saved = [normal(case.tokens, case.k) for _ in range({"dX": 0, "dX+swiglu": 2}.get(case.kind, 1))]
         self._out = [torch.empty(case.tokens, case.k, dtype=case.dtype, device=device) for _ in self._saved or (0,)]
-        self._dh = torch.empty_like(self._out[0])
         self.providers: dict[str, Callable[[], object]] = {PROVIDER: self._pipex, PEER: self._cublas}
 
     def reset(self) -> None:
@@ -216,24 +215,12 @@ class _InputGradient:
             self._kernels.input_gradient(self._dy, self._weight, activation=self._activation, z=z, out=self._out[0])
 
     def _cublas(self) -> None:
-        aten = torch.ops.aten
-        if self._activation is None:
-            torch.mm(self._dy, self._weight, out=self._out[0])
-            return
-        dh = torch.mm(self._dy, self._weight, out=self._dh)
         if self._activation == "swiglu":
             gate, up = self._saved
-            torch.mul(dh, torch.nn.functional.silu(gate), out=self._out[1])
-            aten.silu_backward.grad_input(dh * up, gate, grad_input=self._out[0])
-            return
-        z, out = self._saved[0], self._out[0]
-        if self._activation == "relu":
-            aten.threshold_backward.grad_input(dh, z, 0, grad_input=out)
-        elif self._activation == "silu":
-            aten.silu_backward.grad_input(dh, z, grad_input=out)
+            swiglu_input_gradient_by_torch(self._dy, self._weight, gate, up, out=(self._out[0], self._out[1]))
         else:
-            approximate = "tanh" if self._activation == "gelu_tanh" else "none"
-            aten.gelu_backward.grad_input(dh, z, approximate=approximate, grad_input=out)
+            z = self._saved[0] if self._saved else None
+            input_gradient_by_torch(self._dy, self._weight, activation=self._activation, z=z, out=self._out[0])
 
 
 class _WeightGradient:

@@ -97,14 +97,19 @@ def finish(environment: Mapping[str, Any], rows: Sequence[Row], floors: Iterable
 
 
 def say(
-    environment: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], sentences: Sequence[str], *, as_json: bool
+    environment: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    sentences: Sequence[str],
+    *,
+    as_json: bool,
+    command: str = "pipex bench",
 ) -> int:
     """``finish`` for rows as they are printed, and the sentences on what failed."""
     _print_table(environment, lines, sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps({"environment": environment, "rows": lines}), flush=True)
     for sentence in sentences:
-        print(f"pipex bench: {sentence}", file=sys.stderr)
+        print(f"{command}: {sentence}", file=sys.stderr)
     return FAILED if sentences else PASSED
 
 

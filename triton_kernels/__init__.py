@@ -5,6 +5,7 @@
     norm              dX of RMSNorm and LayerNorm, with partial rows of the parameters' gradients, and their sum
     activations       gradients of the activations
     resources         registers, shared memory and spills of each of the ``variants``, found without a GPU
+    checks            what the operands must be; needs no Triton
 
-This package imports nothing, each of the modules imports Triton: so import them when a kernel is to run.
+This package imports nothing, each of the modules but ``checks`` imports Triton: so import them when a kernel is to run.
 """

@@ -13,16 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipex.errors import InputError
 from pipex.triton_kernels.activations import (
-    FORWARD,
     activation_gradient,
     activation_gradient_reference,
     swiglu_gradient,
     swiglu_gradient_reference,
 )
-from pipex.triton_kernels.checks import OPERAND_DTYPES, Operand, check
-from pipex.triton_kernels.launch import HOPPER, Launch, capability, describable, describe, upcast
+from pipex.triton_kernels.checks import check_activation, check_input_gradient
+from pipex.triton_kernels.launch import HOPPER, Launch, capability, check_device, describable, describe, upcast
 from pipex.triton_kernels.tiles import halves, load_tile, multiply, store_tile, tile_position
 
 
@@ -176,16 +174,9 @@ def input_gradient(
     Raises:
         InputError: where a shape, dtype, stride or device does not fit.
     """
-    if activation is not None and activation not in FORWARD:
-        raise InputError("unknown activation", got=repr(activation), needed=" or ".join(map(repr, FORWARD)))
-    if (activation is None) != (z is None):
-        raise InputError(
-            "an activation's gradient needs the activation's input",
-            got=f"activation {activation!r} {'without' if z is None else 'with'} z",
-            needed="both or none",
-        )
-    saved = () if z is None else (z,)
-    return _launch(dy, weight, activation, saved, None if out is None else (out,), ("z",))[0]
+    check_activation(activation, z)
+    saved = {} if z is None else {"z": z}
+    return _launch(dy, weight, activation, saved, None if out is None else (out,))[0]
 
 
 def swiglu_input_gradient(
@@ -206,7 +197,7 @@ def swiglu_input_gradient(
     Raises:
         InputError: where a shape, dtype, stride or device does not fit.
     """
-    d_gate, d_up = _launch(dy, weight, "swiglu", (gate, up), out, ("gate", "up"))
+    d_gate, d_up = _launch(dy, weight, "swiglu", {"gate": gate, "up": up}, out)
     return d_gate, d_up
 
 
@@ -214,28 +205,16 @@ def _launch(
     dy: Tensor,
     weight: Tensor,
     activation: str | None,
-    saved: tuple[Tensor, ...],
+    saved: dict[str, Tensor],
     out: tuple[Tensor, ...] | None,
-    names: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    if dy.dim() != 2 or weight.dim() != 2:
-        raise InputError(
-            "dy and weight are matrices",
-            got=f"{tuple(dy.shape)} and {tuple(weight.shape)}",
-            needed="[T, N] and [N, K]",
-            fix="flatten the leading dimensions",
-        )
-    (t, n), k = dy.shape, weight.shape[1]
+    check_input_gradient(dy, weight, saved, out or ())
+    check_device(dy.device)
+    t, k = dy.shape[0], weight.shape[1]
     if out is None:
         count = max(1, len(saved))
         joint = dy.new_empty(t, count * k)
         out = tuple(joint[:, i * k : (i + 1) * k] for i in range(count))
-    same = (dy.dtype,)
-    check(
-        [Operand("dy", dy, (t, n), OPERAND_DTYPES), Operand("weight", weight, (n, k), same)]
-        + [Operand(name, tensor, (t, k), same) for name, tensor in zip(names, saved, strict=False)]
-        + [Operand("out", tensor, (t, k), same) for tensor in out]
-    )
     if t and k:
-        plan_input_gradient(dy, weight, activation, saved, out, capability(dy.device)).run(dy.device)
+        plan_input_gradient(dy, weight, activation, tuple(saved.values()), out, capability(dy.device)).run(dy.device)
     return out

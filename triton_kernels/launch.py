@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pipex.errors import InputError
+
 HOPPER = (9, 0)
 
 
@@ -66,3 +68,15 @@ def describe(tensor: Tensor, *block: int) -> TensorDescriptor:
 def upcast(dtype: torch.dtype) -> bool:
     """Whether tiles must be widened before arithmetic: the interpreter multiplies the bit patterns of bfloat16."""
     return bool(triton.knobs.runtime.interpret) and dtype is torch.bfloat16
+
+
+def check_device(device: torch.device) -> None:
+    """
+    Raises:
+        InputError: no kernel runs there.
+    """
+    # Under Triton's interpreter the kernels run on the CPU, which is how they are tested without a GPU. Tensors on
+    # "meta" have no memory: they are compiled for, never run on.
+    allowed = ("cuda", "meta", "cpu") if triton.knobs.runtime.interpret else ("cuda", "meta")
+    if device.type not in allowed:
+        raise InputError("a Triton kernel runs on a GPU", got=device, needed="tensors on cuda", fix="use torch")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipex.errors import InputError
 from pipex.triton_kernels.checks import OPERAND_DTYPES, Operand, check
-from pipex.triton_kernels.launch import Launch, upcast
+from pipex.triton_kernels.launch import Launch, check_device, upcast
 from pipex.triton_kernels.tiles import rounded
 
 # A row stays in the registers of one program; wider ones would spill.
@@ -221,6 +221,7 @@ def reduce_partials(partials: Tensor, gradient: Tensor) -> None:
             Operand("partials", partials, (*partials.shape[:-1], gradient.numel()), (torch.float32,)),
         ]
     )
+    check_device(gradient.device)
     if not partials.is_contiguous():
         raise InputError("partials have gaps", got=f"strides {partials.stride()}", needed="contiguous rows")
     if partials.numel():
@@ -256,6 +257,7 @@ def _norm_gradient(
             *(Operand("partials", p, (rows, x.shape[1]), (torch.float32,)) for p in made),
         ]
     )
+    check_device(x.device)
     if not all(p.is_contiguous() for p in made):
         raise InputError("partials have gaps", got=f"strides {made[0].stride()}", needed="contiguous rows")
     bias_partials = made[1] if layer else None

@@ -18,12 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipex.errors import InputError
-from pipex.triton_kernels.checks import OPERAND_DTYPES, Operand, check
-from pipex.triton_kernels.launch import HOPPER, Launch, capability, describable, describe, upcast
+from pipex.triton_kernels.checks import MicroBatches, check_weight_gradients
+from pipex.triton_kernels.launch import HOPPER, Launch, capability, check_device, describable, describe, upcast
 from pipex.triton_kernels.weight_gradient_kernel import weight_gradient_kernel
-
-MicroBatches = list[tuple[Tensor, Tensor]]  # (dY, X) of each
 
 # Slabs of one launch. Each makes the kernel's code longer, and each number of them is compiled anew.
 SLABS = 4
@@ -204,13 +201,9 @@ def grouped_weight_gradient(
     Raises:
         InputError: where a number of layers, a shape, dtype, stride or device does not fit.
     """
-    counts = [len(dys), len(xs), len(weight_grads), len(weight_grads if bias_grads is None else bias_grads)]
-    if len(set(counts)) != 1:
-        raise InputError(
-            "dys, xs, weight_grads and bias_grads have different lengths", got=counts, needed="one per layer"
-        )
-    groups = [_pairs(dy, x) for dy, x in zip(dys, xs, strict=True)]
-    _check(groups, weight_grads, bias_grads)
+    groups = check_weight_gradients(dys, xs, weight_grads, bias_grads)
+    if weight_grads:
+        check_device(weight_grads[0].device)
     groups = [[pair for pair in group if pair[0].shape[0]] for group in groups]  # those without rows add nothing
     if not weight_grads or not weight_grads[0].numel() or not any(groups):
         return
@@ -237,33 +230,6 @@ def grouped_weight_gradient(
             chosen = slabs[start : start + per_launch]
             rounds = exact and describes(chosen, weight_grad, capability(device))
             plan_slabs(chosen, weight_grad, bias_grad, rounds, capability(device)).run(device)
-
-
-def _pairs(dys: Tensor | Sequence[Tensor], xs: Tensor | Sequence[Tensor]) -> MicroBatches:
-    if len(dys) != len(xs):
-        raise InputError(
-            "dys and xs have different lengths", got=f"{len(dys)} and {len(xs)}", needed="one per micro-batch"
-        )
-    return list(zip(dys, xs, strict=True))
-
-
-def _check(groups: list[MicroBatches], weight_grads: Sequence[Tensor], bias_grads: Sequence[Tensor] | None) -> None:
-    if not weight_grads:
-        return
-    if weight_grads[0].dim() != 2:
-        raise InputError("weight_grad is a matrix", got=tuple(weight_grads[0].shape), needed="[N, K]")
-    n, k = weight_grads[0].shape
-    dtype = next((group[0][0].dtype for group in groups if group), torch.float32)
-    gradient_dtypes = (torch.float32, dtype) if dtype is not torch.float32 else (torch.float32,)
-    operands = [Operand("weight_grad", weight_grads[0], (n, k), gradient_dtypes)]
-    operands += [Operand("weight_grad", other, (n, k), (weight_grads[0].dtype,)) for other in weight_grads[1:]]
-    operands += [Operand("bias_grad", bias, (n,), (weight_grads[0].dtype,)) for bias in bias_grads or ()]
-    for group in groups:
-        for m, (dy, x) in enumerate(group):
-            rows = dy.shape[0] if dy.dim() else 0
-            operands.append(Operand(f"dys[{m}]", dy, (rows, n), OPERAND_DTYPES if dy is groups[0][0][0] else (dtype,)))
-            operands.append(Operand(f"xs[{m}]", x, (rows, k), (dtype,)))
-    check(operands)
 
 
 def _tabular(groups: list[MicroBatches], weight_grads: Sequence[Tensor]) -> bool:

@@ -42,6 +42,7 @@ def facts() -> dict[str, Any]:
         "shared_memory": _host_transport(),
         "cuda_kernels": _cuda_kernels(),
         "gpus": _gpus(),
+        "gemms": _gemms(),
     }
 
 
@@ -77,3 +78,11 @@ def _gpus() -> int | str:
         return "unknown without the CUDA kernels"
     except NativeUnavailable as error:
         return f"none: {error}"
+
+
+def _gemms() -> str:
+    try:
+        from pipex.backward.choice import explain
+    except ImportError as error:
+        return f"not available: {error}"
+    return explain()
