@@ -55,11 +55,15 @@ def accumulate(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if not parameter.requires_grad:
             continue
-        if getattr(parameter, "main_grad", None) is not None:
-            _add_to_main_grad(parameter, gradient)
+        main_grad = main_grad_of(parameter)
+        if main_grad is not None:
+            main_grad.add_(gradient)
+            tell_of_main_grad(parameter)
+            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+                hook(parameter)
             continue
         accumulator = None if known is None else known.get(id(parameter))
-        if accumulator is not None and _only_adds(accumulator, parameter, gradient):
+        if accumulator is not None and only_adds(accumulator, parameter, gradient):
             so_far = parameter.grad
             if so_far is None and gradient.stride() == parameter.stride():
                 parameter.grad = gradient
@@ -81,7 +85,7 @@ def accumulate(
         )
 
 
-def _only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) -> bool:
+def only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) -> bool:
     """Whether all that autograd would do is to add: no hook waits for this gradient, and it is not cast."""
     return not (
         parameter._backward_hooks
@@ -91,9 +95,12 @@ def _only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) ->
     )
 
 
-def _add_to_main_grad(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
-    if hasattr(parameter, "grad_added_to_main_grad"):
+def main_grad_of(parameter: Tensor) -> Tensor | None:
+    """Where the parameter's gradient is to be added instead of ``.grad``, if anywhere."""
+    return getattr(parameter, "main_grad", None)
+
+
+def tell_of_main_grad(parameter: Tensor) -> None:
+    """For whoever waits for a gradient in ``.grad``: it was added to ``main_grad``, if there is one."""
+    if hasattr(parameter, "grad_added_to_main_grad") and main_grad_of(parameter) is not None:
         parameter.grad_added_to_main_grad = True
-    for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
-        hook(parameter)

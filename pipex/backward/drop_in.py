@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,6 +53,8 @@ _NEEDED: dict[tuple[Any, str], tuple[str, ...]] = {
 
 _split: ContextVar[frozenset[tuple[int, int]]] = ContextVar("split", default=frozenset())
 """(stage, micro-batch) of the running step whose weight gradients are deferred."""
+_followed: ContextVar[frozenset[tuple[int, int]]] = ContextVar("followed", default=frozenset())
+"""(stage, micro-batch) of the running step whose W is directly followed by the next deferred W of the stage."""
 
 _splitters: WeakKeyDictionary[_PipelineStageBase, Splitter] = WeakKeyDictionary()
 _installed: list[drop_in] = []
@@ -109,9 +112,9 @@ class _Weight:
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
 
-    def __call__(self) -> None:
+    def __call__(self, more: bool = False) -> None:
         for tape in self.tapes:
-            tape.backward_weight()
+            tape.backward_weight(more)
 
 
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {
@@ -146,11 +149,17 @@ def _step_of(owner: type[PipelineScheduleMulti]) -> Callable[..., Any]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         with_messages = isinstance(self, _PipelineScheduleRuntime)
         orders = self.pipeline_order_with_comms if with_messages else self.pipeline_order
-        before = _split.set(split_microbatches(orders[self.rank] if orders else ()))
+        order = list(_flat(orders[self.rank] if orders else ()))
+        split = split_microbatches(order)
+        before = _split.set(split), _followed.set(followed_weights(order, split))
         try:
             return _original(owner, "_step_microbatches")(self, *args, **kwargs)
         finally:
-            _split.reset(before)
+            _split.reset(before[0])
+            _followed.reset(before[1])
+            for its_stage in self._stages:  # nothing is left there by a step that was completed
+                if its_stage in _splitters:
+                    _splitters[its_stage].fused.clear()
 
     return step
 
@@ -159,7 +168,7 @@ def split_microbatches(order: Iterable[Any]) -> frozenset[tuple[int, int]]:
     """(stage, micro-batch) of every I whose W is not the next action of the rank."""
     found = set()
     previous = None
-    for action in _flat(order):
+    for action in order:
         kind = action.computation_type
         what = (action.stage_index, action.microbatch_index)
         if kind is schedules.BACKWARD_INPUT:
@@ -168,6 +177,16 @@ def split_microbatches(order: Iterable[Any]) -> frozenset[tuple[int, int]]:
             found.remove(what)
         previous = (kind, *what)
     return frozenset(found)
+
+
+def followed_weights(order: Iterable[Any], split: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+    """(stage, micro-batch) of every deferred W whose successor in the rank's order is one of the same stage."""
+    deferred = [
+        what if action.computation_type is schedules.BACKWARD_WEIGHT and what in split else None
+        for action in order
+        for what in [(action.stage_index, action.microbatch_index)]
+    ]
+    return frozenset(w for w, after in pairwise(deferred) if w and after and w[0] == after[0])
 
 
 def _flat(order: Iterable[Any]) -> Iterator[Any]:
@@ -209,7 +228,7 @@ def _backward_weight_one_chunk(self: _PipelineStageBase, bwd_chunk_id: int, last
         _original(_PipelineStageBase, "backward_weight_one_chunk")(self, bwd_chunk_id, last_backward=last_backward)
         return
     del self.dw_runner[bwd_chunk_id]
-    weight()
+    weight(more=(self.stage_index, bwd_chunk_id) in _followed.get())
     if last_backward and isinstance(self.submod, DistributedDataParallel):
         _reduce(self.submod)
 

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator, accumulate
+from pipex.backward.fused import FusedProducts
 from pipex.backward.passes import Then, accumulates, announced, end_of, refuse_graph_of_gradients
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
@@ -40,12 +41,16 @@ class Splitter:
 
     Args:
         parameters: the stage's parameters; frozen ones are skipped, repeated ones (tied) are counted once.
+        exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
+            only, where these are no faster.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
+        self.fused = FusedProducts(self.accumulators)
+        self._exact = exact
         # Until the first pass over a tape has ended: the watch over them, and by id the last pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
@@ -59,6 +64,10 @@ class Splitter:
             if compiled or isinstance(part, DistributedDataParallel):
                 return Splitter(())
         return Splitter(module.parameters())
+
+    def fuses(self, dy: Tensor) -> bool:
+        """Whether the contract ``fused`` holds for an operation with this gradient."""
+        return dy.is_cuda if self._exact is None else not self._exact
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -201,17 +210,24 @@ class Tape:
         """What W keeps alive: the input and the gradient of the output of every use."""
         return [tensor for use, dy, _ in self._uses for tensor in (use.x, dy)]
 
-    def backward_weight(self) -> None:
+    def backward_weight(self, more: bool = False) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
 
-        The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once.
+        The uses of one parameter are summed first, latest use first, as autograd's engine does, and then added once;
+        or, under the contract ``fused``, products are added as they are made.
+
+        Args:
+            more: whether the stage's next W follows at once. Then products of both may be made together, and what this
+                one's should be is in the gradients only after that.
         """
         sums = Sums()
-        self.add_to(sums)
+        self.add_to(sums, self._splitter.fused)
         accumulate(sums.parameters, sums.gradients, self._splitter.accumulators)
+        if not more:
+            self._splitter.fused.add()
 
-    def add_to(self, sums: Sums) -> None:
-        """The products of W, once: the uses are let go."""
+    def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
+        """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
         uses, self._uses, self._before = self._uses, [], 0
         for use, dy, version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
             if dy._version != version:
@@ -220,7 +236,11 @@ class Tape:
                     f"got version {dy._version} of a tensor of shape {tuple(dy.shape)}, needed version {version}; "
                     f"use an out-of-place operation there"
                 )
-            use.add_to(sums, dy)
+            taken = (
+                fused is not None and isinstance(use, LinearUse) and self._splitter.fuses(dy) and fused.take(use, dy)
+            )
+            if not taken:
+                use.add_to(sums, dy)
 
 
 def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import monotonic_ns
 from typing import Any
 
@@ -67,6 +68,8 @@ class Executor:
         self._observer = observer
         self._ends = {stage: _Ends() for stage in runners}
         split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
+        weights = [(a.stage, a.microbatch) if a.kind is Kind.W else None for a in order]
+        self._another_follows = {w for w, next_ in pairwise(weights) if w and next_ and w[0] == next_[0]}
         self._split = {(a.stage, a.microbatch): (a.stage, a.microbatch) in split for a in order if a.kind is Kind.F}
         self._program: list[tuple[Callable[[StageRunner, _Ends, int], None], StageRunner, _Ends, int]] = [
             (getattr(self, f"_{action.kind.name}"), runners[action.stage], self._ends[action.stage], action.microbatch)
@@ -115,8 +118,7 @@ class Executor:
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
         for runner in self._runners.values():
-            runner.live.clear()
-            runner.losses.clear()
+            runner.reset()
         for ends in self._ends.values():
             ends.outbox.clear()
 
@@ -140,7 +142,7 @@ class Executor:
 
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = monotonic_ns()
-        runner.backward_weight(microbatch)
+        runner.backward_weight(microbatch, (runner.index, microbatch) in self._another_follows)
         self._note(begin, Kind.W, runner, microbatch)
 
     def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:

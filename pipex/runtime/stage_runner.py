@@ -146,11 +146,11 @@ class StageRunner:
         live.roots, live.inputs = (), ()
         return _dense(found, inputs)
 
-    def backward_weight(self, microbatch: int) -> None:
-        """W."""
+    def backward_weight(self, microbatch: int, more: bool) -> None:
+        """W. ``more`` says that the rank's next action is the stage's next W (``Tape.backward_weight``)."""
         tape = self.live.pop(microbatch).tape
         assert tape is not None, "the plan said B for this micro-batch"
-        tape.backward_weight()
+        tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """B: the whole backward in one pass of autograd's engine."""
@@ -159,6 +159,12 @@ class StageRunner:
         if live.roots:
             torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
         return _dense([t.grad for t in inputs], inputs)
+
+    def reset(self) -> None:
+        """Forgets the micro-batches under way and the losses."""
+        self.live.clear()
+        self.losses.clear()
+        self._splitter.fused.clear()
 
     def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         if self.last:

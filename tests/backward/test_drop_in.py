@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pipex
-from pipex.backward.drop_in import drop_in
-from pipex.backward.tape import Tape
+from pipex.backward.drop_in import drop_in, followed_weights, split_microbatches
+from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
 
 FORK = multiprocessing.get_context("fork")
@@ -107,10 +107,10 @@ def run_rank(job: Job, rank: int, replica: int) -> tuple[dict[int, list[Any]], l
     deferred = 0
     run_weight = Tape.backward_weight
 
-    def count(tape: Tape) -> None:
+    def count(tape: Tape, more: bool = False) -> None:
         nonlocal deferred
         deferred += torch._C._current_graph_task_id() == -1  # called outside of any backward pass
-        run_weight(tape)
+        run_weight(tape, more)
 
     Tape.backward_weight = count  # type: ignore[method-assign]
     mesh = init_device_mesh("cpu", (job.replicas, job.ranks), mesh_dim_names=("data", "pipe"))
@@ -271,6 +271,32 @@ def check(run: Callable[[Job], list[Any]], job: Job) -> None:
         assert any(deferred for _, _, deferred in answers)
 
 
+def order(text: str) -> list[Any]:
+    return [schedules._Action.from_str(action) for action in text.split()]
+
+
+def test_which_weights_of_an_order_are_followed_by_the_next() -> None:
+    split = frozenset({(0, 0), (0, 1), (1, 0), (0, 2), (0, 3)})
+    actions = order("0F0 0I0 0F1 0I1 0W0 0W1 1W0 1I2 1W2 0W2 0W3")
+    assert split_microbatches(actions) == {(0, 0), (0, 1)}
+    assert followed_weights(actions, split) == {(0, 0), (0, 2)}
+
+
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "InterleavedZeroBubble"])
+def test_fused_products_give_right_gradients(
+    run: Callable[[Job], list[Any]], schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Splitter, "fuses", lambda *_: True)  # as on a GPU
+    job = Job(schedule, 2, 2, 6)
+    answers = run(job)
+    wanted = unsplit(job, 0, orders_of(answers))
+    for found, _, deferred in answers:
+        assert deferred
+        for index, gradients in found.items():
+            for gradient, reference in zip(gradients, wanted[index], strict=True):
+                torch.testing.assert_close(torch.from_numpy(gradient), reference)
+
+
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "Interleaved1F1B"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_data_parallel_stages_are_reduced_under_a_split_schedule(
@@ -328,7 +354,7 @@ def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_trial_that_fails_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = functions()
-    monkeypatch.setattr(Tape, "backward_weight", lambda self: None)
+    monkeypatch.setattr(Tape, "backward_weight", lambda self, more=False: None)
     with pytest.raises(pipex.errors.UnsupportedModule, match="gradients right: False"):
         drop_in()
     assert functions() == before
