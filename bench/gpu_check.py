@@ -87,7 +87,12 @@ def steps(scratch: Path) -> list[Step]:
         build,
         Step("tests", [*pytest, "tests/gpu", f"--junitxml={results}"], 180, read=lambda _, to: _tests(results, to)),
         Step("gemm", [python, "-m", "pipex", "bench", "gemm", "--json"], 180, read=_bench("gemm")),
-        Step("backward", [python, "-m", "pipex", "bench", "backward", "--json"], 90, False, _bench("backward")),
+        Step(
+            "backward",
+            [python, "-m", "pipex", "bench", "backward", "--device", "cuda", "--json"],
+            60,
+            read=_bench("backward"),
+        ),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:

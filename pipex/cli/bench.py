@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="The backward of one stage, I and W together: pipex, torch's split, and one whole backward.",
     )  # fmt: skip
     _add_common(backward, samples=20, floor="how many times faster than torch's split, such as mlp=2")
+    backward.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                          help="where; larger stages in bfloat16 on cuda (default: cpu)")  # fmt: skip
     backward.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
                           help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
     backward.add_argument("--max-forward-over-whole", metavar="CASE=RATIO,...",
@@ -161,11 +163,12 @@ def _drop_in(options: argparse.Namespace) -> int:
 def _backward(options: argparse.Namespace) -> int:
     import torch
 
-    from pipex.bench import backward
+    from pipex.bench import backward, gpu
     from pipex.bench.driver import Rounds
     from pipex.bench.environment import environment
     from pipex.bench.report import finish, parse_floors
 
+    cases = backward.CASES[options.device]
     floors = []
     for text, figure, most in (
         (options.min_ratio, "ratio", False),
@@ -174,10 +177,14 @@ def _backward(options: argparse.Namespace) -> int:
         (options.max_held_share, "held_share", True),
     ):
         if text is not None:
-            floors += parse_floors(text, backward.PROVIDER, figure, list(backward.CASES), most=most)
+            floors += parse_floors(text, backward.PROVIDER, figure, [case.name for case in cases], most=most)
+    device, header = torch.device("cpu"), environment(1)
+    if options.device == "cuda":
+        device = gpu.require_gpu("pipex bench backward --device cuda")
+        header |= gpu.describe_gpu(device)
     torch.set_num_threads(1)
-    rows = backward.measure(list(backward.CASES.values()), Rounds(options.n, options.w))
-    return finish(environment(1), rows, floors, as_json=options.json)
+    rows = backward.measure(cases, Rounds(options.n, options.w), device)
+    return finish(header, rows, floors, as_json=options.json)
 
 
 def _gemm(options: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pipex.backward.tape import Tape
+from pipex.backward.tape import Splitter, Tape
+from pipex.bench import backward
 from pipex.cli import main
 
 TINY = ["bench", "backward", "-n", "1", "-w", "0", "--json"]
@@ -44,11 +45,38 @@ def test_a_missed_ceiling_and_a_wrong_result_fail(
 
     right = Tape.backward_weight
 
-    def wrong(tape: Tape) -> None:
+    def wrong(tape: Tape, more: bool) -> None:
         scale = 1 + torch.finfo(torch.float32).eps
         tape._uses = [(use, dy * scale, 0) for use, dy, _ in tape._uses]
-        right(tape)
+        right(tape, more)
 
     monkeypatch.setattr(Tape, "backward_weight", wrong)
     assert main(TINY) == 1
     assert "mlp: pipex gave a wrong result" in capsys.readouterr().err
+
+
+def rows_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """What is right of a small case that is measured on the CPU as on a GPU: fused products, in bfloat16."""
+    monkeypatch.setattr(Splitter, "fuses", lambda *_: True)
+    torch.manual_seed(0)
+    case = backward.Case("small", lambda: backward._blocks(1), (2, 16, 64), 1, 3, torch.bfloat16)
+    module = case.build().to(case.dtype)
+    x, dy = (torch.randn(case.shape).to(case.dtype) for _ in range(2))
+    providers = {"whole": backward._Whole, "pipex": backward._Pipex, "torch": backward._Torch}
+    sides = {name: backward._Side(module, x, dy, provider, case) for name, provider in providers.items()}
+    assert all(side.sample() > 0 and side.forward() > 0 for side in sides.values())
+    return backward._correct_on_a_gpu(sides, module, x, dy, case)
+
+
+def test_gradients_of_several_micro_batches_are_compared_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_of_the_gpu(monkeypatch) == {"whole": True, "pipex": True, "torch": True}
+    right = Tape.backward_weight
+    monkeypatch.setattr(Tape, "backward_weight", lambda tape, more: right(tape, more) if more else None)
+    assert rows_of_the_gpu(monkeypatch) == {"whole": True, "pipex": False, "torch": True}
+
+
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["bench", "backward", "--device", "cuda"]) == 1
+    assert "measures on a GPU and there is none" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pipex.bench import backward
 from pipex.bench.backward import CASES, Case
 from pipex.bench.held import Storages
 
-SMALL = [case for name, case in CASES.items() if name in ("mlp", "block")]
+SMALL = [case for case in CASES["cpu"] if case.name in ("mlp", "block")]
 
 
 def test_a_storage_counts_once_and_while_it_exists() -> None:
@@ -51,7 +51,7 @@ def test_a_plain_forward_holds_its_input_and_what_autograd_saves(case: Case) -> 
         y = module(x)
     wanted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del y
-    side = backward._Side(module, x.detach(), torch.ones(case.shape), backward._Whole, repeats=1)
+    side = backward._Side(module, x.detach(), torch.ones(case.shape), backward._Whole, case)
     assert side.held() == backward.Held(wanted, 0, 0)
 
 
@@ -64,6 +64,6 @@ def test_pipex_holds_the_inputs_and_output_gradients_of_its_products_until_w(cas
             rows = torch.Size(case.shape[:-1]).numel()
             wanted[id(layer), "x"] = 4 * rows * layer.in_features
             wanted[id(layer), "dy"] = 4 * rows * layer.out_features
-    side = backward._Side(module, torch.randn(case.shape), torch.randn(case.shape), backward._Pipex, repeats=1)
+    side = backward._Side(module, torch.randn(case.shape), torch.randn(case.shape), backward._Pipex, case)
     held = side.held()
     assert (held.between, held.after) == (sum(wanted.values()), 0)
