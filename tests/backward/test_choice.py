@@ -49,7 +49,8 @@ H100, H200, A100, B200 = (
         (H100, "dW", (2048, 4096, 4096), 32, "torch"),
         (H100, "dW+db", (2048, 4096, 4096), 32, "torch"),
         # A small gradient stays in the L2 cache, and a small product is over before Triton has launched it.
-        (H100, "dW", (64, 1024, 1024), 8, "torch"),
+        (H100, "dW", (64, 2048, 2048), 8, "torch"),
+        (H100, "dW", (64, 2048, 2048), 32, "triton"),
         (H100, "dW", (16, 64, 64), 64, "torch"),
         # Plain input gradients have nothing that torch does twice.
         (H100, "dX", (8192, 4096, 16384), 1, "torch"),
@@ -165,9 +166,11 @@ def test_a_table_stands_above_the_guess(made_up_gpu: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("made_up_gpu")
-def test_no_tokens_are_torch_s() -> None:
-    write_table({Product("dW", 1, 4096, 1024, 8, "bfloat16", "float32"): Times(1.0, 2.0)})
-    assert ask(t=0) == "torch"
+def test_a_bias_makes_another_product() -> None:
+    write_table({Product("dW+db", 8, 16, 16, 2, "bfloat16", "float32"): Times(1.0, 2.0)})
+    dys = [torch.ones(8, 16, dtype=BF16)] * 2
+    found = [products._weight_provider(dys, torch.ones(16, 16), bias) for bias in (True, False)]
+    assert found == ["triton", "torch"]
 
 
 def test_a_table_is_read_once(made_up_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:

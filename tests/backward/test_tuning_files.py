@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,11 +118,14 @@ def test_what_belongs_to_somebody_else_is_refused(made_up_gpu: Path, monkeypatch
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["pipe", "directory", "link", "large", "empty", "garbage"])
-def test_whatever_is_there_is_ignored_with_a_reason(kind: str, made_up_gpu: Path) -> None:
+def test_whatever_is_there_is_ignored_with_a_reason(
+    kind: str, made_up_gpu: Path, request: pytest.FixtureRequest
+) -> None:
     file = write_table(ONE)
     elsewhere = file.rename(made_up_gpu / "elsewhere")
     if kind == "pipe":
-        os.mkfifo(file)
+        os.mkfifo(file, mode=0o600)
+        request.addfinalizer(partial(os.close, os.open(file, os.O_RDWR)))  # somebody who may yet write
     elif kind == "directory":
         file.mkdir(mode=0o700)
     elif kind == "link":
