@@ -44,15 +44,16 @@ PEAKS = {
 # python/tutorials/gluon/07-persistence.py, Hopper table); 750 to 786 in bfloat16 (NVIDIA/tilus, H200).
 CUBLAS_SHARE = 0.6
 TRITON_SHARE = 0.92
-# Of Triton 3.4's launcher with tensor descriptors, on an H100's host: 37.9 µs (triton-lang/triton, the change that
-# made it faster).
+# Triton's launcher with tensor descriptors, on an H100's host in August 2025: 37.9 µs (triton-lang/triton, before a
+# change that made it faster).
 LAUNCH = 40e-6
-# Bytes of Hopper's L2, from the data sheets. They do not name its bandwidth: this is meant to be more than it has.
+# Bytes of Hopper's L2, from NVIDIA's H100 white paper. It names no bandwidth: this is meant to be more than it has.
 CACHE = 50 << 20
 CACHE_SPEED = 3
 # By how much the guess must see Triton win.
 MARGIN = 1.05
-# kind -> [T, K] maps that torch's kernels after the product read and write, and that Triton's epilogue does
+# kind -> [T, K] maps that torch's kernels after the product read and write, and that Triton's epilogue does. SwiGLU by
+# torch: silu(gate) 2, times dh 3, dh times up 3, silu's gradient 3.
 MAPS = {"dX": (0, 1), "dX+swiglu": (11, 4)}
 ACTIVATION_MAPS = (3, 2)
 
@@ -86,7 +87,7 @@ def provider(
         device: where they are.
     """
     gpu = gpu_of(device)
-    if gpu is None or not shape[0]:
+    if gpu is None:
         return TORCH
     if (table := _table(gpu)) is not None:
         names = (str(dtype).removeprefix("torch."), str(gradient_dtype).removeprefix("torch."))

@@ -114,7 +114,7 @@ def add_by_torch(dys: Sequence[Tensor], xs: Sequence[Tensor], weight_grad: Tenso
             fewer bits on its way into them.
     """
     for dy, x in zip(dys, xs, strict=True):
-        if not dy.shape[0]:
+        if not dy.shape[0]:  # nothing to add: no library need be asked what it makes of that
             continue
         if weight_grad.dtype is dy.dtype:
             weight_grad.addmm_(dy.t(), x)

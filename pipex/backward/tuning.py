@@ -234,7 +234,7 @@ def _is_date(text: str) -> bool:
 
 def _refused(problem: str, got: object, needed: object) -> InputError:
     try:
-        text = ascii(got)  # whatever stands in a file cannot speak to a terminal
+        text = repr(got)  # whatever stands in a file cannot speak to a terminal
     except RecursionError:
         text = f"a deep {type(got).__name__}"
     return InputError(problem, got=text if len(text) < 100 else f"{text[:100]}...", needed=needed, fix="run pipex tune")
