@@ -1,4 +1,4 @@
-"""W of linear layers where it need not have autograd's bits: into the gradients at once, and many in one launch.
+"""W where it need not have autograd's bits: into the gradients at once, and many products in one launch.
 
 The contract ``fused``: no less accurate against float64 than autograd, and the same bits run after run. A product is
 rounded once, on its way into the gradient, instead of twice; so may be the sum of several micro-batches, where nothing
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipex.backward import reductions
 from pipex.backward.accumulate import Accumulator, main_grad_of, only_adds, tell_of_main_grad
-from pipex.backward.products import add_weight_gradients
-from pipex.backward.uses import LinearUse
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from pipex.backward.products import DTYPES, add_weight_gradients
+from pipex.backward.uses import EmbeddingUse, LinearUse, Use
+from pipex.triton_kernels.checks import OPERAND_DTYPES
 
 
 class _Layer:
@@ -54,6 +54,23 @@ class _Layer:
                 so_far += product
 
 
+class _Table:
+    """What waits to be added to an embedding."""
+
+    __slots__ = ("dys", "ids", "padding", "weight")
+
+    def __init__(self, weight: Tensor, padding: int) -> None:
+        self.weight = weight
+        self.padding = padding
+        self.dys: list[Tensor] = []
+        self.ids: list[Tensor] = []
+
+    def add(self) -> None:
+        if _gradient_or_none(self.weight) is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        reductions.add_embedding_gradient(self.dys, self.ids, _gradient(self.weight), self.padding)
+
+
 class FusedProducts:
     """The products of a stage that W's have left to be made together.
 
@@ -64,17 +81,38 @@ class FusedProducts:
     def __init__(self, accumulators: Mapping[int, Accumulator]) -> None:
         self._accumulators = accumulators
         self._layers: dict[tuple[int, int], _Layer] = {}
+        self._tables: dict[tuple[int, int], _Table] = {}
 
-    def take(self, use: LinearUse, dy: Tensor) -> bool:
+    def take(self, use: Use, dy: Tensor) -> bool:
         """Takes the gradients of a use, if they may be added as they are made; says whether it did."""
+        if isinstance(use, LinearUse):
+            return self._take_linear(use, dy)
+        return isinstance(use, EmbeddingUse) and self._take_embedding(use, dy)
+
+    def _take_linear(self, use: LinearUse, dy: Tensor) -> bool:
         weight, bias = use.weight, use.bias
-        if weight is None or dy.dtype not in _DTYPES or not weight.is_contiguous() or not self._open(weight, dy):
+        if weight is None or dy.dtype not in DTYPES or not weight.is_contiguous() or not self._open(weight, dy):
             return False
         if bias is not None and not (self._open(bias, dy) and _dtype(bias) is _dtype(weight)):
             return False
         layer = self._layers.setdefault((id(weight), id(bias)), _Layer(weight, bias))
         layer.dys.append(_rows(dy))
         layer.xs.append(_rows(use.input()))
+        return True
+
+    def _take_embedding(self, use: EmbeddingUse, dy: Tensor) -> bool:
+        weight = use.weight
+        if (
+            not reductions.serves(dy.device)
+            or use.scale_by_frequency
+            or dy.dtype not in OPERAND_DTYPES
+            or not weight.is_contiguous()
+            or not self._open(weight, dy)
+        ):
+            return False
+        table = self._tables.setdefault((id(weight), use.padding), _Table(weight, use.padding))
+        table.dys.append(dy.reshape(-1, dy.shape[-1]).contiguous())
+        table.ids.append(use.input().reshape(-1))
         return True
 
     def _open(self, parameter: Tensor, dy: Tensor) -> bool:
@@ -97,10 +135,15 @@ class FusedProducts:
     def clear(self) -> None:
         """Forgets what was taken: of a step that was not completed."""
         self._layers.clear()
+        self._tables.clear()
 
     def add(self) -> None:
         """Makes all that was taken, in one go for layers that are alike."""
         layers, self._layers = list(self._layers.values()), {}
+        tables, self._tables = list(self._tables.values()), {}
+        for table in tables:
+            table.add()
+            tell_of_main_grad(table.weight)
         for layer in layers:
             layer.begin()
         launches: list[tuple[tuple[object, ...], set[int], list[_Layer]]] = []

@@ -236,9 +236,7 @@ class Tape:
                     f"got version {dy._version} of a tensor of shape {tuple(dy.shape)}, needed version {version}; "
                     f"use an out-of-place operation there"
                 )
-            taken = (
-                fused is not None and isinstance(use, LinearUse) and self._splitter.fuses(dy) and fused.take(use, dy)
-            )
+            taken = fused is not None and self._splitter.fuses(dy) and fused.take(use, dy)
             if not taken:
                 use.add_to(sums, dy)
 

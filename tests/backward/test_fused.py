@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import CASES, Reused
 
 import pipex
-from pipex.backward import Splitter, Tape
+from pipex.backward import Splitter, Tape, reductions
 from pipex.backward import fused as fused_module
 from pipex.runtime.reference import OneProcess
 
@@ -215,6 +215,41 @@ def test_the_first_gradient_has_its_parameter_s_layout() -> None:
     module.weight = nn.Parameter(torch.randn(4, 3).t())
     train(module, [(torch.randn(5, 4), torch.randn(5, 3))])
     assert module.weight.grad.stride() == module.weight.stride()
+
+
+@pytest.mark.parametrize("main", [False, True])
+@pytest.mark.parametrize("padding", [None, 3])
+def test_embeddings_are_added_to_the_rows_of_their_tokens(
+    padding: int | None, main: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def add(dys: Sequence[Tensor], ids: Sequence[Tensor], gradient: Tensor, padding: int) -> None:
+        asked.append(len(dys))
+        for dy, tokens in zip(dys, ids, strict=True):
+            gradient.index_add_(0, tokens, dy * (tokens != padding)[:, None])
+
+    monkeypatch.setattr(reductions, "serves", lambda _: True)
+    monkeypatch.setattr(reductions, "add_embedding_gradient", add)
+    module = nn.Embedding(11, 4, padding_idx=padding)
+    twin = copy.deepcopy(module)
+    if main:
+        module.weight.main_grad = torch.zeros_like(module.weight)
+    batches = batches_for(module, lambda: torch.randint(0, 11, (2, 9)), count=3)
+    train(module, batches)
+    autograd(twin, batches)
+    assert asked == [3]
+    torch.testing.assert_close(module.weight.main_grad if main else module.weight.grad, twin.weight.grad)
+
+
+def test_an_embedding_scaled_by_frequency_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions, "serves", lambda _: True)
+    module = nn.Embedding(11, 4, scale_grad_by_freq=True)
+    twin = copy.deepcopy(module)
+    batches = batches_for(module, lambda: torch.randint(0, 11, (2, 9)), count=3)
+    train(module, batches)
+    autograd(twin, batches)
+    torch.testing.assert_close(module.weight.grad, twin.weight.grad)
 
 
 def test_a_main_gradient_for_the_weight_alone() -> None:

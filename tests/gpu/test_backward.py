@@ -80,6 +80,27 @@ def test_exact_gradients_have_autograds_bits() -> None:
         assert torch.equal(parameter.grad, wanted.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_embeddings(dtype: torch.dtype) -> None:
+    stage = nn.Embedding(50, 24, padding_idx=3).to("cuda", dtype)
+    exact = copy.deepcopy(stage).double()
+    peer = copy.deepcopy(stage)
+    data = [(torch.randint(0, 50, (3, 40), device="cuda"), torch.randn(3, 40, 24, device="cuda").to(dtype))] * 3
+    splitter = Splitter.of(stage)
+    tapes = []
+    for ids, dy in data:
+        with splitter.record() as tape:
+            y = stage(ids)
+        tape.backward_input([y], [dy], [])
+        tapes.append(tape)
+        peer(ids).backward(dy)
+        exact(ids).backward(dy.double())
+    for tape in tapes:
+        tape.backward_weight(more=tape is not tapes[-1])
+    error, its_error = ((p.weight.grad.double() - exact.weight.grad).abs().max() for p in (stage, peer))
+    assert error <= 2 * its_error + 1e-6
+
+
 def test_the_drop_in_passes_its_own_trial() -> None:
     with pipex.drop_in():
         pass
