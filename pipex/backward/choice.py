@@ -89,11 +89,26 @@ def provider(
     gpu = gpu_of(device)
     if gpu is None:
         return TORCH
+    times = None
     if (table := _table(gpu)) is not None:
         names = (str(dtype).removeprefix("torch."), str(gradient_dtype).removeprefix("torch."))
-        if (times := table.nearest(Product(kind, *shape, micro_batches, *names))) is not None:
-            return TRITON if times.triton is not None and times.triton < times.torch else TORCH
-    return guess(kind, shape, micro_batches, dtype, gradient_dtype, gpu)
+        times = table.nearest(Product(kind, *shape, micro_batches, *names))
+    if times is None:
+        faster = guess(kind, shape, micro_batches, dtype, gradient_dtype, gpu)
+    else:
+        faster = TRITON if times.triton is not None and times.triton < times.torch else TORCH
+    return TORCH if faster == TRITON and problem(device) is not None else faster
+
+
+@cache
+def problem(device: torch.device) -> str | None:
+    """Why Triton, which is installed, cannot be used on a device; found by using it, once."""
+    from pipex.triton_kernels.trial import trial
+
+    reason = trial(device)
+    if reason is not None:
+        warnings.warn(f"Triton cannot be used, so torch makes all products: {reason}", RuntimeWarning, stacklevel=4)
+    return reason
 
 
 @cache
@@ -108,9 +123,14 @@ def explain() -> str:
     """How products are chosen on the current GPU, and why: for people."""
     if not torch.cuda.is_available():
         return f"torch: torch {torch.__version__} finds no GPU"
-    gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = gpu_of(device)
     if gpu is None:
         return "torch: Triton is not installed (pip install 'pipex-torch[triton]')"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said here
+        if (reason := problem(device)) is not None:
+            return f"torch: Triton is installed and cannot be used: {reason}"
     found = find(gpu)
     ignored = "" if found.ignored is None else f"; ignored: {found.ignored}"
     if found.table is not None:

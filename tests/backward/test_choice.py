@@ -229,6 +229,27 @@ def test_no_triton_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("current_gpu")
+def test_a_triton_that_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table({Product("dX", 64, 4096, 1024, 1, "bfloat16", "bfloat16"): Times(1.0, 2.0)})
+    assert ask("dX", 1) == "triton"
+    monkeypatch.setattr(choice, "problem", lambda _: "RuntimeError: Failed to find C compiler")
+    forget()
+    assert ask("dX", 1) == "torch"
+    assert explain() == "torch: Triton is installed and cannot be used: RuntimeError: Failed to find C compiler"
+
+
+def test_a_trial_that_fails_is_said_once() -> None:
+    pytest.importorskip("triton")
+    choice.problem.cache_clear()
+    with pytest.warns(RuntimeWarning, match="Triton cannot be used, so torch makes all products: ") as said:
+        reasons = [choice.problem(torch.device("cpu")) for _ in range(2)]  # where Triton has no driver
+    choice.problem.cache_clear()
+    assert len(said) == 1
+    assert reasons[0]
+    assert reasons[0] == reasons[1]
+
+
+@pytest.mark.usefixtures("current_gpu")
 def test_a_guess_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain() == "torch: nothing is known of Made-up GPU/2; run pipex tune to measure"
     monkeypatch.setattr(choice, "gpu_of", lambda _: H200)

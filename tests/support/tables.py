@@ -19,6 +19,7 @@ def made_up_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """All devices are this GPU, Triton is there, and the user's cache is a folder of the test's, which is given."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "gpu_of", lambda _: GPU)
+    monkeypatch.setattr(choice, "problem", lambda _: None)
     forget()
     yield tmp_path
     forget()
