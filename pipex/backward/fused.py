@@ -15,7 +15,7 @@ from torch import Tensor
 from pipex.backward import reductions
 from pipex.backward.accumulate import Accumulator, main_grad_of, only_adds, tell_of_main_grad
 from pipex.backward.products import DTYPES, add_weight_gradients
-from pipex.backward.uses import EmbeddingUse, LinearUse, Use
+from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows
 from pipex.triton_kernels.checks import OPERAND_DTYPES
 
 
@@ -96,8 +96,8 @@ class FusedProducts:
         if bias is not None and not (self._open(bias, dy) and _dtype(bias) is _dtype(weight)):
             return False
         layer = self._layers.setdefault((id(weight), id(bias)), _Layer(weight, bias))
-        layer.dys.append(_rows(dy))
-        layer.xs.append(_rows(use.input()))
+        layer.dys.append(as_rows(dy))
+        layer.xs.append(as_rows(use.input()))
         return True
 
     def _take_embedding(self, use: EmbeddingUse, dy: Tensor) -> bool:
@@ -186,10 +186,3 @@ def _dtype(parameter: Tensor) -> torch.dtype:
     """Of its gradient."""
     gradient = _gradient_or_none(parameter)
     return parameter.dtype if gradient is None else gradient.dtype
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix whose rows do not overlap and have no gaps within."""
-    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-    by_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    return matrix if by_rows else matrix.contiguous()

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator, accumulate
+from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.passes import Then, accumulates, announced, end_of, refuse_graph_of_gradients
 from pipex.backward.root import rooted
@@ -151,6 +152,10 @@ class Tape:
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
         use = LinearUse(self, x, None if w is None else weight, None if b is None else bias)
+        if w is not None and (b is None) == (bias is None) and self._splitter.fuses(x):
+            activation = activation_of(x)
+            if activation is not None and worthwhile(activation, x, w):
+                return activated_linear(use, activation, w, b)
         w, b = weight if w is None else w, bias if b is None else b
         if x.requires_grad or w.requires_grad or (b is not None and b.requires_grad):
             y = recording.torch_linear(x, w, b)

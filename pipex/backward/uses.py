@@ -108,3 +108,10 @@ class EmbeddingUse(Use):
             dy, self.input(), self.weight.shape[0], self.padding, self.scale_by_frequency
         )
         sums.add(self.weight, gradient)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """As a matrix [T, C] whose rows do not overlap and have no gaps within: what the kernels read."""
+    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    by_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix if by_rows else matrix.contiguous()

@@ -52,7 +52,8 @@ def split(stage: nn.Module, data: list[tuple[Tensor, Tensor]], splitter: Splitte
 def test_fused_gradients(width: int, tokens: int, provider: str, main: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if provider == choice.TRITON:
         pytest.importorskip("triton")
-    monkeypatch.setattr("pipex.backward.products.provider", lambda *_: provider)
+    for user in ("products", "activated"):
+        monkeypatch.setattr(f"pipex.backward.{user}.provider", lambda *_: provider)
     stage, data = module(width, BF16), batches(width, tokens, BF16)
     peer, exact = whole(stage, data, BF16), whole(stage, data, torch.float64)
     twin = copy.deepcopy(stage)
