@@ -104,6 +104,10 @@ class Simulator:
     def check(self, stream: int, source: int, words: int, message: int) -> None:
         self.call("simulated_check", stream, source, words, message)
 
+    def capture(self, stream: int, on: bool) -> None:
+        """As between the beginning and the end of a graph's capture."""
+        self.call("simulated_capture", stream, int(on))
+
     def is_done(self, stream: int) -> bool:
         try:
             self.call("cuStreamQuery", stream)

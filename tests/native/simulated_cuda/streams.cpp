@@ -223,4 +223,9 @@ SIMULATED void simulated_stop() {
   for (const auto& queue : all.queues) queue->join();
 }
 
-SIMULATED void simulated_capture(StreamHandle handle, int on) { find(handle)->capturing = on != 0; }
+SIMULATED Result simulated_capture(StreamHandle handle, int on) {
+  const auto stream = find(handle);
+  if (!stream) return kInvalidHandle;
+  stream->capturing = on != 0;
+  return kSuccess;
+}
