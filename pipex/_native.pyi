@@ -68,8 +68,8 @@ class RingReceiver:
         """A DLPack capsule; its slot is free again with the last reference to torch's storage."""
 
 class DeviceRank:
-    """This process as a rank with a GPU, whose driver is the library at a path. ``device_type``: DLPack's, of the memory
-    that the driver hands out."""
+    """This process as a rank with a GPU, whose driver is the library at a path. ``device_type``: DLPack's, of the
+    memory that the driver hands out."""
 
     def __init__(self, member: Member, library: str, ordinal: int, device_type: int) -> None: ...
     def missing(self) -> str:

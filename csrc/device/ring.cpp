@@ -44,6 +44,7 @@ void RingSender::send(const TensorTemplate& tensor, DevicePointer source, Stream
   const Driver& driver = rank_->driver();
   const StreamHandle stream = rank_->send_stream().get();
   rank_->check_not_capturing(compute);
+  rank_->member().control().raise_if_aborted();  // now: once something is enqueued, the source must be kept
   const std::uint32_t slot = outbox_->take();
   const std::uint64_t use = ++uses_[slot];
   rank_->follow(compute);
@@ -59,7 +60,6 @@ void RingSender::send(const TensorTemplate& tensor, DevicePointer source, Stream
                "cuStreamWriteValue64 to rank " + std::to_string(peer_));
   rank_->sends().end(stream);
   outbox_->publish(slot, tensor, step, microbatch);
-  rank_->member().control().raise_if_aborted();
 }
 
 void RingSender::close() noexcept {
