@@ -1,4 +1,5 @@
-"""The host part of pipex in C++ (csrc/host): shared memory, rings, the watch over peers, plans. Knows no torch.
+"""The part of pipex in C++ that needs no CUDA toolkit (csrc/host, csrc/device): shared memory, rings, the watch over
+peers, plans. Knows no torch.
 
 Errors that people see are raised as classes of pipex.errors; the two below are for pipex.transport.host to translate.
 """
@@ -65,6 +66,49 @@ class RingReceiver:
     def close_descriptor(self) -> None: ...
     def receive(self, tensor: TensorTemplate, step: int, microbatch: int) -> object:
         """A DLPack capsule; its slot is free again with the last reference to torch's storage."""
+
+class DeviceRank:
+    """This process as a rank with a GPU, whose driver is the library at a path. ``device_type``: DLPack's, of the
+    memory that the driver hands out."""
+
+    def __init__(self, member: Member, library: str, ordinal: int, device_type: int) -> None: ...
+    def missing(self) -> str:
+        """What the GPU lacks for device rings, in words; empty where nothing."""
+    @property
+    def sent(self) -> int:
+        """Tensors that have been copied from their source, in the order of the sends."""
+    def flush(self) -> None: ...
+    def free_retired(self) -> None:
+        """Frees the memory of closed rings; all peers must have closed theirs."""
+    def close(self) -> None: ...
+
+class DeviceRingSender:
+    """The producer's end of a ring in the consumer's device memory."""
+
+    def __init__(self, rank: DeviceRank, peer: int, bytes: int, under_way: int, alive: int) -> None: ...
+    @property
+    def offer(self) -> bytes: ...
+    def connect(self, address: bytes, offer: bytes) -> None: ...
+    def send(self, tensor: TensorTemplate, source: int, stream: int, step: int, microbatch: int) -> None: ...
+    def close(self) -> None: ...
+
+class DeviceRingReceiver:
+    """The consumer's end, which owns the memory of the payloads."""
+
+    def __init__(self, rank: DeviceRank, peer: int, bytes: int, under_way: int, alive: int) -> None: ...
+    @property
+    def address(self) -> bytes: ...
+    @property
+    def offer(self) -> bytes: ...
+    @property
+    def lent(self) -> int:
+        """Slots that received tensors occupy now."""
+    def connect(self, offer: bytes) -> None: ...
+    def close_descriptor(self) -> None: ...
+    def receive(self, tensor: TensorTemplate, stream: int, step: int, microbatch: int) -> object | None:
+        """A DLPack capsule; None, and nothing done, where ``alive`` slots are lent: call ``receive_into`` then."""
+    def receive_into(self, tensor: TensorTemplate, to: int, stream: int, step: int, microbatch: int) -> None: ...
+    def close(self) -> None: ...
 
 class SchedulingProblem:
     """The native twin of pipex.plan.list_scheduler; sequences as the ``Problem`` and ``DueDates`` there have them."""

@@ -9,6 +9,7 @@
     ├── NativeUnavailable     a compiled part or a driver is missing on this machine
     ├── CudaError             a call of CUDA failed; names the call and CUDA's error
     ├── OutOfSharedMemory     the buffers between ranks cannot be allocated (also a MemoryError)
+    ├── OutOfDeviceMemory     the same on a GPU (also a MemoryError)
     ├── CheckpointError       a checkpoint cannot be written or does not fit this model
     ├── ConfigMismatch        ranks were started with different plans, sizes or types
     ├── MessageMismatch       a received tensor is not the announced one
@@ -70,6 +71,10 @@ class CudaError(PipexError):
 
 class OutOfSharedMemory(PipexError, MemoryError):
     """The buffers between ranks cannot be allocated."""
+
+
+class OutOfDeviceMemory(PipexError, MemoryError):
+    """The buffers between ranks cannot be allocated on a GPU."""
 
 
 class CheckpointError(PipexError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import simulated_cuda as simulator
 import torch
 from torch import Tensor
 
@@ -23,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def simulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that stands in for libcuda where there is no GPU."""
+    return simulator.build(tmp_path_factory.mktemp("simulated_cuda"))
 
 
 Compare = Callable[[Tensor, Tensor, Tensor], None]

@@ -11,6 +11,7 @@ void bind_errors(pybind11::module_& module);
 void bind_control(pybind11::module_& module);
 void bind_member(pybind11::module_& module);
 void bind_ring(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
 void bind_list_scheduler(pybind11::module_& module);
 
 /// Python's own metaclass instead of pybind11's (which adds static properties), so that a stub can describe the class.

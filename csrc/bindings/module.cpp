@@ -24,10 +24,14 @@ Address to_address(const py::bytes& raw) {
 }  // namespace pipex
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The host part of pipex in C++: shared memory, rings, the watch over peers, plans. Knows no torch.";
+  module.doc() =
+      "The part of pipex in C++ that needs no CUDA toolkit: shared memory, rings, the watch over peers, plans. Knows "
+      "no "
+      "torch.";
   pipex::bind_errors(module);
   pipex::bind_control(module);
   pipex::bind_member(module);
   pipex::bind_ring(module);
+  pipex::bind_device(module);
   pipex::bind_list_scheduler(module);
 }

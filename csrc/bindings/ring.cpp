@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "bindings/bindings.hpp"
+#include "bindings/capsule.hpp"
 
 namespace py = pybind11;
 
@@ -20,24 +21,13 @@ TensorTemplate make_template(const py::bytes& header, const std::vector<std::int
   return TensorTemplate(raw, shape, {code, bits, 1});
 }
 
-/// A capsule that nobody took over (an error in between) gives its buffer back.
-void release_capsule(PyObject* capsule) {
-  if (!PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) return;
-  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
-  managed->deleter(managed);
-}
-
 py::object receive(RingReceiver& ring, const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch) {
   LoanPtr loan;
   {
     const py::gil_scoped_release no_gil;
     loan = ring.receive(tensor, step, microbatch);
   }
-  auto capsule =
-      py::reinterpret_steal<py::object>(PyCapsule_New(&loan->managed, dlpack::kCapsuleName, release_capsule));
-  if (!capsule) throw py::error_already_set();
-  loan.release();
-  return capsule;
+  return to_capsule(std::move(loan));
 }
 
 }  // namespace

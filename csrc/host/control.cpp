@@ -99,7 +99,8 @@ Culprit Control::end_of_chain(int rank) const {
   std::vector<int> chain;
   while (std::find(chain.begin(), chain.end(), rank) == chain.end()) {
     chain.push_back(rank);
-    const int next = part(rank).waiting_on.load() - 1;
+    const std::int32_t host_waits_on = part(rank).waiting_on.load();
+    const int next = (host_waits_on != 0 ? host_waits_on : part(rank).device_waiting_on.load()) - 1;
     if (next < 0 || next >= ranks_) return {rank, ""};
     rank = next;
   }

@@ -60,6 +60,9 @@ struct RankPart {
 
   alignas(64) std::atomic<Progress> progress;
   std::atomic<std::int32_t> waiting_on;  // rank + 1; 0: waits for nobody
+  // Of a rank with a GPU, which works while the host does something else; written by its rescue thread.
+  std::atomic<std::int32_t> device_waiting_on;
+  std::atomic<std::uint64_t> device_progress;  // messages that have gone through its streams
 
   alignas(64) std::atomic<std::uint64_t> posted;  // rounds of exchange this rank has written
   Doorbell bell;

@@ -1,5 +1,4 @@
-// The part of DLPack's ABI (github.com/dmlc/dlpack, version 0.x structs) that hands a CPU tensor to torch without
-// torch.
+// The part of DLPack's ABI (github.com/dmlc/dlpack, version 0.x structs) that hands a tensor to torch without torch.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +8,10 @@ namespace pipex::dlpack {
 constexpr std::int32_t kCpu = 1;
 constexpr const char* kCapsuleName = "dltensor";  // the consumer renames it once it owns the tensor
 
+struct Device {
+  std::int32_t type, id;  // 1 CPU, 2 CUDA
+};
+
 struct DataType {
   std::uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat, 5 complex, 6 bool
   std::uint8_t bits;
@@ -17,9 +20,7 @@ struct DataType {
 
 struct Tensor {
   void* data;
-  struct {
-    std::int32_t type, id;
-  } device;
+  Device device;
   std::int32_t ndim;
   DataType dtype;
   std::int64_t* shape;

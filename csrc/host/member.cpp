@@ -30,14 +30,17 @@ Patience::Patience(Control& control, int self, int peer, std::chrono::nanosecond
       limit_(limit),
       culprit_(control.end_of_chain(peer).rank),
       progress_(control.part(culprit_).progress.load()),
+      device_progress_(control.part(culprit_).device_progress.load()),
       since_(now_ns()) {}
 
 void Patience::check() {
   const Culprit culprit = control_.end_of_chain(peer_);
   const Progress progress = control_.part(culprit.rank).progress.load();
-  if (culprit.rank != culprit_ || progress != progress_) {
+  const std::uint64_t device_progress = control_.part(culprit.rank).device_progress.load();
+  if (culprit.rank != culprit_ || progress != progress_ || device_progress != device_progress_) {
     culprit_ = culprit.rank;
     progress_ = progress;
+    device_progress_ = device_progress;
     since_ = now_ns();
   }
   if (now_ns() - since_ < limit_.count()) return;

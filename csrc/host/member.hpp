@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "host/control.hpp"
@@ -41,6 +42,7 @@ class Patience {
   const std::chrono::nanoseconds limit_;
   int culprit_;
   Progress progress_;
+  std::uint64_t device_progress_;
   std::int64_t since_;
 };
 
@@ -53,6 +55,7 @@ class Member {
 
   int rank() const { return rank_; }
   Control& control() const { return *control_; }
+  std::chrono::nanoseconds timeout() const { return timeout_; }
 
   /// Publishes what this rank does next.
   void at(Progress progress) { part_.progress.store(progress, std::memory_order_release); }
@@ -65,7 +68,21 @@ class Member {
 
   /// Returns once `ready` holds, which `peer` makes true before it rings `bell`. Throws Aborted.
   template <typename Ready>
-  void wait(Doorbell& bell, int peer, Ready&& ready);
+  void wait(Doorbell& bell, int peer, Ready&& ready) {
+    wait_sleeping(peer, ready, [&] { return bell.sleep(ready); });
+  }
+
+  /// The same where nobody rings: looks again every 50 µs.
+  template <typename Ready>
+  void wait_polling(int peer, Ready&& ready) {
+    wait_sleeping(peer, ready, [&] {
+      for (const std::int64_t until = now_ns() + std::chrono::nanoseconds(kSlice).count(); now_ns() < until;) {
+        if (ready()) return true;
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+      return ready();
+    });
+  }
 
  private:
   // Between two looks at the clock. More would keep other ranks from their work where cores are short: 2000 pauses cost
@@ -80,6 +97,10 @@ class Member {
     std::uint64_t total;
   };
 
+  /// `sleep` ends after a slice at most and says whether `ready` holds.
+  template <typename Ready, typename Sleep>
+  void wait_sleeping(int peer, Ready&& ready, Sleep&& sleep);
+
   void post(std::string_view bytes, std::uint64_t total);
   Piece await(int rank);
 
@@ -93,8 +114,8 @@ class Member {
   std::optional<Watch> watch_;
 };
 
-template <typename Ready>
-void Member::wait(Doorbell& bell, int peer, Ready&& ready) {
+template <typename Ready, typename Sleep>
+void Member::wait_sleeping(int peer, Ready&& ready, Sleep&& sleep) {
   const std::int64_t until = now_ns() + spin_ns_;
   do {
     for (int spin = 0; spin < kSpins; ++spin) {
@@ -112,7 +133,7 @@ void Member::wait(Doorbell& bell, int peer, Ready&& ready) {
     control_->raise_if_aborted();
     patience.check();
     between_slices_();
-  } while (!bell.sleep(ready));
+  } while (!sleep());
 }
 
 }  // namespace pipex

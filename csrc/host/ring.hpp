@@ -10,24 +10,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "host/lender.hpp"
+#include "host/mailbox.hpp"
 #include "host/member.hpp"
-#include "host/ring_layout.hpp"
 #include "host/segment.hpp"
 #include "host/tensor_template.hpp"
 
 namespace pipex {
-
-/// How many tensors of at most `bytes` a ring holds: `under_way` that are sent and not yet received, and `alive` that
-/// the consumer keeps.
-struct RingSize {
-  std::size_t bytes;
-  std::uint32_t under_way, alive;
-
-  RingLayout layout() const { return {bytes, under_way + alive}; }
-};
 
 /// The producer's end.
 class RingSender {
@@ -40,16 +30,8 @@ class RingSender {
   void send(const TensorTemplate& tensor, const std::byte* data, std::uint64_t step, std::uint32_t microbatch);
 
  private:
-  bool collect();
-
-  const std::shared_ptr<Member> member_;
-  const int peer_;
-  const RingLayout layout_;
-  Segment segment_;
-  IndexQueue ready_, free_;
-  std::vector<std::uint32_t> stack_;  // free slots; the top came back last
-  std::vector<bool> away_;            // slots that the consumer has
-  std::uint64_t sequence_ = 0;
+  const std::size_t bytes_;
+  Outbox outbox_;
 };
 
 /// The consumer's end; makes the ring's memory.
@@ -68,12 +50,9 @@ class RingReceiver {
   std::uint32_t lent() { return lender_->lent(); }
 
  private:
-  const std::shared_ptr<Member> member_;
-  const int peer_;
-  const RingLayout layout_;
-  const std::shared_ptr<Lender> lender_;
-  IndexQueue ready_;
-  std::uint64_t sequence_ = 0;
+  const std::size_t bytes_;
+  const std::shared_ptr<HostLender> lender_;
+  Inbox inbox_;
 };
 
 }  // namespace pipex

@@ -139,8 +139,8 @@ class Pipeline:
             self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
             assert self._links is not None
-            self._links.flush()
             self._gradients.reduce_ties(step, self._links)
+            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._done(begin, step, Phase.REDUCE)
             begin = self._phase(step, Phase.OPTIMIZER)

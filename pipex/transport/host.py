@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pipex.transport.interface import (
     EdgeKind,
     EdgeSpec,
     Form,
+    Links,
     Phase,
     Receiver,
     Sender,
@@ -94,12 +96,20 @@ class HostRun:
         Raises:
             InputError: there is no such rank, or another process has taken it.
         """
+        return HostWorld(self._control, self.member(rank, timeout))
+
+    @property
+    def control(self) -> _native.Control:
+        return self._control
+
+    def member(self, rank: int, timeout: float) -> _native.Member:
+        """What ``join`` makes a world of; for other worlds over the same control page."""
         if not 0 < timeout <= MAX_TIMEOUT:
             raise InputError(
                 "a time-out is out of range", got=timeout, needed=f"seconds above 0, at most {MAX_TIMEOUT:g}"
             )
         threads = self.ranks * torch.get_num_threads()
-        return HostWorld(self._control, rank, timeout, spin=threads <= len(os.sched_getaffinity(0)))
+        return _native.Member(self._control, rank, timeout, threads <= len(os.sched_getaffinity(0)))
 
     def close(self) -> None:
         """Closes the descriptor. Ranks that have joined go on."""
@@ -109,12 +119,12 @@ class HostRun:
 class HostWorld:
     """The ranks of one run on one host (``pipex.transport.interface.World``)."""
 
-    def __init__(self, control: _native.Control, rank: int, timeout: float, *, spin: bool) -> None:
+    def __init__(self, control: _native.Control, member: _native.Member) -> None:
         self._control = control
-        self._member = _native.Member(control, rank, timeout, spin)
+        self._member = member
         self._left = False
         self._told = False  # this rank has raised, or been told of, the run's failure
-        self.rank = rank
+        self.rank = member.rank
         self.ranks = control.ranks
         self.device = torch.device("cpu")
         self.namer: ActionNamer | None = None
@@ -128,7 +138,7 @@ class HostWorld:
     def at(self, step: int, position: int) -> None:
         self._member.at(step, position)
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> HostLinks:
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> Links:
         """Opens all edges (see the interface).
 
         Raises:
@@ -137,36 +147,43 @@ class HostWorld:
             PeerError: another rank ended the run.
         """
         incoming = {
-            str(spec): [_native.RingReceiver(self._member, spec.source_rank, *size) for size in _ring_sizes(spec)]
+            str(spec): [_native.RingReceiver(self._member, spec.source_rank, *size) for size in ring_sizes(spec)]
             for spec in specs
             if spec.destination_rank == self.rank != spec.source_rank
         }
-        config = [f"plan {digest.hex()}", *(_describe(spec) for spec in specs)]
         addresses = {edge: [ring.address.hex() for ring in rings] for edge, rings in incoming.items()}
-        offer = json.dumps({"config": config, "rings": addresses})
-        offers = [json.loads(payload) for payload in self.exchange(offer.encode())]
-        for rank, other in enumerate(offers):
-            if other["config"] != config:
-                raise _config_mismatch(self.rank, config, rank, other["config"])
-
+        offers = self._exchange_offers(specs, digest, addresses)
         links = HostLinks()
         for spec in specs:
             edge = (spec.source, spec.destination, spec.kind)
             if spec.source_rank == spec.destination_rank == self.rank:
                 links.senders[edge] = links.receivers[edge] = LocalEdge(spec)
             elif spec.destination_rank == self.rank:
-                links.receivers[edge] = HostReceiver(self, spec, digest, incoming[str(spec)])
+                links.receivers[edge] = HostReceiver(self, spec, digest, [ring.receive for ring in incoming[str(spec)]])
             elif spec.source_rank == self.rank:
-                offered = [bytes.fromhex(address) for address in offers[spec.destination_rank]["rings"][str(spec)]]
+                offered = [bytes.fromhex(address) for address in offers[spec.destination_rank][str(spec)]]
                 links.senders[edge] = HostSender(self, spec, digest, [
-                    _native.RingSender(self._member, spec.destination_rank, address, *size)
-                    for address, size in zip(offered, _ring_sizes(spec), strict=True)
+                    _native.RingSender(self._member, spec.destination_rank, address, *size).send
+                    for address, size in zip(offered, ring_sizes(spec), strict=True)
                 ])  # fmt: skip
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
         for rings in incoming.values():
             for ring in rings:
                 ring.close_descriptor()
         return links
+
+    def _exchange_offers(self, specs: Sequence[EdgeSpec], digest: bytes, offer: Any) -> list[Any]:
+        """Collective: what every rank offers (anything JSON can hold), in rank order, once all have the same edges.
+
+        Raises:
+            ConfigMismatch: ranks gave different edges or digests.
+        """
+        config = [f"plan {digest.hex()}", *(_describe(spec) for spec in specs)]
+        offers = [json.loads(payload) for payload in self.exchange(json.dumps([config, offer]).encode())]
+        for rank, (theirs, _) in enumerate(offers):
+            if theirs != config:
+                raise _config_mismatch(self.rank, config, rank, theirs)
+        return [offered for _, offered in offers]
 
     def fail(self, error: BaseException) -> None:
         self._told = True
@@ -220,19 +237,17 @@ class HostLinks:
 
 
 class HostSender:
-    """The producer's end of an edge: one ring for each tensor of a message. ``send`` has copied when it returns."""
+    """The producer's end of an edge: one ring for each tensor of a message, given by its ``send``, which has copied
+    when it returns."""
 
-    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, rings: list[_native.RingSender]) -> None:
+    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, sends: Sequence[Callable[..., None]]) -> None:
         self._world, self._spec, self._digest = world, spec, digest
-        self._sends = [ring.send for ring in rings]
+        self._sends = sends
         self._announced: dict[tuple[int, torch.Size, torch.dtype], tuple[_native.TensorTemplate, bool]] = {}
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != len(self._sends):
-            raise InputError(
-                f"a message of the {self._spec} has another number of tensors",
-                got=len(tensors), needed=len(self._sends), fix="a stage must return as many for every micro-batch",
-            )  # fmt: skip
+            raise self._another_number(tensors)
         try:
             for index, tensor in enumerate(tensors):
                 announced = self._announced.get((index, tensor.shape, tensor.dtype))
@@ -241,10 +256,16 @@ class HostSender:
                     raise InputError(f"the {self._spec} is in host memory",
                                      got=f"a tensor on {tensor.device}", needed="one on the CPU")  # fmt: skip
                 if not tensor.is_contiguous() or (maybe_lazy and (tensor.is_neg() or tensor.is_conj())):
-                    tensor = tensor.resolve_neg().resolve_conj().contiguous()
+                    tensor = dense(tensor)
                 self._sends[index](template, tensor.data_ptr(), step, microbatch)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
+
+    def _another_number(self, tensors: Sequence[Tensor]) -> InputError:
+        return InputError(
+            f"a message of the {self._spec} has another number of tensors",
+            got=len(tensors), needed=len(self._sends), fix="a stage must return as many for every micro-batch",
+        )  # fmt: skip
 
     def _announce(self, index: int, tensor: Tensor) -> tuple[_native.TensorTemplate, bool]:
         # Torch may leave a conjugation or, seen through .imag, a negation to the reader. The latter has stride 2, so
@@ -257,11 +278,13 @@ class HostSender:
 
 
 class HostReceiver:
-    """The consumer's end of an edge."""
+    """The consumer's end of an edge, given by the ``receive`` of its rings."""
 
-    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, rings: list[_native.RingReceiver]) -> None:
+    def __init__(
+        self, world: HostWorld, spec: EdgeSpec, digest: bytes, receives: Sequence[Callable[..., object]]
+    ) -> None:
         self._world, self._spec, self._digest = world, spec, digest
-        self._receives = [ring.receive for ring in rings]
+        self._receives = receives
         self._form: Form | None = None
         self._announced: list[tuple[Callable[..., object], _native.TensorTemplate, torch.dtype | None]] = []
 
@@ -303,7 +326,12 @@ class HostReceiver:
         self._form = form
 
 
-def _ring_sizes(spec: EdgeSpec) -> list[tuple[int, int, int]]:
+def dense(tensor: Tensor) -> Tensor:
+    """The same values in row-major order, nothing left for the reader to do."""
+    return tensor.resolve_neg().resolve_conj().contiguous()
+
+
+def ring_sizes(spec: EdgeSpec) -> list[tuple[int, int, int]]:
     """For each tensor of a message: its bytes, messages under way, messages alive."""
     return [(tensor.nbytes, max(1, spec.slots), max(1, spec.alive)) for tensor in spec.form]
 

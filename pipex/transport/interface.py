@@ -1,7 +1,8 @@
 """What the runtime needs of a transport: a world of ranks, and edges between stages.
 
-Back ends: ``host`` (shared memory between the processes of a host), ``group`` (torch.distributed, any host), ``solo``
-(one rank, no peers) and, for edges within a rank, ``local``. The runtime never asks which one it has.
+Back ends: ``host`` (shared memory between the processes of a host), ``device`` (their GPUs' memory, or ``staged`` over
+the host's), ``group`` (torch.distributed, any host), ``solo`` (one rank, no peers) and, for edges within a rank,
+``local``. The runtime never asks which one it has.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Links(Protocol):
     receivers: dict[tuple[int, int, EdgeKind], Receiver]
 
     def flush(self) -> None:
-        """Waits until every sent tensor may be written to again; called once at the end of a step."""
+        """Waits until every sent tensor may be written to again; called once at the end of a step, and before the
+        exchange that ends it: once all ranks have flushed, all that was sent has arrived."""
 
     def close(self) -> None:
         """Frees this rank's ends. Safe to repeat."""

@@ -7,8 +7,10 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import device_world
 import pytest
 import torch
 from torch import Tensor, nn
@@ -198,8 +200,11 @@ def one_process(job: str, stages: int, microbatches: int, steps: int, samples: i
     }
 
 
-def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, steps: int, samples: int) -> None:
-    results = pipex.launch(rank_run, ranks, args=(job, family, ranks, microbatches, steps, samples))
+def assert_same_bits(
+    job: str, family: str, ranks: int, microbatches: int, *, steps: int, samples: int,
+    launch: Callable[..., list[Any]] = pipex.launch,
+) -> None:  # fmt: skip
+    results = launch(rank_run, ranks, args=(job, family, ranks, microbatches, steps, samples))
     stages = plan_of(family, ranks, microbatches).placement.stages
     expected = one_process(job, stages, microbatches, steps, samples)
     for result in results:
@@ -218,6 +223,40 @@ def assert_same_bits(job: str, family: str, ranks: int, microbatches: int, *, st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tied_transformer_with_dropout_and_clipping(family: str, ranks: int) -> None:
     assert_same_bits("transformer", family, ranks, 3, steps=4, samples=7)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "microbatches"),
+    [
+        ("naive 1", 3, 3),
+        ("gpipe 1", 2, 4),
+        ("1f1b 1", 4, 6),
+        ("zb-h1 1", 3, 5),
+        ("zbv 2", 2, 5),
+        ("interleaved 2", 2, 4),
+    ],
+)
+def test_through_device_memory(simulated_cuda: Path, family: str, ranks: int, microbatches: int) -> None:
+    settings = f"seed={ranks + microbatches},queues={ranks},delay=300,poison=1"
+    launch = partial(device_world.launch, library=simulated_cuda, settings=settings)
+    assert_same_bits("transformer", family, ranks, microbatches, steps=3, samples=11, launch=launch)
+
+
+@pytest.mark.parametrize(("job", "ranks"), [("tuples", 3), ("complex", 2)])
+def test_tuples_and_complex_tensors_through_device_memory(simulated_cuda: Path, job: str, ranks: int) -> None:
+    launch = partial(device_world.launch, library=simulated_cuda, settings="seed=1,delay=300,poison=1")
+    assert_same_bits(job, "1f1b", ranks, 4, steps=3, samples=9, launch=launch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("queues", range(1, 9))
+@pytest.mark.parametrize(("family", "ranks", "chunks", "microbatches"), runnable(range(2, 5), range(1, 3), [6]))
+def test_every_family_through_device_memory_at_length(
+    simulated_cuda: Path, family: str, ranks: int, chunks: int, microbatches: int, queues: int
+) -> None:
+    settings = f"seed={queues},queues={queues},delay=500,poison=1"
+    launch = partial(device_world.launch, library=simulated_cuda, settings=settings)
+    assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=3, samples=11, launch=launch)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

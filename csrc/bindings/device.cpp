@@ -1,0 +1,106 @@
+#include <cstring>
+#include <string>
+#include <string_view>
+
+#include "bindings/bindings.hpp"
+#include "bindings/capsule.hpp"
+#include "device/rank.hpp"
+#include "device/ring.hpp"
+#include "host/errors.hpp"
+
+namespace py = pybind11;
+
+namespace pipex {
+namespace {
+
+using device::MemoryOffer;
+using device::Rank;
+using device::StreamHandle;
+
+py::bytes to_bytes(const MemoryOffer& offer) { return {reinterpret_cast<const char*>(&offer), sizeof offer}; }
+
+MemoryOffer to_offer(const py::bytes& raw) {
+  const auto view = static_cast<std::string_view>(raw);
+  MemoryOffer offer;
+  if (view.size() != sizeof offer)
+    throw NamedError("InputError", "this is no offer of device memory", std::to_string(view.size()) + " bytes",
+                     std::to_string(sizeof offer), "");
+  std::memcpy(&offer, view.data(), sizeof offer);
+  return offer;
+}
+
+StreamHandle to_stream(std::uintptr_t stream) { return reinterpret_cast<StreamHandle>(stream); }
+
+py::object receive(device::RingReceiver& ring, const TensorTemplate& tensor, std::uintptr_t stream, std::uint64_t step,
+                   std::uint32_t microbatch) {
+  LoanPtr loan;
+  {
+    const py::gil_scoped_release no_gil;
+    loan = ring.receive(tensor, to_stream(stream), step, microbatch);
+  }
+  if (loan == nullptr) return py::none();
+  return to_capsule(std::move(loan));
+}
+
+}  // namespace
+
+void bind_device(py::module_& module) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  py::class_<Rank, std::shared_ptr<Rank>>(module, "DeviceRank", plain_type())
+      .def(py::init([](std::shared_ptr<Member> member, const std::string& library, int ordinal, int device_type) {
+             const std::int32_t id = device_type == dlpack::kCpu ? 0 : ordinal;
+             return std::make_shared<Rank>(std::move(member), library, ordinal, dlpack::Device{device_type, id});
+           }),
+           py::arg("member"), py::arg("library"), py::arg("ordinal"), py::arg("device_type"), no_gil)
+      .def("missing", &Rank::missing, no_gil)
+      .def_property_readonly("sent", &Rank::sent)
+      .def("flush", &Rank::flush, no_gil)
+      .def("free_retired", &Rank::free_retired, no_gil)
+      .def("close", &Rank::close, no_gil);
+
+  py::class_<device::RingSender>(module, "DeviceRingSender", plain_type())
+      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::size_t bytes, std::uint32_t under_way,
+                       std::uint32_t alive) {
+             return std::make_unique<device::RingSender>(std::move(rank), peer, RingSize{bytes, under_way, alive});
+           }),
+           py::arg("rank"), py::arg("peer"), py::arg("bytes"), py::arg("under_way"), py::arg("alive"))
+      .def_property_readonly("offer", [](const device::RingSender& ring) { return to_bytes(ring.offer()); })
+      .def(
+          "connect",
+          [](device::RingSender& ring, const py::bytes& address, const py::bytes& offer) {
+            ring.connect(to_address(address), to_offer(offer));
+          },
+          py::arg("address"), py::arg("offer"))
+      .def(
+          "send",
+          [](device::RingSender& ring, const TensorTemplate& tensor, std::uintptr_t source, std::uintptr_t stream,
+             std::uint64_t step,
+             std::uint32_t microbatch) { ring.send(tensor, source, to_stream(stream), step, microbatch); },
+          py::arg("tensor"), py::arg("source"), py::arg("stream"), py::arg("step"), py::arg("microbatch"), no_gil)
+      .def("close", &device::RingSender::close, no_gil);
+
+  py::class_<device::RingReceiver>(module, "DeviceRingReceiver", plain_type())
+      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::size_t bytes, std::uint32_t under_way,
+                       std::uint32_t alive) {
+             return std::make_unique<device::RingReceiver>(std::move(rank), peer, RingSize{bytes, under_way, alive});
+           }),
+           py::arg("rank"), py::arg("peer"), py::arg("bytes"), py::arg("under_way"), py::arg("alive"))
+      .def_property_readonly("address", [](const device::RingReceiver& ring) { return to_bytes(ring.address()); })
+      .def_property_readonly("offer", [](const device::RingReceiver& ring) { return to_bytes(ring.offer()); })
+      .def_property_readonly("lent", &device::RingReceiver::lent)
+      .def(
+          "connect", [](device::RingReceiver& ring, const py::bytes& offer) { ring.connect(to_offer(offer)); },
+          py::arg("offer"))
+      .def("close_descriptor", &device::RingReceiver::close_descriptor)
+      .def("receive", &receive, py::arg("tensor"), py::arg("stream"), py::arg("step"), py::arg("microbatch"))
+      .def(
+          "receive_into",
+          [](device::RingReceiver& ring, const TensorTemplate& tensor, std::uintptr_t to, std::uintptr_t stream,
+             std::uint64_t step,
+             std::uint32_t microbatch) { ring.receive_into(tensor, to, to_stream(stream), step, microbatch); },
+          py::arg("tensor"), py::arg("to"), py::arg("stream"), py::arg("step"), py::arg("microbatch"), no_gil)
+      .def("close", &device::RingReceiver::close, no_gil);
+}
+
+}  // namespace pipex

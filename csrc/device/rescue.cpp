@@ -1,0 +1,96 @@
+#include "device/rescue.hpp"
+
+#include <csignal>
+#include <utility>
+
+#include "host/errors.hpp"
+
+namespace pipex::device {
+
+Rescue::Rescue(std::shared_ptr<const Gpu> gpu, std::shared_ptr<Member> member, Trail& receives, Trail& sends)
+    : gpu_(std::move(gpu)),
+      member_(std::move(member)),
+      receives_(receives),
+      sends_(sends),
+      stream_(gpu_, Urgency::rescue) {
+  sigset_t all, before;  // signals are for the interpreter's threads
+  sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  thread_ = std::thread(&Rescue::run, this);
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+Rescue::~Rescue() {
+  if (!gpu_->is_ours()) {
+    thread_.detach();
+    return;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_one();
+  thread_.join();
+}
+
+Rescue::Ticket Rescue::watch(const Flags& flags) {
+  const std::lock_guard lock(mutex_);
+  return flags_.insert(flags_.end(), flags);
+}
+
+void Rescue::forget(Ticket ticket) {
+  const std::lock_guard lock(mutex_);
+  flags_.erase(ticket);
+}
+
+void Rescue::run() {
+  std::unique_lock lock(mutex_);
+  try {
+    const Current current(*gpu_);
+    while (!changed_.wait_for(lock, kSlice, [this] { return stop_; })) {
+      if (member_->control().aborted()) {
+        release_all();
+      } else {
+        lock.unlock();
+        look();
+        lock.lock();
+      }
+    }
+  } catch (const std::exception& error) {
+    // The device is broken, and the main thread's next call will say so; others need not wait for that.
+    member_->control().record(member_->rank(), Ending::failed, member_->rank(), error.what());
+  }
+}
+
+/// The lock is held, so that no flag goes away meanwhile. Errors are the main thread's to tell.
+void Rescue::release_all() {
+  if (gpu_->driver().stream_query(stream_.get()) == kNotReady) return;  // the last round is still under way
+  for (const Flags& flags : flags_)
+    for (std::uint32_t i = 0; i < flags.count; ++i)
+      gpu_->driver().stream_write(stream_.get(), flags.first + i * flags.stride, kReleaseAll, kWriteWithFence);
+}
+
+void Rescue::look() {
+  Control& control = member_->control();
+  RankPart& part = control.part(member_->rank());
+  // What is sent waits for what is computed, and that for what is received: the latter's peer comes first.
+  auto oldest = receives_.oldest();
+  const auto oldest_send = sends_.oldest();
+  part.device_progress.store(receives_.passed() + sends_.passed());
+  if (!oldest) oldest = oldest_send;
+  part.device_waiting_on.store(oldest ? oldest->peer + 1 : 0);
+  if (!oldest) {
+    patience_.reset();
+    return;
+  }
+  if (!patience_ || awaited_ != part.device_progress.load()) {
+    awaited_ = part.device_progress.load();
+    patience_.emplace(control, member_->rank(), oldest->peer, member_->timeout());
+  }
+  try {
+    patience_->check();
+  } catch (const Aborted&) {  // the record is what counts
+  }
+}
+
+}  // namespace pipex::device

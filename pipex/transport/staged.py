@@ -1,0 +1,56 @@
+"""Edges over host memory for stages on a GPU: every message is copied to the host and from there.
+
+The way where device memory cannot be shared between processes; correct, and slower by two copies over the bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipex.transport.interface import EdgeKind, Form, Links, Receiver, Sender
+from pipex.transport.local import LocalEdge
+
+
+class StagedLinks:
+    """This rank's ends of all edges, over those of a transport in host memory."""
+
+    def __init__(self, links: Links, device: torch.device) -> None:
+        self._links = links
+        self.senders: dict[tuple[int, int, EdgeKind], Sender] = {
+            edge: sender if isinstance(sender, LocalEdge) else StagedSender(sender)
+            for edge, sender in links.senders.items()
+        }
+        self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {
+            edge: receiver if isinstance(receiver, LocalEdge) else StagedReceiver(receiver, device)
+            for edge, receiver in links.receivers.items()
+        }
+
+    def flush(self) -> None:
+        self._links.flush()
+
+    def close(self) -> None:
+        self.senders.clear()
+        self.receivers.clear()
+        self._links.close()
+
+
+class StagedSender:
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        self._sender.send(step, microbatch, [tensor.cpu() for tensor in tensors])
+
+
+class StagedReceiver:
+    def __init__(self, receiver: Receiver, device: torch.device) -> None:
+        self._receiver, self._device = receiver, device
+
+    def post(self, step: int, microbatch: int) -> None:
+        self._receiver.post(step, microbatch)
+
+    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self._device) for tensor in self._receiver.receive(step, microbatch, form))

@@ -1,0 +1,156 @@
+// Device memory: memfds, poisoned when new; a peer maps one through /proc/PID/fd/N.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "simulator.hpp"
+
+namespace simulated {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::uint64_t kMagic = 0x6461635f'6d6973ff;
+
+struct Handle {
+  std::uint64_t magic;
+  std::int32_t pid, fd;
+  std::uint64_t bytes;
+};
+static_assert(sizeof(Handle) <= sizeof(IpcHandle));
+
+std::size_t mapped_bytes(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage + kPage; }
+
+/// How many peers have it mapped; lies in a page behind the memory itself.
+std::atomic<std::int32_t>& importers(const Mapping& mapping) {
+  const std::uint64_t end = mapping.range.begin + mapped_bytes(mapping.range.bytes);
+  return *reinterpret_cast<std::atomic<std::int32_t>*>(end - kPage);
+}
+
+Result map(int fd, std::size_t bytes, DevicePointer* pointer) {
+  void* base = ::mmap(nullptr, mapped_bytes(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (base == MAP_FAILED) return kMapFailed;
+  *pointer = reinterpret_cast<std::uintptr_t>(base);
+  return kSuccess;
+}
+
+Result unmap(DevicePointer pointer, bool own) {
+  State& all = state();
+  const std::lock_guard lock(all.mutex);
+  const auto found = all.mappings.find(pointer);
+  if (found == all.mappings.end() || (found->second.fd >= 0) != own) return kInvalidValue;
+  const Mapping mapping = found->second;
+  for (const auto& queue : all.queues)
+    if (queue->touches(mapping.range))
+      violate(own ? "freed while operations use it" : "unmapped while operations use it");
+  if (own && importers(mapping) > 0) violate("freed while a peer has it mapped");
+  if (!own) --importers(mapping);
+  ::munmap(reinterpret_cast<void*>(pointer), mapped_bytes(mapping.range.bytes));
+  if (own) ::close(mapping.fd);
+  all.mappings.erase(found);
+  return kSuccess;
+}
+
+}  // namespace
+
+const Mapping* mapping_of(const Range& range) {
+  const auto& mappings = state().mappings;
+  auto found = mappings.upper_bound(range.begin);
+  if (found == mappings.begin()) return nullptr;
+  --found;
+  const Range& whole = found->second.range;
+  return range.begin + range.bytes <= whole.begin + whole.bytes ? &found->second : nullptr;
+}
+
+}  // namespace simulated
+
+using namespace simulated;
+
+SIMULATED Result cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
+  *free = std::size_t{1} << 30;
+  *total = std::size_t{2} << 30;
+  return enter("cuMemGetInfo_v2");
+}
+
+SIMULATED Result cuMemAlloc_v2(DevicePointer* pointer, std::size_t bytes) {
+  if (const Result result = enter("cuMemAlloc_v2")) return result;
+  if (bytes == 0) return kInvalidValue;
+  if (bytes > std::size_t{1} << 30) return kOutOfMemory;
+  const int fd = ::memfd_create("simulated_cuda", MFD_CLOEXEC);
+  if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(mapped_bytes(bytes))) != 0) return kOutOfMemory;
+  if (const Result result = map(fd, bytes, pointer)) return result;
+  std::memset(reinterpret_cast<void*>(*pointer), 0xA5, bytes);
+  const std::lock_guard lock(state().mutex);
+  state().mappings[*pointer] = {{*pointer, bytes}, fd};
+  return kSuccess;
+}
+
+SIMULATED Result cuMemFree_v2(DevicePointer pointer) {
+  if (const Result result = enter("cuMemFree_v2")) return result;
+  return unmap(pointer, true);
+}
+
+SIMULATED Result cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) {
+  if (const Result result = enter("cuMemHostAlloc")) return result;
+  *pointer = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  const std::lock_guard lock(state().mutex);
+  const auto begin = reinterpret_cast<std::uintptr_t>(*pointer);
+  state().host_memory[*pointer] = bytes;
+  state().mappings[begin] = {{begin, bytes}, -1};
+  return kSuccess;
+}
+
+SIMULATED Result cuMemFreeHost(void* pointer) {
+  if (const Result result = enter("cuMemFreeHost")) return result;
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().host_memory.find(pointer);
+  if (found == state().host_memory.end()) return kInvalidValue;
+  ::munmap(pointer, found->second);
+  state().mappings.erase(reinterpret_cast<std::uintptr_t>(pointer));
+  state().host_memory.erase(found);
+  return kSuccess;
+}
+
+SIMULATED Result cuPointerGetAttribute(void* value, PointerAttribute attribute, DevicePointer pointer) {
+  if (const Result result = enter("cuPointerGetAttribute")) return result;
+  const std::lock_guard lock(state().mutex);
+  if (attribute != kLegacyIpcCapable || mapping_of({pointer, 1}) == nullptr) return kInvalidValue;
+  const int capable = 1;
+  std::memcpy(value, &capable, sizeof capable);
+  return kSuccess;
+}
+
+SIMULATED Result cuIpcGetMemHandle(IpcHandle* raw, DevicePointer pointer) {
+  if (const Result result = enter("cuIpcGetMemHandle")) return result;
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().mappings.find(pointer);
+  if (found == state().mappings.end() || found->second.fd < 0) return kInvalidValue;
+  const Handle handle{kMagic, ::getpid(), found->second.fd, found->second.range.bytes};
+  std::memset(raw, 0, sizeof *raw);
+  std::memcpy(raw, &handle, sizeof handle);
+  return kSuccess;
+}
+
+SIMULATED Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle raw, unsigned flags) {
+  if (const Result result = enter("cuIpcOpenMemHandle_v2")) return result;
+  Handle handle;
+  std::memcpy(&handle, &raw, sizeof handle);
+  if (handle.magic != kMagic || flags != kLazyPeerAccess) return kInvalidValue;
+  const std::string path = "/proc/" + std::to_string(handle.pid) + "/fd/" + std::to_string(handle.fd);
+  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return kMapFailed;
+  const Result result = map(fd, handle.bytes, pointer);
+  ::close(fd);
+  if (result != kSuccess) return result;
+  const std::lock_guard lock(state().mutex);
+  const Mapping mapping{{*pointer, handle.bytes}, -1};
+  ++importers(mapping);
+  state().mappings[*pointer] = mapping;
+  return kSuccess;
+}
+
+SIMULATED Result cuIpcCloseMemHandle(DevicePointer pointer) {
+  if (const Result result = enter("cuIpcCloseMemHandle")) return result;
+  return unmap(pointer, false);
+}

@@ -1,0 +1,317 @@
+"""Both ends of a device ring in one process: what is refused, what is named, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated_cuda as sim
+import torch
+from device_ring import CPU
+from simulated_cuda import Simulator
+
+from pipex import _native
+from pipex.errors import CudaError, InputError, MessageMismatch, NativeUnavailable, OutOfDeviceMemory
+from pipex.transport.header import Header
+from pipex.transport.interface import TensorForm
+
+BYTES, UNDER_WAY, ALIVE = 256, 2, 2
+SIZE = (BYTES, UNDER_WAY, ALIVE)
+FORM = TensorForm((64,), torch.float32)
+NULL = 0
+
+
+HEADER = Header(bytes(16), 0, 1, "activation", 0, 0, 0, 0, FORM)
+# csrc/host/segment.cpp and ring_layout.hpp: the segment's header, then two queues of (bell, cells), then headers.
+READY_CELLS, HEADERS = 128 + 128, 128 + 2 * 256
+
+
+def template(shape: tuple[int, ...] = (64,)) -> _native.TensorTemplate:
+    header = HEADER._replace(form=TensorForm(shape, torch.float32))
+    return _native.TensorTemplate(header.pack(), shape, 2, 32)
+
+
+class Pair:
+    """Rank 0 sends to rank 1, both in this process."""
+
+    def __init__(self, library: Path, settings: str = "") -> None:
+        self.simulator = Simulator(library, settings=settings)
+        self.control = _native.Control(2)
+        self.members = [_native.Member(self.control, rank, 20.0, False) for rank in range(2)]
+        self.ranks: list[_native.DeviceRank] = []
+        self.data = torch.arange(64, dtype=torch.float32)
+        self.sender: Any = None
+        self.receiver: Any = None
+
+    def start(self) -> Pair:
+        for member in self.members:
+            self.ranks.append(_native.DeviceRank(member, self.simulator.path, 0, CPU))
+        return self
+
+    def open(self) -> Pair:
+        self.start()
+        self.sender = _native.DeviceRingSender(self.ranks[0], 1, *SIZE)
+        self.receiver = _native.DeviceRingReceiver(self.ranks[1], 0, *SIZE)
+        self.sender.connect(self.receiver.address, self.receiver.offer)
+        self.receiver.connect(self.sender.offer)
+        return self
+
+    def send(self, microbatch: int = 0, stream: int = NULL, *, shape: tuple[int, ...] = (64,)) -> None:
+        self.sender.send(template(shape), self.data.data_ptr(), stream, 1, microbatch)
+
+    def capsule(self, microbatch: int = 0, stream: int = NULL) -> Any:
+        return self.receiver.receive(template(), stream, 1, microbatch)
+
+    def receive(self, microbatch: int = 0, stream: int = NULL) -> torch.Tensor:
+        return torch.from_dlpack(self.capsule(microbatch, stream))
+
+    def close(self) -> None:
+        for end in (self.sender, self.receiver):
+            if end is not None:
+                end.close()
+        for rank in self.ranks:
+            rank.free_retired()
+            rank.close()
+
+
+@pytest.fixture
+def make(simulated_cuda: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
+    made: list[Pair] = []
+
+    def pair(settings: str = "") -> Pair:
+        made.append(Pair(sim.fresh_copy(simulated_cuda, tmp_path), settings))
+        return made[-1]
+
+    yield pair
+    for each in made:
+        each.close()
+        each.simulator.stop()
+
+
+def test_slots_are_lent_and_come_back_and_a_full_ring_says_so(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    for microbatch in range(4):
+        pair.send(microbatch)
+    held = [pair.receive(0), pair.receive(1)]
+    assert held[0].data_ptr() % 512 == 0
+    assert all(torch.equal(tensor, pair.data) for tensor in held)
+    assert pair.receiver.lent == 2
+    before = pair.simulator.operations
+    assert pair.capsule(2) is None
+    assert pair.simulator.operations == before  # and nothing was enqueued
+    own = torch.zeros(64)
+    pair.receiver.receive_into(template(), own.data_ptr(), NULL, 1, 2)
+    assert torch.equal(own, pair.data)
+    held.clear()
+    assert pair.receiver.lent == 0
+    assert torch.equal(pair.receive(3), pair.data)
+    pair.ranks[0].flush()
+    assert pair.ranks[0].sent == 4
+
+
+def test_another_message_than_announced_is_named_before_anything_waits_for_it(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    pair.send(microbatch=5)
+    before = pair.simulator.operations
+    for _ in range(2):  # the message stays where it is
+        with pytest.raises(_native.HeaderMismatch):
+            pair.receive(0)
+    assert pair.simulator.operations == before
+    assert torch.equal(pair.receive(5), pair.data)
+
+
+def test_of_a_message_larger_than_its_slot_only_the_header_goes(make: Callable[..., Pair]) -> None:
+    pair = make("fail:cuMemcpyDtoDAsync_v2=1").open()
+    pair.send(shape=(65,))
+    with pytest.raises(_native.HeaderMismatch):
+        pair.receive()
+
+
+@pytest.mark.parametrize("end", ["send", "receive"])
+def test_a_captured_stream_is_refused_before_anything_is_enqueued(make: Callable[..., Pair], end: str) -> None:
+    pair = make().open()
+    pair.simulator.start()
+    stream = pair.simulator.stream()
+    if end == "receive":
+        pair.send()
+    pair.simulator.capture(stream, True)
+    before = pair.simulator.operations
+    with pytest.raises(InputError, match="while a CUDA graph is being captured"):
+        getattr(pair, end)(0, stream)
+    assert pair.simulator.operations == before
+    pair.simulator.capture(stream, False)
+    if end == "send":
+        pair.send(0, stream)
+    received = pair.receive(0, stream)
+    pair.simulator.synchronize(stream)
+    assert torch.equal(received, pair.data)
+
+
+def test_a_slot_that_cannot_be_given_back_is_told_at_the_next_receive(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    pair.simulator.start()
+    stream = pair.simulator.stream()
+    pair.send()
+    pair.send(1)
+    held = pair.receive(0, stream)
+    pair.simulator.capture(stream, True)
+    del held
+    pair.simulator.capture(stream, False)
+    with pytest.raises(InputError, match="while a CUDA graph is being captured"):
+        pair.receive(1, stream)
+
+
+def test_a_tensor_may_die_on_any_thread_after_its_ring_its_rank_and_its_world(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    pair.send()
+    pair.send(1)
+    held = [pair.receive(0), pair.receive(1)]
+    contexts = []
+
+    def die() -> None:
+        held.pop()
+        contexts.append(pair.simulator.contexts)
+
+    threads = [threading.Thread(target=die) for _ in range(2)]
+    threads[0].start()
+    threads[0].join()
+    pair.send(2)  # its slot, or another one
+    pair.close()
+    pair.sender = pair.receiver = None
+    gc.collect()
+    assert torch.equal(held[0], pair.data)
+    assert pair.simulator.mappings == 1  # the memory that the tensor lies in
+    threads[1].start()
+    threads[1].join()
+    assert pair.simulator.mappings == 0
+    assert contexts == [0, 0]
+    assert pair.simulator.violations == []
+
+
+def test_a_forked_child_gives_nothing_back_and_ends_in_peace(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    pair.send()
+    held = [pair.receive()]
+    pid = os.fork()
+    if pid == 0:  # such as a data loader's worker
+        held.clear()
+        pair.sender = pair.receiver = None
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert pair.receiver.lent == 1
+    assert torch.equal(held[0], pair.data)
+
+
+def test_a_driver_that_is_missing_or_no_driver_is_named(make: Callable[..., Pair], tmp_path: Path) -> None:
+    pair = make()
+    with pytest.raises(NativeUnavailable, match=r"the CUDA driver cannot be loaded.*nowhere/libcuda.so"):
+        _native.DeviceRank(pair.members[0], str(tmp_path / "nowhere" / "libcuda.so"), 0, CPU)
+    with pytest.raises(NativeUnavailable, match=r"the CUDA driver is too old; got no cuInit"):
+        _native.DeviceRank(pair.members[0], "libc.so.6", 0, CPU)
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "named"),
+    [
+        ("cuInit=100", NativeUnavailable, "the CUDA driver does not start: cuInit: error 100"),
+        ("cuDeviceGet=1", CudaError, r"cuDeviceGet of GPU 0: CUDA_ERROR_INVALID_VALUE \(simulated\)"),
+        ("cuDevicePrimaryCtxRetain=2", CudaError, "cuDevicePrimaryCtxRetain of GPU 0"),
+        ("cuStreamCreateWithPriority=1", CudaError, "cuStreamCreateWithPriority on GPU 0"),
+        ("cuMemAlloc_v2=2", OutOfDeviceMemory, f"on GPU 0; got {1 << 30} bytes free; needed 1024 bytes"),
+        ("cuIpcGetMemHandle=801", NativeUnavailable, "GPU 0 exports no memory.*CUDA_ERROR_NOT_SUPPORTED.*WSL"),
+        ("cuIpcOpenMemHandle_v2=205", NativeUnavailable, "rank 0 cannot map the device memory of rank 1.*MAP_FAILED"),
+        ("cuMemsetD8Async=1", CudaError, "cuMemsetD8Async on GPU 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "=" in value else "",
+)
+def test_what_fails_at_set_up_is_named_and_leaves_no_memory(
+    make: Callable[..., Pair], failing: str, error: type[Exception], named: str
+) -> None:
+    pair = make(f"fail:{failing}")
+    with pytest.raises(error, match=named):
+        pair.open()
+    pair.close()
+    pair.sender = pair.receiver = None
+    gc.collect()
+    assert pair.simulator.mappings == 0
+    assert pair.simulator.violations == []
+
+
+@pytest.mark.parametrize(
+    ("failing", "act", "named"),
+    [
+        ("cuStreamWriteValue64_v2", Pair.send, "cuStreamWriteValue64 to rank 1: CUDA_ERROR_INVALID_VALUE"),
+        ("cuMemcpyDtoDAsync_v2", Pair.send, "cuMemcpyDtoDAsync to rank 1"),
+        ("cuEventRecord", Pair.send, "cuEventRecord on GPU 0"),
+        ("cuStreamWaitValue64_v2", Pair.receive, "cuStreamWaitValue64 for a tensor of rank 0"),
+        ("cuStreamIsCapturing", Pair.receive, "cuStreamIsCapturing"),
+    ],
+)
+def test_a_failing_call_is_named_with_what_it_was_for(
+    make: Callable[..., Pair], failing: str, act: Callable[[Pair], None], named: str
+) -> None:
+    pair = make().open()
+    if act is Pair.receive:
+        pair.send()
+    pair.simulator.set(f"fail:{failing}", 1)
+    with pytest.raises(CudaError, match=named):
+        act(pair)
+
+
+def test_memory_that_is_not_the_offered_one_is_refused(make: Callable[..., Pair]) -> None:
+    pair = make().start()
+    sender = _native.DeviceRingSender(pair.ranks[0], 1, *SIZE)
+    receiver = _native.DeviceRingReceiver(pair.ranks[1], 0, *SIZE)
+    with pytest.raises(NativeUnavailable, match="rank 1 cannot map the device memory of rank 0; got other memory"):
+        receiver.connect(sender.offer[:-16] + bytes(16))
+    with pytest.raises(InputError, match="this is no offer of device memory; got 79 bytes; needed 80"):
+        receiver.connect(sender.offer[:-1])
+    other = _native.DeviceRingReceiver(pair.ranks[1], 0, BYTES, UNDER_WAY + 1, ALIVE)
+    with pytest.raises(InputError, match="rank 1 offers buffers of another size"):
+        sender.connect(other.address, other.offer)
+    del sender, receiver, other
+    gc.collect()
+
+
+def test_a_slot_filled_while_in_use_is_named(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    with mmap.mmap(struct.unpack_from("<ii", pair.receiver.address)[1], 0) as memory:
+        pair.send()
+        held = pair.receive()  # in slot 0
+        memory[READY_CELLS + 8 : READY_CELLS + 16] = struct.pack("<II", 0, 1)
+        second = HEADER._replace(microbatch=1, step=1, sequence=1)
+        memory[HEADERS : HEADERS + 128] = second.pack()
+        before = pair.simulator.operations
+        with pytest.raises(MessageMismatch, match="slot 0 filled while in use"):
+            pair.receive(1)
+    assert pair.simulator.operations == before
+    assert torch.equal(held, pair.data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ("", ""),
+        ("attribute:122=0", "GPU 0 has no 64-bit stream memory operations"),
+        ("attribute:41=0", "GPU 0 shares no address space with the host"),
+        ("queues=1", ""),
+        ("queues=1,shared=1", "on GPU 0 a stream that waits is not freed by another one"),
+        ("bug=equal-wait", "on GPU 0 a stream that waits is not freed by another one"),
+    ],
+    ids=str,
+)
+def test_the_probe_says_what_is_missing(make: Callable[..., Pair], settings: str, missing: str) -> None:
+    pair = make(settings).open()
+    mappings = pair.simulator.mappings
+    assert pair.ranks[0].missing() == missing
+    assert pair.simulator.mappings == mappings
+    pair.send()
+    assert torch.equal(pair.receive(), pair.data)  # nothing is left blocked

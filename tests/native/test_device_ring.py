@@ -1,0 +1,71 @@
+"""Device rings between two processes, on the simulated driver."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device_ring import WELL, Traffic, converse
+from forked import outcomes
+
+from pipex import _native
+
+
+def exchange(library: Path, traffic: Traffic) -> list[dict[str, Any]]:
+    control = _native.Control(2)
+    return outcomes([partial(converse, library, control, rank, traffic) for rank in range(2)])
+
+
+def assert_all_well(library: Path, traffic: Traffic) -> None:
+    for outcome in exchange(library, traffic):
+        assert outcome.get("result") == WELL, outcome
+
+
+@pytest.mark.parametrize("queues", range(1, 9))
+def test_messages_cross_whole_and_in_order_on_any_number_of_hardware_queues(simulated_cuda: Path, queues: int) -> None:
+    settings = f"seed={queues},queues={queues},shared=1,delay=200,poison=1"
+    assert_all_well(simulated_cuda, Traffic(seed=queues, settings=settings))
+
+
+@pytest.mark.parametrize(("under_way", "alive", "keep"), [(1, 1, 1), (1, 1, 4), (4, 2, 3), (3, 5, 0)])
+def test_any_number_of_slots_and_of_kept_tensors(simulated_cuda: Path, under_way: int, alive: int, keep: int) -> None:
+    traffic = Traffic(under_way=under_way, alive=alive, keep=keep, settings="seed=5,delay=200,poison=1")
+    assert_all_well(simulated_cuda, traffic)
+
+
+CORRUPT, STALL = "wrong words arrive", "the run stalls"
+
+SEEDED = {
+    "dropped-data-wait": CORRUPT,
+    "dropped-credit-wait": CORRUPT,
+    "dropped-computed-wait": CORRUPT,
+    "flag-without-generation": CORRUPT,
+    "stale-lap": CORRUPT,
+    "flag-before-data": CORRUPT,
+    "unordered": CORRUPT,
+    "wrong-slot": CORRUPT,
+    "short-copy": CORRUPT,
+    "early-release": CORRUPT,
+    "source-free-at-once": CORRUPT,
+    "dropped-release": STALL,
+    "late-enqueue": STALL,
+}
+
+
+@pytest.mark.parametrize("bug", SEEDED)
+def test_a_seeded_bug_of_the_protocol_is_caught(simulated_cuda: Path, bug: str) -> None:
+    """The same traffic that is all well without the bug. Slow copies and checks leave every early operation time."""
+    traffic = Traffic(settings="seed=7,delay=300,poison=1", timeout=1.0)
+    if bug == "late-enqueue":  # shows only where waits and what they wait for share a queue
+        traffic.settings += ",queues=1,shared=1"
+    if bug == "source-free-at-once":  # nothing else may keep the source from being filled again
+        traffic.sources, traffic.both_ways = 1, False
+    assert_all_well(simulated_cuda, traffic)
+    traffic.settings += f",bug={bug}"
+    seen = exchange(simulated_cuda, traffic)
+    if SEEDED[bug] == CORRUPT:
+        assert sum(outcome["result"]["mismatches"] for outcome in seen) > 0, seen
+    else:
+        assert all(outcome["error"] == "Aborted" and "stalled" in outcome["text"] for outcome in seen), seen

@@ -1,0 +1,373 @@
+"""Tensors through device memory, on the simulated driver; ranks are threads here, or processes where they differ."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import device_world
+import pytest
+import simulated_cuda as sim
+import torch
+from simulated_cuda import Simulator
+from torch import Tensor
+
+from pipex.errors import InputError, MessageMismatch, NativeUnavailable, PeerError
+from pipex.transport import device
+from pipex.transport.device import DeviceReceiver, DeviceSender, DeviceWorld
+from pipex.transport.header import DTYPES
+from pipex.transport.host import HostRun
+from pipex.transport.interface import EdgeSpec, Form, TensorForm, form_of
+
+DIGEST = bytes(range(16))
+FORM = (TensorForm((2, 3), torch.float32),)
+CPU = torch.device("cpu")
+Result = TypeVar("Result")
+
+
+def spec_of(form: Form, slots: int = 2, alive: int = 2) -> EdgeSpec:
+    return EdgeSpec(0, 1, "activation", 0, 1, slots, alive, form)
+
+
+def each(worlds: Sequence[DeviceWorld], act: Callable[[DeviceWorld], Result]) -> list[Result]:
+    """Runs ``act`` on every rank at once; raises what the lowest failing rank raised."""
+
+    def guarded(world: DeviceWorld) -> Result:
+        try:
+            return act(world)
+        except BaseException as error:
+            world.fail(error)  # else the others would wait for it
+            raise
+
+    with ThreadPoolExecutor(len(worlds)) as pool:
+        results = [pool.submit(guarded, world) for world in worlds]
+        errors = [error for result in results if (error := result.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, PeerError)):
+        raise error
+    return [result.result() for result in results]
+
+
+class Gpus:
+    """Two ranks in this process, on one simulated GPU."""
+
+    def __init__(self, library: Path) -> None:
+        self.simulator = Simulator(library)
+        run = HostRun.create(2)
+        self.worlds = [device.join(run, rank, CPU, timeout=20, library=str(library)) for rank in range(2)]
+        run.close()
+
+    @contextmanager
+    def edge(self, form: Form, *, slots: int = 2, alive: int = 2) -> Iterator[tuple[DeviceSender, DeviceReceiver]]:
+        spec = spec_of(form, slots, alive)
+        links = each(self.worlds, lambda world: world.open([spec], DIGEST))
+        yield links[0].senders[0, 1, "activation"], links[1].receivers[0, 1, "activation"]  # type: ignore[misc]
+
+    def close(self) -> None:
+        if self.worlds:
+            each(self.worlds, DeviceWorld.close)
+
+
+@pytest.fixture
+def gpus(simulated_cuda: Path, tmp_path: Path) -> Iterator[Gpus]:
+    gpus = Gpus(sim.fresh_copy(simulated_cuda, tmp_path))
+    yield gpus
+    gpus.close()
+    gc.collect()
+    try:
+        assert gpus.simulator.mappings == 0
+        assert gpus.simulator.violations == []
+    finally:
+        gpus.simulator.stop()
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_shape_arrives_bit_for_bit(gpus: Gpus, dtype: torch.dtype) -> None:
+    sent = []
+    for shape in [(), (7,), (3, 5, 2), (0,), (4, 0, 3), (1, 1, 1, 1, 1, 1, 1, 3)]:
+        elements = TensorForm(shape, dtype).nbytes
+        raw = torch.randint(0, 2 if dtype is torch.bool else 256, (elements,), dtype=torch.uint8)
+        sent.append(raw.view(dtype).reshape(shape))
+    with gpus.edge(form_of(sent)) as (sender, receiver):
+        sender.send(1, 0, sent)
+        for tensor, received in zip(sent, receiver.receive(1, 0, form_of(sent)), strict=True):
+            assert received.dtype is dtype
+            assert received.shape == tensor.shape
+            assert bits(received) == bits(tensor)
+
+
+def test_sources_that_are_not_contiguous_or_lazily_negated_arrive_as_torch_sees_them(gpus: Gpus) -> None:
+    base = torch.randn(6, 8, dtype=torch.complex64)
+    sources = [base.t(), base[::2, 1::3], base.conj(), base.conj().imag, base[:1, :1].conj().imag]
+    with gpus.edge(form_of(sources)) as (sender, receiver):
+        sender.send(1, 0, sources)
+        for sent, received in zip(sources, receiver.receive(1, 0, form_of(sources)), strict=True):
+            assert torch.equal(sent, received)
+
+
+@pytest.mark.parametrize("elements", [1, 1023, 1_000_003])
+def test_messages_arrive_in_order_and_whole_while_slots_are_reused(gpus: Gpus, elements: int) -> None:
+    form = (TensorForm((elements,), torch.int64), TensorForm((3,), torch.int32))
+    gpus.simulator.set("delay", 300)
+    gpus.simulator.set("poison", 1)
+    with gpus.edge(form, slots=1, alive=1) as (sender, receiver), ThreadPoolExecutor(1) as other:
+        messages = [(torch.arange(elements) + 1000 * m, torch.full((3,), m, dtype=torch.int32)) for m in range(12)]
+        sending = other.submit(lambda: [sender.send(1, m, message) for m, message in enumerate(messages)])
+        for m, message in enumerate(messages):
+            received = receiver.receive(1, m, form)
+            assert all(map(torch.equal, received, message))
+        sending.result()
+
+
+def test_a_full_plan_of_slots_never_waits(gpus: Gpus) -> None:
+    form = (TensorForm((1000,), torch.float32),)
+    with gpus.edge(form, slots=5, alive=1) as (sender, receiver):
+        sent = [torch.randn(1000) for _ in range(5)]
+        for m, tensor in enumerate(sent):
+            sender.send(1, m, [tensor])  # nobody receives: a wait would end in a time-out
+        for m, tensor in enumerate(sent):
+            assert torch.equal(receiver.receive(1, m, form)[0], tensor)
+
+
+def test_a_source_is_kept_until_it_has_been_copied(gpus: Gpus) -> None:
+    form = (TensorForm((1 << 16,), torch.float32),)
+    with gpus.edge(form) as (sender, receiver):
+        gpus.simulator.set("delay", 200_000)  # µs, at most, before each eighth of a copy
+        dying = []
+        for m in range(2):
+            tensor = torch.full((1 << 16,), float(m))
+            dying.append(weakref.ref(tensor))
+            sender.send(1, m, [tensor])
+            del tensor
+        assert dying[1]() is not None
+        gpus.worlds[0].flush()
+        gpus.simulator.set("delay", 0)
+        assert [reference() for reference in dying] == [None, None]
+        for m in range(2):
+            assert torch.equal(receiver.receive(1, m, form)[0], torch.full((1 << 16,), float(m)))
+
+
+def test_what_was_copied_is_let_go_at_later_sends(gpus: Gpus) -> None:
+    with gpus.edge(FORM, slots=8) as (sender, receiver):
+        first = torch.zeros(2, 3)
+        dying = weakref.ref(first)
+        sender.send(1, 0, [first])
+        del first
+        receiver.receive(1, 0, FORM)
+        deadline = time.monotonic() + 20
+        for m in range(1, 1000):
+            sender.send(1, m, [torch.zeros(2, 3)])
+            receiver.receive(1, m, FORM)
+            if dying() is None:
+                break
+        assert dying() is None
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("alive", [1, 3])
+def test_a_tensor_saved_by_autograd_is_not_overwritten_when_slots_are_reused(gpus: Gpus, alive: int) -> None:
+    form = (TensorForm((64, 64), torch.float64),)
+    weight = torch.randn(64, 64, dtype=torch.float64, requires_grad=True)
+    sent = [torch.randn(64, 64, dtype=torch.float64) for _ in range(40)]
+    gpus.simulator.set("poison", 1)
+    with gpus.edge(form, slots=2, alive=alive) as (sender, receiver):
+        losses = []
+        for m, tensor in enumerate(sent):
+            sender.send(1, m, [tensor])
+            (received,) = receiver.receive(1, m, form)
+            if m % 10 == 0:  # more of them than `alive`: the rest must be copied out of the slots
+                losses.append((received @ weight).sum())  # the only reference left is autograd's
+            del received
+        for m, loss in zip(range(0, 40, 10), losses, strict=True):
+            (gradient,) = torch.autograd.grad(loss, weight)
+            expected = sent[m].sum(0).unsqueeze(1).expand(64, 64)
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+        assert receiver._rings[0].lent <= alive
+        losses.clear()
+        del loss
+        assert receiver._rings[0].lent == 0
+
+
+def test_received_tensors_outlive_the_world(gpus: Gpus) -> None:
+    form = (TensorForm((1000,), torch.int64),)
+    with gpus.edge(form) as (sender, receiver):
+        sender.send(1, 0, [torch.arange(1000)])
+        view = receiver.receive(1, 0, form)[0][10:20].view(5, 2)
+    del sender, receiver
+    gpus.close()
+    gpus.worlds.clear()
+    gc.collect()
+    assert view.flatten().tolist() == list(range(10, 20))
+
+
+@pytest.mark.parametrize(
+    ("step", "microbatch", "tensor", "named"),
+    [
+        (2, 0, torch.zeros(2, 3), "step 2"),
+        (1, 1, torch.zeros(2, 3), "micro-batch 1"),
+        (1, 0, torch.zeros(3, 2), r"float32\[3, 2\]"),
+        (1, 0, torch.zeros(20, 30), r"float32\[20, 30\] \(2400 bytes\)"),
+        (1, 0, torch.zeros(2, 3, dtype=torch.int32), "int32"),
+    ],
+    ids=["step", "micro-batch", "shape", "larger than a slot", "dtype"],
+)
+def test_a_message_other_than_announced_is_named_at_the_receiver(
+    gpus: Gpus, step: int, microbatch: int, tensor: Tensor, named: str
+) -> None:
+    with gpus.edge(FORM) as (sender, receiver):
+        sender.send(step, microbatch, [tensor])
+        with pytest.raises(MessageMismatch, match=named) as caught:
+            receiver.receive(1, 0, FORM)
+        assert "needed float32[2, 3] (24 bytes) as tensor 0 of micro-batch 0, step 1" in str(caught.value)
+
+
+def test_calls_that_do_not_fit_the_edge_are_refused_before_anything_is_sent(gpus: Gpus) -> None:
+    with gpus.edge(FORM) as (sender, receiver):
+        with pytest.raises(InputError, match="another number of tensors; got 2; needed 1"):
+            sender.send(1, 0, [torch.zeros(2, 3), torch.zeros(1)])
+        with pytest.raises(InputError, match="is on cpu; got a tensor on meta; needed one on cpu"):
+            sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
+        with pytest.raises(InputError, match="not opened for this message"):
+            receiver.receive(1, 0, (TensorForm((3, 3), torch.float32),))
+        sender.send(1, 0, [torch.ones(2, 3)])
+        assert receiver.receive(1, 0, FORM)[0].sum() == 6
+
+
+def test_ranks_with_different_edges_are_told_both_values(simulated_cuda: Path) -> None:
+    def open_differently(world: DeviceWorld) -> None:
+        world.open([spec_of((TensorForm((2, 3 + world.rank), torch.float32),))], DIGEST)
+
+    with device_world.start([open_differently] * 2, simulated_cuda) as forked:
+        outcomes = [forked.outcome(rank) for rank in range(2)]
+    assert "ConfigMismatch" in {outcome["error"] for outcome in outcomes}
+    for outcome in outcomes:
+        assert {"float32[2, 3]", "float32[2, 4]"} <= set(re.findall(r"float32\[2, .\]", outcome["text"])), outcome
+
+
+def test_edges_are_opened_anew_and_the_old_memory_is_freed(gpus: Gpus) -> None:
+    for elements in (1, 1000, 100_000):
+        form = (TensorForm((elements,), torch.int64),)
+        links = each(gpus.worlds, lambda world, form=form: world.open([spec_of(form)], DIGEST))
+        links[0].senders[0, 1, "activation"].send(1, 0, [torch.arange(elements)])
+        assert torch.equal(links[1].receivers[0, 1, "activation"].receive(1, 0, form)[0], torch.arange(elements))
+        assert gpus.simulator.mappings == 4  # two allocations, mapped by each other's rank
+        for link in links:
+            link.close()
+            link.close()
+        assert gpus.simulator.mappings == 2  # the peer's are unmapped; the own ones wait until all have done so
+
+
+def test_edges_within_a_rank_and_of_every_kind_open_together(gpus: Gpus) -> None:
+    form = (TensorForm((4,), torch.float32),)
+    specs = [
+        EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form),
+        EdgeSpec(1, 0, "gradient", 1, 0, 1, 1, form),
+        EdgeSpec(1, 2, "activation", 1, 1, 1, 1, form),
+        EdgeSpec(0, 2, "tied", 0, 1, 1, 1, form),
+    ]
+    first, second = each(gpus.worlds, lambda world: world.open(specs, DIGEST))
+    assert set(first.senders) == {(0, 1, "activation"), (0, 2, "tied")}
+    assert set(second.senders) == {(1, 0, "gradient"), (1, 2, "activation")}
+    for links in (first, second):
+        for key, sender in links.senders.items():
+            sent = torch.randn(4)
+            sender.send(1, 0, [sent])
+            receivers = first.receivers if key in first.receivers else second.receivers
+            assert torch.equal(receivers[key].receive(1, 0, form)[0], sent)
+
+
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(NativeUnavailable, match="the CUDA driver cannot be loaded"):
+        device.join(HostRun.create(1), 0, CPU, library="no such library")
+
+
+def test_a_run_leaves_no_descriptor_thread_or_name_behind(simulated_cuda: Path, tmp_path: Path) -> None:
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    before, names = held(), os.listdir("/dev/shm")
+    for _ in range(3):
+        gpus = Gpus(sim.fresh_copy(simulated_cuda, tmp_path))
+        with gpus.edge(FORM) as (sender, receiver):
+            sender.send(1, 0, [torch.zeros(2, 3)])
+            receiver.receive(1, 0, FORM)
+        gpus.close()
+        gpus.simulator.stop()
+        del gpus, sender, receiver
+        assert held() == before
+        assert os.listdir("/dev/shm") == names
+
+
+def talk(world: DeviceWorld) -> list[float]:
+    """Sends there and back; what both ranks got."""
+    specs = [
+        EdgeSpec(0, 1, "activation", 0, 1, 1, 1, FORM),
+        EdgeSpec(1, 0, "gradient", 1, 0, 1, 1, FORM),
+    ]
+    links = world.open(specs, DIGEST)
+    (sender,), (receiver,) = links.senders.values(), links.receivers.values()
+    sums = []
+    for m in range(5):
+        sender.send(1, m, [torch.full((2, 3), float(m + world.rank))])
+        sums.append(receiver.receive(1, m, FORM)[0].sum().item())
+    links.flush()
+    return sums
+
+
+LACKS = {
+    "no 64-bit stream memory operations": "attribute:122=0",
+    "shares no address space with the host": "attribute:41=0",
+    "a stream that waits is not freed by another one": "queues=1,shared=1",
+    r"GPU 0 exports no memory to other processes; got cuIpcGetMemHandle: CUDA_ERROR_NOT_SUPPORTED": (
+        "fail:cuIpcGetMemHandle=801"
+    ),
+    "cannot map the device memory of rank": "fail:cuIpcOpenMemHandle_v2=205",
+}
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+@pytest.mark.parametrize("why", LACKS)
+def test_what_one_rank_lacks_makes_all_go_over_host_memory(simulated_cuda: Path, why: str, lacking: int) -> None:
+    settings = [LACKS[why] if rank == lacking else "" for rank in range(2)]
+    with device_world.start([talk] * 2, simulated_cuda, settings) as forked:
+        outcomes = [forked.outcome(rank) for rank in range(2)]
+    seen: list[dict[str, Any]] = [outcome.get("result", outcome) for outcome in outcomes]
+    assert [rank["result"] for rank in seen] == [[6.0 * (m + 1 - rank) for m in range(5)] for rank in range(2)], seen
+    assert seen[0]["staged"] == seen[1]["staged"]
+    assert why.partition("; got")[0] in seen[0]["staged"]
+    assert f"rank {lacking}" in seen[0]["staged"]
+    assert seen[0]["warnings"] == [f"tensors between ranks go over host memory, which is slower: {seen[0]['staged']}"]
+    assert seen[1]["warnings"] == []  # one is enough
+    assert [rank["mappings"] for rank in seen] == [0, 0]
+
+
+def test_one_hardware_queue_by_the_environment_is_warned_of_once(
+    simulated_cuda: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with device_world.start([talk] * 2, simulated_cuda) as forked:
+        warned = [forked.outcome(rank)["result"]["warnings"] for rank in range(2)]
+    assert len(warned[0]) == 1
+    assert "CUDA_DEVICE_MAX_CONNECTIONS is 1" in warned[0][0]
+    assert warned[1] == []
+
+
+def test_too_little_device_memory_is_a_named_error_on_every_rank(simulated_cuda: Path) -> None:
+    with device_world.start([talk] * 2, simulated_cuda, ["", "fail:cuMemAlloc_v2=2"]) as forked:
+        other, owner = (forked.outcome(rank) for rank in range(2))
+    assert owner["error"] == "OutOfDeviceMemory"
+    assert "needed" in owner["text"]
+    assert (other["error"], other["rank"]) == ("PeerFailed", 1)
+    assert "OutOfDeviceMemory" in other["text"]
