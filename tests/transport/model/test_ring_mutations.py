@@ -117,8 +117,8 @@ def test_a_copied_out_slot_without_a_credit_blocks_both_streams_for_ever() -> No
 
 @pytest.mark.parametrize(("messages", "faults"), [(1, ("kill", "fail")), (2, KILL)])
 def test_an_early_announcement_alone_does_no_harm(messages: int, faults: tuple[str, ...]) -> None:
-    """With as many hardware queues as streams: the same thread enqueues the copy next and waits for nobody before.
-    It does harm where enqueueing itself may wait (``test_hardware_queues.py``)."""
+    """Where every stream has a queue of its own: the same thread enqueues the copy next and waits for nobody before.
+    Where processes share a queue it blocks them for ever (``test_hardware_queues.py``)."""
     rules = replace(RULES, producer=(("compute",), ("take",), ("header", "push"), ("enqueue",)))
     assert search(rules, messages=messages, faults=faults, premise=False).problem is None
 
