@@ -85,7 +85,13 @@ def steps(scratch: Path) -> list[Step]:
     )  # fmt: skip
     found = [
         build,
-        Step("tests", [*pytest, "tests/gpu", f"--junitxml={results}"], 180, read=lambda _, to: _tests(results, to)),
+        Step(
+            "tests",
+            [*pytest, "tests/gpu", f"--junitxml={results}"],
+            180,
+            read=lambda _, to: _tests(results, to),
+            environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])},
+        ),
         Step("gemm", [python, "-m", "pipex", "bench", "gemm", "--json"], 180, read=_bench("gemm")),
         Step(
             "backward",
@@ -97,7 +103,9 @@ def steps(scratch: Path) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]
-        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a buffer's neighbour looks like its own memory
+        caching = found[1].environment | {
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+        }  # or a buffer's neighbour looks like its own memory
         found.append(Step("memcheck", [*command, "-k", "small"], 90, environment=caching))
     return found
 

@@ -57,14 +57,14 @@ class Splitter:
         self._reached: dict[int, int] = {}
 
     @staticmethod
-    def of(module: nn.Module) -> Splitter:
+    def of(module: nn.Module, exact: bool | None = None) -> Splitter:
         """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
         compiled parts have a backward of their own."""
         for part in module.modules():
             compiled = isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
             if compiled or isinstance(part, DistributedDataParallel):
                 return Splitter(())
-        return Splitter(module.parameters())
+        return Splitter(module.parameters(), exact)
 
     def fuses(self, dy: Tensor) -> bool:
         """Whether the contract ``fused`` holds for an operation with this gradient."""

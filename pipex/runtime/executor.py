@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from time import monotonic_ns
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipex.observe import Event, Observer
+from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.announce import Forms
 from pipex.runtime.stage_runner import StageRunner, output_tensors
@@ -56,16 +55,16 @@ class Executor:
         plan: the plan.
         order: this rank's actions, sends and receives included.
         runners: this rank's stages by index.
-        observer: gets an event per action, if given.
+        times: takes the time of every action.
     """
 
     def __init__(
         self, world: World, plan: Plan, order: Sequence[Action], runners: Mapping[int, StageRunner],
-        observer: Observer | None,
+        times: Times,
     ) -> None:  # fmt: skip
         self._world = world
         self._runners = runners
-        self._observer = observer
+        self._times = times
         self._ends = {stage: _Ends() for stage in runners}
         split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
         weights = [(a.stage, a.microbatch) if a.kind is Kind.W else None for a in order]
@@ -103,6 +102,7 @@ class Executor:
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data
+        self._times.start()
         at, step = self._world.at, data.step
         for position, (run, runner, ends, microbatch) in enumerate(self._program):
             at(step, position)
@@ -127,7 +127,7 @@ class Executor:
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
         inputs = self._input(runner, ends, microbatch)
-        begin = monotonic_ns()
+        begin = self._times.now()
         outputs = runner.forward(
             data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
             data.weights[microbatch], self._split[runner.index, microbatch],
@@ -141,7 +141,7 @@ class Executor:
         self._backward(Kind.I, runner.backward_input, runner, ends, microbatch)
 
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        begin = monotonic_ns()
+        begin = self._times.now()
         runner.backward_weight(microbatch, (runner.index, microbatch) in self._another_follows)
         self._note(begin, Kind.W, runner, microbatch)
 
@@ -169,7 +169,7 @@ class Executor:
         microbatch: int,
     ) -> None:  # fmt: skip
         gradients = self._output_gradients(runner, ends, microbatch)
-        begin = monotonic_ns()
+        begin = self._times.now()
         found = run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:
@@ -179,7 +179,7 @@ class Executor:
         if runner.first:
             return self._data.inputs[microbatch]
         assert ends.activation_in is not None
-        begin = monotonic_ns()
+        begin = self._times.now()
         form = self._data.forms[microbatch].activation[runner.index]
         inputs = ends.activation_in.receive(self._data.step, microbatch, form)
         self._note(begin, Kind.RECV_F, runner, microbatch)
@@ -189,7 +189,7 @@ class Executor:
         if runner.last:
             return ()
         assert ends.gradient_in is not None
-        begin = monotonic_ns()
+        begin = self._times.now()
         form = self._data.forms[microbatch].gradient[runner.index]
         gradients = ends.gradient_in.receive(self._data.step, microbatch, form)
         self._note(begin, Kind.RECV_B, runner, microbatch)
@@ -206,7 +206,7 @@ class Executor:
 
     def _send(self, kind: Kind, runner: StageRunner, ends: _Ends, sender: Sender | None, microbatch: int) -> None:
         assert sender is not None
-        begin = monotonic_ns()
+        begin = self._times.now()
         sender.send(self._data.step, microbatch, ends.outbox.pop((kind, microbatch)))
         self._note(begin, kind, runner, microbatch)
 
@@ -222,9 +222,8 @@ class Executor:
             assert ends.activation_out is not None
             ends.activation_out.send(data.step, microbatch, output_tensors(runner.stage, output))
 
-    def _note(self, begin: int, kind: Kind, runner: StageRunner, microbatch: int) -> None:
-        if self._observer is not None:
-            self._observer(Event(self._data.step, kind.value, runner.index, microbatch, begin, monotonic_ns()))
+    def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
+        self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)
 
 
 def _local_edges(stage: int) -> tuple[tuple[int, int, EdgeKind], tuple[int, int, EdgeKind]]:

@@ -43,8 +43,9 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
 def launch(
-    fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT
-) -> list[Any]:
+    fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT,
+    device: str = "cpu",
+) -> list[Any]:  # fmt: skip
     """Runs ``fn(*args)`` on every rank, each a process of its own, and returns what it returned, by rank.
 
     The same program runs under torchrun, on one host or many: there this process already is a rank, so ``fn`` runs
@@ -52,29 +53,32 @@ def launch(
     tells rank and ranks, and ``pipex.Pipeline`` finds its world by itself. Cores are shared among the ranks. A single
     rank runs right here too.
 
-    Ranks are forked, so that torch is imported once; where this process runs OpenMP or CUDA already, which a fork
-    would break, they are started afresh and ``fn`` must be importable.
+    Ranks are forked, so that torch is imported once; for GPUs, and where this process runs OpenMP or CUDA already,
+    which a fork would break, they are started afresh and ``fn`` must be importable.
 
     Args:
         fn: what a rank does; its result must fit into JSON.
         ranks: number of ranks; under torchrun may be left out.
         timeout: seconds without progress of an awaited rank after which it counts as stalled.
+        device: "cpu", or "cuda": each rank has the GPU of its number on its host, by turns where there are fewer GPUs.
 
     Raises:
-        InputError: ``ranks`` is no positive number, or torchrun started another number.
+        InputError: ``ranks`` is no positive number, or torchrun started another number; no such device.
+        NativeUnavailable: there is no GPU.
         PeerFailed: ``fn`` raised on a rank; its traceback is on stderr.
         PeerLost: a rank's process died; PeerStalled: a rank made no progress.
         KeyboardInterrupt: Ctrl-C; the ranks have ended. A second Ctrl-C kills them.
     """
     if worlds.under_torchrun():
-        return _run_here(fn, args, worlds.join_torchrun(ranks, timeout))
+        return _run_here(fn, args, worlds.join_torchrun(ranks, timeout, device))
     if ranks is None or ranks < 1:
         raise InputError("launch needs a number of ranks", got=str(ranks), needed="at least 1")
+    first = worlds.device_of(device, 0)  # what is wrong with it is said here, once
     if ranks == 1:
-        return _run_here(fn, args, SoloWorld(torch.device("cpu")))
+        return _run_here(fn, args, SoloWorld(first))
     run = HostRun.create(ranks)
     try:
-        return _Launcher(run, fn, args, timeout).run()
+        return _Launcher(run, fn, args, timeout, device).run()
     finally:
         run.close()
 
@@ -96,9 +100,10 @@ def _run_here(fn: Callable[..., Any], args: Sequence[Any], world: Any) -> list[A
 
 
 class _Launcher:
-    def __init__(self, run: HostRun, fn: Callable[..., Any], args: Sequence[Any], timeout: float) -> None:
+    def __init__(self, run: HostRun, fn: Callable[..., Any], args: Sequence[Any], timeout: float, device: str) -> None:
         self._run = run
-        self._job = (fn, tuple(args), timeout)
+        self._job = (fn, tuple(args), timeout, device)
+        self._device = device
         self._interrupts = 0
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -121,7 +126,7 @@ class _Launcher:
         return [report["result"] for report in reports if report is not None]
 
     def _start(self) -> None:
-        forking = _fork_is_safe(self._run.ranks)
+        forking = self._device == "cpu" and _fork_is_safe(self._run.ranks)
         context = multiprocessing.get_context("fork" if forking else "spawn")
         if forking:
             importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would: a second each
@@ -197,7 +202,7 @@ class _Launcher:
 
 def _rank_main(
     run: HostRun | bytes, rank: int, launcher: int, pipe: Connection, fn: Callable[..., Any], args: Sequence[Any],
-    timeout: float,
+    timeout: float, device: str,
 ) -> None:  # fmt: skip
     _die_with(launcher)
     os.setpgid(0, 0)  # so that a terminal's Ctrl-C comes from the launcher only, once
@@ -208,7 +213,8 @@ def _rank_main(
     failed = False
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        encoded = json.dumps({"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}).encode()
+        world = worlds.join_host(run, rank, worlds.device_of(device, rank), timeout)
+        encoded = json.dumps({"result": _run_here(fn, args, world)[rank]}).encode()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BaseException as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pipex.plan as plans
 from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
+from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, microbatch, tied
@@ -46,6 +47,8 @@ class Pipeline:
         clip_norm: the largest 2-norm of all gradients together; None not to clip.
         seed: seed of the layers that draw random numbers, each by (seed, step, micro-batch, layer).
         observer: gets an event for every action that this rank ran.
+        exact: whether gradients have autograd's bits; None: on the CPU only. On a GPU the weight gradients of a split
+            backward are then made by fewer and faster products, which are as near to float64.
 
     Raises:
         InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
@@ -63,6 +66,7 @@ class Pipeline:
         clip_norm: float | None = None,
         seed: int = 0,
         observer: Observer | None = None,
+        exact: bool | None = None,
     ) -> None:
         self.world = current_world()
         self.plan = plan
@@ -85,15 +89,16 @@ class Pipeline:
                 "clip_norm": str(clip_norm),
                 "seed": seed,
                 "optimizer": str(optimizer is not None),
+                "exact": str(exact),
             }
             self.stages = as_stages(stages)
             said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
             agree(self.world, "Pipeline(...)", said)
             self._ties = tied.separate(self.stages)
-            placement, rank = plan.placement, self.world.rank
+            placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
             self._runners = {
-                s: StageRunner(self.stages[s].to(self.world.device), placement.stages, loss_fn, self.world.device, seed)
+                s: StageRunner(self.stages[s].to(device), placement.stages, loss_fn, device, seed, exact)
                 for s in placement.stages_of(rank)
             }
             trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
@@ -103,7 +108,8 @@ class Pipeline:
             self._runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             orders = plans.communicate(self._runnable)
             self.world.namer = lambda rank, position: _name(orders[rank][position])
-            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, observer)
+            self._times = times_of(self.world.device, observer)
+            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, self._times)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -142,6 +148,7 @@ class Pipeline:
             self._gradients.reduce_ties(step, self._links)
             self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
+            self._times.finish()
             self._done(begin, step, Phase.REDUCE)
             begin = self._phase(step, Phase.OPTIMIZER)
             if self.optimizer is not None:

@@ -58,9 +58,12 @@ class StageRunner:
         loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
         device: where the stage lives.
         seed: seed of all random layers.
+        exact: as of ``Splitter``.
     """
 
-    def __init__(self, stage: Stage, stages: int, loss_fn: LossFunction, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, stage: Stage, stages: int, loss_fn: LossFunction, device: torch.device, seed: int, exact: bool | None
+    ) -> None:
         self.stage = stage
         self.index = stage.index
         self.first = stage.index == 0
@@ -71,7 +74,7 @@ class StageRunner:
         self._loss_fn = loss_fn
         self._device = device
         self._seed = seed
-        self._splitter = Splitter.of(stage)
+        self._splitter = Splitter.of(stage, exact)
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output, with its random layers seeded while it trains."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pipex.errors import InputError
+from pipex.errors import InputError, NativeUnavailable
+from pipex.transport.device import join as join_device
 from pipex.transport.group import GroupWorld, store_from_environment
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.interface import World
@@ -35,26 +36,71 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def join_torchrun(ranks: int | None, timeout: float = TIMEOUT) -> World:
-    """Joins the run that the environment describes: through shared memory where all ranks are on this host, through
-    torch.distributed otherwise.
+def device_of(kind: str, local_rank: int) -> torch.device:
+    """Where a rank computes: on the CPU, or on one of the GPUs of its host, by turns where there are fewer than ranks.
+
+    Args:
+        kind: "cpu" or "cuda".
+        local_rank: the rank's number on its host.
+
+    Raises:
+        InputError: another kind.
+        NativeUnavailable: torch finds no GPU.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise InputError("no such device", got=repr(kind), needed='"cpu" or "cuda"')
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise NativeUnavailable(
+            "the ranks are to compute on GPUs and there is none",
+            got=f"torch {torch.__version__} without a usable CUDA device",
+            needed="a GPU, its driver and a torch that was built for CUDA",
+            fix='use device="cpu"',
+        )
+    return torch.device("cuda", local_rank % gpus)
+
+
+def join_host(run: HostRun, rank: int, device: torch.device, timeout: float) -> World:
+    """Joins a run whose ranks are all on this host.
+
+    Raises:
+        InputError: there is no such rank, or another process has taken it.
+    """
+    if device.type == "cpu":
+        return run.join(rank, timeout=timeout)
+    torch.cuda.set_device(device)
+    return join_device(run, rank, device, timeout=timeout)
+
+
+def join_torchrun(ranks: int | None, timeout: float = TIMEOUT, kind: str = "cpu") -> World:
+    """Joins the run that the environment describes: through shared memory, or the GPUs', where all ranks are on this
+    host, through torch.distributed otherwise; there GPUs go through NCCL, or Gloo where ranks share one.
 
     Raises:
         InputError: the environment is incomplete, or ``ranks`` is given and not the number of ranks it says.
+        NativeUnavailable: there is no GPU, or this torch has no NCCL.
     """
     store, rank, size = store_from_environment(timeout)
     if ranks is not None and ranks != size:
         raise InputError("the program and torchrun disagree about the number of ranks", got=f"{size} from torchrun",
                          needed=ranks, fix=f"start it with --nproc-per-node {ranks}, or leave ranks out")  # fmt: skip
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
-        return GroupWorld(store, rank, size, device=torch.device("cpu"), timeout=timeout)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    set_threads(local_ranks)
+    device = device_of(kind, int(os.environ.get("LOCAL_RANK", rank)))
+    if local_ranks != size:
+        if device.type == "cpu":
+            return GroupWorld(store, rank, size, device=device, timeout=timeout)
+        torch.cuda.set_device(device)
+        shared = torch.cuda.device_count() < local_ranks  # NCCL wants a GPU for each rank
+        return GroupWorld(store, rank, size, backend="gloo" if shared else "nccl", device=device, timeout=timeout)
     if rank == 0:
         run = HostRun.create(size)
         store.set("host", run.address.hex())
     else:
         run = HostRun.open(bytes.fromhex(store.get("host").decode()))
-    world = run.join(rank, timeout=timeout)
+    world = join_host(run, rank, device, timeout)
     world.exchange(b"")  # everybody has opened the page; rank 0 may close its descriptor
     run.close()
     return world

@@ -158,3 +158,13 @@ def test_the_make_recipe_starts_it() -> None:
         text=True, check=True,
     )  # fmt: skip
     assert "snake -m pipex.bench.gpu_check --out there.json" in done.stdout.splitlines()  # make inside make says more
+
+
+def test_the_tests_of_the_gpu_load_without_the_project_s_settings(tmp_path: Path) -> None:
+    step = next(step for step in gpu_check.steps(tmp_path) if step.name == "tests")
+    done = subprocess.run(
+        [*step.command, "--collect-only", "-q"], env=os.environ | step.environment, cwd=gpu_check.ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "test_exact_pipelines_have_the_bits_of_one_process" in done.stdout

@@ -91,6 +91,7 @@ def test_a_plain_report_for_people(tmp_path: Path) -> None:
         (["--save", "/proc/nowhere"], "cannot write --save /proc/nowhere"),
         (["--timeout", "inf"], "--timeout is out of range; got inf"),
         (["--seed", "-1"], "--seed is out of range"),
+        (["--device", "tpu"], "no such device; got 'tpu'"),
         (["--plan", "a.plan", "--ranks", "4", "--schedule", "zb-h1"], "--plan excludes --ranks, --schedule"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pipex
-from pipex.errors import InputError, PeerFailed, PeerLost
+from pipex.errors import InputError, NativeUnavailable, PeerFailed, PeerLost
 from pipex.runtime import worlds
 
 
@@ -181,6 +181,26 @@ def test_ranks_open_no_socket_and_no_named_memory() -> None:
 
 def _is_open(descriptor: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+# On GPUs.
+
+
+def test_a_gpu_that_is_not_there_is_named_before_any_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for ranks in (1, 2):
+        with pytest.raises(NativeUnavailable, match="the ranks are to compute on GPUs and there is none"):
+            pipex.launch(pytest.fail, ranks, device="cuda")
+
+
+def test_a_device_of_another_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="no such device; got 'tpu'"):
+        pipex.launch(pytest.fail, 2, device="tpu")
+
+
+def test_ranks_share_gpus_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [str(worlds.device_of("cuda", rank)) for rank in range(5)] == [f"cuda:{gpu}" for gpu in (0, 1, 2, 0, 1)]
 
 
 # Started afresh.

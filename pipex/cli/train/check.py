@@ -12,13 +12,15 @@ from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stag
 from pipex.cli.train.model import next_token_loss
 from pipex.cli.train.options import Options
 from pipex.runtime.reference import OneProcess
+from pipex.runtime.worlds import current_world
 
 
 def prepare(options: Options, ranks: int) -> OneProcess:
     """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
     plan = build_plan(options, ranks)
+    stages = [stage.to(current_world().device) for stage in build_stages(options, plan.placement.stages)]
     process = OneProcess(
-        build_stages(options, plan.placement.stages), plan.microbatches, next_token_loss,
+        stages, plan.microbatches, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed,
     )  # fmt: skip
     if options.resume is not None:
@@ -34,7 +36,8 @@ def differences(process: OneProcess, options: Options, text: ByteText, outcome: 
     """What differs from one process, by name: ``loss of step 7``, ``blocks.3.up.weight``; nothing if all bits agree."""
     different = []
     for expected in outcome.losses:
-        found = process.step(*text.batch(process.steps, options.batch, options.context, options.seed))
+        batch = text.batch(process.steps, options.batch, options.context, options.seed)
+        found = process.step(*(tensor.to(current_world().device) for tensor in batch))
         if found.hex() != expected.hex():  # the bits: NaN is not equal to itself
             different.append(f"loss of step {process.steps}")
     names = _names(process)

@@ -100,6 +100,7 @@ def train(options: Options, text: ByteText) -> Outcome:
     pipeline = Pipeline(
         build_stages(options, plan.placement.stages), plan, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
+        exact=options.check or None,
     )  # fmt: skip
     if options.resume is not None:
         pipeline.load(options.resume)

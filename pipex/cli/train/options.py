@@ -38,6 +38,7 @@ class Options:
     clip: float = 1.0
     seed: int = 0
     timeout: float = 300.0
+    device: str = "cpu"
     save: str | None = None
     resume: str | None = None
     trace: str | None = None
@@ -105,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("clip", "largest norm of the gradient")
     add("seed", "seed of the initial weights, the batches and dropout")
     add("timeout", "seconds without progress after which a rank counts as stalled")
+    add("device", "cpu, or cuda: a GPU for each rank, by turns where there are fewer")
     add("save", "directory for a checkpoint at the end, or at Ctrl-C", metavar="DIR")
     add("resume", "directory of the checkpoint to go on from", metavar="DIR")
     add("trace", "write a Chrome trace of the last steps", metavar="FILE")
