@@ -28,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from pipex.backward.drop_in import drop_in
-from pipex.bench import gloo
+from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.report import Row
 from pipex.bench.step import TimedStep
@@ -133,7 +133,7 @@ def _rank(case: Mapping[str, Any], rounds: Mapping[str, int]) -> dict[str, Any]:
     """On each rank: its samples in µs, and whether its gradients were right, by provider."""
     torch.set_num_threads(THREADS)
     world = current_world()
-    with gloo.joined(world):
+    with torch_group.joined(world):
         return _measure_case(world, Case(**case), Rounds(**rounds))
 
 

@@ -100,6 +100,9 @@ def steps(scratch: Path) -> list[Step]:
             read=_bench("backward"),
         ),
     ]
+    found.append(
+        Step("p2p", [python, "-m", "pipex", "bench", "p2p", "--transport", "device", "-n", "20", "--json"], 45,
+             read=_bench("p2p")))  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]

@@ -1,93 +1,171 @@
-"""Half a round trip between two processes of this host.
+"""Half a round trip between two ranks of this host, by one of pipex's transports, beside torch and a plain copy.
 
-    host     pipex's shared memory, through the interface and the receive pool that the runtime uses
-    gloo     torch.distributed.send and recv on the loopback interface, into preallocated buffers
-    memcpy   libc's copy inside one process; pipex's own goes past the caches for large messages, which libc's does not
+    --transport host     shared memory                       beside gloo and memcpy
+    --transport gloo     torch.distributed's Gloo, by way of pipex's ``group``       beside gloo itself and memcpy
+    --transport device   the GPUs' memory, shared by the ranks, or one GPU's     beside gloo over host memory, and copy
+    --transport nccl     NCCL, by way of ``group``, on a GPU for each rank           beside nccl itself and copy
+
+    gloo, nccl   torch.distributed's isend and recv, into preallocated buffers
+    memcpy       libc's copy inside one process; pipex's own goes past the caches for large messages, libc's does not
+    copy         a copy within the memory of one GPU
 
 A sample is a burst of round trips in a row: rank 0 sends, rank 1 sends an equal message back, and rank 0's time over
-twice their number is the sample. For memcpy it is the time of a copy. The three take turns. Messages come from two
-buffers by turns, whose contents differ in every byte from each other and from those of the bursts before; the last
-message that each rank received is compared byte by byte after the burst, outside the timed part. As is usual for such
-figures nobody reads the messages meanwhile: the caches are theirs.
+twice their number is the sample. With ``--bidirectional`` both send at the same time, the time is over their number,
+and ``gb_per_s`` counts both. For a copy it is the time of one. GPUs have done all when the time is taken. All take turns.
+Messages come from two buffers by turns, whose contents differ in every byte from each other and from those of the
+bursts before; the last message that each rank received is compared byte by byte after the burst, outside the timed part. As is
+usual for such figures nobody reads the messages meanwhile: the caches are theirs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore, PrefixStore
 
-from pipex.bench import gloo
+from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.gpu import require_gpu
+from pipex.bench.p2p_ends import Copies, RoundTrips, Run, TorchReceiver, TorchSender, synchronize
 from pipex.bench.report import Row
 from pipex.bench.sizes import format_size
+from pipex.errors import NativeUnavailable
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import EdgeSpec, Form, Links, Receiver, Sender, TensorForm, World
+from pipex.transport.group import GroupWorld
+from pipex.transport.interface import EdgeSpec, Form, Links, TensorForm, World
 
-PROVIDER, PEER, LIMIT = "host", "gloo", "memcpy"
 THREADS = 1  # per rank: a transport gets one core, and so does the memcpy it is compared with
 
 BURST_BYTES = 16 << 20  # of messages each way; a clock cannot see a small one alone
 MAX_BURST = 64
 
 
-def measure(sizes: Sequence[int], rounds: Rounds) -> list[Row]:
-    """Measures messages of each of ``sizes`` bytes; three rows per size.
+@dataclass(frozen=True)
+class Transport:
+    """What is measured: pipex's provider, torch's, and the copy that limits both."""
 
-    A row's figures are ``gb_per_s`` (1e9 bytes, one direction) and ``memcpy_share``, its bandwidth over memcpy's.
+    device: str
+    provider: str
+    peer: Literal["gloo", "nccl"]
+    limit: str
+    group: bool = False
+    """whether pipex goes through torch.distributed's backend too"""
+
+
+TRANSPORTS = {
+    "host": Transport("cpu", "host", "gloo", "memcpy"),
+    "gloo": Transport("cpu", "group", "gloo", "memcpy", group=True),
+    "device": Transport("cuda", "device", "gloo", "copy"),
+    "nccl": Transport("cuda", "group", "nccl", "copy", group=True),
+}
+
+
+def require_gpus(name: str) -> torch.device:
+    """The first GPU.
+
+    Raises:
+        NativeUnavailable: there are too few for the transport.
     """
-    ranks = launch(_rank, 2, args=(list(sizes), rounds.samples, rounds.warmups))
+    device = require_gpu(f"pipex bench p2p --transport {name}")
+    needed = 2 if name == "nccl" else 1
+    if torch.cuda.device_count() < needed:
+        raise NativeUnavailable(
+            "NCCL wants a GPU for each rank", got=torch.cuda.device_count(), needed=needed, fix="use --transport device"
+        )
+    return device
+
+
+def measure(sizes: Sequence[int], rounds: Rounds, name: str = "host", *, both_ways: bool = False) -> list[Row]:
+    """Measures messages of each of ``sizes`` bytes by a transport; three rows per size.
+
+    A row's figures are ``gb_per_s`` (1e9 bytes), ``copy_share``, its bandwidth over that of a copy, ``p99_us``, and
+    ``send_us``, what the host needs for a send.
+    """
+    transport = TRANSPORTS[name]
+    job = (name, list(sizes), rounds.samples, rounds.warmups, both_ways)
+    ranks = launch(_rank, 2, args=job, device=transport.device)
     rows = []
     for index, nbytes in enumerate(sizes):
-        times = {name: quantiles(samples) for name, samples in ranks[0][index]["samples"].items()}
+        found = ranks[0][index]
+        times = {name: quantiles(samples) for name, samples in found["samples"].items()}
         for name, time in times.items():
+            ways = 2 if both_ways and name != transport.limit else 1
+            sends = found["sends"][name]
             rows.append(
                 Row(
-                    format_size(nbytes), name, {"bytes": nbytes}, time, times[PEER].p50 / time.p50,
+                    format_size(nbytes), name, {"bytes": nbytes}, time, times[transport.peer].p50 / time.p50,
                     all(rank[index]["correct"][name] for rank in ranks),
-                    {"gb_per_s": nbytes / time.p50 / 1e3, "memcpy_share": times[LIMIT].p50 / time.p50},
+                    {"gb_per_s": ways * nbytes / time.p50 / 1e3,
+                     "copy_share": ways * times[transport.limit].p50 / time.p50,
+                     "p99_us": _p99(found["samples"][name]),
+                     "send_us": 1e6 * quantiles(sends).p50 if sends else None},
                 )
             )  # fmt: skip
     return rows
 
 
-def _rank(sizes: Sequence[int], samples: int, warmups: int) -> list[dict[str, Any]]:
+def _p99(samples: Sequence[float]) -> float:
+    """The 99th percentile, by linear interpolation between samples."""
+    place = 0.99 * (len(samples) - 1)
+    ordered = sorted(samples)
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(samples) - 1)]
+    return low + (high - low) * (place % 1)
+
+
+def _rank(name: str, sizes: Sequence[int], samples: int, warmups: int, both_ways: bool) -> list[dict[str, Any]]:
     """On each rank, for each size: its samples in µs and whether all it received was right, by provider."""
     torch.set_num_threads(THREADS)
-    world = current_world()
+    world, transport = current_world(), TRANSPORTS[name]
     cores = sorted(os.sched_getaffinity(0))
-    with gloo.joined(world):
+    with torch_group.joined(world, transport.peer) as path, _edges(world, transport, path) as edges:
         # Each rank gets a core of its own: a scheduler that puts both on one turns microseconds into switches between
         # them. Only this thread is bound; Gloo's, which exist by now, stay free.
         os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
-        return [_measure_size(world, nbytes, Rounds(samples, warmups)) for nbytes in sizes]
+        rounds = Rounds(samples, warmups)
+        return [_measure_size(world, edges, transport, nbytes, rounds, both_ways) for nbytes in sizes]
 
 
-def _measure_size(world: World, nbytes: int, rounds: Rounds) -> dict[str, Any]:
+@contextmanager
+def _edges(world: World, transport: Transport, store: str) -> Iterator[World]:
+    """The world whose edges are measured; ``store`` is the file by which ranks find each other."""
+    if not transport.group:
+        yield world
+        return
+    found = PrefixStore("pipex-bench", FileStore(store, world.ranks))
+    group = GroupWorld(found, world.rank, world.ranks, backend=transport.peer, device=world.device)
+    try:
+        yield group
+    finally:
+        group.close()
+
+
+def _measure_size(
+    world: World, edges: World, transport: Transport, nbytes: int, rounds: Rounds, both_ways: bool
+) -> dict[str, Any]:
     messages = max(2, min(MAX_BURST, BURST_BYTES // nbytes))
     form = (TensorForm((nbytes,), torch.uint8),)
-    links = _open(world, form)
-    me, peer = world.rank, 1 - world.rank
-    ends: dict[str, _RoundTrips | _Copies] = {
-        PROVIDER: _RoundTrips(
-            me, links.senders[me, peer, "activation"], links.receivers[peer, me, "activation"], form
-        ),
-        PEER: _RoundTrips(me, GlooSender(peer), GlooReceiver(peer, nbytes), form),
-        LIMIT: _Copies(me, nbytes),
-    }  # fmt: skip
+    links = _open(edges, form)
+    me, peer, device = world.rank, 1 - world.rank, world.device
+    staged = device.type == "cuda" and transport.peer == "gloo"
+    trips = partial(RoundTrips, me, device, form=form, both_ways=both_ways)
+    ends: dict[str, RoundTrips | Copies] = {
+        transport.provider: trips(links.senders[me, peer, "activation"], links.receivers[peer, me, "activation"]),
+        transport.peer: trips(TorchSender(peer, staged), TorchReceiver(peer, nbytes, device, staged)),
+        transport.limit: Copies(me, device, nbytes),
+    }
     bursts = _Bursts(world, nbytes, messages, {name: end.run for name, end in ends.items()})
     times = rounds.interleave({name: partial(bursts.sample, name) for name in ends})
     links.close()
-    return {"samples": times, "correct": bursts.correct}
+    sends = {name: list(end.send_seconds) for name, end in ends.items()}
+    return {"samples": times, "correct": bursts.correct, "sends": sends}
 
 
 def _open(world: World, form: Form) -> Links:
@@ -98,19 +176,16 @@ def _open(world: World, form: Form) -> Links:
     return world.open(specs, digest=bytes(16))
 
 
-_Run = Callable[[Sequence[Tensor]], tuple[float, Tensor | None]]
-"""The messages of a burst -> seconds per message, and the last one that this rank received."""
-
-
 class _Bursts:
     """Fills, runs, times and compares the bursts of all providers."""
 
-    def __init__(self, world: World, nbytes: int, messages: int, runs: Mapping[str, _Run]) -> None:
+    def __init__(self, world: World, nbytes: int, messages: int, runs: Mapping[str, Run]) -> None:
         self._world = world
         self._runs = runs
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=world.device) for _ in range(2)]
         self._outgoing = [self._buffers[number % 2] for number in range(messages)]
-        self._noise = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
+        noise = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
+        self._noise = noise.to(world.device)
         self._next = 0
         self.correct = dict.fromkeys(runs, True)
 
@@ -119,6 +194,7 @@ class _Bursts:
         for buffer in self._buffers:
             fill(buffer, self._noise, self._next)
             self._next += 1
+        synchronize(self._world.device)
         self._world.exchange(b"")  # nobody fills or compares while the other one is timed
         self._world.exchange(b"")  # the first may have found this rank asleep; now both begin within a microsecond
         seconds, received = self._runs[provider](self._outgoing)
@@ -131,68 +207,3 @@ class _Bursts:
 def fill(buffer: Tensor, noise: Tensor, number: int) -> None:
     """Content ``number``: no byte of it is the same in the 255 contents before and after."""
     torch.bitwise_xor(noise, number % 256, out=buffer)
-
-
-@dataclass(frozen=True, slots=True)
-class _RoundTrips:
-    """Messages to the other rank and back."""
-
-    rank: int
-    sender: Sender
-    receiver: Receiver
-    form: Form
-
-    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
-        send, post, receive, form = self.sender.send, self.receiver.post, self.receiver.receive, self.form
-        received: tuple[Tensor, ...] = ()
-        begin = perf_counter()
-        for number, tensor in enumerate(outgoing):
-            received = ()  # its memory may be used again: Gloo has one buffer to receive into, too
-            post(1, number)
-            if self.rank == 0:
-                send(1, number, (tensor,))
-                received = receive(1, number, form)
-            else:
-                received = receive(1, number, form)
-                send(1, number, (tensor,))
-        return (perf_counter() - begin) / (2 * len(outgoing)), received[0]
-
-
-class _Copies:
-    """Copies on rank 0 while rank 1 waits."""
-
-    def __init__(self, rank: int, nbytes: int) -> None:
-        self._target = torch.empty(nbytes, dtype=torch.uint8) if rank == 0 else None
-
-    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
-        if self._target is None:
-            return 0.0, None
-        begin = perf_counter()
-        for source in outgoing:
-            ctypes.memmove(self._target.data_ptr(), source.data_ptr(), source.nbytes)
-        return (perf_counter() - begin) / len(outgoing), self._target
-
-
-class GlooSender:
-    """The producer's end of an edge over torch.distributed."""
-
-    def __init__(self, peer: int) -> None:
-        self._peer = peer
-
-    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        dist.send(tensors[0], self._peer)
-
-
-class GlooReceiver:
-    """The consumer's end."""
-
-    def __init__(self, peer: int, nbytes: int) -> None:
-        self._peer = peer
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-
-    def post(self, step: int, microbatch: int) -> None:
-        """Gloo's receive waits by itself."""
-
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
-        dist.recv(self._buffer, self._peer)
-        return (self._buffer,)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex import plan as plans
-from pipex.bench import gloo
+from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.report import Row
 from pipex.bench.step_providers import TORCH_SCHEDULES, ComputeAlone, PipexStep, TorchStep
@@ -132,7 +132,7 @@ def _rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[Row]:
 def _rank(jobs: Sequence[Mapping[str, Any]], samples: int, warmups: int) -> list[dict[str, Any]]:
     """On each rank, for each case: its samples in µs, and whether its gradients were right, by provider."""
     world = current_world()
-    with gloo.joined(world):
+    with torch_group.joined(world):
         return [_measure_case(world, Case(**job), Rounds(samples, warmups)) for job in jobs]
 
 

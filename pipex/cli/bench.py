@@ -15,15 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     benches = parser.add_subparsers(dest="bench", metavar="p2p|step|drop-in|backward|gemm", required=True)
     p2p = benches.add_parser(
-        "p2p", help="half a round trip between two processes: host (pipex), gloo, memcpy",
-        description="Half a round trip between two processes: host (pipex), gloo, and memcpy in one process.",
+        "p2p", help="half a round trip between two ranks: pipex's transports, torch.distributed, a plain copy",
+        description="Half a round trip between two ranks, by one of pipex's transports, by torch.distributed's Gloo or "
+        "NCCL, and a plain copy in one process.",
     )  # fmt: skip
+    p2p.add_argument("--transport", choices=("host", "device", "gloo", "nccl"), default="host",
+                     help="host: shared memory; device: the GPUs'; gloo, nccl: pipex over torch.distributed's "
+                     "backends; device and nccl need a GPU, nccl two (default: host)")  # fmt: skip
+    p2p.add_argument("--bidirectional", action="store_true", help="both ranks send at the same time")
     p2p.add_argument("-b", metavar="SIZE", default="4K", help="smallest message: bytes, or with K, M, G (default: 4K)")
     p2p.add_argument("-e", metavar="SIZE", default="64M", help="largest message (default: 64M)")
     p2p.add_argument("-f", metavar="FACTOR", type=int, default=4, help="from one size to the next (default: 4)")
-    _add_common(p2p, samples=50, floor="how many times faster than gloo host must be, such as 4K=20,256K=8")
-    p2p.add_argument("--min-memcpy-share", metavar="CASE=SHARE,...",
-                     help="bandwidth over memcpy's that host must reach, such as 4M=0.75")  # fmt: skip
+    _add_common(p2p, samples=50, floor="how many times faster than torch pipex must be, such as 4K=20,256K=8")
+    p2p.add_argument("--min-copy-share", metavar="CASE=SHARE,...",
+                     help="bandwidth over the copy's that pipex must reach, such as 4M=0.75")  # fmt: skip
 
     step = benches.add_parser(
         "step", help="a training step of a two-rank pipeline: pipex, torch.distributed.pipelining",
@@ -116,18 +121,22 @@ def _p2p(options: argparse.Namespace) -> int:
     from pipex.bench.sizes import format_size, parse_size, size_range
 
     sizes = size_range(parse_size(options.b), parse_size(options.e), options.f)
-    from pipex.bench import p2p
+    from pipex.bench import gpu, p2p
     from pipex.bench.driver import Rounds
     from pipex.bench.environment import environment
     from pipex.bench.report import finish, parse_floors
 
     floors = []
     cases = [format_size(size) for size in sizes]
-    for text, figure in ((options.min_ratio, "ratio"), (options.min_memcpy_share, "memcpy_share")):
+    transport = p2p.TRANSPORTS[options.transport]
+    for text, figure in ((options.min_ratio, "ratio"), (options.min_copy_share, "copy_share")):
         if text is not None:
-            floors += parse_floors(text, p2p.PROVIDER, figure, cases)
-    rows = p2p.measure(sizes, Rounds(options.n, options.w))
-    return finish(environment(p2p.THREADS), rows, floors, as_json=options.json)
+            floors += parse_floors(text, transport.provider, figure, cases)
+    header = environment(p2p.THREADS)
+    if transport.device == "cuda":
+        header |= gpu.describe_gpu(p2p.require_gpus(options.transport))
+    rows = p2p.measure(sizes, Rounds(options.n, options.w), options.transport, both_ways=options.bidirectional)
+    return finish(header, rows, floors, as_json=options.json)
 
 
 def _step(options: argparse.Namespace) -> int:

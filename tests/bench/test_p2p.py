@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import device_world
 import pytest
 import torch
 from torch import Tensor
@@ -37,10 +39,10 @@ def test_every_size_has_a_correct_row_per_provider(capsys: pytest.CaptureFixture
 
 
 def test_a_missed_floor_is_an_error_exit(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, errors = run([*TINY, "--min-ratio", "3K=1e9", "--min-memcpy-share", "1=1e9"], capsys)
+    code, _, errors = run([*TINY, "--min-ratio", "3K=1e9", "--min-copy-share", "1=1e9"], capsys)
     assert code == 1
     assert "pipex bench: 3K: ratio of host is " in errors
-    assert "pipex bench: 1: memcpy_share of host is " in errors
+    assert "pipex bench: 1: copy_share of host is " in errors
 
 
 def test_a_corrupted_payload_is_an_error_exit(
@@ -62,15 +64,15 @@ def test_a_corrupted_payload_is_an_error_exit(
 
 
 def test_the_message_before_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    receive: Any = p2p.GlooReceiver.receive
+    receive: Any = p2p.TorchReceiver.receive
     before = torch.zeros(8, dtype=torch.uint8)
 
-    def receive_late(self: p2p.GlooReceiver, step: int, microbatch: int, form: object) -> tuple[Tensor, ...]:
+    def receive_late(self: p2p.TorchReceiver, step: int, microbatch: int, form: object) -> tuple[Tensor, ...]:
         late = before.clone()
         before.copy_(receive(self, step, microbatch, form)[0])
         return (late,)
 
-    monkeypatch.setattr(p2p.GlooReceiver, "receive", receive_late)
+    monkeypatch.setattr(p2p.TorchReceiver, "receive", receive_late)
     monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
     assert [row.correct for row in p2p.measure([8], Rounds(1, 0))] == [True, False, True]
 
@@ -86,16 +88,36 @@ def test_neighbouring_contents_differ_in_every_byte() -> None:
 def test_figures_follow_from_the_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = {"host": [1.0, 4.0, 2.0], "gloo": [40.0, 9.0, 90.0], "memcpy": [1.0, 1.0, 1.0]}
     correct = dict.fromkeys(samples, True)
+    sends = {"host": [3e-6, 1e-6, 2e-6], "gloo": [1e-6], "memcpy": []}
     ranks = [
-        [{"samples": samples, "correct": correct}],
-        [{"samples": {}, "correct": {**correct, "gloo": False}}],  # its clock does not count, its eyes do
+        [{"samples": samples, "correct": correct, "sends": sends}],
+        [{"samples": {}, "correct": {**correct, "gloo": False}, "sends": {}}],  # its clock does not count, its eyes do
     ]
     monkeypatch.setattr(p2p, "launch", lambda *args, **kwargs: ranks)
     host, gloo, memcpy = p2p.measure([4000], Rounds(3, 0))
     assert (host.time.p50, host.ratio, host.correct) == (2.0, 20.0, True)
-    assert host.figures == {"gb_per_s": 2.0, "memcpy_share": 0.5}
+    assert host.figures == {"gb_per_s": 2.0, "copy_share": 0.5, "p99_us": pytest.approx(3.96), "send_us": 2.0}
     assert (gloo.time.p50, gloo.ratio, gloo.correct) == (40.0, 1.0, False)
-    assert (memcpy.ratio, memcpy.figures["memcpy_share"]) == (40.0, 1.0)
+    assert (memcpy.ratio, memcpy.figures["copy_share"], memcpy.figures["send_us"]) == (40.0, 1.0, None)
+    both = p2p.measure([4000], Rounds(3, 0), both_ways=True)[0]
+    assert (both.figures["gb_per_s"], both.figures["copy_share"]) == (4.0, 1.0)
+
+
+@pytest.mark.parametrize("options", [["--transport", "gloo"], ["--bidirectional"]])
+def test_other_ways(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, report, _ = run([*TINY, *options], capsys)
+    assert code == 0
+    provider = "group" if "gloo" in options else "host"
+    assert [row["provider"] for row in report["rows"]] == [provider, "gloo", "memcpy"] * 2
+    assert all(row["correct"] and row["p50_us"] <= row["p99_us"] for row in report["rows"])
+
+
+@pytest.mark.parametrize("transport", ["device", "nccl"])
+def test_a_gpu_that_is_not_there(transport: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main([*TINY, "--transport", transport]) == 1
+    assert f"pipex bench p2p --transport {transport} measures on a GPU and there is none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,3 +135,11 @@ def test_bad_options_are_named_before_anything_is_measured(
     monkeypatch.delattr(p2p, "launch")
     assert main(["bench", "p2p", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_device_memory_by_the_simulated_driver(simulated_cuda: Path) -> None:
+    job = ("device", [1, 3072], 2, 1, False)
+    for rank in device_world.launch(p2p._rank, 2, args=job, library=simulated_cuda):
+        for size in rank:
+            assert size["correct"] == {"device": True, "gloo": True, "copy": True}
+            assert len(size["samples"]["device"]) == 2

@@ -1,0 +1,112 @@
+"""The two ends of a message between two ranks, as each provider of ``pipex bench p2p`` has them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipex.transport.interface import Form, Receiver, Sender
+
+Run = Callable[[Sequence[Tensor]], tuple[float, Tensor | None]]
+"""The messages of a burst -> seconds per message, and the last one that this rank received."""
+
+
+class RoundTrips:
+    """Messages to the other rank and back; or, ``both_ways``, to each other at the same time.
+
+    Attributes:
+        send_seconds: what the host needed for a send, of each burst the mean.
+    """
+
+    def __init__(self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, form: Form,
+                 both_ways: bool) -> None:  # fmt: skip
+        self._rank, self._device, self._form, self._both_ways = rank, device, form, both_ways
+        self._sender, self._receiver = sender, receiver
+        self.send_seconds: list[float] = []
+
+    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+        send, post, receive, form = self._sender.send, self._receiver.post, self._receiver.receive, self._form
+        finish = self._sender.finish if isinstance(self._sender, TorchSender) else None
+        received: tuple[Tensor, ...] = ()
+        sending, sends_first = 0.0, self._both_ways or self._rank == 0
+        begin = perf_counter()
+        for number, tensor in enumerate(outgoing):
+            received = ()  # its memory may be used again: torch has one buffer to receive into, too
+            post(1, number)
+            if not sends_first:
+                received = receive(1, number, form)
+            before = perf_counter()
+            send(1, number, (tensor,))
+            sending += perf_counter() - before
+            if sends_first:
+                received = receive(1, number, form)
+            if finish is not None:
+                finish()
+        synchronize(self._device)
+        seconds = (perf_counter() - begin) / len(outgoing)
+        self.send_seconds.append(sending / len(outgoing))
+        return seconds if self._both_ways else seconds / 2, received[0]
+
+
+class Copies:
+    """Copies on rank 0 while rank 1 waits: libc's, or the GPU's within its memory."""
+
+    send_seconds: Sequence[float] = ()
+
+    def __init__(self, rank: int, device: torch.device, nbytes: int) -> None:
+        self._device = device
+        self._target = torch.empty(nbytes, dtype=torch.uint8, device=device) if rank == 0 else None
+
+    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+        if self._target is None:
+            return 0.0, None
+        begin = perf_counter()
+        for source in outgoing:
+            if self._device.type == "cpu":
+                ctypes.memmove(self._target.data_ptr(), source.data_ptr(), source.nbytes)
+            else:
+                self._target.copy_(source)
+        synchronize(self._device)
+        return (perf_counter() - begin) / len(outgoing), self._target
+
+
+class TorchSender:
+    """The producer's end of an edge over torch.distributed. Gloo takes tensors by way of host memory."""
+
+    def __init__(self, peer: int, staged: bool) -> None:
+        self._peer, self._staged = peer, staged
+        self._under_way: Any = None
+
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        self._under_way = dist.isend(tensors[0].cpu() if self._staged else tensors[0], self._peer)
+
+    def finish(self) -> None:
+        """The tensor may be written to again."""
+        self._under_way.wait()
+
+
+class TorchReceiver:
+    """The consumer's end."""
+
+    def __init__(self, peer: int, nbytes: int, device: torch.device, staged: bool) -> None:
+        self._peer, self._device, self._staged = peer, device, staged
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if staged else device)
+
+    def post(self, step: int, microbatch: int) -> None:
+        """torch's receive waits by itself."""
+
+    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+        dist.recv(self._buffer, self._peer)
+        return (self._buffer.to(self._device) if self._staged else self._buffer,)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
