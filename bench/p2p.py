@@ -11,10 +11,10 @@
 
 A sample is a burst of round trips in a row: rank 0 sends, rank 1 sends an equal message back, and rank 0's time over
 twice their number is the sample. With ``--bidirectional`` both send at the same time, the time is over their number,
-and ``gb_per_s`` counts both. For a copy it is the time of one. GPUs have done all when the time is taken. All take turns.
-Messages come from two buffers by turns, whose contents differ in every byte from each other and from those of the
-bursts before; the last message that each rank received is compared byte by byte after the burst, outside the timed part. As is
-usual for such figures nobody reads the messages meanwhile: the caches are theirs.
+and ``gb_per_s`` counts both. For a copy it is the time of one. GPUs have done all when the time is taken. All take
+turns. Messages come from two buffers by turns, whose contents differ in every byte from each other and from those of
+the bursts before; the last message that each rank received is compared byte by byte after the burst, outside the timed
+part. As is usual for such figures nobody reads the messages meanwhile: the caches are theirs.
 """
 
 from __future__ import annotations
