@@ -43,8 +43,9 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
 def launch(
-    fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), timeout: float = TIMEOUT
-) -> list[Any]:
+    fn: Callable[..., Any], ranks: int | None = None, *, args: Sequence[Any] = (), device: str = "cpu",
+    timeout: float = TIMEOUT,
+) -> list[Any]:  # fmt: skip
     """Runs ``fn(*args)`` on every rank, each a process of its own, and returns what it returned, by rank.
 
     The same program runs under torchrun, on one host or many: there this process already is a rank, so ``fn`` runs
@@ -58,6 +59,7 @@ def launch(
     Args:
         fn: what a rank does; its result must fit into JSON.
         ranks: number of ranks; under torchrun may be left out.
+        device: where the stages live: ``"cpu"``, or ``"cuda"`` for a GPU per rank (shared where there are fewer).
         timeout: seconds without progress of an awaited rank after which it counts as stalled.
 
     Raises:
@@ -67,14 +69,14 @@ def launch(
         KeyboardInterrupt: Ctrl-C; the ranks have ended. A second Ctrl-C kills them.
     """
     if worlds.under_torchrun():
-        return _run_here(fn, args, worlds.join_torchrun(ranks, timeout))
+        return _run_here(fn, args, worlds.join_torchrun(ranks, device, timeout))
     if ranks is None or ranks < 1:
         raise InputError("launch needs a number of ranks", got=str(ranks), needed="at least 1")
     if ranks == 1:
-        return _run_here(fn, args, SoloWorld(torch.device("cpu")))
+        return _run_here(fn, args, SoloWorld(worlds.device_of(device, 0)))
     run = HostRun.create(ranks)
     try:
-        return _Launcher(run, fn, args, timeout).run()
+        return _Launcher(run, fn, args, device, timeout).run()
     finally:
         run.close()
 
@@ -96,9 +98,11 @@ def _run_here(fn: Callable[..., Any], args: Sequence[Any], world: Any) -> list[A
 
 
 class _Launcher:
-    def __init__(self, run: HostRun, fn: Callable[..., Any], args: Sequence[Any], timeout: float) -> None:
+    def __init__(
+        self, run: HostRun, fn: Callable[..., Any], args: Sequence[Any], device: str, timeout: float
+    ) -> None:  # fmt: skip
         self._run = run
-        self._job = (fn, tuple(args), timeout)
+        self._job = (fn, tuple(args), device, timeout)
         self._interrupts = 0
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -197,7 +201,7 @@ class _Launcher:
 
 def _rank_main(
     run: HostRun | bytes, rank: int, launcher: int, pipe: Connection, fn: Callable[..., Any], args: Sequence[Any],
-    timeout: float,
+    device: str, timeout: float,
 ) -> None:  # fmt: skip
     _die_with(launcher)
     os.setpgid(0, 0)  # so that a terminal's Ctrl-C comes from the launcher only, once
@@ -208,7 +212,8 @@ def _rank_main(
     failed = False
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        encoded = json.dumps({"result": _run_here(fn, args, run.join(rank, timeout=timeout))[rank]}).encode()
+        world = worlds.join_host(run, rank, device, timeout)
+        encoded = json.dumps({"result": _run_here(fn, args, world)[rank]}).encode()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BaseException as error:

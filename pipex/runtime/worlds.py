@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pipex.errors import InputError
+from pipex.errors import InputError, NativeUnavailable
+from pipex.transport import device as device_transport
 from pipex.transport.group import GroupWorld, store_from_environment
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.interface import World
@@ -35,12 +36,44 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def join_torchrun(ranks: int | None, timeout: float = TIMEOUT) -> World:
-    """Joins the run that the environment describes: through shared memory where all ranks are on this host, through
+def device_of(kind: str, local_rank: int) -> torch.device:
+    """The device of a rank of this host: the CPU, or a GPU, shared where there are fewer of them than ranks.
+
+    Raises:
+        InputError: ``kind`` is neither ``"cpu"`` nor ``"cuda"``.
+        NativeUnavailable: there is no GPU.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise InputError("there is no such kind of device", got=kind, needed="cpu or cuda")
+    if not torch.cuda.is_available():
+        raise NativeUnavailable(
+            "torch finds no GPU", fix="check torch.version.cuda, nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_host(run: HostRun, rank: int, kind: str, timeout: float) -> World:
+    """Joins a run on this host, through the memory of the CPU or of GPUs.
+
+    Raises:
+        InputError, NativeUnavailable: as ``device_of``; or another process has taken the rank.
+    """
+    if kind == "cpu":
+        return run.join(rank, timeout=timeout)
+    return device_transport.join(run, rank, device_of(kind, rank), timeout=timeout)
+
+
+def join_torchrun(ranks: int | None, kind: str = "cpu", timeout: float = TIMEOUT) -> World:
+    """Joins the run that the environment describes: through memory where all ranks are on this host, through
     torch.distributed otherwise.
 
     Raises:
         InputError: the environment is incomplete, or ``ranks`` is given and not the number of ranks it says.
+        NativeUnavailable: as ``device_of``.
     """
     store, rank, size = store_from_environment(timeout)
     if ranks is not None and ranks != size:
@@ -48,13 +81,14 @@ def join_torchrun(ranks: int | None, timeout: float = TIMEOUT) -> World:
                          needed=ranks, fix=f"start it with --nproc-per-node {ranks}, or leave ranks out")  # fmt: skip
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
-        return GroupWorld(store, rank, size, device=torch.device("cpu"), timeout=timeout)
+        device = device_of(kind, int(os.environ.get("LOCAL_RANK", 0)))
+        return GroupWorld(store, rank, size, device=device, timeout=timeout)
     if rank == 0:
         run = HostRun.create(size)
         store.set("host", run.address.hex())
     else:
         run = HostRun.open(bytes.fromhex(store.get("host").decode()))
-    world = run.join(rank, timeout=timeout)
+    world = join_host(run, rank, kind, timeout)
     world.exchange(b"")  # everybody has opened the page; rank 0 may close its descriptor
     run.close()
     return world

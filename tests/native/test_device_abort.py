@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,64 @@ def test_a_release_that_a_late_peer_writes_over_is_repeated(simulated_cuda: Path
     with Stuck(simulated_cuda, write_over) as stuck:
         stuck.signal(signal.SIGKILL)
         assert stuck.outcome(seconds=5)["result"] == 1 << 62
+
+
+def test_a_receive_that_only_the_rescue_has_ended_raises(simulated_cuda: Path) -> None:
+    """On the legacy stream, where the simulator waits inside the call; what is in the slot then is nobody's."""
+    control = _native.Control(2)
+    traffic = Traffic(timeout=LIMIT)
+    tells, told = os.pipe()
+
+    def send() -> None:
+        end = End(simulated_cuda, control, 0, traffic)
+        end.simulator.call("simulated_hold", end.compute, end.simulator.allocate(8), 1)
+        end.sender.send(traffic.template(0), end.sources[0], end.compute, 1, 0)
+        os.write(told, b"!")
+        signal.pause()
+
+    def receive() -> None:
+        end = End(simulated_cuda, control, 1, traffic)
+        end.receiver.receive(traffic.template(0), 0, 1, 0)
+
+    with Forked([send, receive]) as forked:
+        os.read(tells, 1)
+        os.kill(forked.pids[0], signal.SIGKILL)
+        assert forked.outcome(1)["error"] == "Aborted"
+    os.close(tells)
+    os.close(told)
+
+
+def test_a_gpu_that_works_while_its_host_waits_makes_progress(simulated_cuda: Path) -> None:
+    """Copies that together take longer than the limit, each of them less."""
+    control = _native.Control(2)
+    traffic = Traffic(messages=12, words=64, under_way=12, sources=12, timeout=LIMIT, settings="seed=1,delay=120000")
+    bodies = [
+        partial(_send_all, simulated_cuda, control, traffic),
+        partial(_take_all, simulated_cuda, control, traffic),
+    ]
+    with Forked(bodies) as forked:
+        sender, receiver = (forked.outcome(rank) for rank in range(2))
+    assert sender["result"] > LIMIT, sender
+    assert receiver["result"] == 0, receiver
+
+
+def _send_all(library: Path, control: _native.Control, traffic: Traffic) -> float:
+    end = End(library, control, 0, traffic)
+    begin = time.monotonic()
+    for message in range(traffic.messages):
+        end.sender.send(traffic.template(0), end.sources[message], 0, 1, message)
+    end.rank.flush()
+    seconds = time.monotonic() - begin
+    end.member.exchange(b"")
+    end.member.leave()
+    return seconds
+
+
+def _take_all(library: Path, control: _native.Control, traffic: Traffic) -> int:
+    end = End(library, control, 1, traffic)
+    end.member.exchange(b"")
+    end.member.leave()
+    return end.receiver.lent
 
 
 def test_a_run_that_ended_leaves_in_time_and_frees_nothing_that_a_peer_may_use(simulated_cuda: Path) -> None:

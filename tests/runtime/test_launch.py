@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pipex
-from pipex.errors import InputError, PeerFailed, PeerLost
+from pipex.errors import InputError, NativeUnavailable, PeerFailed, PeerLost
 from pipex.runtime import worlds
 
 
@@ -202,3 +202,17 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_ranks_are_started_afresh_where_a_fork_could_hang() -> None:
     for command in pipex.launch(Path("/proc/self/cmdline").read_text, 2):
         assert "multiprocessing.spawn" in command
+
+
+def test_a_kind_of_device_that_does_not_exist_is_named() -> None:
+    with pytest.raises(InputError, match="no such kind of device; got tpu; needed cpu or cuda"):
+        pipex.launch(place, 1, device="tpu")
+    with pytest.raises(PeerFailed, match="no such kind of device; got tpu"):
+        pipex.launch(place, 2, device="tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_are_to_have_a_gpu_say_so_where_there_is_none(ranks: int) -> None:
+    with pytest.raises((NativeUnavailable, PeerFailed), match="torch finds no GPU"):
+        pipex.launch(place, ranks, device="cuda")
