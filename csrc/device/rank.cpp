@@ -101,7 +101,7 @@ void Rank::follow(StreamHandle compute) {
 void Rank::flush() {
   const Current current(*gpu_);
   while (const auto oldest = sends_.oldest())
-    member_->wait_polling(oldest->peer, [&] { return sends_.passed() >= oldest->number; });
+    member_->wait_polling(oldest->reached ? oldest->peer : kNobody, [&] { return sends_.oldest() != oldest; });
   member_->control().raise_if_aborted();  // else the rescue may be what has let them pass
 }
 

@@ -73,20 +73,15 @@ void Rescue::release_all() {
 void Rescue::look() {
   Control& control = member_->control();
   RankPart& part = control.part(member_->rank());
-  // What is sent waits for what is computed, and that for what is received: the latter's peer comes first.
-  auto oldest = receives_.oldest();
-  const auto oldest_send = sends_.oldest();
   part.device_progress.store(receives_.passed() + sends_.passed());
-  if (!oldest) oldest = oldest_send;
-  part.device_waiting_on.store(oldest ? oldest->peer + 1 : 0);
-  if (!oldest) {
-    patience_.reset();
-    return;
-  }
-  if (!patience_ || awaited_ != part.device_progress.load()) {
-    awaited_ = part.device_progress.load();
-    patience_.emplace(control, member_->rank(), oldest->peer, member_->timeout());
-  }
+  auto awaited = receives_.oldest();
+  if (!awaited || !awaited->reached) awaited = sends_.oldest();
+  if (awaited && !awaited->reached) awaited.reset();  // the GPU computes
+  part.device_waiting_on.store(awaited ? awaited->peer + 1 : 0);
+  if (awaited != awaited_ || !awaited) patience_.reset();
+  awaited_ = awaited;
+  if (!awaited) return;
+  if (!patience_) patience_.emplace(control, member_->rank(), awaited->peer, member_->timeout());
   try {
     patience_->check();
   } catch (const Aborted&) {  // the record is what counts

@@ -23,7 +23,7 @@ constexpr std::uint64_t kReleaseAll = std::uint64_t{1} << 62;
 /// the stream moves on. It writes `kReleaseAll` into this process's own flags, on which alone its streams wait, and
 /// does so again and again: a peer that still works may have written a smaller number over it.
 ///
-/// It also is the patience of a host that waits for its GPU: a message that does not pass while the rank at the end of
+/// It also is the patience of a host whose GPU waits: a stream that stands at a message while the rank at the end of
 /// the chain of waits makes no progress ends the run as "stalled".
 class Rescue {
  public:
@@ -62,8 +62,8 @@ class Rescue {
   bool stop_ = false;
   std::list<Flags> flags_;
 
-  std::optional<Patience> patience_;  // for `awaited_`
-  std::uint64_t awaited_ = 0;
+  std::optional<Trail::Oldest> awaited_;
+  std::optional<Patience> patience_;  // for it
   std::thread thread_;
 };
 

@@ -48,7 +48,7 @@ void RingSender::send(const TensorTemplate& tensor, DevicePointer source, Stream
   const std::uint32_t slot = outbox_->take();
   const std::uint64_t use = ++uses_[slot];
   rank_->follow(compute);
-  rank_->sends().begin(peer_);
+  rank_->sends().begin(peer_, stream);
   if (use > 1)
     driver.check(driver.stream_wait(stream, memory_->flag(slot), use - 1, kWaitGreaterOrEqual),
                  "cuStreamWaitValue64 before a send to rank " + std::to_string(peer_));
@@ -94,7 +94,7 @@ void DeviceLender::await(std::uint32_t slot, StreamHandle stream, int peer) {
     uses_[slot].stream = stream;
     messages = ++uses_[slot].messages;
   }
-  rank_->receives().begin(peer);
+  rank_->receives().begin(peer, stream);
   const Driver& driver = rank_->driver();
   driver.check(driver.stream_wait(stream, memory_->flag(slot), messages, kWaitGreaterOrEqual),
                "cuStreamWaitValue64 for a tensor of rank " + std::to_string(peer));

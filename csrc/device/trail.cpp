@@ -4,12 +4,7 @@
 
 namespace pipex::device {
 
-void Trail::begin(int peer) {
-  const std::lock_guard lock(mutex_);
-  entries_.push_back({peer, std::nullopt});
-}
-
-std::uint64_t Trail::end(StreamHandle stream) {
+Event Trail::record(StreamHandle stream) {
   std::optional<Event> event;
   {
     const std::lock_guard lock(mutex_);
@@ -19,20 +14,34 @@ std::uint64_t Trail::end(StreamHandle stream) {
     }
   }
   if (!event) event.emplace(gpu_);
-  const Driver& driver = gpu_->driver();
-  driver.check(driver.event_record(event->get(), stream), "cuEventRecord on " + gpu_->name());
+  gpu_->driver().check(gpu_->driver().event_record(event->get(), stream), "cuEventRecord on " + gpu_->name());
+  return std::move(*event);
+}
+
+void Trail::begin(int peer, StreamHandle stream) {
+  Event reached = record(stream);
   const std::lock_guard lock(mutex_);
-  entries_.back().event = std::move(event);
-  return passed_ + entries_.size();
+  entries_.push_back({peer, std::move(reached), std::nullopt});
+}
+
+void Trail::end(StreamHandle stream) {
+  Event passed = record(stream);
+  const std::lock_guard lock(mutex_);
+  entries_.back().passed = std::move(passed);
+}
+
+bool Trail::is_done(const Event& event) const {
+  const Result result = gpu_->driver().event_query(event.get());
+  if (result == kNotReady) return false;
+  gpu_->driver().check(result, "cuEventQuery on " + gpu_->name());
+  return true;
 }
 
 /// Forgets what has passed; the lock is held.
 void Trail::retire() {
-  while (!entries_.empty() && entries_.front().event) {
-    const Result result = gpu_->driver().event_query(entries_.front().event->get());
-    if (result == kNotReady) return;
-    gpu_->driver().check(result, "cuEventQuery on " + gpu_->name());
-    spare_.push_back(std::move(*entries_.front().event));
+  while (!entries_.empty() && entries_.front().passed && is_done(*entries_.front().passed)) {
+    spare_.push_back(std::move(entries_.front().reached));
+    spare_.push_back(std::move(*entries_.front().passed));
     entries_.pop_front();
     ++passed_;
   }
@@ -48,7 +57,7 @@ std::optional<Trail::Oldest> Trail::oldest() {
   const std::lock_guard lock(mutex_);
   retire();
   if (entries_.empty()) return std::nullopt;
-  return Oldest{passed_ + 1, entries_.front().peer};
+  return Oldest{passed_ + 1, entries_.front().peer, is_done(entries_.front().reached)};
 }
 
 }  // namespace pipex::device

@@ -1,4 +1,4 @@
-// Messages on their way through streams, oldest first, each with an event behind it.
+// Messages on their way through streams, oldest first, each with an event before and one behind it.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +15,20 @@ namespace pipex::device {
 /// Filled by the rank's own thread; looked at by others too.
 class Trail {
  public:
-  /// The oldest message that has not passed: its number, and the rank whose doing it may be.
+  /// The oldest message that has not passed. Once its stream has reached it, it waits for `peer`; until then, for what
+  /// this process has enqueued before it.
   struct Oldest {
     std::uint64_t number;
     int peer;
+    bool reached;
+    bool operator==(const Oldest&) const = default;
   };
 
   explicit Trail(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {}
 
-  /// Call before the message's first operation is enqueued: that alone may block.
-  void begin(int peer);
-
-  /// Call behind its last one. Returns the message's number, counted from 1.
-  std::uint64_t end(StreamHandle stream);
+  /// Call before the operations of a message are enqueued, and after.
+  void begin(int peer, StreamHandle stream);
+  void end(StreamHandle stream);
 
   /// How many messages have passed, in order.
   std::uint64_t passed();
@@ -37,9 +38,12 @@ class Trail {
  private:
   struct Entry {
     int peer;
-    std::optional<Event> event;  // none yet: between begin and end
+    Event reached;
+    std::optional<Event> passed;  // none yet: between begin and end
   };
 
+  Event record(StreamHandle stream);
+  bool is_done(const Event& event) const;
   void retire();
 
   const std::shared_ptr<const Gpu> gpu_;

@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::uint32_t kVersion = 1;  // of the layout of this page and of the ring
 constexpr int kMaxRanks = 4096;
+constexpr std::int64_t kSilence = 500'000'000;  // ns without a heartbeat (one is due every 100 ms)
 
 }  // namespace
 
@@ -99,6 +100,9 @@ Culprit Control::end_of_chain(int rank) const {
   std::vector<int> chain;
   while (std::find(chain.begin(), chain.end(), rank) == chain.end()) {
     chain.push_back(rank);
+    // What a stopped process waited for may have come since.
+    if (part(rank).presence.load() == Presence::joined && now_ns() - part(rank).heartbeat.load() > kSilence)
+      return {rank, ""};
     const std::int32_t host_waits_on = part(rank).waiting_on.load();
     const int next = (host_waits_on != 0 ? host_waits_on : part(rank).device_waiting_on.load()) - 1;
     if (next < 0 || next >= ranks_) return {rank, ""};

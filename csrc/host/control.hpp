@@ -108,7 +108,7 @@ class Control {
   /// Throws Aborted if it has.
   void raise_if_aborted() const;
 
-  /// Follows the waits from `rank` on to one that waits for nobody; of a cycle it names the lowest rank.
+  /// Follows the waits from `rank` on to one that waits for nobody or is stopped; of a cycle it names the lowest rank.
   Culprit end_of_chain(int rank) const;
 
  private:

@@ -46,6 +46,8 @@ class Patience {
   std::int64_t since_;
 };
 
+constexpr int kNobody = -1;  // a wait for something of this process itself, however long it takes
+
 class Member {
  public:
   /// `spin`: there is a core for every rank's thread, so that a short wait need not sleep.
@@ -72,7 +74,7 @@ class Member {
     wait_sleeping(peer, ready, [&] { return bell.sleep(ready); });
   }
 
-  /// The same where nobody rings: looks again every 50 µs.
+  /// The same where nobody rings: looks again every 50 µs. `peer` may be kNobody.
   template <typename Ready>
   void wait_polling(int peer, Ready&& ready) {
     wait_sleeping(peer, ready, [&] {
@@ -128,10 +130,11 @@ void Member::wait_sleeping(int peer, Ready&& ready, Sleep&& sleep) {
     ~Waiting() { part.waiting_on.store(0); }
     RankPart& part;
   } waiting(part_, peer);
-  Patience patience(*control_, rank_, peer, timeout_);
+  std::optional<Patience> patience;
+  if (peer != kNobody) patience.emplace(*control_, rank_, peer, timeout_);
   do {
     control_->raise_if_aborted();
-    patience.check();
+    if (patience) patience->check();
     between_slices_();
   } while (!sleep());
 }

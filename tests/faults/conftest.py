@@ -23,6 +23,7 @@ from pipex.errors import PeerError
 from pipex.plan import communicate
 from pipex.runtime import worlds
 from pipex.runtime.reference import OneProcess
+from pipex.transport import device
 from pipex.transport.host import HostRun
 from pipex.transport.interface import Phase
 
@@ -206,7 +207,8 @@ def read_diary(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundaries: list[list[str]]) -> Callable[..., Aftermath]:
-    """``run(victim, place, deed)`` trains with a fault and checks every survivor's parameters."""
+    """``run(victim, place, deed)`` trains with a fault and checks every survivor's parameters; with a ``library`` that
+    simulates a CUDA driver, through device memory."""
     exits: dict[int, int] = {}
     wait = os.waitpid
 
@@ -220,7 +222,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundaries: list[list[s
 
     def start(
         victim: int, place: Place, deed: Callable[[], object], *, schedule: str = "zb-h1", timeout: float = 60.0,
-        checkpoint: Path | None = None,
+        checkpoint: Path | None = None, library: Path | None = None,
     ) -> Aftermath:  # fmt: skip
         diaries = Path(tempfile.mkdtemp(prefix="diaries", dir=tmp_path))
         saboteur = Saboteur(diaries, victim, place, deed)
@@ -230,6 +232,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundaries: list[list[s
             saboteur.rank = rank
             saboteur.write(pid=os.getpid())
             saboteur.at("join")
+            if library is not None:
+                return device.join(run, rank, torch.device("cpu"), library=str(library), **options)
             return join(run, rank, **options)
 
         aftermath = Aftermath(victim)
@@ -251,6 +255,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundaries: list[list[s
         return aftermath
 
     return start
+
+
+def orders(schedule: str) -> Iterator[tuple[int, int, str]]:
+    """(rank, position, kind) of every action."""
+    for rank, order in enumerate(communicate(pipex.build(schedule, RANKS, MICROBATCHES))):
+        for position, action in enumerate(order):
+            yield rank, position, action.kind.name
 
 
 def expected(schedule: str, victim: int, place: Place) -> Place:

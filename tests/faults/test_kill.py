@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import pipex
 from pipex.errors import PeerLost
-from pipex.plan import communicate
 from pipex.transport.interface import Phase
-from tests.faults.conftest import MICROBATCHES, RANKS, SCHEDULES, STEPS, Aftermath, Place, expected, sigkill
+from tests.faults.conftest import RANKS, SCHEDULES, STEPS, Aftermath, Place, expected, orders, sigkill
 
 Run = Callable[..., Aftermath]
 
@@ -22,13 +20,6 @@ def assert_named(run: Run, schedule: str, victim: int, place: Place, **options: 
     aftermath = run(victim, place, sigkill, schedule=schedule, **options)
     assert aftermath.exits[victim] == -signal.SIGKILL
     aftermath.assert_all_name(PeerLost, expected(schedule, victim, place))
-
-
-def orders(schedule: str) -> Iterator[tuple[int, int, str]]:
-    """(rank, position, kind) of every action."""
-    for rank, order in enumerate(communicate(pipex.build(schedule, RANKS, MICROBATCHES))):
-        for position, action in enumerate(order):
-            yield rank, position, action.kind.name
 
 
 def covering(schedule: str) -> list[tuple[str, int, int]]:

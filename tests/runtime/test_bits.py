@@ -248,6 +248,30 @@ def test_tuples_and_complex_tensors_through_device_memory(simulated_cuda: Path, 
     assert_same_bits(job, "1f1b", ranks, 4, steps=3, samples=9, launch=launch)
 
 
+def rank_under_way() -> list[int]:
+    """How many sent tensors were under way whenever this rank ended a step."""
+    world = pipex.current_world()
+    exchange, under_way = world.exchange, []
+
+    def watching(payload: bytes) -> list[bytes]:
+        if b"the end of a step" in payload:
+            under_way.append(len(world._sources))
+        return exchange(payload)
+
+    world.exchange = watching
+    plan = pipex.build("1f1b", 2, 3)
+    pipeline = pipex.Pipeline(transformer(2), plan, next_token_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+    for step in range(3):
+        pipeline.step(*token_batch(step, 6))
+    return under_way
+
+
+def test_all_that_was_sent_has_arrived_when_a_step_ends(simulated_cuda: Path) -> None:
+    """Gradients of tied parameters too, which go last: a peer that dies then cannot spoil an update any more."""
+    found = device_world.launch(rank_under_way, 2, library=simulated_cuda, settings="seed=1,delay=20000")
+    assert found == [[0, 0, 0]] * 2
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("queues", range(1, 9))
 @pytest.mark.parametrize(("family", "ranks", "chunks", "microbatches"), runnable(range(2, 5), range(1, 3), [6]))

@@ -11,7 +11,7 @@
 //     early-release                            a slot is given back when the host says so, not in the stream's order
 //     dropped-release, dropped-abort           it never is; the release of all waits at an abort is lost
 //     source-free-at-once                      the source counts as copied before it is (streams.cpp)
-//     late-enqueue                             the host goes on before its operations are enqueued (streams.cpp)
+//     late-enqueue                             what is sent is enqueued behind the compute stream's next wait only
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -130,11 +130,16 @@ SIMULATED Result cuStreamWaitValue64_v2(StreamHandle stream, DevicePointer addre
   if (bug("flag-without-generation")) value = std::min<std::uint64_t>(value, 1);
   if (bug("stale-lap")) value -= std::min<std::uint64_t>(value, 1);
   const bool equal = bug("equal-wait");
-  return submit(stream, {{address, 8}}, [=](Chance&) {
+  const Result result = submit(stream, {{address, 8}}, [=](Chance&) {
     await_word(reinterpret_cast<const std::uint64_t*>(address), [=](std::uint64_t seen) {
       return equal ? seen == value : static_cast<std::int64_t>(seen - value) >= 0;
     });
   });
+  if (bug("late-enqueue") && !sending) {
+    const std::lock_guard lock(state().mutex);
+    enqueue_held();  // behind this wait, though the host called for them before
+  }
+  return result;
 }
 
 SIMULATED Result cuStreamWriteValue64_v2(StreamHandle stream, DevicePointer address, std::uint64_t value,

@@ -143,6 +143,9 @@ Result enter(const char* function, bool needs_context = true);
 /// Hands work to a stream, or does it here and now on the NULL stream.
 Result submit(StreamHandle stream, std::vector<Range> touched, Work work);
 
+/// Gives the queues what bug "late-enqueue" has held back; the state's lock is held.
+void enqueue_held();
+
 std::shared_ptr<Stream> find(StreamHandle stream);  // null for the NULL stream
 
 /// Whether the stream is the one that pipex sends on; only the greatest priority tells.

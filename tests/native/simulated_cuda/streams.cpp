@@ -58,9 +58,6 @@ bool is_send_stream(StreamHandle handle) {
   return stream && stream->priority == kGreatestPriority;
 }
 
-namespace {
-
-/// Gives the queues what bug "late-enqueue" has held back; the lock is held.
 void enqueue_held() {
   for (Operation& operation : state().held) {
     --operation.stream->enqueued;  // put() counts it again
@@ -68,6 +65,8 @@ void enqueue_held() {
   }
   state().held.clear();
 }
+
+namespace {
 
 std::shared_ptr<Event> find_event(EventHandle handle) {  // the lock is held
   const auto found = state().events.find(handle);
@@ -100,7 +99,6 @@ Result submit(StreamHandle handle, std::vector<Range> touched, Work work) {
     return kSuccess;
   }
   stream->queue->put(std::move(operation));
-  if (bug("late-enqueue")) enqueue_held();  // behind what was enqueued after it
   return kSuccess;
 }
 
@@ -189,7 +187,6 @@ SIMULATED Result cuEventRecord(EventHandle handle, StreamHandle stream) {
 SIMULATED Result cuEventQuery(EventHandle handle) {
   if (const Result result = enter("cuEventQuery")) return result;
   const std::lock_guard lock(state().mutex);
-  enqueue_held();
   const auto event = find_event(handle);
   if (!event) return kInvalidHandle;
   if (bug("source-free-at-once") && event->on_send_stream) return kSuccess;
