@@ -113,6 +113,7 @@ class EdgeState:
     ready: deque[tuple[int, int]] = field(default_factory=deque)
     uses: dict[int, int] = field(default_factory=dict)
     lent: dict[int, tuple[int, int]] = field(default_factory=dict)  # by micro-batch
+    kept: deque[tuple[int, int]] = field(default_factory=deque)  # used, but still referred to
     sent: int = 0
 
     def __post_init__(self) -> None:
@@ -129,13 +130,15 @@ class Run:
 
     Args:
         orders: per rank its actions, with sends and receives.
+        keeps: how many tensors of each edge somebody still holds after their last use.
         early_announcement: the broken rule: a slot is pushed before its operations are enqueued.
     """
 
     def __init__(
-        self, plan: Plan, device: Device, orders: Sequence[Sequence[Action]], *, early_announcement: bool = False
-    ) -> None:
-        self.plan, self.device, self.orders = plan, device, orders
+        self, plan: Plan, device: Device, orders: Sequence[Sequence[Action]], *, keeps: int = 0,
+        early_announcement: bool = False,
+    ) -> None:  # fmt: skip
+        self.plan, self.device, self.orders, self.keeps = plan, device, orders, keeps
         self.early_announcement = early_announcement
         slots, held = slots_needed(plan), alive(plan)
         self.edges = {
@@ -217,7 +220,7 @@ class Run:
             if kind in (Kind.W, Kind.B) or self.forward_only:
                 for edge in (Edge(stage - 1, stage, "activation"), Edge(stage + 1, stage, "gradient")):
                     if edge in self.edges and microbatch in self.edges[edge].lent:
-                        yield from self._give_back(rank, edge, *self.edges[edge].lent.pop(microbatch))
+                        yield from self._drop(rank, edge, microbatch)
 
     def _send(self, rank: int, edge: Edge, microbatch: int) -> Host:
         device, ring = self.device, self.edges[edge]
@@ -246,11 +249,17 @@ class Run:
         yield from self._until(lambda: bool(ring.ready))
         slot, use = ring.ready.popleft()
         yield from self.device.enqueue(rank, COMPUTE, wait=("written", edge, slot, use))
-        if len(ring.lent) < ring.alive:
+        if len(ring.lent) + len(ring.kept) < ring.alive:
             ring.lent[microbatch] = slot, use
         else:
             yield from self.device.enqueue(rank, COMPUTE)  # copies it out
             yield from self._give_back(rank, edge, slot, use)
+
+    def _drop(self, rank: int, edge: Edge, microbatch: int) -> Host:
+        ring = self.edges[edge]
+        ring.kept.append(ring.lent.pop(microbatch))
+        if len(ring.kept) > self.keeps:
+            yield from self._give_back(rank, edge, *ring.kept.popleft())
 
     def _give_back(self, rank: int, edge: Edge, slot: int, use: int) -> Host:
         yield from self.device.enqueue(rank, COMPUTE, signal=("released", edge, slot, use))

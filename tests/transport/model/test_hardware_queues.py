@@ -54,10 +54,10 @@ def plans(family: str, ranks: Sequence[int], microbatches: Sequence[int]) -> lis
     return found
 
 
-def check(plan: Plan, queues: Mapping[Stream, int], schedulers: Mapping[str, Scheduler]) -> None:
+def check(plan: Plan, queues: Mapping[Stream, int], schedulers: Mapping[str, Scheduler], *, keeps: int = 0) -> None:
     orders = communicate(plan)
     for name, scheduler in schedulers.items():
-        run = Run(plan, Device(queues), orders)
+        run = Run(plan, Device(queues), orders, keeps=keeps)
         finish(run, scheduler)
         assert run.stuck() == [], f"{plan.family}, {name}"
         assert run.device.early == [], f"{plan.family}, {name}"
@@ -75,6 +75,13 @@ def test_no_plan_blocks_on_one_queue_per_process_or_device(family: str) -> None:
                 one_device(ranks, STREAMS, 2),
             ):
                 check(plan, queues, schedulers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_kept_for_longer_than_planned_block_nobody(family: str) -> None:
+    """What arrives beyond the lent ones is copied out."""
+    for plan in plans(family, (2,), (4,)):
+        check(plan, one_device(2, STREAMS, 1), extremes(), keeps=1)
 
 
 @pytest.mark.long
