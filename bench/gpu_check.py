@@ -103,6 +103,9 @@ def steps(scratch: Path) -> list[Step]:
     found.append(
         Step("p2p", [python, "-m", "pipex", "bench", "p2p", "--transport", "device", "-n", "20", "--json"], 45,
              read=_bench("p2p")))  # fmt: skip
+    found.append(
+        Step("overlap", [python, "-m", "pipex", "bench", "overlap", "--device", "cuda", "-n", "10", "--json"], 60,
+             read=_bench("overlap")))  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|drop-in|backward|gemm", required=True)
+    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|overlap|drop-in|backward|gemm", required=True)
     p2p = benches.add_parser(
         "p2p", help="half a round trip between two ranks: pipex's transports, torch.distributed, a plain copy",
         description="Half a round trip between two ranks, by one of pipex's transports, by torch.distributed's Gloo or "
@@ -41,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(step, samples=20, floor="how many times faster than torch's a step must be, such as 1f1b/1024x64=1")
     step.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
                       help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
+
+    overlap = benches.add_parser(
+        "overlap", help="how much of a step is communication that computing does not hide, for each schedule",
+        description="How much of a step is communication that computing does not hide, for each schedule.",
+    )  # fmt: skip
+    overlap.add_argument("--schedules", default="gpipe,1f1b,zb-h1,zbv", help="default: gpipe,1f1b,zb-h1,zbv")
+    overlap.add_argument("--ranks", metavar="COUNT", type=int, default=2, help="default: 2")
+    overlap.add_argument("-m", metavar="COUNT", type=int, default=8, help="micro-batches per step (default: 8)")
+    overlap.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                         help="where; larger stages on cuda (default: cpu)")  # fmt: skip
+    _add_common(overlap, samples=20, floor="most that free messages may be faster, as free ÷ pipex, such as "
+                "1f1b/128x64=0.9")  # fmt: skip
+    overlap.add_argument("--max-exposed-share", metavar="CASE=SHARE,...",
+                         help="most of a step, such as 1f1b/128x64=0.1")  # fmt: skip
 
     drop_in = benches.add_parser(
         "drop-in", help="a training step of torch.distributed.pipelining, with and without pipex.drop_in()",
@@ -103,9 +117,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(
             "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
         )
-    return {"p2p": _p2p, "step": _step, "drop-in": _drop_in, "backward": _backward, "gemm": _gemm}[options.bench](
-        options
-    )
+    return {"p2p": _p2p, "step": _step, "overlap": _overlap, "drop-in": _drop_in, "backward": _backward, "gemm": _gemm}[
+        options.bench
+    ](options)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
@@ -153,6 +167,28 @@ def _step(options: argparse.Namespace) -> int:
             floors += parse_floors(text, step.PROVIDER, figure, [case.name for case in cases])
     rows = step.measure(cases, Rounds(options.n, options.w))
     return finish(environment(threads_per_rank(step.RANKS)), rows, floors, as_json=options.json)
+
+
+def _overlap(options: argparse.Namespace) -> int:
+    from pipex.bench import gpu, overlap
+    from pipex.bench.driver import Rounds
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish, parse_floors
+    from pipex.runtime.worlds import threads_per_rank
+
+    sizes = {"cpu": (128, 64), "cuda": (2048, 2048)}[options.device]
+    cases = [overlap.Case(name, options.ranks, options.m, *sizes) for name in options.schedules.split(",")]
+    for case in cases:
+        case.plan()  # an unknown schedule, or sizes that do not fit it
+    floors = []
+    for text, figure, most in ((options.min_ratio, "ratio", False), (options.max_exposed_share, "exposed_share", True)):
+        if text is not None:
+            floors += parse_floors(text, overlap.PROVIDER, figure, [case.name for case in cases], most=most)
+    header = environment(threads_per_rank(options.ranks))
+    if options.device == "cuda":
+        header |= gpu.describe_gpu(gpu.require_gpu("pipex bench overlap --device cuda"))
+    rows = overlap.run(cases, Rounds(options.n, options.w), options.device)
+    return finish(header, rows, floors, as_json=options.json)
 
 
 def _drop_in(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 from pipex.observe.events import Event
@@ -66,7 +67,7 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
                 per_stage[event.stage] += (event.end - event.begin) / 1e9
         for stage, seconds in per_stage.items():
             stages[stage].append(seconds)
-        messages.extend(_messages(step))
+        messages += chain.from_iterable(_messages(step))
         for collected, rank in zip(shares, step, strict=True):
             for what, share in _shares(rank).items():
                 collected[what].append(share)
@@ -82,17 +83,24 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
     )
 
 
-def _messages(step: Sequence[Sequence[Event]]) -> list[float]:
-    """A message is under way from the later of its two begins (the send's, the receive's) to the receive's end."""
+def message_waits(step: Sequence[Sequence[Event]]) -> list[float]:
+    """Per rank the seconds of one step in which it waited for messages that their senders had handed over."""
+    return [sum(rank) for rank in _messages(step)]
+
+
+def _messages(step: Sequence[Sequence[Event]]) -> list[list[float]]:
+    """Per receiving rank. A message is under way from the later of its two begins (the send's, the receive's) to the
+    receive's end."""
     sends = {(e.kind, e.stage, e.microbatch): e for rank in step for e in rank if e.kind.startswith("SEND")}
-    times = []
+    times: list[list[float]] = []
     for rank in step:
+        times.append([])
         for event in rank:
             if event.kind in ("RECV_F", "RECV_B"):
                 source = event.stage + (-1 if event.kind == "RECV_F" else 1)
                 send = sends.get((event.kind.replace("RECV", "SEND"), source, event.microbatch))
                 if send is not None:  # none between stages of one rank
-                    times.append((event.end - max(send.begin, event.begin)) / 1e9)
+                    times[-1].append((event.end - max(send.begin, event.begin)) / 1e9)
     return times
 
 
