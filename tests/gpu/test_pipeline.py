@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from small_pipeline import data, layers, optimizer, train
+from small_pipeline import data, layers, optimizer, train, train_until_one_is_killed
 from torch import nn
 
 import pipex
+from pipex.errors import PeerLost
 from pipex.runtime.reference import OneProcess
 
 pytestmark = pytest.mark.gpu
@@ -35,3 +39,13 @@ def test_fused_pipelines_learn_alike_and_repeat_bit_for_bit() -> None:
     assert [answer["losses"] for answer in first] == [answer["losses"] for answer in again]
     for found, wanted in zip(first[0]["losses"], reference(), strict=True):
         assert float.fromhex(found) == pytest.approx(float.fromhex(wanted), rel=1e-3)
+
+
+def test_a_killed_rank_is_named_on_all_others_and_their_gpu_still_works(tmp_path: Path) -> None:
+    with pytest.raises(PeerLost, match="rank 1"):
+        pipex.launch(train_until_one_is_killed, 3, args=(str(tmp_path),), device="cuda")
+    for rank in (0, 2):
+        note = json.loads((tmp_path / str(rank)).read_text())
+        assert note["rank"] == 1
+        assert note["works"]
+        assert note["seconds"] < 2.0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pipex
+from pipex.errors import PeerLost
 from pipex.observe import Recorder
 
 WIDTH = 64
@@ -39,3 +46,25 @@ def train(family: str, ranks: int, exact: bool | None) -> dict[str, Any]:
     waits = [event.end - event.begin for event in recorder.events if event.kind.startswith("RECV")]
     staged = getattr(world, "staged", None)
     return {"losses": losses, "device": str(world.device), "staged": staged, "waits": waits}
+
+
+def train_until_one_is_killed(notes: str) -> None:
+    """Rank 1 kills itself in the third step; the others write down what they were told and whether their GPU works."""
+    world = pipex.current_world()
+    pipe = pipex.Pipeline(
+        pipex.split_model(layers(), world.ranks), pipex.build("1f1b", world.ranks, 6), nn.functional.mse_loss,
+        optimizer=optimizer,
+    )  # fmt: skip
+    for step in range(2):
+        pipe.step(*data(step))
+    if world.rank == 1:
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    before = time.monotonic()
+    try:
+        while True:
+            pipe.step(*data(0))
+    except PeerLost as error:
+        works = float(torch.ones(1000, device=world.device).sum()) == 1000
+        note = {"error": str(error), "rank": error.rank, "seconds": time.monotonic() - before, "works": works}
+        Path(notes, str(world.rank)).write_text(json.dumps(note))
+        raise
