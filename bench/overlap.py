@@ -69,6 +69,19 @@ class Case:
         return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
+def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Case]:
+    """One per schedule, from a text such as ``1f1b,zb-h1``; larger on a GPU.
+
+    Raises:
+        PlanError: an unknown schedule, or sizes that do not fit it.
+    """
+    width, tokens = {"cpu": (128, 64), "cuda": (2048, 2048)}[device]
+    found = [Case(schedule, ranks, microbatches, width, tokens) for schedule in schedules.split(",")]
+    for case in found:
+        case.plan()
+    return found
+
+
 def run(cases: Sequence[Case], rounds: Rounds, device: str) -> list[Row]:
     """Two rows per case."""
     return [row for case in cases for row in _rows(case, rounds, device)]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
+    from pipex.bench.driver import Rounds
     from pipex.bench.gemm import Case
+    from pipex.bench.report import Floor, Row
 
 # Case names are known before anything is measured, so a floor for an unknown one is refused at once.
 
@@ -136,112 +141,61 @@ def _p2p(options: argparse.Namespace) -> int:
 
     sizes = size_range(parse_size(options.b), parse_size(options.e), options.f)
     from pipex.bench import gpu, p2p
-    from pipex.bench.driver import Rounds
-    from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors
 
-    floors = []
-    cases = [format_size(size) for size in sizes]
     transport = p2p.TRANSPORTS[options.transport]
-    for text, figure in ((options.min_ratio, "ratio"), (options.min_copy_share, "copy_share")):
-        if text is not None:
-            floors += parse_floors(text, transport.provider, figure, cases)
-    header = environment(p2p.THREADS)
-    if transport.device == "cuda":
-        header |= gpu.describe_gpu(p2p.require_gpus(options.transport))
-    rows = p2p.measure(sizes, Rounds(options.n, options.w), options.transport, both_ways=options.bidirectional)
-    return finish(header, rows, floors, as_json=options.json)
+    floors = _floors(options, transport.provider, [format_size(size) for size in sizes])
+    gpu_facts = gpu.describe_gpu(p2p.require_gpus(options.transport)) if transport.device == "cuda" else {}
+    rows = p2p.measure(sizes, _rounds(options), options.transport, both_ways=options.bidirectional)
+    return _finish(options, p2p.THREADS, gpu_facts, rows, floors)
 
 
 def _step(options: argparse.Namespace) -> int:
     from pipex.bench import step
-    from pipex.bench.driver import Rounds
-    from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors
     from pipex.runtime.worlds import threads_per_rank
 
     cases = step.cases(options.schedules, options.shapes, options.m)
-    floors = []
-    for text, figure in ((options.min_ratio, "ratio"), (options.min_overhead_ratio, "overhead_ratio")):
-        if text is not None:
-            floors += parse_floors(text, step.PROVIDER, figure, [case.name for case in cases])
-    rows = step.measure(cases, Rounds(options.n, options.w))
-    return finish(environment(threads_per_rank(step.RANKS)), rows, floors, as_json=options.json)
+    floors = _floors(options, step.PROVIDER, [case.name for case in cases])
+    return _finish(options, threads_per_rank(step.RANKS), {}, step.measure(cases, _rounds(options)), floors)
 
 
 def _overlap(options: argparse.Namespace) -> int:
-    from pipex.bench import gpu, overlap
-    from pipex.bench.driver import Rounds
-    from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors
+    from pipex.bench import overlap
     from pipex.runtime.worlds import threads_per_rank
 
-    sizes = {"cpu": (128, 64), "cuda": (2048, 2048)}[options.device]
-    cases = [overlap.Case(name, options.ranks, options.m, *sizes) for name in options.schedules.split(",")]
-    for case in cases:
-        case.plan()  # an unknown schedule, or sizes that do not fit it
-    floors = []
-    for text, figure, most in ((options.min_ratio, "ratio", False), (options.max_exposed_share, "exposed_share", True)):
-        if text is not None:
-            floors += parse_floors(text, overlap.PROVIDER, figure, [case.name for case in cases], most=most)
-    header = environment(threads_per_rank(options.ranks))
-    if options.device == "cuda":
-        header |= gpu.describe_gpu(gpu.require_gpu("pipex bench overlap --device cuda"))
-    rows = overlap.run(cases, Rounds(options.n, options.w), options.device)
-    return finish(header, rows, floors, as_json=options.json)
+    cases = overlap.cases(options.schedules, options.ranks, options.m, options.device)
+    floors = _floors(options, overlap.PROVIDER, [case.name for case in cases])
+    _, gpu_facts = _device(options)
+    rows = overlap.run(cases, _rounds(options), options.device)
+    return _finish(options, threads_per_rank(options.ranks), gpu_facts, rows, floors)
 
 
 def _drop_in(options: argparse.Namespace) -> int:
     from pipex.bench import drop_in
-    from pipex.bench.driver import Rounds
-    from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors
 
     cases = drop_in.cases(options.schedules, options.ranks)
-    floors = []
-    if options.min_ratio is not None:
-        floors += parse_floors(options.min_ratio, drop_in.PROVIDER, "ratio", [case.name for case in cases])
-    rows = drop_in.measure(cases, Rounds(options.n, options.w))
-    return finish(environment(drop_in.THREADS), rows, floors, as_json=options.json)
+    floors = _floors(options, drop_in.PROVIDER, [case.name for case in cases])
+    return _finish(options, drop_in.THREADS, {}, drop_in.measure(cases, _rounds(options)), floors)
 
 
 def _backward(options: argparse.Namespace) -> int:
     import torch
 
-    from pipex.bench import backward, gpu
-    from pipex.bench.driver import Rounds
-    from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors
+    from pipex.bench import backward
 
     cases = backward.CASES[options.device]
-    floors = []
-    for text, figure, most in (
-        (options.min_ratio, "ratio", False),
-        (options.max_over_whole, "over_whole", True),
-        (options.max_forward_over_whole, "forward_over_whole", True),
-        (options.max_held_share, "held_share", True),
-    ):
-        if text is not None:
-            floors += parse_floors(text, backward.PROVIDER, figure, [case.name for case in cases], most=most)
-    device, header = torch.device("cpu"), environment(1)
-    if options.device == "cuda":
-        device = gpu.require_gpu("pipex bench backward --device cuda")
-        header |= gpu.describe_gpu(device)
+    floors = _floors(options, backward.PROVIDER, [case.name for case in cases])
+    device, gpu_facts = _device(options)
     torch.set_num_threads(1)
-    rows = backward.measure(cases, Rounds(options.n, options.w), device)
-    return finish(header, rows, floors, as_json=options.json)
+    return _finish(options, 1, gpu_facts, backward.measure(cases, _rounds(options), device), floors)
 
 
 def _gemm(options: argparse.Namespace) -> int:
     from pipex.bench import gemm, gpu
-    from pipex.bench.driver import Rounds
     from pipex.bench.environment import environment
-    from pipex.bench.report import finish, parse_floors, say
+    from pipex.bench.report import say
 
     chosen = products(options)
-    floors = []
-    if options.min_ratio is not None:
-        floors = parse_floors(options.min_ratio, gemm.PROVIDER, "ratio", [case.name for case in chosen])
+    floors = _floors(options, gemm.PROVIDER, [case.name for case in chosen])
     if options.compile_only:
         gemm.require_triton()
         lines = gemm.compiled_lines()
@@ -249,12 +203,53 @@ def _gemm(options: argparse.Namespace) -> int:
         return say(environment(1) | gemm.triton_version(), lines, sentences, as_json=options.json)
     device = gpu.require_gpu("pipex bench gemm", "--compile-only says what the kernels cost without one")
     gemm.require_triton()
-    clock, rounds = gpu.Clock(device), Rounds(options.n, options.w)
+    clock, rounds = gpu.Clock(device), _rounds(options)
     ceilings = clock.ceilings(chosen[0].dtype, rounds)
     rows = gemm.measure(chosen, rounds, clock, ceilings)
     found = {"ceiling_tflop_per_s": round(ceilings[0], 1), "ceiling_gb_per_s": round(ceilings[1], 1)}
-    header = environment(1) | gemm.triton_version() | gpu.describe_gpu(device) | found
-    return finish(header, rows, floors, as_json=options.json)
+    return _finish(options, 1, gemm.triton_version() | gpu.describe_gpu(device) | found, rows, floors)
+
+
+# What they share.
+
+
+def _rounds(options: argparse.Namespace) -> Rounds:
+    from pipex.bench.driver import Rounds
+
+    return Rounds(options.n, options.w)
+
+
+def _floors(options: argparse.Namespace, provider: str, cases: Sequence[str]) -> list[Floor]:
+    """What ``--min-FIGURE`` and ``--max-FIGURE`` ask of the provider."""
+    from pipex.bench.report import parse_floors
+
+    floors: list[Floor] = []
+    for option, text in vars(options).items():
+        least_or_most, _, figure = option.partition("_")
+        if least_or_most in ("min", "max") and text is not None:
+            floors += parse_floors(text, provider, figure, cases, most=least_or_most == "max")
+    return floors
+
+
+def _device(options: argparse.Namespace) -> tuple[torch.device, dict[str, str]]:
+    """Where ``--device`` says, and what a report says of that."""
+    import torch
+
+    from pipex.bench import gpu
+
+    if options.device == "cpu":
+        return torch.device("cpu"), {}
+    device = gpu.require_gpu(f"pipex bench {options.bench} --device cuda")
+    return device, gpu.describe_gpu(device)
+
+
+def _finish(
+    options: argparse.Namespace, threads: int, facts: Mapping[str, Any], rows: Sequence[Row], floors: Sequence[Floor]
+) -> int:
+    from pipex.bench.environment import environment
+    from pipex.bench.report import finish
+
+    return finish(environment(threads) | dict(facts), rows, floors, as_json=options.json)
 
 
 def products(options: argparse.Namespace) -> list[Case]:
