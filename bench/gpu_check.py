@@ -83,35 +83,30 @@ def steps(scratch: Path) -> list[Step]:
         "build", [python, "setup.py", "build_ext", "--inplace"], 150, needs_gpu=False,
         environment={"PIPEX_CUDA": "ON" if shutil.which("nvcc") else "AUTO"},
     )  # fmt: skip
+    for_tests = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
+    tests = Step(
+        "tests", [*pytest, "tests/gpu", f"--junitxml={results}"], 180, read=lambda _, to: _tests(results, to),
+        environment=for_tests,
+    )  # fmt: skip
+
+    def bench(name: str, seconds: float, *arguments: str) -> Step:
+        command = [python, "-m", "pipex", "bench", *arguments, "--json"]
+        return Step(name, command, seconds, read=_bench(name))
+
     found = [
         build,
-        Step(
-            "tests",
-            [*pytest, "tests/gpu", f"--junitxml={results}"],
-            180,
-            read=lambda _, to: _tests(results, to),
-            environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])},
-        ),
-        Step("gemm", [python, "-m", "pipex", "bench", "gemm", "--json"], 180, read=_bench("gemm")),
-        Step(
-            "backward",
-            [python, "-m", "pipex", "bench", "backward", "--device", "cuda", "--json"],
-            60,
-            read=_bench("backward"),
-        ),
+        tests,
+        bench("gemm", 150, "gemm"),
+        bench("backward", 60, "backward", "--device", "cuda"),
+        bench("p2p", 45, "p2p", "--transport", "device", "-n", "20"),
+        bench("overlap", 60, "overlap", "--device", "cuda", "-n", "10"),
+        bench("pipeline", 60, "overlap", "--device", "cuda", "--virtual-devices", "--ranks", "4", "-n", "10"),
     ]
-    found.append(
-        Step("p2p", [python, "-m", "pipex", "bench", "p2p", "--transport", "device", "-n", "20", "--json"], 45,
-             read=_bench("p2p")))  # fmt: skip
-    found.append(
-        Step("overlap", [python, "-m", "pipex", "bench", "overlap", "--device", "cuda", "-n", "10", "--json"], 60,
-             read=_bench("overlap")))  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]
-        caching = found[1].environment | {
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
-        }  # or a buffer's neighbour looks like its own memory
+        # Or a buffer's neighbour looks like its own memory.
+        caching = for_tests | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found.append(Step("memcheck", [*command, "-k", "small"], 90, environment=caching))
     return found
 

@@ -6,8 +6,8 @@
 A sample is the makespan of a step's actions, from the first start to the last end over all ranks. ``exposed_share`` is
 the part of it that the rank that waited longest spent on messages: the time in which it computed nothing because it
 handed one over, or waited for one that its peer had handed over already. Waiting for a peer that is not done is the
-schedule's, not communication's; ``waiting_share`` has both. Losses are compared with those of one process: bit by bit
-on the CPU, within ``TOLERANCE`` on a GPU.
+schedule's, not communication's; ``waiting_share`` has both. ``bubble`` is the makespan bubble. Losses are compared with
+those of one process: bit by bit on the CPU, within ``TOLERANCE`` on a GPU.
 """
 
 from __future__ import annotations
@@ -101,14 +101,21 @@ def _rows(case: Case, rounds: Rounds, device: str) -> list[Row]:
         on_messages = [waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks), strict=True)]
         exposed.append(max(on_messages) / (span / 1e9))
         waiting.append(max(_seconds(rank, "RECV") for rank in ranks) / (span / 1e9))
-    free = 1e6 * plans.simulate(case.plan(), measured_costs(case.plan(), figures.action, 0.0)).makespan
+    simulated = plans.simulate(case.plan(), measured_costs(case.plan(), figures.action, 0.0))
+    free = 1e6 * simulated.makespan
     time = quantiles(spans)
-    shares: dict[str, float | None] = {"exposed_share": median(exposed), "waiting_share": median(waiting)}
+    shares: dict[str, float | None] = {
+        "exposed_share": median(exposed),
+        "waiting_share": median(waiting),
+        "bubble": figures.bubble_makespan,
+        "tokens_per_s": 1e6 * case.microbatches * case.tokens / time.p50,
+    }
+    ideal = {**dict.fromkeys(shares), "bubble": simulated.bubble_makespan}
     size = {"shape": [case.microbatches, case.tokens, case.width]}
     correct = all(answer["correct"] for answer in answers)
     return [
         Row(case.name, PROVIDER, size, time, free / time.p50, correct, shares),
-        Row(case.name, PEER, size, quantiles([free]), 1.0, True, dict.fromkeys(shares)),
+        Row(case.name, PEER, size, quantiles([free]), 1.0, True, ideal),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overlap.add_argument("-m", metavar="COUNT", type=int, default=8, help="micro-batches per step (default: 8)")
     overlap.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                          help="where; larger stages on cuda (default: cpu)")  # fmt: skip
+    overlap.add_argument("--virtual-devices", action="store_true",
+                         help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
     _add_common(overlap, samples=20, floor="most that free messages may be faster, as free ÷ pipex, such as "
                 "1f1b/128x64=0.9")  # fmt: skip
     overlap.add_argument("--max-exposed-share", metavar="CASE=SHARE,...",
@@ -160,12 +163,17 @@ def _step(options: argparse.Namespace) -> int:
 
 def _overlap(options: argparse.Namespace) -> int:
     from pipex.bench import overlap
+    from pipex.bench.virtual_devices import shared_among
+    from pipex.errors import InputError
     from pipex.runtime.worlds import threads_per_rank
 
     cases = overlap.cases(options.schedules, options.ranks, options.m, options.device)
     floors = _floors(options, overlap.PROVIDER, [case.name for case in cases])
-    _, gpu_facts = _device(options)
-    rows = overlap.run(cases, _rounds(options), options.device)
+    if options.virtual_devices and options.device == "cpu":
+        raise InputError("CPUs are not shared out", got="--virtual-devices", needed="--device cuda with it")
+    with shared_among(options.ranks) if options.virtual_devices else nullcontext():
+        rows = overlap.run(cases, _rounds(options), options.device)
+    _, gpu_facts = _device(options)  # afterwards: CUDA must not start in this process before its ranks have
     return _finish(options, threads_per_rank(options.ranks), gpu_facts, rows, floors)
 
 
