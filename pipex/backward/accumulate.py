@@ -7,28 +7,39 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
+
+
+def hooks_on(node: Node) -> tuple[Mapping[int, object], Mapping[int, object]]:
+    """The hooks that run before and after a node of the graph, those included that come later; those put there from
+    C++, as DDP's are, do not show.
+
+    torch keeps all hooks of one kind on a node in one dict, which the handle of any hook of that kind shows.
+    """
+    handles = node.register_prehook(lambda _: None), node.register_hook(lambda *_: None)
+    before, after = (handle.hooks_dict_ref() for handle in handles)
+    assert before is not None, "the node holds it"
+    assert after is not None
+    for handle in handles:
+        handle.remove()
+    return before, after
 
 
 class Accumulator:
     """autograd's accumulator of a parameter, held, so that a hook which somebody puts on it is seen.
 
-    An accumulator lives as long as somebody holds it, and the hooks on it as long as the accumulator. torch keeps all
-    hooks of one kind on a node in one dict, which the handle of any hook of that kind shows.
+    An accumulator lives as long as somebody holds it, and the hooks on it as long as the accumulator.
     """
 
     __slots__ = ("_after", "_before", "node")
 
     def __init__(self, parameter: Tensor) -> None:
         self.node = get_gradient_edge(parameter).node
-        handles = self.node.register_prehook(lambda _: None), self.node.register_hook(lambda *_: None)
-        self._before, self._after = (handle.hooks_dict_ref() for handle in handles)
-        for handle in handles:
-            handle.remove()
+        self._before, self._after = hooks_on(self.node)
 
     @property
     def hooked(self) -> bool:
-        """Whether something is to happen when it runs (hooks put there from C++, as DDP's are, do not show)."""
+        """Whether something is to happen when it runs."""
         return bool(self._before or self._after)
 
 
@@ -68,7 +79,7 @@ def accumulate(
             if so_far is None and gradient.stride() == parameter.stride():
                 parameter.grad = gradient
                 continue
-            if so_far is not None and so_far.layout is gradient.layout and type(so_far) is Tensor:
+            if so_far is not None and so_far.layout is gradient.layout and is_plain(so_far):
                 sums.append(so_far)
                 additions.append(gradient)
                 continue
@@ -93,6 +104,11 @@ def only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) -> 
         or accumulator.hooked
         or getattr(parameter, "grad_dtype", gradient.dtype) is not gradient.dtype
     )
+
+
+def is_plain(gradient: Tensor) -> bool:
+    """Whether adding to it in place is the addition alone: no subclass sees it, and no graph records it."""
+    return type(gradient) is Tensor and not gradient.requires_grad
 
 
 def main_grad_of(parameter: Tensor) -> Tensor | None:

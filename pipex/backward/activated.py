@@ -16,38 +16,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipex.backward import products, recording
+from pipex.backward.accumulate import hooks_on
 from pipex.backward.choice import TRITON, provider
+from pipex.backward.passes import announced
 from pipex.backward.uses import LinearUse, as_rows
 from pipex.errors import UnsupportedModule
 
 
 class Activation(NamedTuple):
-    """What was applied, and to what: z, or the gate and up of SwiGLU."""
+    """What was applied, to what (z, or the gate and up of SwiGLU), and what was made that gets no gradient here."""
 
     name: str
     inputs: tuple[Tensor, ...]
+    passed_by: tuple[Tensor, ...]
 
 
-def activation_of(x: Tensor) -> Activation | None:
-    """What x is the output of, where the gradient of that can be made in the product's epilogue; else None."""
+def activation_of(x: Tensor, since: int) -> Activation | None:
+    """What x is the output of, where the gradient of that can be made in the product's epilogue; else None.
+
+    Args:
+        since: the sequence number of the stage's first node. What was made before may be an input of the stage.
+    """
     node: Any = x.grad_fn
-    if node is None or _observed(x):
+    if node is None:
         return None
     kind = node.name()
+    found = None
     try:  # a saved tensor that was changed since is refused here as in a backward
-        if kind == "GeluBackward0":
-            return Activation("gelu" if node._saved_approximate == "none" else "gelu_tanh", (node._saved_self,))
-        if kind == "SiluBackward0":
-            return Activation("silu", (node._saved_self,))
-        if kind == "MulBackward0":
+        if kind == "GeluBackward0" and _is_at_hand(node._raw_saved_self):
+            name = "gelu" if node._saved_approximate == "none" else "gelu_tanh"
+            found = Activation(name, (node._saved_self,), (x,))
+        elif kind == "SiluBackward0" and _is_at_hand(node._raw_saved_self):
+            found = Activation("silu", (node._saved_self,), (x,))
+        elif kind == "MulBackward0" and _is_at_hand(node._raw_saved_self) and _is_at_hand(node._raw_saved_other):
             silu, up = node._saved_self, node._saved_other
             inner: Any = None if silu is None else silu.grad_fn
-            gated = inner is not None and inner.name() == "SiluBackward0" and not _observed(silu)
+            gated = inner is not None and inner.name() == "SiluBackward0" and _is_at_hand(inner._raw_saved_self)
             if gated and up.shape == silu.shape and up.dtype is silu.dtype:
-                return Activation("swiglu", (inner._saved_self, up))
+                found = Activation("swiglu", (inner._saved_self, up), (x, silu))
     except RuntimeError:
         return None
-    return None
+    return None if found is None or any(_is_wanted(tensor, since) for tensor in found.passed_by) else found
 
 
 def worthwhile(activation: Activation, x: Tensor, weight: Tensor) -> bool:
@@ -65,25 +74,29 @@ def activated_linear(use: LinearUse, activation: Activation, weight: Tensor, bia
         weight, bias: aliases, which need no gradient.
     """
     x = use.x
-    y: Tensor = _ActivatedLinear.apply(use, activation.name, weight, bias, *activation.inputs)  # type: ignore[no-untyped-call]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)  # outside: a Function's view must not be changed in place
+    y: Tensor = _ActivatedLinear.apply(use, activation, weight, bias, *activation.inputs)  # type: ignore[no-untyped-call]
+    # Viewed outside: a view that a Function returns must not be changed in place.
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, use: LinearUse, name: str, weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
-        ctx.use, ctx.activation = use, name
+    def forward(
+        ctx: Any, use: LinearUse, activation: Activation, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.use, ctx.activation, ctx.passed_by = use, activation.name, activation.passed_by
         ctx.save_for_backward(weight, *inputs)
         return recording.torch_linear(as_rows(use.x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if _observed(ctx.use.x):
+        if any(_observed(tensor) for tensor in ctx.passed_by):
             raise UnsupportedModule(
                 "a gradient was asked for that is not made: of an activation between its function and a linear layer",
                 fix="register hooks and call retain_grad before the linear layer runs",
             )
+        ctx.passed_by = ()  # so that no graph hangs on an output that is kept
         ctx.use.capture(dy)
         weight, *inputs = ctx.saved_tensors
         dy, matrices = as_rows(dy), [as_rows(z) for z in inputs]
@@ -97,6 +110,21 @@ class _ActivatedLinear(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
+def _is_at_hand(saved: Any) -> bool:
+    """Whether what a node has saved is that itself: no hook would have to load it or, in a checkpoint, to compute it.
+    A torch that cannot tell has no ``unpack_hook``."""
+    return getattr(saved, "unpack_hook", saved) is None
+
+
+def _is_wanted(x: Tensor, since: int) -> bool:
+    """Whether the gradient of x must be made: for somebody who waits for it or, where x is older, for who has made x.
+
+    On nodes there are the hooks of ``torch.nn.Module.register_backward_hook``.
+    """
+    node: Any = x.grad_fn
+    return _observed(x) or node._sequence_nr() < since or any(hooks_on(node))
+
+
 def _observed(x: Tensor) -> bool:
     """Whether somebody waits for the gradient of x itself."""
-    return bool(x._backward_hooks) or x.retains_grad
+    return x.retains_grad or any(not isinstance(key, announced) for key in x._backward_hooks or ())

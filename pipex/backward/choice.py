@@ -27,6 +27,7 @@ import torch
 
 from pipex.backward.tuning import Gpu, Product, Table
 from pipex.backward.tuning_files import find
+from pipex.errors import headline
 
 Provider = Literal["triton", "torch"]
 TRITON: Provider = "triton"
@@ -103,9 +104,12 @@ def provider(
 @cache
 def problem(device: torch.device) -> str | None:
     """Why Triton, which is installed, cannot be used on a device; found by using it, once."""
-    from pipex.triton_kernels.trial import trial
+    try:
+        from pipex.triton_kernels.trial import trial
 
-    reason = trial(device)
+        reason = trial(device)
+    except Exception as error:  # from Triton's own import
+        reason = headline(error)
     if reason is not None:
         warnings.warn(f"Triton cannot be used, so torch makes all products: {reason}", RuntimeWarning, stacklevel=4)
     return reason

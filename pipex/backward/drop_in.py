@@ -228,7 +228,10 @@ def _backward_weight_one_chunk(self: _PipelineStageBase, bwd_chunk_id: int, last
         _original(_PipelineStageBase, "backward_weight_one_chunk")(self, bwd_chunk_id, last_backward=last_backward)
         return
     del self.dw_runner[bwd_chunk_id]
-    weight(more=(self.stage_index, bwd_chunk_id) in _followed.get())
+    more = (self.stage_index, bwd_chunk_id) in _followed.get()
+    weight(more)
+    if not more and self in _splitters:
+        _splitters[self].fused.add()  # of the W's before, where this micro-batch went through nothing recorded
     if last_backward and isinstance(self.submod, DistributedDataParallel):
         _reduce(self.submod)
 

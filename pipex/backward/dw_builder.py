@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -27,11 +29,11 @@ def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
     forward = module.forward
     ended: list[Tape] = []
 
-    def prepared(*args: Any, **kwargs: Any) -> Any:
+    def prepared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with splitter.record(ended.append):
-            return forward(*args, **kwargs)
+            return (forward if self is module else partial(type(self).forward, self))(*args, **kwargs)
 
-    module.forward = prepared
+    module.forward = MethodType(prepared, module)  # a method, so that a copy of the module does not run this one
 
     def build() -> Callable[[], None]:
         tapes = ended[:]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipex.backward import reductions
-from pipex.backward.accumulate import Accumulator, main_grad_of, only_adds, tell_of_main_grad
+from pipex.backward.accumulate import Accumulator, is_plain, main_grad_of, only_adds, tell_of_main_grad
 from pipex.backward.products import DTYPES, add_weight_gradients
 from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows
 from pipex.triton_kernels.checks import OPERAND_DTYPES
@@ -126,10 +126,10 @@ class FusedProducts:
                 return False
             gradient = parameter.grad
         return gradient is None or (
-            type(gradient) is Tensor
+            is_plain(gradient)
             and gradient.is_contiguous()
             and gradient.device == dy.device
-            and gradient.dtype in (dy.dtype, torch.float32)
+            and (gradient.dtype is dy.dtype or (gradient.dtype is torch.float32 and dy.dtype.itemsize < 4))
         )
 
     def clear(self) -> None:
@@ -150,14 +150,14 @@ class FusedProducts:
         for layer in layers:
             if not layer.dys:
                 continue
-            form, ids = layer.form, {id(parameter) for parameter in layer.parameters}
+            form, places = layer.form, {_gradient(parameter).data_ptr() for parameter in layer.parameters}
             for other, taken, group in launches:
-                if other == form and not taken & ids:  # no gradient may be added to twice at a time
-                    taken |= ids
+                if other == form and not taken & places:  # no gradient may be added to twice at a time
+                    taken |= places
                     group.append(layer)
                     break
             else:
-                launches.append((form, ids, [layer]))
+                launches.append((form, places, [layer]))
         for _, _, group in launches:
             biases = [_gradient(layer.bias) for layer in group if layer.bias is not None]
             add_weight_gradients(

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from pipex.backward.root import anchor
 from pipex.errors import UnsupportedModule
 
 if TYPE_CHECKING:
@@ -62,8 +60,12 @@ def _hooks_of(output: Tensor) -> dict[Any, Callable[[Tensor], None]]:
     return hooks
 
 
-def end_of(tape: Tape, task: int) -> None:
-    """Gives the tape to whoever announced the pass."""
+def then_of(tape: Tape, task: int) -> Then:
+    """What becomes of the tape at the end of this pass.
+
+    Raises:
+        UnsupportedModule: nobody has announced it.
+    """
     then = tape.then or _announced.get(task)
     if then is None or tape.recording:
         raise UnsupportedModule(
@@ -72,7 +74,7 @@ def end_of(tape: Tape, task: int) -> None:
             fix="call pipex.stage_backward there, or run the part that differentiates itself (a gradient penalty, "
             "forces) outside of the stage",
         )
-    then(tape)
+    return then
 
 
 def refuse_graph_of_gradients() -> None:
@@ -89,10 +91,10 @@ def refuse_graph_of_gradients() -> None:
         )
 
 
-def accumulates(x: Tensor) -> bool:
-    """Called during a pass over an operation on ``x``: whether it adds to ``.grad`` all that it comes to, as
+def accumulates() -> bool:
+    """Called during a pass, by an operation that it has come to: whether it adds to ``.grad`` all that it comes to, as
     ``backward`` does, or is an ``autograd.grad``, which makes the gradients that it was asked for and no others."""
-    node = get_gradient_edge(x if x.requires_grad else anchor).node
+    node: Any = torch._C._current_autograd_node()
     while node.next_functions:
         following = next((n for n, _ in node.next_functions if n is not None), None)
         if following is None:

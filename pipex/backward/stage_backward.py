@@ -145,9 +145,23 @@ def stage_backward_weight(
             tape.add_to(sums)
         for parameter, gradient in zip(group["params"], group["grads"], strict=True):
             sums.add(parameter, gradient)
-        accumulate(sums.parameters, sums.gradients)
+        with _without_hooks(group["params"]):
+            accumulate(sums.parameters, sums.gradients)
     param_groups.clear()
     return tuple(weight.grad for weight in weights)
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """In here no gradient hook on these runs: I has run them, on gradients that it has asked autograd for."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooks:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, its_hooks in hooks:
+            parameter._backward_hooks = its_hooks
 
 
 def _with_graph(output: Any, gradient: Any) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -19,20 +19,23 @@ Nor can anything be lost unseen: a pass that nobody has announced is refused (``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import has_torch_function_unary
 from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator, accumulate
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
-from pipex.backward.passes import Then, accumulates, announced, end_of, refuse_graph_of_gradients
+from pipex.backward.passes import Then, accumulates, announced, refuse_graph_of_gradients, then_of
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
 
@@ -87,7 +90,7 @@ class Splitter:
         if known is not None and parameter.is_set_to(known):  # the same memory, shape and strides
             return known
         fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
-        if id(parameter) not in self._recordable or not fits:
+        if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
             return None  # not ours, frozen when the tapes' owner was made, or not recorded everywhere
         self._watch(parameter)
         self._aliases[id(parameter)] = alias = parameter.detach()
@@ -125,7 +128,7 @@ class Tape:
     freed with its output.
     """
 
-    __slots__ = ("_before", "_graph_task", "_outer", "_splitter", "_uses", "recording", "then")
+    __slots__ = ("_first_node", "_outer", "_passes", "_splitter", "_uses", "recording", "then")
 
     def __init__(self, splitter: Splitter, then: Then | None) -> None:
         self._splitter = splitter
@@ -133,11 +136,13 @@ class Tape:
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
         self._uses: list[tuple[Use, Tensor, int]] = []
-        self._before = 0  # how many of them are of passes that have ended
+        # The same of passes that have not ended, by the engine's graph task: one may run inside of another.
+        self._passes: dict[int, MutableSequence[tuple[Use, Tensor, int]]] = {}
+        self._first_node = 0  # the sequence number of the first node of the graph that is made while this is open
         self._outer: Tape | None = None
-        self._graph_task = -1  # the backward pass that has begun to hand over what the uses need
 
     def __enter__(self) -> Tape:
+        self._first_node = torch.autograd._get_sequence_nr()
         self._outer = recording.start(self)
         self.recording = True
         return self
@@ -151,9 +156,11 @@ class Tape:
         w, b = self._splitter.alias(weight), self._splitter.alias(bias, weight)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
-        use = LinearUse(self, x, None if w is None else weight, None if b is None else bias)
+        # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
+        kept = x.new_empty(0) if w is None else x
+        use = LinearUse(self, kept, None if w is None else weight, None if b is None else bias)
         if w is not None and (b is None) == (bias is None) and self._splitter.fuses(x):
-            activation = activation_of(x)
+            activation = activation_of(x, self._first_node)
             if activation is not None and worthwhile(activation, x, w):
                 return activated_linear(use, activation, w, b)
         w, b = weight if w is None else w, bias if b is None else b
@@ -176,19 +183,25 @@ class Tape:
     def captured(self, use: Use, dy: Tensor) -> None:
         """A use has got its dy. Called in a backward pass, whichever it is."""
         task = torch._C._current_graph_task_id()
-        if task != self._graph_task:
-            refuse_graph_of_gradients()
-            del self._uses[self._before :]  # of a pass that was not completed
-            self._graph_task = task
-            # The engine's own place for work at the end of a pass, which DDP and FSDP use too.
-            if self.then is None or accumulates(use.x):
-                Variable._execution_engine.queue_callback(self._end_pass)
-        self._uses.append((use, dy, dy._version))
+        if task not in self._passes:
+            self._begin_pass(task)
+        self._passes[task].append((use, dy, dy._version))
 
-    def _end_pass(self) -> None:
-        self._splitter.pass_ended(self._graph_task)
-        end_of(self, self._graph_task)
-        self._before = len(self._uses)
+    def _begin_pass(self, task: int) -> None:
+        refuse_graph_of_gradients()
+        if self.then is None or accumulates():
+            self._passes[task] = []
+            # The engine's own place for work at the end of a pass, which DDP and FSDP use too.
+            Variable._execution_engine.queue_callback(partial(self._end_pass, task))
+        else:
+            self._passes[task] = deque(maxlen=0)  # nothing of it is wanted
+
+    def _end_pass(self, task: int) -> None:
+        self._splitter.pass_ended(task)
+        taken = self._passes.pop(task)
+        then = then_of(self, task)
+        self._uses += taken
+        then(self)
 
     def backward_input(
         self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
@@ -225,15 +238,19 @@ class Tape:
             more: whether the stage's next W follows at once. Then products of both may be made together, and what this
                 one's should be is in the gradients only after that.
         """
-        sums = Sums()
-        self.add_to(sums, self._splitter.fused)
-        accumulate(sums.parameters, sums.gradients, self._splitter.accumulators)
+        sums, fused = Sums(), self._splitter.fused
+        try:
+            self.add_to(sums, fused)
+            accumulate(sums.parameters, sums.gradients, self._splitter.accumulators)
+        except BaseException:
+            fused.clear()  # or the next step's W would add it
+            raise
         if not more:
-            self._splitter.fused.add()
+            fused.add()
 
     def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
         """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
-        uses, self._uses, self._before = self._uses, [], 0
+        uses, self._uses = self._uses, []
         for use, dy, version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
             if dy._version != version:
                 raise RuntimeError(
@@ -244,6 +261,11 @@ class Tape:
             taken = fused is not None and self._splitter.fuses(dy) and fused.take(use, dy)
             if not taken:
                 use.add_to(sums, dy)
+
+
+def _has_rules(parameter: Tensor) -> bool:
+    """Whether it is of a subclass that gives operations a meaning, and so gradients, of its own."""
+    return has_torch_function_unary(parameter) or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:

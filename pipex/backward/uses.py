@@ -83,9 +83,9 @@ class LinearUse(Use):
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         rows, columns = dy, self.input()
         if columns.dim() > 2:
-            columns = columns.reshape(-1, columns.shape[-1])
+            columns = columns.flatten(0, -2)  # by reshape(-1, 0) the number of rows would be lost
         if rows.dim() > 2:
-            rows = rows.reshape(-1, rows.shape[-1])
+            rows = rows.flatten(0, -2)
         if self.bias is not None:
             sums.add(self.bias, rows.sum(0))
         if self.weight is not None:
@@ -112,6 +112,6 @@ class EmbeddingUse(Use):
 
 def as_rows(tensor: Tensor) -> Tensor:
     """As a matrix [T, C] whose rows do not overlap and have no gaps within: what the kernels read."""
-    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    matrix = tensor if tensor.dim() == 2 else tensor.flatten(0, -2)
     by_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
     return matrix if by_rows else matrix.contiguous()

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zoo import run_functions, run_split
 
-from pipex.backward import Splitter, activated, products
+from pipex.backward import Splitter, activated, products, stage_backward_input
 from pipex.backward.choice import TORCH, TRITON
 from pipex.errors import UnsupportedModule
 
@@ -102,7 +103,7 @@ def frozen(module: Mlp, name: str) -> Mlp:
     return module
 
 
-@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6), (0, 6), (2, 1, 3, 6)])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6), (0, 6), (0, 3, 6), (2, 1, 3, 6)])
 @pytest.mark.parametrize("case", MODULES)
 def test_gradients_are_autograds(case: str, shape: tuple[int, ...], asked: list[str]) -> None:
     build, wanted = MODULES[case]
@@ -225,3 +226,94 @@ def test_nothing_of_the_graph_outlives_i(asked: list[str]) -> None:
     assert asked == ["gelu"]
     assert kept[0]() is None
     tape.backward_weight()
+
+
+class ActivationAsOutput(nn.Module):
+    """The pass begins at the activation's output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.gelu(self.up(x))
+        return self.down(h), h
+
+
+def test_an_activation_that_the_stage_returns_too(asked: list[str]) -> None:
+    module = ActivationAsOutput().double()
+    reference = copy.deepcopy(module)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    gradients = [torch.randn(3, n, dtype=torch.float64) for n in (5, 8)]
+    torch.autograd.backward(reference(x), gradients)
+    with Splitter(module.parameters(), exact=False).record() as tape:
+        outputs = module(x)
+    tape.backward_input(outputs, gradients, [])
+    tape.backward_weight()
+    assert asked == ["gelu"]
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("of", ["gelu", "silu", "swiglu", "swiglu's silu"])
+def test_hooks_on_the_activations_node_run(of: str) -> None:
+    """As Module.register_backward_hook puts them there."""
+    calls: list[int] = []
+
+    class Watched(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            silu = F.silu(gate)
+            h = {"gelu": F.gelu(gate), "silu": silu}.get(of, silu * up)
+            (silu if of == "swiglu's silu" else h).grad_fn.register_hook(lambda *_: calls.append(1))
+            return self.down(h)
+
+    module = Watched()
+    run_split(module, torch.randn(3, 6), torch.randn(3, 5), Splitter(module.parameters(), exact=False))
+    assert calls == [1]
+
+
+@pytest.mark.usefixtures("asked")
+def test_whoever_asks_too_late_for_the_gradient_within_swiglu_is_told() -> None:
+    class Late(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            silu = F.silu(gate)
+            y = self.down(silu * up)
+            silu.register_hook(print)
+            return y
+
+    module = Late()
+    with pytest.raises(UnsupportedModule, match="before the linear layer runs"):
+        run_split(module, torch.randn(3, 6), torch.randn(3, 5), Splitter(module.parameters(), exact=False))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_an_activation_made_before_the_stage_gets_its_gradient(asked: list[str]) -> None:
+    layer = nn.Linear(8, 5)
+    x = F.gelu(torch.randn(3, 8, requires_grad=True))
+    with Splitter(layer.parameters(), exact=False).record():
+        y = layer(x)
+    dy = torch.randn(3, 5)
+    (found,), _ = stage_backward_input([y], [dy], [x], layer.parameters())
+    assert asked == []
+    torch.testing.assert_close(found, dy @ layer.weight)
+
+
+def test_an_activation_under_a_checkpoint_is_not_computed_in_the_forward(asked: list[str]) -> None:
+    runs: list[int] = []
+
+    class Checkpointed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            def region(x: Tensor) -> Tensor:
+                runs.append(1)
+                return self.act(self.up(x))
+
+            y = self.down(checkpoint(region, x, use_reentrant=False))
+            assert runs == [1]
+            return y
+
+    module = Checkpointed(F.gelu)
+    run_split(module, torch.randn(3, 6), torch.randn(3, 5), Splitter(module.parameters(), exact=False))
+    assert asked == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -236,6 +237,14 @@ def test_a_triton_that_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     forget()
     assert ask("dX", 1) == "torch"
     assert explain() == "torch: Triton is installed and cannot be used: RuntimeError: Failed to find C compiler"
+
+
+def test_a_triton_that_cannot_be_imported_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pipex.triton_kernels.trial", None)
+    choice.problem.cache_clear()
+    with pytest.warns(RuntimeWarning, match="torch makes all products: ModuleNotFoundError"):
+        assert choice.problem(torch.device("cpu")) is not None
+    choice.problem.cache_clear()
 
 
 def test_a_trial_that_fails_is_said_once() -> None:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pipex
+from pipex.backward import drop_in as drop_in_module
 from pipex.backward.drop_in import drop_in, followed_weights, split_microbatches
 from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
@@ -280,6 +281,35 @@ def test_which_weights_of_an_order_are_followed_by_the_next() -> None:
     actions = order("0F0 0I0 0F1 0I1 0W0 0W1 1W0 1I2 1W2 0W2 0W3")
     assert split_microbatches(actions) == {(0, 0), (0, 1)}
     assert followed_weights(actions, split) == {(0, 0), (0, 2)}
+
+
+class Stub:
+    """What W asks of a stage."""
+
+    stage_index = 0
+    submod = None
+
+    def __init__(self, *weights: drop_in_module._Weight) -> None:
+        self.dw_runner = dict(enumerate(weights))
+
+
+def test_a_micro_batch_without_products_makes_those_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a layer is skipped at random."""
+    layer = nn.Linear(4, 3)
+    splitter = Splitter(layer.parameters(), exact=False)
+    x, dy = torch.randn(5, 4), torch.randn(5, 3)
+    with splitter.record() as tape:
+        y = layer(x)
+    tape.backward_input([y], [dy], [])
+    first = drop_in_module._Weight()
+    first.tapes.append(tape)
+    stage = Stub(first, drop_in_module._Weight())
+    monkeypatch.setitem(drop_in_module._splitters, stage, splitter)
+    followed = drop_in_module._followed.set(frozenset({(0, 0)}))
+    for microbatch in range(2):
+        drop_in_module._backward_weight_one_chunk(stage, microbatch)
+    drop_in_module._followed.reset(followed)
+    torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
 
 
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "InterleavedZeroBubble"])

@@ -160,6 +160,15 @@ def test_no_launch_adds_to_one_gradient_twice(build: Callable[[], nn.Module], ca
         torch.testing.assert_close(parameter.grad, reference.grad)
 
 
+def test_no_launch_adds_to_one_main_gradient_twice(calls: list[Call]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    main_grad = torch.zeros(4, 4)
+    for parameter in module.parameters():
+        parameter.main_grad = main_grad
+    train(module, [(torch.randn(3, 4), torch.randn(3, 4))])
+    assert calls == [(1, 1), (1, 1)]
+
+
 def test_a_layer_used_twice_is_one_sum(calls: list[Call]) -> None:
     module = Reused()
     batches = batches_for(module, lambda: torch.randn(3, 8), count=1)
@@ -317,6 +326,34 @@ def test_a_pipeline_learns_as_one_process_does() -> None:
     for losses, _ in answers:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted))
     assert any(microbatches == 2 for _, microbatches in answers[1][1]), "the last two W's of rank 1 go together"
+
+
+def test_what_is_left_to_a_w_that_fails_is_forgotten() -> None:
+    layer = nn.Linear(4, 3)
+    splitter = Splitter(layer.parameters(), exact=False)
+    tapes, gradients = [], [torch.randn(5, 3) for _ in range(2)]
+    for dy in gradients:
+        with splitter.record() as tape:
+            y = layer(torch.randn(5, 4))
+        tape.backward_input([y], [dy], [])
+        tapes.append(tape)
+    tapes[0].backward_weight(more=True)
+    gradients[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        tapes[1].backward_weight()
+    batches = [(torch.randn(5, 4), torch.randn(5, 3))]
+    layer.zero_grad()
+    train(layer, batches, splitter)
+    torch.testing.assert_close(layer.weight.grad, batches[0][1].t() @ batches[0][0])
+
+
+def test_a_main_gradient_of_fewer_bits() -> None:
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    for parameter in layer.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    x, dy = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    train(layer, [(x, dy), (x, dy)])
+    torch.testing.assert_close(layer.weight.main_grad, (2 * dy.t() @ x).float())
 
 
 def test_what_a_failed_step_has_left_is_forgotten() -> None:

@@ -61,6 +61,46 @@ def test_biases_and_weights_of_other_shapes(
     compare(WithShapes(weight, bias), run, torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("features", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_features(run: Callable[..., object], exact: bool, features: tuple[int, int]) -> None:
+    layer = nn.Linear(*features)
+    run(layer, torch.randn(2, 3, features[0]), torch.randn(2, 3, features[1]), Splitter(layer.parameters(), exact))
+    assert layer.weight.grad.shape == layer.weight.shape
+    assert not layer.weight.grad.any()
+
+
+class AddedInPlace(nn.Module):
+    """Its last layer's input is changed, which autograd allows where the weight is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)) + 1
+        return h.add_(self.b(h))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_input_of_a_frozen_weight_may_be_changed(run: Callable[..., object]) -> None:
+    compare(AddedInPlace(), run, torch.randn(3, 4), torch.randn(2, 3, 4))
+
+
+def test_the_input_of_a_frozen_weight_is_not_kept() -> None:
+    module = AddedInPlace()
+    with Splitter.of(module).record() as tape:
+        y = module(torch.randn(3, 4))
+    kept = weakref.ref(y)  # it is that input, so keeping it would be a circle through autograd's graph
+    del y
+    gc.collect()
+    assert kept() is None
+    assert tape.held == []
+
+
 class Shifted(nn.Module):
     """Two parameters whose gradients autograd hands over in the same memory."""
 
@@ -185,6 +225,60 @@ def test_gradients_of_another_dtype_than_their_parameter() -> None:
     assert torch.equal(layer.weight.grad, whole.weight.grad)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_that_require_grad(exact: bool, leaf: bool) -> None:
+    """As a backward with create_graph leaves them: no graph may grow with every step."""
+    layer = nn.Linear(4, 3)
+    splitter = Splitter(layer.parameters(), exact)
+    before = torch.ones(3, 4, requires_grad=True)
+    layer.weight.grad = before if leaf else before * 1
+    graph = layer.weight.grad.grad_fn
+    x, dy = torch.randn(5, 4), torch.randn(5, 3)
+    for _ in range(2):
+        run_split(layer, x, dy, splitter)
+    torch.testing.assert_close(layer.weight.grad.detach(), 1 + 2 * dy.t() @ x)
+    assert layer.weight.grad.grad_fn is graph
+
+
+class OwnRule(Tensor):
+    """A weight whose gradient is not that of a product."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., object], types: object, args: tuple[Tensor, ...] = (), kwargs: object = None
+    ) -> object:
+        if function is F.linear or getattr(function, "__name__", "") == "linear":
+            x, weight = args[0], args[1].as_subclass(Tensor)
+            return x @ (7 * weight - 6 * weight.detach()).t()
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_with_rules_of_its_own_is_left_to_autograd() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    layer.weight = nn.Parameter(torch.randn(3, 4).as_subclass(OwnRule))
+    x, dy = torch.randn(5, 4), torch.randn(5, 3)
+    run_split(layer, x, dy)
+    torch.testing.assert_close(layer.weight.grad.as_subclass(Tensor), 7 * dy.t() @ x)
+
+
+def test_gradient_hooks_run_once_over_the_functions() -> None:
+    module = Shifted()
+    calls: list[str] = []
+    for name, parameter in module.named_parameters():
+        parameter.register_hook(lambda g, name=name: calls.append(name) or 2 * g)
+    whole = copy.deepcopy(module)
+    for parameter in whole.parameters():
+        parameter.register_hook(lambda g: 2 * g)
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    for _ in range(2):
+        run_functions(module, x, dy)
+        whole(x).backward(dy)
+    assert sorted(calls) == sorted(2 * [name for name, _ in module.named_parameters()])
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad)
+
+
 def test_a_parameter_s_first_gradient_has_its_layout() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.randn(4, 3).t())
@@ -256,6 +350,53 @@ def test_a_look_at_the_gradients_of_inputs_leaves_nothing_to_a_builder() -> None
     whole(x.detach()).sum().backward()
     for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
         assert torch.equal(parameter.grad, reference.grad)
+
+
+class OwnBackward(torch.autograd.Function):
+    """Makes a graph in its forward, and goes back through it in its backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = layer(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        ctx.y.backward(dy)
+        return ctx.x.grad, None
+
+
+def test_a_pass_inside_of_a_pass_takes_nothing_from_a_builder() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(OwnBackward.apply(self.a(x), self.b))
+
+    module = Nested()
+    whole = copy.deepcopy(module)
+    build = dw_builder(module)
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        module(x).sum().backward()
+        build()()
+        whole(x).sum().backward()
+    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad)
+
+
+def test_a_copy_of_a_builders_module_runs_itself() -> None:
+    module = nn.Linear(4, 4)
+    dw_builder(module)
+    twin = copy.deepcopy(module)
+    nn.init.zeros_(twin.weight)
+    nn.init.zeros_(twin.bias)
+    assert not twin(torch.randn(3, 4)).any()
+    assert module(torch.randn(3, 4)).any()
 
 
 @pytest.mark.parametrize("run", RUNS)
