@@ -171,6 +171,18 @@ def test_a_receive_that_only_the_rescue_has_ended_raises(simulated_cuda: Path) -
     os.close(told)
 
 
+def test_a_send_that_waits_does_not_hold_up_the_legacy_stream(simulated_cuda: Path) -> None:
+    """On which torch computes: it must not wait for the send stream, which may wait for it."""
+
+    def compute_behind_it(end: End, _: torch.Tensor) -> bool:
+        end.sender.send(end.traffic.template(end.number), end.sources[0], end.compute, 1, 0)
+        end.simulator.write(0, end.own[0], 5)
+        return end.control.aborted  # what would have freed it at last
+
+    with Stuck(simulated_cuda, compute_behind_it) as stuck:
+        assert stuck.outcome() | {"at": 0} == {"result": False, "at": 0}
+
+
 def test_a_gpu_that_works_while_its_host_waits_makes_progress(simulated_cuda: Path) -> None:
     """Copies that together take longer than the limit, each of them less."""
     control = _native.Control(2)

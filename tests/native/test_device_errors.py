@@ -30,7 +30,7 @@ NULL = 0
 
 HEADER = Header(bytes(16), 0, 1, "activation", 0, 0, 0, 0, FORM)
 # csrc/host/segment.cpp and ring_layout.hpp: the segment's header, then two queues of (bell, cells), then headers.
-READY_CELLS, HEADERS = 128 + 128, 128 + 2 * 256
+READY_CELLS, FREE_CELLS, HEADERS = 128 + 128, 128 + 256 + 128, 128 + 2 * 256
 
 
 def template(shape: tuple[int, ...] = (64,)) -> _native.TensorTemplate:
@@ -71,6 +71,10 @@ class Pair:
 
     def receive(self, microbatch: int = 0, stream: int = NULL) -> torch.Tensor:
         return torch.from_dlpack(self.capsule(microbatch, stream))
+
+    def memory(self) -> mmap.mmap:
+        """The ring's host part."""
+        return mmap.mmap(struct.unpack_from("<ii", self.receiver.address)[1], 0)
 
     def close(self) -> None:
         for end in (self.sender, self.receiver):
@@ -166,6 +170,8 @@ def test_a_slot_that_cannot_be_given_back_is_told_at_the_next_receive(make: Call
     pair.simulator.capture(stream, False)
     with pytest.raises(InputError, match="while a CUDA graph is being captured"):
         pair.receive(1, stream)
+    with pair.memory() as memory:  # the producer never gets a slot whose release is not enqueued
+        assert memory[FREE_CELLS : FREE_CELLS + 8] == bytes(8)
 
 
 def test_a_tensor_may_die_on_any_thread_after_its_ring_its_rank_and_its_world(make: Callable[..., Pair]) -> None:
@@ -261,9 +267,12 @@ def test_a_failing_call_is_named_with_what_it_was_for(
     pair = make().open()
     if act is Pair.receive:
         pair.send()
-    pair.simulator.set(f"fail:{failing}", 1)
-    with pytest.raises(CudaError, match=named):
-        act(pair)
+    with pair.memory() as memory:
+        before = memory[:HEADERS]
+        pair.simulator.set(f"fail:{failing}", 1)
+        with pytest.raises(CudaError, match=named):
+            act(pair)
+        assert memory[:HEADERS] == before  # a message is announced, a slot given back, behind its operations only
 
 
 def test_memory_that_is_not_the_offered_one_is_refused(make: Callable[..., Pair]) -> None:
@@ -283,7 +292,7 @@ def test_memory_that_is_not_the_offered_one_is_refused(make: Callable[..., Pair]
 
 def test_a_slot_filled_while_in_use_is_named(make: Callable[..., Pair]) -> None:
     pair = make().open()
-    with mmap.mmap(struct.unpack_from("<ii", pair.receiver.address)[1], 0) as memory:
+    with pair.memory() as memory:
         pair.send()
         held = pair.receive()  # in slot 0
         memory[READY_CELLS + 8 : READY_CELLS + 16] = struct.pack("<II", 0, 1)
