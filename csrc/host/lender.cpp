@@ -51,6 +51,7 @@ LoanPtr Lender::lend(std::uint32_t slot, const TensorTemplate& tensor) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     check_free(slot);
+    if (lent_ == alive_) return nullptr;
     ++lent_;
     is_lent_[slot] = true;
   }

@@ -51,7 +51,7 @@ class Lender : public std::enable_shared_from_this<Lender> {
   /// Whether fewer than `alive` slots are lent. Holds until the next loan: slots only come back by themselves.
   bool may_lend();
 
-  /// Makes a filled slot the announced tensor (of at most the slot's bytes).
+  /// Makes a filled slot the announced tensor (of at most the slot's bytes); null where it may not.
   /// Throws MessageMismatch if the producer has filled a slot that it does not own.
   LoanPtr lend(std::uint32_t slot, const TensorTemplate& tensor);
 

@@ -31,7 +31,8 @@ RingReceiver::RingReceiver(std::shared_ptr<Member> member, int peer, const RingS
 LoanPtr RingReceiver::receive(const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch) {
   if (tensor.bytes > bytes_) throw std::invalid_argument("a tensor larger than its edge was opened for");
   const std::uint32_t slot = inbox_.front(tensor, step, microbatch);
-  LoanPtr loan = lender_->may_lend() ? lender_->lend(slot, tensor) : lender_->copy_out(slot, tensor);
+  LoanPtr loan = lender_->lend(slot, tensor);
+  if (loan == nullptr) loan = lender_->copy_out(slot, tensor);
   inbox_.pop();
   return loan;
 }

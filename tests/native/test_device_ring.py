@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def test_messages_cross_whole_and_in_order_on_any_number_of_hardware_queues(simu
 def test_any_number_of_slots_and_of_kept_tensors(simulated_cuda: Path, under_way: int, alive: int, keep: int) -> None:
     traffic = Traffic(under_way=under_way, alive=alive, keep=keep, settings="seed=5,delay=200,poison=1")
     assert_all_well(simulated_cuda, traffic)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100))
+def test_messages_cross_at_length(simulated_cuda: Path, seed: int) -> None:
+    """Random sizes, slots and queues; 400 messages each way."""
+    chance = random.Random(seed)
+    assert_all_well(simulated_cuda, Traffic(
+        messages=400, words=chance.choice([1, 7, 512, 20_000]), under_way=chance.randint(1, 4),
+        alive=chance.randint(1, 4), sources=chance.randint(1, 6), keep=chance.randint(0, 5), seed=seed, timeout=60.0,
+        settings=f"seed={seed},queues={chance.randint(1, 8)},shared={seed % 2},delay={chance.choice([50, 300, 1000])},"
+                 "poison=1",
+    ))  # fmt: skip
 
 
 CORRUPT, STALL = "wrong words arrive", "the run stalls"
