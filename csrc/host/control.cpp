@@ -11,7 +11,6 @@ namespace {
 
 constexpr std::uint32_t kVersion = 1;  // of the layout of this page and of the ring
 constexpr int kMaxRanks = 4096;
-constexpr std::int64_t kSilence = 500'000'000;  // ns without a heartbeat (one is due every 100 ms)
 
 }  // namespace
 
@@ -101,7 +100,7 @@ Culprit Control::end_of_chain(int rank) const {
   while (std::find(chain.begin(), chain.end(), rank) == chain.end()) {
     chain.push_back(rank);
     // What a stopped process waited for may have come since.
-    if (part(rank).presence.load() == Presence::joined && now_ns() - part(rank).heartbeat.load() > kSilence)
+    if (part(rank).presence.load() == Presence::joined && now_ns() - part(rank).heartbeat.load() > kStoppedAfter)
       return {rank, ""};
     const std::int32_t host_waits_on = part(rank).waiting_on.load();
     const int next = (host_waits_on != 0 ? host_waits_on : part(rank).device_waiting_on.load()) - 1;

@@ -79,6 +79,9 @@ struct RankPart {
 };
 static_assert(std::atomic<Progress>::is_always_lock_free, "step and position must be read as a pair");
 
+/// Nanoseconds without a heartbeat, of which one is due every 100 ms, that mean "stopped".
+constexpr std::int64_t kStoppedAfter = 500'000'000;
+
 /// The end of a chain of "rank a waits for rank b".
 struct Culprit {
   int rank;

@@ -13,7 +13,6 @@ namespace pipex {
 namespace {
 
 constexpr std::uint64_t kMaxPayload = 64 << 20;
-constexpr double kSilence = 1.0;  // seconds without a heartbeat (one is due every 100 ms) that mean "stopped"
 
 std::string seconds(double value) {
   char text[32];
@@ -55,8 +54,8 @@ std::string Patience::reason(const Culprit& culprit) const {
   if (part.presence.load() == Presence::absent) return "has not joined within " + limit;
   if (part.presence.load() == Presence::left)
     return "has left the run while rank " + std::to_string(peer_) + " was awaited";
-  const double silence = static_cast<double>(now_ns() - part.heartbeat.load()) * 1e-9;
-  if (silence > kSilence) return "is stopped: no heartbeat for " + seconds(silence);
+  const std::int64_t silence = now_ns() - part.heartbeat.load();
+  if (silence > kStoppedAfter) return "is stopped: no heartbeat for " + seconds(static_cast<double>(silence) * 1e-9);
   return "is alive but made no progress for " + limit;
 }
 

@@ -20,7 +20,7 @@ REST = [
     HARNESS / "one_mapping.cpp",
     *(
         ROOT / "csrc/host" / f"{name}.cpp"
-        for name in ("ring", "lender", "member", "control", "watch", "futex", "copy", "process")
+        for name in ("ring", "mailbox", "lender", "member", "control", "watch", "futex", "copy", "process")
     ),
 ]
 

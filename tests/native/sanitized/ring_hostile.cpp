@@ -39,7 +39,7 @@ struct Ring {
 
 /// Random bytes anywhere, a cell that is nearly right, or one field of a header.
 void damage(const pipex::Segment& memory, std::mt19937& random) {
-  const pipex::RingLayout layout = kSize.layout();
+  const pipex::RingLayout layout{kSize.bytes, kSize.slots()};
   const std::uint32_t slot = random() % layout.slots;
   const auto write = [&](std::size_t place, auto value) { std::memcpy(memory.data() + place, &value, sizeof value); };
   switch (random() % 4) {
