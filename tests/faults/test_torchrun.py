@@ -17,6 +17,7 @@ def test_a_killed_rank_is_named_by_all_others(tmp_path: Path) -> None:
     diaries.mkdir()
     elastic.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command += ["--monitor-interval", "2"]  # or its agent ends the survivors before they have written what they saw
     done = subprocess.run(
         [*command, str(PROGRAM), str(diaries)], capture_output=True, text=True, timeout=100, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(elastic)},
