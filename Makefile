@@ -29,7 +29,7 @@ lint: $(VENV)/linted ## formats, types, and whether the native stubs are those o
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest pipex._native $(CUDA_MODULE) --ignore-missing-stub --concise
+	$(BIN)/python -m mypy.stubtest pipex._native $(CUDA_MODULE) --ignore-missing-stub --concise --mypy-config-file pyproject.toml
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/linted ## put everything into the project's format
