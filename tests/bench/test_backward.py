@@ -37,6 +37,7 @@ def test_rows_and_floors(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missed_ceiling_and_a_wrong_result_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(backward.CASES, "cpu", backward.CASES["cpu"][:1])
     figures = ("over-whole", "forward-over-whole", "held-share")
     assert main([*TINY, *(word for figure in figures for word in (f"--max-{figure}", "mlp=0.001"))]) == 1
     errors = capsys.readouterr().err
