@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
-from zoo import mlp, run_functions, run_split
+from zoo import Shifted, mlp, run_functions, run_split
 
 from pipex.backward import Splitter, dw_builder, stage_backward_input, stage_backward_weight
 
@@ -101,18 +101,6 @@ def test_the_input_of_a_frozen_weight_is_not_kept() -> None:
     assert tape.held == []
 
 
-class Shifted(nn.Module):
-    """Two parameters whose gradients autograd hands over in the same memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.a + self.b
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_gradients_that_share_memory(run: Callable[..., object]) -> None:
     compare(Shifted(), run, torch.randn(3, 4))
@@ -171,43 +159,6 @@ def test_a_weight_whose_layout_was_changed_in_place() -> None:
     torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
 
 
-def test_hooks_on_the_accumulator_run() -> None:
-    layer = nn.Linear(4, 4)
-    calls = []
-    node = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]
-    node.register_hook(lambda *_: calls.append(1))
-    for _ in range(3):
-        run_split(layer, torch.randn(3, 4), torch.randn(3, 4))
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize("kind", ["register_hook", "register_prehook"])
-def test_hooks_put_on_the_accumulator_while_a_stage_trains_run(kind: str) -> None:
-    layer = nn.Linear(4, 4)
-    splitter = Splitter.of(layer)
-    calls = []
-    for microbatch in range(6):
-        if microbatch == 2:
-            node = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]
-            handle = getattr(node, kind)(lambda *_: calls.append(microbatch))  # noqa: B023
-        if microbatch == 4:
-            handle.remove()
-        run_split(layer, torch.randn(3, 4), torch.randn(3, 4), splitter)
-    assert calls == [2, 3]
-
-
-@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_hooks_put_on_a_parameter_while_a_stage_trains_run(kind: str) -> None:
-    layer = nn.Linear(4, 4)
-    splitter = Splitter.of(layer)
-    calls = []
-    for microbatch in range(4):
-        if microbatch == 2:
-            getattr(layer.weight, kind)(lambda _: calls.append(microbatch))  # noqa: B023
-        run_split(layer, torch.randn(3, 4), torch.randn(3, 4), splitter)
-    assert calls == [2, 3]
-
-
 def test_gradients_of_another_dtype_than_their_parameter() -> None:
     layer = nn.Linear(4, 4, dtype=torch.bfloat16)
     whole = copy.deepcopy(layer)
@@ -262,23 +213,6 @@ def test_a_weight_with_rules_of_its_own_is_left_to_autograd() -> None:
     torch.testing.assert_close(layer.weight.grad.as_subclass(Tensor), 7 * dy.t() @ x)
 
 
-def test_gradient_hooks_run_once_over_the_functions() -> None:
-    module = Shifted()
-    calls: list[str] = []
-    for name, parameter in module.named_parameters():
-        parameter.register_hook(lambda g, name=name: calls.append(name) or 2 * g)
-    whole = copy.deepcopy(module)
-    for parameter in whole.parameters():
-        parameter.register_hook(lambda g: 2 * g)
-    x, dy = torch.randn(3, 4), torch.randn(3, 4)
-    for _ in range(2):
-        run_functions(module, x, dy)
-        whole(x).backward(dy)
-    assert sorted(calls) == sorted(2 * [name for name, _ in module.named_parameters()])
-    for parameter, reference in zip(module.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, reference.grad)
-
-
 def test_a_parameter_s_first_gradient_has_its_layout() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.randn(4, 3).t())
@@ -287,17 +221,6 @@ def test_a_parameter_s_first_gradient_has_its_layout() -> None:
         layer.zero_grad()
         run_split(layer, torch.randn(3, 4), torch.randn(3, 3), splitter)
         assert layer.weight.grad.stride() == layer.weight.stride()
-
-
-def test_a_hook_registered_between_f_and_i_runs() -> None:
-    layer = nn.Linear(4, 4)
-    x, dy = torch.randn(3, 4), torch.randn(3, 4)
-    with Splitter.of(layer).record() as tape:
-        y = layer(x)
-    layer.weight.register_hook(lambda g: 10 * g)
-    tape.backward_input([y], [dy], [])
-    tape.backward_weight()
-    assert torch.equal(layer.weight.grad, 10 * (dy.t() @ x))
 
 
 class TwoHeads(nn.Module):

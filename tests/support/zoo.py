@@ -143,6 +143,18 @@ class Unused(nn.Module):
         return self.a(x)
 
 
+class Shifted(nn.Module):
+    """Two parameters whose gradients autograd hands over in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.a + self.b
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name in names:
         module.get_parameter(name).requires_grad_(False)

@@ -7,20 +7,21 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import device_world
 import pytest
 import simulated_cuda as sim
 import torch
 from simulated_cuda import Simulator
+from threads_as_ranks import each
 from torch import Tensor
 
-from pipex.errors import InputError, MessageMismatch, NativeUnavailable, PeerError
+from pipex.errors import InputError, MessageMismatch, NativeUnavailable
 from pipex.transport import device
 from pipex.transport.device import DeviceReceiver, DeviceSender, DeviceWorld
 from pipex.transport.header import DTYPES
@@ -30,29 +31,10 @@ from pipex.transport.interface import EdgeSpec, Form, TensorForm, form_of
 DIGEST = bytes(range(16))
 FORM = (TensorForm((2, 3), torch.float32),)
 CPU = torch.device("cpu")
-Result = TypeVar("Result")
 
 
 def spec_of(form: Form, slots: int = 2, alive: int = 2) -> EdgeSpec:
     return EdgeSpec(0, 1, "activation", 0, 1, slots, alive, form)
-
-
-def each(worlds: Sequence[DeviceWorld], act: Callable[[DeviceWorld], Result]) -> list[Result]:
-    """Runs ``act`` on every rank at once; raises what the lowest failing rank raised."""
-
-    def guarded(world: DeviceWorld) -> Result:
-        try:
-            return act(world)
-        except BaseException as error:
-            world.fail(error)  # else the others would wait for it
-            raise
-
-    with ThreadPoolExecutor(len(worlds)) as pool:
-        results = [pool.submit(guarded, world) for world in worlds]
-        errors = [error for result in results if (error := result.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, PeerError)):
-        raise error
-    return [result.result() for result in results]
 
 
 class Gpus:

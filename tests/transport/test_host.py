@@ -5,40 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
 
 import pytest
 import torch
+from threads_as_ranks import each
 from torch import Tensor
 
-from pipex.errors import ConfigMismatch, InputError, MessageMismatch, PeerError
+from pipex.errors import ConfigMismatch, InputError, MessageMismatch
 from pipex.transport.header import DTYPES
 from pipex.transport.host import HostLinks, HostRun, HostWorld
 from pipex.transport.interface import EdgeSpec, Form, Receiver, Sender, TensorForm, form_of
 
 DIGEST = bytes(range(16))
-Result = TypeVar("Result")
-
-
-def each(worlds: Sequence[HostWorld], act: Callable[[HostWorld], Result]) -> list[Result]:
-    """Runs ``act`` on every rank at once; raises what the lowest failing rank raised."""
-
-    def guarded(world: HostWorld) -> Result:
-        try:
-            return act(world)
-        except BaseException as error:
-            world.fail(error)  # else the others would wait for it
-            raise
-
-    with ThreadPoolExecutor(len(worlds)) as pool:
-        results = [pool.submit(guarded, world) for world in worlds]
-        errors = [error for result in results if (error := result.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, PeerError)):
-        raise error
-    return [result.result() for result in results]
 
 
 @contextmanager
