@@ -29,12 +29,14 @@ enum : Result {
   kNotReady = 600,
   kIllegalAddress = 700,
   kNotSupported = 801,
+  kCaptureUnsupported = 900,
   kCaptureImplicit = 906,  // the legacy stream was asked while another stream of the thread captures
 };
 
 enum DeviceAttribute : int { kUnifiedAddressing = 41, kStreamMemOps64 = 122 };
 enum PointerAttribute : int { kLegacyIpcCapable = 10 };
 enum CaptureStatus : int { kNotCapturing = 0 };
+enum CaptureMode : int { kCaptureOfThread = 1 };
 
 constexpr unsigned kNonBlockingStream = 1;
 constexpr unsigned kEventWithoutTiming = 2;
@@ -76,6 +78,7 @@ constexpr unsigned kWriteWithFence = 0;      // what the stream did before is vi
   X(stream_synchronize, cuStreamSynchronize, Result(StreamHandle))                                       \
   X(stream_query, cuStreamQuery, Result(StreamHandle))                                                   \
   X(stream_capturing, cuStreamIsCapturing, Result(StreamHandle, CaptureStatus*))                         \
+  X(thread_capture_mode, cuThreadExchangeStreamCaptureMode, Result(CaptureMode*))                        \
   X(stream_wait_event, cuStreamWaitEvent, Result(StreamHandle, EventHandle, unsigned))                   \
   X(stream_wait, cuStreamWaitValue64_v2, Result(StreamHandle, DevicePointer, std::uint64_t, unsigned))   \
   X(stream_write, cuStreamWriteValue64_v2, Result(StreamHandle, DevicePointer, std::uint64_t, unsigned)) \

@@ -14,10 +14,15 @@ namespace {
 
 constexpr std::size_t kLine = 128;
 constexpr std::size_t kAlignment = 512;  // of a payload: what torch's own allocator gives
+// The driver puts smaller allocations together, and a handle then opens all of them (CUDA C++ Programming Guide,
+// "Interprocess Communication"): peers would see what is not theirs, and map one block twice.
+constexpr std::size_t kOwnBlock = 2 << 20;
 
 std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
+
+std::size_t MemoryLayout::total() const { return round_up(payload(slots), kOwnBlock); }
 
 std::size_t MemoryLayout::flag(std::uint32_t slot) const { return (1 + slot) * kLine; }
 

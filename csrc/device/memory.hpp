@@ -13,7 +13,7 @@ namespace pipex::device {
 
 /// What lies in one end's memory; both ends compute it from the edge.
 ///
-///     nonce | one flag per slot | one payload per slot
+///     nonce | one flag per slot | one payload per slot | up to 2 MiB of nothing
 ///
 /// Nonce and flags stand on lines of 128 bytes of their own: a flag is polled by the GPU that owns it while the peer
 /// writes its neighbour.
@@ -23,7 +23,7 @@ struct MemoryLayout {
 
   std::size_t flag(std::uint32_t slot) const;
   std::size_t payload(std::uint32_t slot) const;
-  std::size_t total() const { return payload(slots); }
+  std::size_t total() const;
 };
 
 using Nonce = std::array<std::uint8_t, 16>;

@@ -47,6 +47,9 @@ void Rescue::run() {
   std::unique_lock lock(mutex_);
   try {
     const Current current(*gpu_);
+    // Else, while any other thread captures a graph, the driver refuses this one's questions and spoils that graph.
+    CaptureMode mode = kCaptureOfThread;
+    gpu_->driver().check(gpu_->driver().thread_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
     while (!changed_.wait_for(lock, kSlice, [this] { return stop_; })) {
       if (member_->control().aborted()) {
         release_all();

@@ -80,6 +80,7 @@ constexpr std::string_view current[] = {
     CURRENT(cuStreamSynchronize),
     CURRENT(cuStreamQuery),
     CURRENT(cuStreamIsCapturing),
+    CURRENT(cuThreadExchangeStreamCaptureMode),
     CURRENT(cuStreamWaitEvent),
     CURRENT(cuStreamWaitValue64),
     CURRENT(cuStreamWriteValue64),
@@ -111,11 +112,13 @@ static_assert(ours::kInvalidHandle == int{CUDA_ERROR_INVALID_HANDLE});
 static_assert(ours::kNotReady == int{CUDA_ERROR_NOT_READY});
 static_assert(ours::kIllegalAddress == int{CUDA_ERROR_ILLEGAL_ADDRESS});
 static_assert(ours::kNotSupported == int{CUDA_ERROR_NOT_SUPPORTED});
+static_assert(ours::kCaptureUnsupported == int{CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED});
 static_assert(ours::kCaptureImplicit == int{CUDA_ERROR_STREAM_CAPTURE_IMPLICIT});
 static_assert(ours::kUnifiedAddressing == int{CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING});
 static_assert(ours::kStreamMemOps64 == int{CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS});
 static_assert(ours::kLegacyIpcCapable == int{CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE});
 static_assert(ours::kNotCapturing == int{CU_STREAM_CAPTURE_STATUS_NONE});
+static_assert(ours::kCaptureOfThread == int{CU_STREAM_CAPTURE_MODE_THREAD_LOCAL});
 static_assert(ours::kNonBlockingStream == unsigned{CU_STREAM_NON_BLOCKING});
 static_assert(ours::kEventWithoutTiming == unsigned{CU_EVENT_DISABLE_TIMING});
 static_assert(ours::kLazyPeerAccess == unsigned{CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS});

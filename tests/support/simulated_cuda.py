@@ -14,6 +14,8 @@ NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS = 1, 2, 1
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, NOT_READY, NOT_SUPPORTED = 1, 2, 201, 400, 600, 801
 POISON = 0xA5
 """What every byte of new device memory is."""
+BLOCK = 2 << 20
+"""Memory that is exported is a multiple of it."""
 
 
 def build(folder: Path) -> Path:

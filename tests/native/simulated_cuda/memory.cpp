@@ -11,6 +11,7 @@ namespace simulated {
 namespace {
 
 constexpr std::size_t kPage = 4096;
+constexpr std::size_t kBlock = 2 << 20;  // smaller allocations of CUDA's share one, which a handle opens as a whole
 constexpr std::uint64_t kMagic = 0x6461635f'6d6973ff;
 
 struct Handle {
@@ -126,6 +127,7 @@ SIMULATED Result cuIpcGetMemHandle(IpcHandle* raw, DevicePointer pointer) {
   const std::lock_guard lock(state().mutex);
   const auto found = state().mappings.find(pointer);
   if (found == state().mappings.end() || found->second.fd < 0) return kInvalidValue;
+  if (found->second.range.bytes % kBlock != 0) violate("exported memory that may share its block with other memory");
   const Handle handle{kMagic, ::getpid(), found->second.fd, found->second.range.bytes};
   std::memset(raw, 0, sizeof *raw);
   std::memcpy(raw, &handle, sizeof handle);

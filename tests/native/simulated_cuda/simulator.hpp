@@ -80,7 +80,7 @@ struct Stream {
   bool blocking;  // the legacy stream waits for it
   Queue* queue;
   std::uint64_t enqueued = 0, done = 0;
-  bool capturing = false;
+  std::thread::id captured_by;  // nobody: it is not being captured
 };
 
 struct Event {
@@ -139,6 +139,10 @@ State& state();
 
 /// Success, unless the function was told to fail, the driver is not initialised or (if needed) no context is current.
 Result enter(const char* function, bool needs_context = true);
+
+/// As `enter`, for a question that CUDA forbids while a graph is being captured, unless by another thread and the asking
+/// one has said that those do not concern it. A real driver spoils the graph, too.
+Result enter_question(const char* function);
 
 /// Hands work to a stream, or does it here and now on the NULL stream.
 Result submit(StreamHandle stream, std::vector<Range> touched, Work work);

@@ -73,7 +73,21 @@ std::shared_ptr<Event> find_event(EventHandle handle) {  // the lock is held
   return found == state().events.end() ? nullptr : found->second;
 }
 
+thread_local CaptureMode capture_mode{};  // all captures concern the thread, as CUDA begins
+
 }  // namespace
+
+Result enter_question(const char* function) {
+  if (const Result result = enter(function)) return result;
+  const std::lock_guard lock(state().mutex);
+  for (const auto& [_, stream] : state().streams) {
+    if (stream->captured_by == std::thread::id()) continue;
+    if (capture_mode == kCaptureOfThread && stream->captured_by != std::this_thread::get_id()) continue;
+    violate(std::string(function) + " spoils a graph");
+    return kCaptureUnsupported;
+  }
+  return kSuccess;
+}
 
 Result submit(StreamHandle handle, std::vector<Range> touched, Work work) {
   State& all = state();
@@ -130,7 +144,7 @@ SIMULATED Result cuStreamDestroy_v2(StreamHandle handle) {
 }
 
 SIMULATED Result cuStreamSynchronize(StreamHandle handle) {
-  if (const Result result = enter("cuStreamSynchronize")) return result;
+  if (const Result result = enter_question("cuStreamSynchronize")) return result;
   const auto stream = find(handle);
   if (!stream) return handle == nullptr ? kSuccess : kInvalidHandle;
   std::unique_lock lock(state().mutex);
@@ -140,7 +154,7 @@ SIMULATED Result cuStreamSynchronize(StreamHandle handle) {
 }
 
 SIMULATED Result cuStreamQuery(StreamHandle handle) {
-  if (const Result result = enter("cuStreamQuery")) return result;
+  if (const Result result = enter_question("cuStreamQuery")) return result;
   const auto stream = find(handle);
   if (!stream) return handle == nullptr ? kSuccess : kInvalidHandle;
   const std::lock_guard lock(state().mutex);
@@ -150,8 +164,13 @@ SIMULATED Result cuStreamQuery(StreamHandle handle) {
 SIMULATED Result cuStreamIsCapturing(StreamHandle handle, CaptureStatus* status) {
   if (const Result result = enter("cuStreamIsCapturing")) return result;
   const auto stream = find(handle);
-  *status = static_cast<CaptureStatus>(stream && stream->capturing);
+  *status = static_cast<CaptureStatus>(stream && stream->captured_by != std::thread::id());
   return kSuccess;
+}
+
+SIMULATED Result cuThreadExchangeStreamCaptureMode(CaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return enter("cuThreadExchangeStreamCaptureMode", false);
 }
 
 SIMULATED Result cuEventCreate(EventHandle* handle, unsigned) {
@@ -185,7 +204,7 @@ SIMULATED Result cuEventRecord(EventHandle handle, StreamHandle stream) {
 }
 
 SIMULATED Result cuEventQuery(EventHandle handle) {
-  if (const Result result = enter("cuEventQuery")) return result;
+  if (const Result result = enter_question("cuEventQuery")) return result;
   const std::lock_guard lock(state().mutex);
   const auto event = find_event(handle);
   if (!event) return kInvalidHandle;
@@ -223,6 +242,6 @@ SIMULATED void simulated_stop() {
 SIMULATED Result simulated_capture(StreamHandle handle, int on) {
   const auto stream = find(handle);
   if (!stream) return kInvalidHandle;
-  stream->capturing = on != 0;
+  stream->captured_by = on != 0 ? std::this_thread::get_id() : std::thread::id();
   return kSuccess;
 }
