@@ -158,6 +158,24 @@ def test_a_stream_waits_for_an_event_as_it_was_recorded_last(make: Callable[...,
     simulator.call("cuEventQuery", event)
 
 
+def test_a_record_on_another_stream_that_is_reached_earlier_does_not_stand_for_the_first(
+    make: Callable[..., Simulator],
+) -> None:
+    simulator = make()
+    (gate,) = flags(simulator)
+    slow, fast, waiting, event = simulator.stream(), simulator.stream(), simulator.stream(), simulator.event()
+    simulator.call("simulated_hold", slow, gate, 1)
+    simulator.call("cuEventRecord", event, slow)
+    simulator.call("cuStreamWaitEvent", waiting, event, 0)
+    simulator.call("cuEventRecord", event, fast)
+    simulator.synchronize(fast)
+    time.sleep(WAIT)
+    assert not simulator.is_done(waiting)
+    ctypes.c_uint64.from_address(gate).value = 1
+    simulator.synchronize(waiting)
+    simulator.call("cuEventQuery", event)
+
+
 def test_a_slow_copy_can_be_seen_half_done(make: Callable[..., Simulator]) -> None:
     simulator = make("seed=1,delay=3000")
     words = 1 << 14

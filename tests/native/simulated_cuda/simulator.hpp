@@ -84,8 +84,7 @@ struct Stream {
 };
 
 struct Event {
-  std::uint64_t recorded = 0;
-  std::uint64_t completed = 0;
+  std::shared_ptr<bool> reached = std::make_shared<bool>(true);  // of the latest record; an earlier one has its own
   bool on_send_stream = false;
 };
 
@@ -140,8 +139,8 @@ State& state();
 /// Success, unless the function was told to fail, the driver is not initialised or (if needed) no context is current.
 Result enter(const char* function, bool needs_context = true);
 
-/// As `enter`, for a question that CUDA forbids while a graph is being captured, unless by another thread and the asking
-/// one has said that those do not concern it. A real driver spoils the graph, too.
+/// As `enter`, for a question that CUDA forbids while a graph is being captured, unless by another thread and the
+/// asking one has said that those do not concern it. A real driver spoils the graph, too.
 Result enter_question(const char* function);
 
 /// Hands work to a stream, or does it here and now on the NULL stream.

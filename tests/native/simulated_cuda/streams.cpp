@@ -193,12 +193,13 @@ SIMULATED Result cuEventRecord(EventHandle handle, StreamHandle stream) {
   std::unique_lock lock(state().mutex);
   const auto event = find_event(handle);
   if (!event) return kInvalidHandle;
-  const std::uint64_t record = ++event->recorded;
+  const auto reached = std::make_shared<bool>(false);
+  event->reached = reached;
   lock.unlock();
   event->on_send_stream = is_send_stream(stream);
-  return submit(stream, {}, [event, record](Chance&) {
+  return submit(stream, {}, [reached](Chance&) {
     const std::lock_guard inner(state().mutex);
-    event->completed = record;
+    *reached = true;
     state().changed.notify_all();
   });
 }
@@ -209,7 +210,7 @@ SIMULATED Result cuEventQuery(EventHandle handle) {
   const auto event = find_event(handle);
   if (!event) return kInvalidHandle;
   if (bug("source-free-at-once") && event->on_send_stream) return kSuccess;
-  return event->completed == event->recorded ? kSuccess : kNotReady;
+  return *event->reached ? kSuccess : kNotReady;
 }
 
 SIMULATED Result cuStreamWaitEvent(StreamHandle stream, EventHandle handle, unsigned) {
@@ -218,11 +219,11 @@ SIMULATED Result cuStreamWaitEvent(StreamHandle stream, EventHandle handle, unsi
   std::unique_lock lock(state().mutex);
   const auto event = find_event(handle);
   if (!event) return kInvalidHandle;
-  const std::uint64_t record = event->recorded;  // the latest one now, whatever is recorded later
+  const auto reached = event->reached;  // the latest record now, whatever is recorded later, and on which stream
   lock.unlock();
-  return submit(stream, {}, [event, record](Chance&) {
+  return submit(stream, {}, [reached](Chance&) {
     std::unique_lock inner(state().mutex);
-    state().changed.wait(inner, [&] { return state().stopping || event->completed >= record; });
+    state().changed.wait(inner, [&] { return state().stopping || *reached; });
   });
 }
 
