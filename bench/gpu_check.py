@@ -3,10 +3,12 @@
 It builds the native modules in place, without network or environment, runs tests/gpu and measures:
 
     {"environment": {...}, "passed": bool, "steps": [{"step", "passed", "seconds", "problem", "tail"}, ...],
-     "tests": {"tests", "passed", "failed", "skipped", "failures"}, "benches": {bench: {"environment", "rows"}}}
+     "tests": {step: {"tests", "passed", "failed", "skipped", "failures", "noted"}},
+     "benches": {bench: {"environment", "rows"}}}
 
-A step that fails or takes too long is recorded and the rest still runs. The file is rewritten after each step, so that
-an interrupted check leaves what it has found. Imports the standard library only: torch may be what is broken.
+What says whether numbers are right comes first. A step that fails or takes too long is recorded, with what it had found
+until then, and the rest still runs. The file is rewritten after each step, so that an interrupted check leaves what it
+has found. Imports the standard library only: torch may be what is broken.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520  # for everything
 TAIL = 4000  # characters of a step's output that are kept
 FAILURES = 50  # failed tests whose messages are kept
+MESSAGE, DETAIL = 500, 2500  # characters of each: of what was raised, and of where and what the ranks said
 
 VERSIONS = """
 import json, platform
@@ -61,7 +65,7 @@ class Step:
     """A command, the most seconds that it may take, and what becomes of its output.
 
     Attributes:
-        read: gets the standard output and the report, after the command ended by itself; raises ValueError where what
+        read: gets the standard output and the report, also of a command that was killed; raises ValueError where what
             it needs is not there.
     """
 
@@ -75,33 +79,37 @@ class Step:
 
 def steps(scratch: Path) -> list[Step]:
     """All steps; ``scratch`` is a folder for their files."""
-    python, results = sys.executable, scratch / "tests.xml"
-    # The project's own pytest settings ask for plug-ins that a bare machine lacks.
+    python = sys.executable
+    # The project's own pytest settings ask for plug-ins that a bare machine lacks. A test that hangs shows where.
     pytest = [python, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib",
-              "-p", "no:cacheprovider", "-v", "--tb=short"]  # fmt: skip
-    build = Step(
-        "build", [python, "setup.py", "build_ext", "--inplace"], 150, needs_gpu=False,
-        environment={"PIPEX_CUDA": "ON" if shutil.which("nvcc") else "AUTO"},
-    )  # fmt: skip
-    for_tests = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
-    tests = Step(
-        "tests", [*pytest, "tests/gpu", f"--junitxml={results}"], 180, read=lambda _, to: _tests(results, to),
-        environment=for_tests,
-    )  # fmt: skip
+              "-p", "no:cacheprovider", "-v", "--tb=short", "-o", "junit_logging=system-err",
+              "-o", "faulthandler_timeout=60"]  # fmt: skip
+    for_tests = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+        "PYTHONUNBUFFERED": "1",  # what a killed run has said must be there
+    }
+    transport = [f"tests/gpu/test_{what}.py" for what in ("transport", "pipeline")]
+
+    def tests(name: str, seconds: float, *arguments: str) -> Step:
+        results = scratch / f"{name}.xml"
+        command = [*pytest, "-m", "gpu", *arguments, f"--junitxml={results}"]
+        return Step(name, command, seconds, read=_tests(name, results), environment=for_tests)
 
     def bench(name: str, seconds: float, *arguments: str) -> Step:
         command = [python, "-m", "pipex", "bench", *arguments, "--json"]
         return Step(name, command, seconds, read=_bench(name))
 
     found = [
-        build,
-        tests,
-        bench("gemm", 150, "gemm"),
-        bench("backward", 60, "backward", "--device", "cuda"),
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 150, needs_gpu=False,
+             environment={"PIPEX_CUDA": "ON" if shutil.which("nvcc") else "AUTO"}),
+        tests("kernels", 110, "tests/gpu", *(f"--ignore={path}" for path in transport)),
+        tests("transport", 170, *transport),
         bench("p2p", 45, "p2p", "--transport", "device", "-n", "20"),
         bench("overlap", 60, "overlap", "--device", "cuda", "-n", "10"),
         bench("pipeline", 60, "overlap", "--device", "cuda", "--virtual-devices", "--ranks", "4", "-n", "10"),
-    ]
+        bench("backward", 60, "backward", "--device", "cuda"),
+        bench("gemm", 150, "gemm"),
+    ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "tests/gpu/test_kernels.py"]
@@ -111,24 +119,54 @@ def steps(scratch: Path) -> list[Step]:
     return found
 
 
-def _tests(results: Path, report: dict[str, Any]) -> None:
-    try:
-        cases = list(ElementTree.parse(results).iter("testcase"))
-    except (OSError, ElementTree.ParseError) as error:
-        raise ValueError(f"pytest left no results: {error}") from None
-    failures = []
+def _tests(step: str, results: Path) -> Callable[[str, dict[str, Any]], None]:
+    def read(output: str, report: dict[str, Any]) -> None:
+        try:
+            report["tests"][step] = found = _of_results(results)
+        except (OSError, ElementTree.ParseError) as error:
+            if counts := _of_output(output):
+                report["tests"][step] = counts
+            raise ValueError(f"pytest left no results: {error}") from None
+        if found["skipped"] == found["tests"]:
+            raise ValueError(f"no test ran; {found['skipped']} were skipped")
+
+    return read
+
+
+def _of_results(path: Path) -> dict[str, Any]:
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    failures, noted = [], {}
     for case in cases:
+        name = f"{case.get('classname')}.{case.get('name')}"
+        if properties := {each.get("name"): each.get("value") for each in case.iter("property")}:
+            noted[name] = properties
         for kind in ("failure", "error"):
             if (found := case.find(kind)) is not None:
-                failures.append({"test": f"{case.get('classname')}.{case.get('name')}",
-                                 "message": (found.get("message") or "")[:500]})  # fmt: skip
+                detail = (found.text or "")[-DETAIL:] + case.findtext("system-err", "")[-DETAIL:]
+                message = (found.get("message") or "")[:MESSAGE]
+                failures.append({"test": name, "message": message, "detail": detail})
     skipped = sum(case.find("skipped") is not None for case in cases)
-    report["tests"] = {
+    return {
         "tests": len(cases), "passed": len(cases) - skipped - len(failures), "failed": len(failures),
-        "skipped": skipped, "failures": failures[:FAILURES],
+        "skipped": skipped, "failures": failures[:FAILURES], "noted": noted,
     }  # fmt: skip
-    if skipped == len(cases):
-        raise ValueError(f"no test ran; {skipped} were skipped")
+
+
+def _of_output(output: str) -> dict[str, Any]:
+    """The same of a run that was killed, from what ``pytest -v`` had printed; and in which test it was."""
+    ended = dict(re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, re.MULTILINE))
+    hung = re.findall(r"^(\S+::\S.*?) *\Z", output, re.MULTILINE)
+    if not ended and not hung:
+        return {}
+    count = list(ended.values()).count
+    failures = [
+        {"test": test, "message": "", "detail": ""} for test, how in ended.items() if how in ("FAILED", "ERROR")
+    ]
+    failures += [{"test": test, "message": "it had not ended", "detail": ""} for test in hung]
+    return {
+        "tests": len(ended) + len(hung), "passed": count("PASSED"), "failed": len(failures),
+        "skipped": count("SKIPPED"), "failures": failures[:FAILURES], "noted": {},
+    }  # fmt: skip
 
 
 def _bench(name: str) -> Callable[[str, dict[str, Any]], None]:
@@ -189,7 +227,7 @@ def run_step(step: Step, seconds: float, report: dict[str, Any]) -> dict[str, An
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         output, errors = (_text(file) for file in (out, err))
-    if code is not None and step.read is not None:
+    if step.read is not None:
         try:
             step.read(output, report)
         except ValueError as error:
@@ -207,7 +245,7 @@ def _text(file: Any) -> str:
 def check(chosen: list[Step], facts: dict[str, Any], seconds: float, path: Path) -> dict[str, Any]:
     """Runs the steps in order, all within ``seconds``, and writes the report to ``path`` after each."""
     end = time.monotonic() + seconds
-    report: dict[str, Any] = {"environment": facts, "passed": False, "steps": [], "tests": None, "benches": {}}
+    report: dict[str, Any] = {"environment": facts, "passed": False, "steps": [], "tests": {}, "benches": {}}
     for step in chosen:
         left = end - time.monotonic()
         if step.needs_gpu and facts["gpu"] is None:

@@ -91,12 +91,27 @@ def test_a_bench_without_rows_failed(output: str, tmp_path: Path) -> None:
 
 
 TESTS = """
-import pytest
-def test_good(): pass
-def test_bad(): assert 1 == 2
+import pytest, sys, time
+pytestmark = pytest.mark.gpu
+def test_good(record_property): record_property("found", 7)
+def test_bad():
+    print("what a rank said", file=sys.stderr)
+    assert 1 == 2
 @pytest.mark.skip
 def test_skipped(): pass
 """
+HANGS = """
+def test_hanging():
+    print("before", flush=True)
+    time.sleep(600)
+"""
+
+
+def kernels(scratch: Path, *arguments: str, seconds: float = 60) -> Step:
+    """The step of that name, with the test in ``scratch`` in the place of its own."""
+    (step,) = (step for step in steps(scratch) if step.name == "kernels")
+    command = ["test_it.py" if part == "tests/gpu" else part for part in step.command]
+    return Step("kernels", [*command, *arguments], seconds, read=step.read, environment=step.environment)
 
 
 @pytest.mark.parametrize(
@@ -112,21 +127,38 @@ def test_the_summary_of_the_tests(
 ) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    (step,) = (step for step in steps(tmp_path) if step.name == "tests")
-    command = ["test_it.py" if part == "tests/gpu" else part for part in step.command]
-    step = Step("tests", [*command, "-k", keyword], 60, read=step.read)
-    report = check([step], GPU, 60, tmp_path / "report.json")
-    tests = report["tests"]
+    report = check([kernels(tmp_path, "-k", keyword)], GPU, 60, tmp_path / "report.json")
+    tests = report["tests"]["kernels"]
     assert tuple(tests[name] for name in ("tests", "passed", "failed", "skipped")) == counts
     assert report["steps"][0]["problem"] == problem
-    assert [("test_bad" in f["test"], "1 == 2" in f["message"]) for f in tests["failures"]] == [(True, True)] * counts[
-        2
+    for failure in tests["failures"]:
+        assert "test_bad" in failure["test"]
+        assert "1 == 2" in failure["message"]
+        assert "what a rank said" in failure["detail"]
+    noted = {name.rpartition(".")[2]: found for name, found in tests["noted"].items()}
+    assert noted == ({"test_good": {"found": "7"}} if counts[1] else {})
+
+
+def test_of_tests_that_are_killed_the_ended_ones_count_and_the_one_that_hung_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS + HANGS)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    report = check([kernels(tmp_path, seconds=8)], GPU, 60, tmp_path / "report.json")
+    assert report["steps"][0]["problem"].startswith("took longer than 8 s: pytest left no results")
+    tests = report["tests"]["kernels"]
+    assert [tests[name] for name in ("tests", "passed", "failed", "skipped")] == [4, 1, 2, 1]
+    assert [(f["test"], f["message"]) for f in tests["failures"]] == [
+        ("test_it.py::test_bad", ""),
+        ("test_it.py::test_hanging", "it had not ended"),
     ]
 
 
 def test_tests_that_left_no_results_failed(tmp_path: Path) -> None:
+    report: dict[str, Any] = {"tests": {}}
     with pytest.raises(ValueError, match="pytest left no results"):
-        gpu_check._tests(tmp_path / "tests.xml", {})
+        gpu_check._tests("kernels", tmp_path / "kernels.xml")("", report)
+    assert report == {"tests": {}}
 
 
 def test_it_says_that_there_is_no_gpu(
@@ -160,11 +192,24 @@ def test_the_make_recipe_starts_it() -> None:
     assert "snake -m pipex.bench.gpu_check --out there.json" in done.stdout.splitlines()  # make inside make says more
 
 
-def test_the_tests_of_the_gpu_load_without_the_project_s_settings(tmp_path: Path) -> None:
-    step = next(step for step in gpu_check.steps(tmp_path) if step.name == "tests")
-    done = subprocess.run(
-        [*step.command, "--collect-only", "-q"], env=os.environ | step.environment, cwd=gpu_check.ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "test_exact_pipelines_have_the_bits_of_one_process" in done.stdout
+def test_each_test_of_the_gpu_is_in_one_step_and_loads_without_the_project_s_settings(tmp_path: Path) -> None:
+    collected: dict[str, set[str]] = {}
+    for step in steps(tmp_path):
+        if step.name in ("kernels", "transport"):
+            done = subprocess.run(
+                [*step.command, "--collect-only", "-q"], env=os.environ | step.environment, cwd=gpu_check.ROOT,
+                capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            collected[step.name] = set(re.findall(r"(?:::|<Function )(test_\w+)", done.stdout))
+    assert "test_a_killed_rank_is_named_on_all_others_and_their_gpu_still_works" in collected["transport"]
+    assert "test_two_ranks" in collected["transport"]
+    assert "test_the_train_command_finds_the_bits_of_one_process" in collected["transport"]
+    assert collected["kernels"]
+    assert not collected["kernels"] & collected["transport"]
+
+
+def test_what_is_right_is_asked_before_what_is_fast(tmp_path: Path) -> None:
+    names = [step.name for step in steps(tmp_path)]
+    assert names[:3] == ["build", "kernels", "transport"]
+    assert sum(step.seconds for step in steps(tmp_path)[1:3]) < gpu_check.SECONDS - 150  # a build takes up to 100
