@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ WIDTH = 64
 
 def layers() -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)]
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)) for _ in range(8)]
     return nn.Sequential(*blocks)
 
 
@@ -35,17 +36,27 @@ def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
-def train(family: str, ranks: int, exact: bool | None) -> dict[str, Any]:
-    world = pipex.current_world()
-    recorder = Recorder(10)
-    pipe = pipex.Pipeline(
-        pipex.split_model(layers(), pipex.build(family, ranks, 6).placement.stages), pipex.build(family, ranks, 6),
-        nn.functional.mse_loss, optimizer=optimizer, clip_norm=1.0, exact=exact, observer=recorder,
+def pipeline(family: str, ranks: int, exact: bool | None, observer: Recorder | None = None) -> pipex.Pipeline:
+    plan = pipex.build(family, ranks, 6)
+    return pipex.Pipeline(
+        pipex.split_model(layers(), plan.placement.stages), plan, nn.functional.mse_loss, optimizer=optimizer,
+        clip_norm=1.0, exact=exact, observer=observer,
     )  # fmt: skip
-    losses = [pipe.step(*data(step)).hex() for step in range(5)]
-    waits = [event.end - event.begin for event in recorder.events if event.kind.startswith("RECV")]
-    staged = getattr(world, "staged", None)
-    return {"losses": losses, "device": str(world.device), "staged": staged, "waits": waits}
+
+
+def train(jobs: Sequence[tuple[str, bool | None]]) -> list[dict[str, Any]]:
+    """Trains a pipeline for each (family, exact), one after the other in one run."""
+    world = pipex.current_world()
+    answers = []
+    for family, exact in jobs:
+        recorder = Recorder(10)
+        pipe = pipeline(family, world.ranks, exact, recorder)
+        losses = [pipe.step(*data(step)).hex() for step in range(5)]
+        pipe.close()
+        waits = [event.end - event.begin for event in recorder.events if event.kind.startswith("RECV")]
+        staged = getattr(world, "staged", None)
+        answers.append({"losses": losses, "device": str(world.device), "staged": staged, "waits": waits})
+    return answers
 
 
 def train_until_one_is_killed(notes: str) -> None:

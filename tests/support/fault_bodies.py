@@ -1,0 +1,94 @@
+"""What ranks do when one of them dies, stops or raises while the streams of the others wait for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machines import machine_of
+
+import pipex
+from pipex.errors import PeerError, PipexError
+from pipex.transport.interface import EdgeSpec, TensorForm
+
+DIGEST = bytes(range(16))
+SQUARE = (TensorForm((256, 256), torch.float32),)
+HELD = 6.0
+"""Seconds for which the culprit's GPU does not come to the message that its host has announced: longer than any limit,
+and short enough for its process to end in time."""
+FATES = ("killed", "stopped", "raises")
+
+
+def stand_still(fate: str, notes: str, library: str | None) -> None:
+    """Rank 1 announces messages that its GPU does not send, then meets its fate; the streams of ranks 0 and 2 wait.
+
+    Those note what they were told and when, how long their streams took to drain, and whether their GPU works. Rank 2
+    has enqueued more behind its wait than a hardware queue takes: there the host hangs in the driver itself.
+    """
+    world: Any = pipex.current_world()
+    gpu = machine_of(world, library)
+    specs = [
+        EdgeSpec(source, to, "activation", source, to, 2, 1, SQUARE) for source, to in [(1, 0), (1, 2), (0, 1), (2, 1)]
+    ]
+    links = world.open(specs, DIGEST)
+    ones = torch.ones(256, 256, device=world.device)
+    assert bool((ones @ ones == 256).all())  # what that loads is loaded
+    gpu.synchronize()
+    world.exchange(b"")
+    if world.rank == 1:
+        with gpu.on(gpu.stream()):
+            gpu.hold(3.0 if fate == "raises" else HELD)
+            for sender in links.senders.values():
+                sender.send(1, 0, [ones])
+        world.exchange(b"")
+        time.sleep(0.3)  # now the others' streams wait
+        write(notes, 1, at=time.monotonic())
+        if fate == "raises":
+            raise ArithmeticError("the loss is not finite")
+        os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+    (sender,), (receiver,) = links.senders.values(), links.receivers.values()
+    world.exchange(b"")
+    try:
+        sender.send(1, 0, [ones])
+        (received,) = receiver.receive(1, 0, SQUARE)
+        product = received @ received
+        if world.rank == 2:
+            gpu.crowd(product)
+        gpu.synchronize()
+        world.exchange(b"")
+    except PeerError as error:
+        told = time.monotonic()
+        gpu.synchronize()
+        drained = time.monotonic()
+        works = bool((ones @ ones == 256).all())
+        write(notes, world.rank, error=type(error).__name__, text=str(error), of=error.rank, at=told,
+              drained=drained, works=works)  # fmt: skip
+        raise
+
+
+def open_more_than_there_is(notes: str, library: str | None) -> None:
+    """Rank 1 needs more memory for an edge than its GPU has."""
+    world: Any = pipex.current_world()
+    free = int(world.exchange(str(machine_of(world, library).free_memory()).encode())[0])
+    form = (TensorForm((free,), torch.uint8),)
+    try:
+        world.open([EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form)], DIGEST)
+    except PipexError as error:
+        write(notes, world.rank, error=type(error).__name__, text=str(error))
+        raise
+
+
+def write(notes: str, rank: int, **note: Any) -> None:
+    Path(notes, str(rank)).write_text(json.dumps(note))
+
+
+def read(notes: Path, rank: int) -> dict[str, Any]:
+    """What a rank has noted; nothing if it did not come to that."""
+    path = notes / str(rank)
+    note: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return note
