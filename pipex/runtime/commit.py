@@ -67,7 +67,6 @@ class Gradients:
         for edge in edges:
             if edge.destination_rank == self._world.rank:
                 receiver = links.receivers[edge.source, edge.destination, "tied"]
-                receiver.post(step, 0)
                 incoming = receiver.receive(step, 0, edge.form)
                 received.update(
                     {(name, edge.source): t for name, t in zip(self._names_between(edge), incoming, strict=True)}

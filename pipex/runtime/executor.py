@@ -155,12 +155,9 @@ class Executor:
         self._send(Kind.SEND_B, runner, ends, ends.gradient_out, microbatch)
 
     def _RECV_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        assert ends.activation_in is not None
-        ends.activation_in.post(self._data.step, microbatch)
+        """Nothing to do: messages come without being asked for, and the next action takes its own."""
 
-    def _RECV_B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        assert ends.gradient_in is not None
-        ends.gradient_in.post(self._data.step, microbatch)
+    _RECV_B = _RECV_F
 
     # What they share.
 
@@ -212,8 +209,6 @@ class Executor:
 
     def _evaluate(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
-        if not runner.first and ends.activation_in is not None:
-            ends.activation_in.post(data.step, microbatch)
         inputs = self._input(runner, ends, microbatch)
         output = runner.compute(data.step, microbatch, inputs)
         if runner.last:

@@ -32,6 +32,7 @@ from pipex.transport.interface import (
     Receiver,
     Sender,
     TensorForm,
+    check_fits,
 )
 from pipex.transport.local import LocalEdge
 
@@ -288,9 +289,6 @@ class HostReceiver:
         self._form: Form | None = None
         self._announced: list[tuple[Callable[..., object], _native.TensorTemplate, torch.dtype | None]] = []
 
-    def post(self, step: int, microbatch: int) -> None:
-        """Nothing to start: the producer writes without being asked."""
-
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         if form is not self._form:
             self._announce(form)
@@ -308,13 +306,7 @@ class HostReceiver:
 
     def _announce(self, form: Form) -> None:
         """Prepares for messages of this form; almost all of a run have the same one."""
-        limit = self._spec.form
-        if len(form) != len(limit) or any(one.nbytes > most.nbytes for one, most in zip(form, limit, strict=True)):
-            raise InputError(
-                f"the {self._spec} was not opened for this message",
-                got=", ".join(map(str, form)), needed=f"at most {', '.join(map(str, limit))}",
-                fix="open the edge with the form of a full micro-batch",
-            )  # fmt: skip
+        check_fits(self._spec, form)
         self._announced = [
             (
                 self._receives[index],

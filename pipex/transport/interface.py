@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pipex.errors import InputError
+
 EdgeKind = Literal["activation", "gradient", "tied"]
 
 
@@ -75,6 +77,17 @@ class EdgeSpec:
         return f"{self.kind} edge {self.source}→{self.destination} (rank {self.source_rank}→{self.destination_rank})"
 
 
+def check_fits(spec: EdgeSpec, form: Form) -> None:
+    """Raises InputError if the edge was opened for other messages."""
+    limit = spec.form
+    if len(form) != len(limit) or any(one.nbytes > most.nbytes for one, most in zip(form, limit, strict=True)):
+        raise InputError(
+            f"the {spec} was not opened for this message",
+            got=", ".join(map(str, form)), needed=f"at most {', '.join(map(str, limit))}",
+            fix="open the edge with the form of a full micro-batch",
+        )  # fmt: skip
+
+
 class Sender(Protocol):
     """The producer's end of an edge."""
 
@@ -86,10 +99,7 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """The consumer's end of an edge."""
-
-    def post(self, step: int, microbatch: int) -> None:
-        """Starts to receive the next message; never waits."""
+    """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for."""
 
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         """Waits for the next message and returns its tensors, which belong to the caller: their memory is

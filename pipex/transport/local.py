@@ -21,9 +21,6 @@ class LocalEdge:
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         self._messages.append((step, microbatch, tuple(tensors)))
 
-    def post(self, step: int, microbatch: int) -> None:
-        pass
-
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         assert self._messages, f"{self._spec}: a receive before its send; a valid plan cannot ask for it"
         sent_step, sent_microbatch, tensors = self._messages[0]

@@ -49,8 +49,5 @@ class StagedReceiver:
     def __init__(self, receiver: Receiver, device: torch.device) -> None:
         self._receiver, self._device = receiver, device
 
-    def post(self, step: int, microbatch: int) -> None:
-        self._receiver.post(step, microbatch)
-
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self._device) for tensor in self._receiver.receive(step, microbatch, form))

@@ -1,8 +1,13 @@
 """The two ends of an edge over torch.distributed.
 
-A tensor is two messages: its header (128 bytes, always through CPU memory) and its bytes. The receiver posts only
-headers ahead of time, and posts the receive of the bytes when the header is the expected one, because the backends do
-not check sizes themselves: Gloo takes a shorter message in silence and aborts the process on a longer one.
+A tensor is two messages: its header (128 bytes, always through CPU memory) and its bytes. The backends do not check
+sizes: Gloo takes a shorter message in silence and aborts the process on a longer one, and NCCL hangs. So the bytes are
+always as many as the edge was opened for, the last of them unused where a micro-batch is smaller; of a larger tensor
+only the header goes, which is enough for the receiver to name the mistake.
+
+Nothing moves before its receive is posted, so a receiver has one posted for each of the edge's slots, from the opening
+on. With Gloo that holds for header and bytes, which arrive while the stage computes. With NCCL a posted receive is a
+kernel that spins on the GPU until the peer sends, so there only headers are received ahead.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from pipex.errors import MessageMismatch
 from pipex.transport import header
 from pipex.transport.group.watch import Watch
 from pipex.transport.header import Header
-from pipex.transport.interface import EdgeKind, EdgeSpec, Form, Receiver, Sender, form_of
+from pipex.transport.interface import EdgeKind, EdgeSpec, Form, Receiver, Sender, TensorForm, check_fits, form_of
 
 
 class Group(Protocol):
@@ -41,6 +46,7 @@ class Lane:
         peer: the other end's rank in ``headers``.
         payload, payload_peer: group for the tensors' bytes and the other end's rank in it.
         staging: device whose memory ``payload`` reads and writes.
+        ahead: whether bytes are received ahead, as headers are.
         device: where the tensors live.
     """
 
@@ -50,6 +56,7 @@ class Lane:
     payload: Group
     payload_peer: int
     staging: torch.device
+    ahead: bool
     device: torch.device
 
 
@@ -64,7 +71,7 @@ class GroupSender:
     def __init__(self, spec: EdgeSpec, digest: bytes, lane: Lane, watch: Watch) -> None:
         self._spec, self._digest, self._lane, self._watch = spec, digest, lane, watch
         self._sequence = 0
-        self._under_way: deque[list[tuple[Work, Work | None, Tensor]]] = deque()
+        self._under_way: deque[list[tuple[Work, Work | None, Tensor | None]]] = deque()
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         spec, lane = self._spec, self._lane
@@ -76,19 +83,28 @@ class GroupSender:
         while len(self._under_way) >= spec.slots:
             self._wait_oldest()
         message = []
-        for index, (tensor, form) in enumerate(zip(tensors, form_of(tensors), strict=True)):
+        for index, (tensor, form, most) in enumerate(zip(tensors, form_of(tensors), spec.form, strict=True)):
             raw = Header(
                 self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._sequence, form
             ).pack()
             announcement = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-            # Conjugates and negatives are views that carry only a flag; their bytes are another number's.
-            payload = flat_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous()).to(lane.staging)
+            payload = self._payload(tensor, most.nbytes) if 0 < most.nbytes >= form.nbytes else None
             with self._watch.waiting(lane.peer, spec):
                 announced = lane.headers.send([announcement], lane.peer, lane.tag)
-                sent = lane.payload.send([payload], lane.payload_peer, lane.tag + 1) if form.nbytes else None
+                sent = payload if payload is None else lane.payload.send([payload], lane.payload_peer, lane.tag + 1)
             message.append((announced, sent, payload))
             self._sequence += 1
         self._under_way.append(message)
+
+    def _payload(self, tensor: Tensor, nbytes: int) -> Tensor:
+        """A tensor's bytes and, if it has fewer than ``nbytes``, zeros behind them."""
+        # Conjugates and negatives are views that carry only a flag; their bytes are another number's.
+        found = flat_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous()).to(self._lane.staging)
+        if found.numel() == nbytes:
+            return found
+        payload = found.new_zeros(nbytes)
+        payload[: found.numel()] = found
+        return payload
 
     def flush(self) -> None:
         """Waits until every sent tensor may be written to again."""
@@ -104,58 +120,81 @@ class GroupSender:
         self._under_way.popleft()
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """One tensor of a message whose receive is posted.
+
+    Attributes:
+        header: where its header is written, by ``announced``.
+        payload: uint8[bytes that the edge was opened for], written by ``arrived``; both None where that is not posted.
+    """
+
+    header: bytearray
+    announced: Work
+    payload: Tensor | None = None
+    arrived: Work | None = None
+
+
 class GroupReceiver:
     """The consumer's end."""
 
     def __init__(self, spec: EdgeSpec, digest: bytes, lane: Lane, watch: Watch) -> None:
         self._spec, self._digest, self._lane, self._watch = spec, digest, lane, watch
         self._sequence = 0
-        self._posted: deque[list[tuple[bytearray, Work]]] = deque()
-
-    def post(self, step: int, microbatch: int) -> None:
-        lane = self._lane
-        message = []
-        with self._watch.waiting(lane.peer, self._spec):
-            for _ in self._spec.form:
-                raw = bytearray(header.SIZE)
-                work = lane.headers.recv([torch.frombuffer(raw, dtype=torch.uint8)], lane.peer, lane.tag)
-                message.append((raw, work))
-        self._posted.append(message)
+        self._posted: deque[list[_Arrival]] = deque()
+        while len(self._posted) < spec.slots:
+            self._post()
 
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         spec, lane = self._spec, self._lane
-        if not self._posted:
-            self.post(step, microbatch)
-        tensors: list[Tensor] = []
-        arrivals: list[Work] = []
-        for index, ((raw, announced), expected) in enumerate(zip(self._posted.popleft(), form, strict=True)):
+        check_fits(spec, form)
+        message = self._posted.popleft()
+        for index, (arrival, expected) in enumerate(zip(message, form, strict=True)):
             needed = Header(
-                self._digest,
-                spec.source,
-                spec.destination,
-                spec.kind,
-                index,
-                microbatch,
-                step,
-                self._sequence,
+                self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._sequence,
                 expected,
-            ).pack()
+            ).pack()  # fmt: skip
             with self._watch.waiting(lane.peer, spec):
-                announced.wait()
-            if raw != needed:
-                raise header.mismatch(spec, bytes(raw), needed)
+                arrival.announced.wait()
+            if arrival.header != needed:
+                raise header.mismatch(spec, bytes(arrival.header), needed)
             self._sequence += 1
-            # Always new memory: autograd may keep a received tensor as long as it likes, and nothing tells a pool
-            # when it lets go. An allocation costs little beside the network.
-            tensor = torch.empty(expected.shape, dtype=expected.dtype, device=lane.staging)
-            if expected.nbytes:
-                with self._watch.waiting(lane.peer, spec):
-                    arrivals.append(lane.payload.recv([flat_bytes(tensor)], lane.payload_peer, lane.tag + 1))
-            tensors.append(tensor)
+            if not lane.ahead:
+                self._post_payload(arrival, spec.form[index].nbytes)
         with self._watch.waiting(lane.peer, spec):
-            for arrival in arrivals:
-                arrival.wait()  # with NCCL it is the current stream that waits
-        return tuple(tensor.to(lane.device) for tensor in tensors)
+            for arrival in message:
+                if arrival.arrived is not None:
+                    arrival.arrived.wait()  # with NCCL it is the current stream that waits
+        self._post()
+        return tuple(self._tensor(arrival, expected) for arrival, expected in zip(message, form, strict=True))
+
+    def _post(self) -> None:
+        """Starts to receive one more message."""
+        lane = self._lane
+        message = []
+        for most in self._spec.form:
+            raw = bytearray(header.SIZE)
+            with self._watch.waiting(lane.peer, self._spec):
+                work = lane.headers.recv([torch.frombuffer(raw, dtype=torch.uint8)], lane.peer, lane.tag)
+            message.append(_Arrival(raw, work))
+            if lane.ahead:
+                self._post_payload(message[-1], most.nbytes)
+        self._posted.append(message)
+
+    def _post_payload(self, arrival: _Arrival, nbytes: int) -> None:
+        """Always into new memory: autograd may keep a received tensor as long as it likes, and nothing tells a pool
+        when it lets go. An allocation costs little beside the network."""
+        lane = self._lane
+        if nbytes:
+            arrival.payload = torch.empty(nbytes, dtype=torch.uint8, device=lane.staging)
+            with self._watch.waiting(lane.peer, self._spec):
+                arrival.arrived = lane.payload.recv([arrival.payload], lane.payload_peer, lane.tag + 1)
+
+    def _tensor(self, arrival: _Arrival, form: TensorForm) -> Tensor:
+        if arrival.payload is None:
+            return torch.empty(form.shape, dtype=form.dtype, device=self._lane.device)
+        found = arrival.payload[: form.nbytes].view(form.dtype).view(form.shape)
+        return found.to(self._lane.device)
 
 
 class GroupLinks:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipex.errors import InputError
 from pipex.transport.group import GroupWorld
 from pipex.transport.header import DTYPES
 from pipex.transport.interface import EdgeKind, EdgeSpec, TensorForm, form_of
@@ -84,9 +85,6 @@ def test_full_slots_in_both_directions_wait_for_nobody_and_keep_their_order(run:
             for microbatch in range(4):
                 for kind in kinds:
                     links.senders[me, peer, kind].send(step, microbatch, message(me, kind, microbatch))
-            for kind in kinds:
-                links.receivers[peer, me, kind].post(step, 0)
-                links.receivers[peer, me, kind].post(step, 1)
             kept = {}
             for kind in reversed(kinds):
                 for microbatch in range(4):
@@ -95,6 +93,33 @@ def test_full_slots_in_both_directions_wait_for_nobody_and_keep_their_order(run:
             for (kind, microbatch), got in kept.items():
                 assert all(map(torch.equal, got, message(peer, kind, microbatch)))
             links.flush()
+
+    run(body, 2)
+
+
+def test_a_full_set_of_slots_arrives_without_being_asked_for(run: Callable[..., list[Any]]) -> None:
+    like = [torch.empty(1 << 20), torch.empty(0, 3), torch.empty(5, dtype=torch.int16)]
+
+    def body(world: GroupWorld) -> None:
+        links = world.open([edge(0, 1, like)], DIGEST)
+        for step in (1, 2):
+            if world.rank == 0:
+                for microbatch in range(4):
+                    links.senders[0, 1, "activation"].send(step, microbatch, [t + microbatch for t in like])
+                links.flush()  # more than sockets hold has left, and nobody has received
+            world.exchange(b"")
+            for microbatch in range(4 * world.rank):
+                links.receivers[0, 1, "activation"].receive(step, microbatch, form_of(like))
+
+    run(body, 2)
+
+
+def test_a_message_that_the_edge_was_not_opened_for_is_refused_before_a_wait(run: Callable[..., list[Any]]) -> None:
+    def body(world: GroupWorld) -> None:
+        links = world.open([edge(0, 1, [torch.zeros(4, 3)])], DIGEST)
+        if world.rank == 1:
+            with pytest.raises(InputError, match=r"got float32\[5, 3\]; needed at most float32\[4, 3\]"):
+                links.receivers[0, 1, "activation"].receive(1, 0, (TensorForm((5, 3), torch.float32),))
 
     run(body, 2)
 
@@ -178,17 +203,20 @@ def test_a_wrong_number_of_tensors_is_named_at_the_sender(start: Callable[..., A
     assert "got 1; needed 2" in sender.text
 
 
-def test_a_smaller_last_microbatch_may_be_announced_at_the_receive(run: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("rows", [3, 1, 0])
+def test_a_smaller_last_microbatch_may_be_announced_at_the_receive(run: Callable[..., list[Any]], rows: int) -> None:
     like = [torch.zeros(4, 3)]
 
     def body(world: GroupWorld) -> None:
         links = world.open([edge(0, 1, like)], DIGEST)
-        if world.rank == 0:
-            links.senders[0, 1, "activation"].send(1, 0, [torch.ones(2, 3)])
-            links.flush()
-        else:
-            form = (TensorForm((2, 3), torch.float32),)
-            (got,) = links.receivers[0, 1, "activation"].receive(1, 0, form)
-            assert torch.equal(got, torch.ones(2, 3))
+        for step in (1, 2):
+            for microbatch, size in enumerate((4, 4, rows)):
+                sent = torch.full((size, 3), float(10 * step + microbatch))
+                if world.rank == 0:
+                    links.senders[0, 1, "activation"].send(step, microbatch, [sent])
+                else:
+                    (got,) = links.receivers[0, 1, "activation"].receive(step, microbatch, form_of([sent]))
+                    assert torch.equal(got, sent)
+        links.flush()
 
     run(body, 2)

@@ -70,7 +70,6 @@ def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: P
                 links.senders[0, 1, "activation"].send(1, 0, like)
             else:
                 links.receivers[0, 1, "activation"].receive(1, 0, form_of(like))
-                links.receivers[0, 1, "activation"].post(1, 1)  # left unanswered
             links.flush()
             world.close()
             world.close()
