@@ -1,40 +1,19 @@
-// The functions of the CUDA driver that pipex calls, resolved when a library is first needed, never at link time: so
-// the module loads on machines without a driver, and a test can hand in a library of its own.
+// The functions of the CUDA driver that launch what Triton has compiled.
 #pragma once
 
 #include <cuda.h>
 
-#include <memory>
 #include <string>
+
+#include "common/driver_library.hpp"
 
 namespace pipex::cuda {
 
-/// One loaded and initialised driver library.
-class Driver {
+class Driver : public DriverLibrary {
  public:
   /// Throws NamedError (NativeUnavailable) where the library is missing or too old, or finds no GPU.
-  explicit Driver(const std::string& library);
+  explicit Driver(const std::string& path);
 
-  /// Throws NamedError (CudaError) unless `result` is success; `call` names the function and what it was called for.
-  void check(CUresult result, const std::string& call) const {
-    if (result != CUDA_SUCCESS) fail(result, call);
-  }
-
- private:
-  struct Unload {
-    void operator()(void* handle) const;
-  };
-  std::unique_ptr<void, Unload> handle_;  // first: the functions below are looked up in it
-
-  template <typename Function>
-  Function* resolve(const char* name) const;
-  std::string text(CUresult result) const;
-  [[noreturn]] void fail(CUresult result, const std::string& call) const;
-
- public:
-  decltype(&::cuInit) const init;
-  decltype(&::cuGetErrorName) const get_error_name;
-  decltype(&::cuGetErrorString) const get_error_string;
   decltype(&::cuDeviceGet) const device_get;
   decltype(&::cuDevicePrimaryCtxRetain) const primary_context_retain;
   decltype(&::cuDevicePrimaryCtxRelease) const primary_context_release;

@@ -48,10 +48,6 @@ constexpr unsigned kWriteWithFence = 0;      // what the stream did before is vi
 // X(our name, the driver's symbol, its type). cuda.h renames functions to their current version; here the symbol's
 // name is the exported one.
 #define PIPEX_DRIVER_FUNCTIONS(X)                                                                        \
-  X(init, cuInit, Result(unsigned))                                                                      \
-  X(error_name, cuGetErrorName, Result(Result, const char**))                                            \
-  X(error_text, cuGetErrorString, Result(Result, const char**))                                          \
-  X(driver_version, cuDriverGetVersion, Result(int*))                                                    \
   X(device_get, cuDeviceGet, Result(DeviceNumber*, int))                                                 \
   X(device_attribute, cuDeviceGetAttribute, Result(int*, DeviceAttribute, DeviceNumber))                 \
   X(context_retain, cuDevicePrimaryCtxRetain, Result(ContextHandle*, DeviceNumber))                      \

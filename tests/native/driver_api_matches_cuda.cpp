@@ -50,10 +50,6 @@ PIPEX_DRIVER_FUNCTIONS(CHECK_TYPE)
 #define AFTER_MACROS(name) #name
 #define CURRENT(name) AFTER_MACROS(name)
 constexpr std::string_view current[] = {
-    CURRENT(cuInit),
-    CURRENT(cuGetErrorName),
-    CURRENT(cuGetErrorString),
-    CURRENT(cuDriverGetVersion),
     CURRENT(cuDeviceGet),
     CURRENT(cuDeviceGetAttribute),
     CURRENT(cuDevicePrimaryCtxRetain),

@@ -124,11 +124,6 @@ SIMULATED Result cuGetErrorString(Result, const char** text) {
   return kSuccess;
 }
 
-SIMULATED Result cuDriverGetVersion(int* version) {
-  *version = 12000;
-  return enter("cuDriverGetVersion", false);
-}
-
 SIMULATED Result cuDeviceGet(DeviceNumber* device, int ordinal) {
   *device = ordinal;
   return enter("cuDeviceGet", false);
