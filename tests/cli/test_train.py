@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import INTERFACE, two_hosts
 
 SMALL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--batch", "8", "--microbatches", "4"]
 
@@ -138,25 +142,44 @@ def test_the_same_program_joins_torchrun() -> None:
     assert last_line(stdout)["identical"] is True
 
 
-def test_ranks_of_two_hosts_join_through_torch_distributed() -> None:
-    """Two agents of one rank each: LOCAL_WORLD_SIZE is not WORLD_SIZE, so shared memory is not assumed."""
-    import socket
+def train_on_two_hosts(address: str, places: Sequence[tuple[str, ...]], ranks_each: int, **environment: str) -> None:
+    """One agent on each host, so that LOCAL_WORLD_SIZE is not WORLD_SIZE; the numbers must be those of one process."""
+
+    def agent(node: int, place: tuple[str, ...]) -> subprocess.Popen[str]:
+        here = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", str(ranks_each)]
+        master = ["--master-addr", address, "--master-port", str(port)]
+        program = ["-m", "pipex", "train", *SMALL, "--layers", "4", "--steps", "3", "--check", "--json"]
+        command = [*place, sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *here, *master, *program]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment)
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-
-    def agent(node: int) -> subprocess.Popen[str]:
-        here = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
-        master = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        program = ["-m", "pipex", "train", *SMALL, "--steps", "3", "--check", "--json"]
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *here, *master, *program]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    agents = [agent(node) for node in range(2)]
-    outputs = [agent.communicate(timeout=100) for agent in agents]
+    agents = [agent(node, place) for node, place in enumerate(places)]
+    try:
+        outputs = [agent.communicate(timeout=100) for agent in agents]
+    finally:
+        for process in agents:
+            process.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert last_line(outputs[0][0])["identical"] is True
+    result = last_line(outputs[0][0])
+    assert result["identical"] is True
+    assert result["ranks"] == 2 * ranks_each
+
+
+def test_ranks_of_several_agents_join_through_torch_distributed() -> None:
+    train_on_two_hosts("127.0.0.1", [(), ()], 1)
+
+
+def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(two_hosts())
+        except OSError as error:
+            pytest.skip(str(error))
+        places = [host.command for host in hosts]
+        train_on_two_hosts(hosts[0].address, places, 2, GLOO_SOCKET_IFNAME=INTERFACE)
 
 
 def test_info_says_what_there_is() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import device_world
+import group_world
 import pytest
 import torch
 from torch import Tensor, nn
@@ -248,6 +249,20 @@ def test_tuples_and_complex_tensors_through_device_memory(simulated_cuda: Path, 
     assert_same_bits(job, "1f1b", ranks, 4, steps=3, samples=9, launch=launch)
 
 
+@pytest.mark.parametrize(
+    ("job", "family", "ranks", "microbatches"),
+    [
+        ("transformer", "1f1b 1", 4, 6),
+        ("transformer", "zb-h1 1", 4, 5),
+        ("transformer", "zbv 2", 2, 5),
+        ("tuples", "gpipe 1", 3, 4),
+        ("complex", "1f1b 1", 2, 4),
+    ],
+)
+def test_over_torch_distributed(job: str, family: str, ranks: int, microbatches: int) -> None:
+    assert_same_bits(job, family, ranks, microbatches, steps=3, samples=11, launch=group_world.launch)
+
+
 def rank_under_way() -> list[int]:
     """How many sent tensors were under way whenever this rank ended a step."""
     world = pipex.current_world()
@@ -280,6 +295,13 @@ def test_every_family_through_device_memory_at_length(
 ) -> None:
     settings = f"seed={queues},queues={queues},delay=500,poison=1"
     launch = partial(device_world.launch, library=simulated_cuda, settings=settings)
+    assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=3, samples=11, launch=launch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "ranks", "chunks", "microbatches"), runnable(range(2, 5), range(1, 3), [6]))
+def test_every_family_over_torch_distributed(family: str, ranks: int, chunks: int, microbatches: int) -> None:
+    launch = group_world.launch
     assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=3, samples=11, launch=launch)
 
 
