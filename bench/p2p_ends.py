@@ -31,14 +31,13 @@ class RoundTrips:
         self.send_seconds: list[float] = []
 
     def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
-        send, post, receive, form = self._sender.send, self._receiver.post, self._receiver.receive, self._form
+        send, receive, form = self._sender.send, self._receiver.receive, self._form
         finish = self._sender.finish if isinstance(self._sender, TorchSender) else None
         received: tuple[Tensor, ...] = ()
         sending, sends_first = 0.0, self._both_ways or self._rank == 0
         begin = perf_counter()
         for number, tensor in enumerate(outgoing):
             received = ()  # its memory may be used again: torch has one buffer to receive into, too
-            post(1, number)
             if not sends_first:
                 received = receive(1, number, form)
             before = perf_counter()
@@ -97,9 +96,6 @@ class TorchReceiver:
     def __init__(self, peer: int, nbytes: int, device: torch.device, staged: bool) -> None:
         self._peer, self._device, self._staged = peer, device, staged
         self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if staged else device)
-
-    def post(self, step: int, microbatch: int) -> None:
-        """torch's receive waits by itself."""
 
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         dist.recv(self._buffer, self._peer)

@@ -119,24 +119,34 @@ def add_products(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns its exit code: 1 after a wrong result or a missed floor."""
-    from pipex.errors import InputError
-
-    if options.n < 1 or options.w < 0:
-        raise InputError(
-            "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
-        )
+    check_rounds(options)
     return {"p2p": _p2p, "step": _step, "overlap": _overlap, "drop-in": _drop_in, "backward": _backward, "gemm": _gemm}[
         options.bench
     ](options)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
+    add_rounds(parser, samples)
+    parser.add_argument("--min-ratio", metavar="CASE=RATIO,...", help=floor + "; exit 1 below")
+
+
+def add_rounds(parser: argparse.ArgumentParser, samples: int) -> None:
+    """Declares how often is measured, and how the result is printed."""
     parser.add_argument("-n", metavar="COUNT", type=int, default=samples, help=f"samples (default: {samples})")
     parser.add_argument("-w", metavar="COUNT", type=int, default=5, help="rounds before them (default: 5)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object as the last line; the table goes to stderr"
     )
-    parser.add_argument("--min-ratio", metavar="CASE=RATIO,...", help=floor + "; exit 1 below")
+
+
+def check_rounds(options: argparse.Namespace) -> None:
+    """Raises InputError where nothing would be measured."""
+    from pipex.errors import InputError
+
+    if options.n < 1 or options.w < 0:
+        raise InputError(
+            "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
+        )
 
 
 def _p2p(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipex.cli.bench import add_products, products
+from pipex.cli.bench import add_products, add_rounds, check_rounds, products
 
 if TYPE_CHECKING:
     from pipex.backward.tuning import Conditions, Gpu, Product, Times
@@ -26,21 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.epilog = EPILOG
     add_products(parser)
-    parser.add_argument("-n", metavar="COUNT", type=int, default=15, help="samples (default: 15)")
-    parser.add_argument("-w", metavar="COUNT", type=int, default=5, help="rounds before them (default: 5)")
+    add_rounds(parser, samples=15)
     parser.add_argument("--output", metavar="FILE", help="a table to write instead of the user's")
-    parser.add_argument("--json", action="store_true",
-                        help="print one JSON object as the last line; the table goes to stderr")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Measures and writes; returns the exit code: 1 after a wrong result."""
-    from pipex.errors import InputError
-
-    if options.n < 1 or options.w < 0:
-        raise InputError(
-            "nothing would be measured", got=f"-n {options.n} -w {options.w}", needed="-n 1 or more, -w 0 or more"
-        )
+    check_rounds(options)
     chosen = products(options)
     from pipex.backward.choice import gpu_of
     from pipex.backward.tuning import Conditions

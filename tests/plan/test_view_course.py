@@ -10,10 +10,11 @@ from pipex.plan.actions import parse_action
 from pipex.plan.communication import communicate, unfused
 from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
+from pipex.plan.messages import Message, messages
 from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import simulate
-from pipex.plan.view.course import Message, memory_curve, messages, under_way_curve, waits
+from pipex.plan.view.course import memory_curve, under_way_curve, waits
 
 
 def fused(pair: str) -> Plan:

@@ -6,14 +6,15 @@ import json
 import os
 import signal
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 
-from pipex.errors import OutOfSharedMemory, PeerError, PeerFailed, PeerLost, PeerStalled
+from pipex.errors import OutOfSharedMemory, PeerFailed, PeerLost, PeerStalled
 from pipex.transport.host import HostRun, HostWorld
 from pipex.transport.interface import EdgeSpec, Phase, TensorForm
 
@@ -38,58 +39,26 @@ def name(rank: int, position: int) -> tuple[str, int | None, int | None]:
     return f"{rank}F{position}", rank, position
 
 
-def rank_main(run: HostRun, rank: int, body: Body, timeout: float, pipe: int) -> None:
-    """What a rank saw goes through the pipe as JSON: its result, or the error's class, text and place."""
+def rank_main(run: HostRun, rank: int, body: Body, timeout: float) -> Any:
     world = run.join(rank, timeout=timeout)
     world.namer = name
     try:
-        seen: dict[str, Any] = {"result": body(world)}
+        return body(world)
     except BaseException as error:
         world.fail(error)
-        seen = {"error": type(error).__name__, "text": str(error), "at": time.monotonic()}
-        if isinstance(error, PeerError):
-            place = ("rank", "step", "action", "stage", "microbatch")
-            seen |= {field: getattr(error, field) for field in place}
-    os.write(pipe, json.dumps(seen).encode())
+        raise
 
 
-class Ranks:
+class Ranks(Forked):
     """Forked ranks of one run; all are gone when the block ends."""
 
     def __init__(self, bodies: list[Body], *, timeout: float = 20.0) -> None:
         self.run = HostRun.create(len(bodies))
-        self.pids: list[int] = []
-        self.pipes: list[int] = []
-        for rank, body in enumerate(bodies):
-            reader, writer = os.pipe()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forking with threads around
-                pid = os.fork()
-            if pid == 0:
-                try:
-                    rank_main(self.run, rank, body, timeout, writer)
-                finally:
-                    os._exit(0)
-            os.close(writer)
-            self.pids.append(pid)
-            self.pipes.append(reader)
+        super().__init__([partial(rank_main, self.run, rank, body, timeout) for rank, body in enumerate(bodies)])
 
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pid, pipe in zip(self.pids, self.pipes, strict=True):
-            os.close(pipe)
-            os.kill(pid, signal.SIGKILL)  # ours, and not reaped before this
-            os.waitpid(pid, 0)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self.run.close()
-
-    def seen(self, rank: int) -> dict[str, Any]:
-        """What the rank reports; waits until it does or is gone."""
-        text = b""
-        while piece := os.read(self.pipes[rank], 65_536):
-            text += piece
-        return json.loads(text) if text else {}
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -104,7 +73,7 @@ def test_a_killed_rank_is_named_by_all_others_within_a_second(victim: int) -> No
     tells, told = os.pipe()
     bodies: list[Body] = [die_at if r == victim else lambda world: receive_from(world, 3) for r in range(3)]
     with Ranks(bodies) as ranks:
-        seen = [ranks.seen(rank) for rank in range(3) if rank != victim]
+        seen = [ranks.outcome(rank) for rank in range(3) if rank != victim]
         killed = json.loads(os.read(tells, 100))
     os.close(tells)
     os.close(told)
@@ -122,14 +91,14 @@ def test_a_rank_killed_in_set_up_is_named_with_its_phase() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with Ranks([lambda world: world.open([], bytes(16)) and None, die_early]) as ranks:
-        report = ranks.seen(0)
+        report = ranks.outcome(0)
     assert (report["error"], report["rank"], report["action"]) == ("PeerLost", 1, "setup")
     assert report["step"] is None
 
 
 def test_a_rank_that_exits_without_leaving_is_lost_even_with_exit_code_0() -> None:
     with Ranks([lambda world: world.exchange(b"") and None, lambda _: os._exit(0)]) as ranks:
-        assert ranks.seen(0)["error"] == "PeerLost"
+        assert ranks.outcome(0)["error"] == "PeerLost"
 
 
 def test_the_launcher_tells_of_a_rank_that_never_joined() -> None:
@@ -150,7 +119,7 @@ def test_an_exception_reaches_every_rank_with_its_type_and_first_line() -> None:
 
     with Ranks([fail if rank == 2 else lambda world: receive_from(world, 4) for rank in range(4)]) as ranks:
         for rank in (0, 1, 3):
-            report = ranks.seen(rank)
+            report = ranks.outcome(rank)
             assert (report["error"], report["rank"]) == (PeerFailed.__name__, 2)
             assert report["text"] == "rank 2 failed: ZeroDivisionError: a loss of 0 (step 7, action optimizer)"
 
@@ -162,7 +131,7 @@ def test_the_first_failure_wins_when_all_ranks_fail_at_once() -> None:
         world.exchange(b"")
 
     with Ranks([fail] * 5) as ranks:
-        reports = [ranks.seen(rank) for rank in range(5)]
+        reports = [ranks.outcome(rank) for rank in range(5)]
     assert {report["error"] for report in reports} == {PeerFailed.__name__}
     assert len({report["text"] for report in reports}) == 1
 
@@ -177,7 +146,7 @@ def test_a_rank_without_progress_is_named_through_a_chain_of_waits() -> None:
         [stop if rank == 0 else lambda world: receive_from(world, 4) for rank in range(4)], timeout=0.5
     ) as ranks:
         for rank in (1, 2, 3):
-            report = ranks.seen(rank)
+            report = ranks.outcome(rank)
             assert (report["error"], report["rank"], report["action"]) == (PeerStalled.__name__, 0, "0F2")
             assert "alive but made no progress for 0.5 s" in report["text"]
 
@@ -188,14 +157,14 @@ def test_a_stopped_process_is_told_from_a_busy_one() -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     with Ranks([stop, lambda world: receive_from(world, 2)], timeout=1.5) as ranks:
-        report = ranks.seen(1)
+        report = ranks.outcome(1)
     assert (report["error"], report["rank"]) == (PeerStalled.__name__, 0)
     assert "is stopped: no heartbeat" in report["text"]
 
 
 def test_ranks_that_wait_for_each_other_name_the_circle() -> None:
     with Ranks([lambda world: receive_from(world, 3)] * 3, timeout=0.4) as ranks:
-        reports = [ranks.seen(rank) for rank in range(3)]
+        reports = [ranks.outcome(rank) for rank in range(3)]
     for report in reports:
         assert (report["error"], report["rank"]) == (PeerStalled.__name__, 0)
         assert "0 → 2 → 1 → 0" in report["text"]
@@ -216,7 +185,7 @@ def test_progress_of_the_awaited_rank_keeps_a_wait_alive() -> None:
         world.close()
 
     with Ranks([work, wait], timeout=0.4) as ranks:
-        assert [ranks.seen(rank) for rank in range(2)] == [{"result": None}] * 2
+        assert [ranks.outcome(rank)["result"] for rank in range(2)] == [None, None]
 
 
 def test_ctrl_c_ends_a_wait() -> None:
@@ -228,7 +197,7 @@ def test_ctrl_c_ends_a_wait() -> None:
     with Ranks([wait, lambda _: signal.pause()], timeout=1000) as ranks:
         os.read(tells, 1)
         os.kill(ranks.pids[0], signal.SIGINT)
-        assert ranks.seen(0)["error"] == "KeyboardInterrupt"
+        assert ranks.outcome(0)["error"] == "KeyboardInterrupt"
     os.close(tells)
     os.close(told)
 
@@ -246,7 +215,7 @@ def test_a_process_that_inherits_nothing_opens_the_run_by_its_address() -> None:
         world.exchange(b"")
 
     with Ranks([offer, open_by_address]) as ranks:
-        assert ranks.seen(1) == {"result": 7}
+        assert ranks.outcome(1)["result"] == 7
 
 
 def test_too_little_memory_for_the_slots_is_a_named_error() -> None:
@@ -256,7 +225,7 @@ def test_too_little_memory_for_the_slots_is_a_named_error() -> None:
         world.open([huge], bytes(16))
 
     with Ranks([open_huge] * 2) as ranks:
-        owner, other = ranks.seen(1), ranks.seen(0)
+        owner, other = ranks.outcome(1), ranks.outcome(0)
     assert owner["error"] == OutOfSharedMemory.__name__
     assert f"needed {16 << 45}"[:12] in owner["text"]  # and some for headers
     assert (other["error"], other["rank"]) == (PeerFailed.__name__, 1)
@@ -288,4 +257,4 @@ def test_a_forked_child_does_not_give_its_parents_tensors_back() -> None:
         world.close()
 
     with Ranks([producer, consumer]) as ranks:
-        assert [ranks.seen(rank) for rank in range(2)] == [{"result": None}] * 2
+        assert [ranks.outcome(rank)["result"] for rank in range(2)] == [None, None]

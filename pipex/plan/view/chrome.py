@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from pipex.plan.costs import Costs
+from pipex.plan.messages import Message, messages
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction, simulate
-from pipex.plan.view.course import Message, memory_curve, messages, under_way_curve
+from pipex.plan.view.course import memory_curve, under_way_curve
 
 _TICK = 0.125  # µs
 

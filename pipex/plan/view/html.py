@@ -15,9 +15,10 @@ from typing import Any
 from pipex.errors import InputError
 from pipex.plan.costs import Costs
 from pipex.plan.critical_path import critical_path
+from pipex.plan.messages import messages
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
-from pipex.plan.view.course import memory_curve, messages, waits
+from pipex.plan.view.course import memory_curve, waits
 from pipex.plan.view.measured import MeasuredEvent, MeasuredStep, typical_step
 from pipex.plan.view.text import simulation_view
 
