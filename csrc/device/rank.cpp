@@ -45,7 +45,6 @@ Rank::Rank(std::shared_ptr<Member> member, const std::string& library, int ordin
       gpu_(std::make_shared<const Gpu>(library, ordinal)),
       device_(device),
       send_stream_(gpu_, Urgency::send),
-      computed_(gpu_),
       receives_(gpu_),
       sends_(gpu_) {
   rescue_.emplace(gpu_, member_, receives_, sends_);
@@ -90,12 +89,6 @@ void Rank::check_not_capturing(StreamHandle stream) const {
   throw NamedError("InputError", "a tensor cannot cross ranks while a CUDA graph is being captured",
                    "a capturing compute stream", "one that is not",
                    "capture parts of a stage only, without its receives and sends");
-}
-
-void Rank::follow(StreamHandle compute) {
-  driver().check(driver().event_record(computed_.get(), compute), "cuEventRecord on " + gpu_->name());
-  driver().check(driver().stream_wait_event(send_stream_.get(), computed_.get(), 0),
-                 "cuStreamWaitEvent on " + gpu_->name());
 }
 
 void Rank::flush() {

@@ -42,9 +42,6 @@ class Rank {
   /// Throws InputError if a graph is being captured from `stream`: counters would be constants in it.
   void check_not_capturing(StreamHandle stream) const;
 
-  /// What is sent from here on is sent after all that is enqueued on `compute` now.
-  void follow(StreamHandle compute);
-
   /// How many tensors have been copied from their source, in the order of the sends.
   std::uint64_t sent();
 
@@ -74,7 +71,6 @@ class Rank {
   const std::shared_ptr<const Gpu> gpu_;
   const dlpack::Device device_;
   const Stream send_stream_;
-  const Event computed_;
   Trail receives_, sends_;
   std::optional<Rescue> rescue_;
   std::optional<std::chrono::steady_clock::time_point> draining_since_;  // in an ended run

@@ -47,8 +47,8 @@ void RingSender::send(const TensorTemplate& tensor, DevicePointer source, Stream
   rank_->member().control().raise_if_aborted();  // now: once something is enqueued, the source must be kept
   const std::uint32_t slot = outbox_->take();
   const std::uint64_t use = ++uses_[slot];
-  rank_->follow(compute);
-  rank_->sends().begin(peer_, stream);
+  const EventHandle computed = rank_->sends().begin(peer_, compute);
+  driver.check(driver.stream_wait_event(stream, computed, 0), "cuStreamWaitEvent on " + rank_->gpu()->name());
   if (use > 1)
     driver.check(driver.stream_wait(stream, memory_->flag(slot), use - 1, kWaitGreaterOrEqual),
                  "cuStreamWaitValue64 before a send to rank " + std::to_string(peer_));

@@ -18,10 +18,12 @@ Event Trail::record(StreamHandle stream) {
   return std::move(*event);
 }
 
-void Trail::begin(int peer, StreamHandle stream) {
+EventHandle Trail::begin(int peer, StreamHandle stream) {
   Event reached = record(stream);
+  const EventHandle handle = reached.get();
   const std::lock_guard lock(mutex_);
   entries_.push_back({peer, std::move(reached), std::nullopt});
+  return handle;
 }
 
 void Trail::end(StreamHandle stream) {

@@ -26,8 +26,11 @@ class Trail {
 
   explicit Trail(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {}
 
-  /// Call before the operations of a message are enqueued, and after.
-  void begin(int peer, StreamHandle stream);
+  /// Call before the operations of a message are enqueued: it is reached when those before it have passed and all that
+  /// `stream` holds now is done. Returns the event behind that.
+  EventHandle begin(int peer, StreamHandle stream);
+
+  /// Call after.
   void end(StreamHandle stream);
 
   /// How many messages have passed, in order.
