@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ class Row:
             peer's own row has 1.
         correct: whether every result was right.
         figures: the benchmark's own columns; None where there is nothing to say.
+        beyond: figures that are None because they are better than can be seen. They meet every floor.
     """
 
     case: str
@@ -35,6 +36,7 @@ class Row:
     ratio: float
     correct: bool
     figures: Mapping[str, float | None] = field(default_factory=dict)
+    beyond: Collection[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         times = {"p50_us": self.time.p50, "p20_us": self.time.p20, "p80_us": self.time.p80}
@@ -75,16 +77,19 @@ def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str], *,
 
 
 def failures(rows: Iterable[Row], floors: Iterable[Floor]) -> list[str]:
-    """A sentence for every wrong result and every missed floor. A figure that is None misses no floor."""
-    by_name = {(row.case, row.provider): row.as_json() for row in rows}
+    """A sentence for every wrong result and every floor that was missed or, for want of a figure, not shown to hold."""
+    by_name = {(row.case, row.provider): row for row in rows}
     sentences = [
-        f"{case}: {provider} gave a wrong result" for (case, provider), row in by_name.items() if not row["correct"]
+        f"{case}: {provider} gave a wrong result" for (case, provider), row in by_name.items() if not row.correct
     ]
     for floor in floors:
-        value = by_name[floor.case, floor.provider][floor.figure]
-        if value is not None and floor.misses(value):
+        row = by_name[floor.case, floor.provider]
+        value, subject = row.as_json()[floor.figure], f"{floor.case}: {floor.figure} of {floor.provider}"
+        if value is None and floor.figure not in row.beyond:
+            sentences.append(f"{subject} could not be measured, and a limit of {floor.limit:g} was asked for")
+        elif value is not None and floor.misses(value):
             limit = f"{'above the ceiling' if floor.most else 'below the floor'} of {floor.limit:g}"
-            sentences.append(f"{floor.case}: {floor.figure} of {floor.provider} is {value:.4g}, {limit}")
+            sentences.append(f"{subject} is {value:.4g}, {limit}")
     return sentences
 
 

@@ -124,6 +124,7 @@ def _rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[Row]:
             all(rank["correct"][name] and rank["correct"][COMPUTE] for rank in ranks),
             {"step_us": time.p50, "compute_us": compute_us, "overhead_us_per_action": overhead[name],
              "overhead_ratio": overhead[PEER] / overhead[name] if overhead[name] > 0 else None},
+            beyond=() if overhead[name] > 0 else ("overhead_ratio",),
         )
         for name, time in slowest.items()
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -48,12 +49,21 @@ def test_a_wrong_result_fails_with_a_sentence(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.endswith("pipex bench: 4K: host gave a wrong result\n")
 
 
-def test_a_floor_is_met_by_its_own_value_and_by_a_figure_that_is_too_small_to_be_seen() -> None:
-    floors = [Floor("4K", "host", "ratio", 8.0), Floor("4K", "host", "memcpy_share", 0.75)]
-    assert failures([row(ratio=8.0, share=None)], floors) == []
-    assert failures([row(ratio=8.0, share=0.74)], floors) == [
-        "4K: memcpy_share of host is 0.74, below the floor of 0.75"
+def test_a_floor_is_met_by_its_own_value() -> None:
+    floors = [Floor("4K", "host", "ratio", 8.0), Floor("4K", "host", "memcpy_share", 0.5)]
+    assert failures([row(ratio=8.0)], floors) == []
+    assert failures([row(ratio=8.0, share=0.49)], floors) == [
+        "4K: memcpy_share of host is 0.49, below the floor of 0.5"
     ]
+
+
+@pytest.mark.parametrize("most", [False, True])
+def test_a_figure_that_is_not_there_meets_no_floor(most: bool) -> None:
+    floors = [Floor("4K", "host", "memcpy_share", 0.5, most)]
+    assert failures([row(share=None)], floors) == [
+        "4K: memcpy_share of host could not be measured, and a limit of 0.5 was asked for"
+    ]
+    assert failures([replace(row(share=None), beyond=("memcpy_share",))], floors) == []  # too good to be seen
 
 
 def test_a_floor_looks_at_its_own_provider_only() -> None:

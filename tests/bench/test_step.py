@@ -7,6 +7,7 @@ import torch
 
 from pipex.bench import step
 from pipex.bench.driver import Rounds
+from pipex.bench.report import Floor, failures
 from pipex.bench.step import Case, TimedStep
 from pipex.cli import main
 from pipex.errors import InputError
@@ -61,6 +62,7 @@ def test_an_overhead_too_small_to_be_seen_has_no_ratio(monkeypatch: pytest.Monke
     monkeypatch.setattr(step, "launch", lambda *args, **kwargs: [[rank], [rank]])
     pipex, _ = step.measure([Case("gpipe", 64, 4, microbatches=2)], Rounds(1, 0))
     assert pipex.figures["overhead_ratio"] is None
+    assert failures([pipex], [Floor(pipex.case, "pipex", "overhead_ratio", 1e9)]) == []
 
 
 @pytest.mark.parametrize(
