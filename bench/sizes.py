@@ -1,4 +1,5 @@
-"""Message sizes as nccl-tests writes them: ``-b 4K -e 64M -f 4`` is 4 KiB, 16 KiB, ... 64 MiB."""
+"""Message sizes as nccl-tests writes them: ``-b 4K -e 64M -f 4`` is 4 KiB, 16 KiB, ... 64 MiB, and ``-i 4K`` in place
+of ``-f 4`` is 4 KiB, 8 KiB, 12 KiB, ..."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes // _UNITS[letter]}{letter}"
 
 
-def size_range(first: int, last: int, factor: int) -> list[int]:
-    """``first``, ``first`` × ``factor``, ... while at most ``last``.
+def size_range(first: int, last: int, factor: int = 1, step: int = 0) -> list[int]:
+    """``first``, ``first`` × ``factor`` + ``step``, ... while at most ``last``.
 
     Raises:
         InputError: the range is empty or would not end.
@@ -34,9 +35,9 @@ def size_range(first: int, last: int, factor: int) -> list[int]:
     if first > last:
         raise InputError("the range of sizes is empty", got=f"{format_size(first)} to {format_size(last)}",
                          needed="-b at most -e")  # fmt: skip
-    if factor < 2:
+    if factor < 2 and not step:
         raise InputError("the range of sizes would not end", got=f"-f {factor}", needed="a factor of at least 2")
     sizes = [first]
-    while sizes[-1] * factor <= last:
-        sizes.append(sizes[-1] * factor)
+    while (size := sizes[-1] * factor + step) <= last:
+        sizes.append(size)
     return sizes

@@ -43,6 +43,11 @@ def test_a_range_multiplies_up_to_its_end(first: int, last: int, factor: int, si
     assert size_range(first, last, factor) == sizes
 
 
+def test_a_range_in_equal_steps() -> None:
+    assert size_range(4 * KIB, 13 * KIB, step=4 * KIB) == [4096, 8192, 12288]
+    assert size_range(5, 5, step=1) == [5]
+
+
 def test_a_range_that_is_empty_or_endless_is_refused() -> None:
     with pytest.raises(InputError, match="empty; got 8K to 4K"):
         size_range(8192, 4096, 2)
