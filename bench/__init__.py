@@ -4,8 +4,9 @@
     driver       interleaved measurements and their quantiles
     environment  what was measured, and on what
     report       rows, the table for people, the JSON line, floors
-    gloo         torch.distributed inside launched ranks
-    p2p          half a round trip between two processes
+    torch_group  torch.distributed inside launched ranks
+    p2p          half a round trip between two processes (p2p_ends: the providers; bursts: contents and comparison;
+                 beside: what messages cost a matrix product; kernels_seen: what they cost in multiprocessors)
     step         a training step of a small pipeline
     backward     the split backward of one stage
     gpu          times on a GPU, and its ceilings

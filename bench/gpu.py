@@ -31,6 +31,16 @@ def require_gpu(command: str, fix: str | None = None) -> torch.device:
     Raises:
         NativeUnavailable: torch finds none.
     """
+    check_gpu(command, fix)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_gpu(command: str, fix: str | None = None) -> None:
+    """Looks for a GPU, without a context on it.
+
+    Raises:
+        NativeUnavailable: torch finds none.
+    """
     if not torch.cuda.is_available():
         raise NativeUnavailable(
             f"{command} measures on a GPU and there is none",
@@ -38,7 +48,6 @@ def require_gpu(command: str, fix: str | None = None) -> torch.device:
             needed="a GPU, its driver and a torch that was built for CUDA",
             fix=fix,
         )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Clock:

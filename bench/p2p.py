@@ -10,30 +10,52 @@
     copy         a copy within the memory of one GPU
 
 A sample is a burst of round trips in a row: rank 0 sends, rank 1 sends an equal message back, and rank 0's time over
-twice their number is the sample. With ``--bidirectional`` both send at the same time, the time is over their number,
-and ``gb_per_s`` counts both. For a copy it is the time of one. GPUs have done all when the time is taken. All take
-turns. Messages come from two buffers by turns, whose contents differ in every byte from each other and from those of
-the bursts before; the last message that each rank received is compared byte by byte after the burst, outside the timed
-part. As is usual for such figures nobody reads the messages meanwhile: the caches are theirs.
+twice their number is the sample. With ``--bidirectional`` both send at the same time, and the time is over their
+number. For a copy it is the time of one. GPUs have done all when the time is taken. All take turns. Messages come from
+two buffers by turns, whose contents differ in every byte from each other and from those of the bursts before; the last
+message that each rank received is compared byte by byte after the burst, outside the timed part. As is usual for such
+figures nobody reads the messages meanwhile: the caches are theirs.
+
+Sizes and columns are those of nccl-tests, as far as they say something here; time is in microseconds:
+
+    p50_us, p20_us, p80_us, p99_us   of the samples; nccl-tests gives their mean
+    algbw, busbw    GB/s (1e9 bytes): size over p50, one way also where both send. A message between two ranks crosses
+                    the link once, so they are the same
+    wrong           bytes that differ, of all messages compared, on both ranks
+    ratio           the peer's p50 over this one's
+    copy_share      bandwidth, both ways together where both send, over that of a copy
+    send_us         what rank 0's host needs for a send; the median of the bursts' means
+    sms             multiprocessors that the largest kernel of a transfer may take, on the rank where that is more: its
+                    blocks, at most the GPU's multiprocessors. See ``kernels_seen`` for what is no kernel
+    gemm_slowdown   by how much of its time a matrix product slows while bursts go on beside it without pause, on the
+                    rank where that is more (``beside``). Messages beside it are compared, too
+
+There are no elements but bytes, no reduction and no root, nothing is sent from where it is received to, and results are
+always checked: so there are no columns count, type, redop, root and in-place, and no ``-c``. The last two figures are
+the GPU's; they are None elsewhere, and where they could not be measured: ``sms`` where the profiler sees no kernels,
+``gemm_slowdown`` of ranks that share a GPU without ``--virtual-devices``. Those get the GPU by turns, and one would see
+only that. The profiler slows what comes after it, so it comes last, with bursts of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.distributed import FileStore, PrefixStore
 
 from pipex.bench import torch_group
+from pipex.bench.beside import Beside, Products
+from pipex.bench.bursts import Bursts
 from pipex.bench.driver import Rounds, quantiles
-from pipex.bench.gpu import require_gpu
-from pipex.bench.p2p_ends import Copies, RoundTrips, Run, TorchReceiver, TorchSender, synchronize
+from pipex.bench.gpu import check_gpu
+from pipex.bench.kernels_seen import KernelWatch
+from pipex.bench.p2p_ends import Copies, End, RoundTrips, TorchReceiver, TorchSender
 from pipex.bench.report import Row
 from pipex.bench.sizes import format_size
 from pipex.errors import NativeUnavailable
@@ -42,10 +64,8 @@ from pipex.runtime.worlds import current_world
 from pipex.transport.group import GroupWorld
 from pipex.transport.interface import EdgeSpec, Form, Links, TensorForm, World
 
+RANKS = 2
 THREADS = 1  # per rank: a transport gets one core, and so does the memcpy it is compared with
-
-BURST_BYTES = 16 << 20  # of messages each way; a clock cannot see a small one alone
-MAX_BURST = 64
 
 
 @dataclass(frozen=True)
@@ -68,45 +88,53 @@ TRANSPORTS = {
 }
 
 
-def require_gpus(name: str) -> torch.device:
-    """The first GPU.
+def check_gpus(name: str) -> None:
+    """Looks whether there are enough GPUs for the transport, without starting CUDA in this process.
 
     Raises:
-        NativeUnavailable: there are too few for the transport.
+        NativeUnavailable: there are too few.
     """
-    device = require_gpu(f"pipex bench p2p --transport {name}")
-    needed = 2 if name == "nccl" else 1
+    check_gpu(f"pipex bench p2p --transport {name}")
+    needed = RANKS if name == "nccl" else 1
     if torch.cuda.device_count() < needed:
         raise NativeUnavailable(
             "NCCL wants a GPU for each rank", got=torch.cuda.device_count(), needed=needed, fix="use --transport device"
         )
-    return device
 
 
-def measure(sizes: Sequence[int], rounds: Rounds, name: str = "host", *, both_ways: bool = False) -> list[Row]:
+def measure(
+    sizes: Sequence[int], rounds: Rounds, name: str = "host", *, both_ways: bool = False, virtual_devices: bool = False
+) -> list[Row]:
     """Measures messages of each of ``sizes`` bytes by a transport; three rows per size.
 
-    A row's figures are ``gb_per_s`` (1e9 bytes), ``copy_share``, its bandwidth over that of a copy, ``p99_us``, and
-    ``send_us``, what the host needs for a send.
+    Args:
+        both_ways: both ranks send at the same time.
+        virtual_devices: ranks that share a GPU have been given shares of it, in which they compute at once.
     """
     transport = TRANSPORTS[name]
-    job = (name, list(sizes), rounds.samples, rounds.warmups, both_ways)
-    ranks = launch(_rank, 2, args=job, device=transport.device)
+    job = (name, list(sizes), rounds.samples, rounds.warmups, both_ways, virtual_devices)
+    ranks = launch(_rank, RANKS, args=job, device=transport.device)
     rows = []
     for index, nbytes in enumerate(sizes):
-        found = ranks[0][index]
-        times = {name: quantiles(samples) for name, samples in found["samples"].items()}
+        found = [rank[index] for rank in ranks]
+        times = {name: quantiles(samples) for name, samples in found[0]["samples"].items()}
         for name, time in times.items():
             ways = 2 if both_ways and name != transport.limit else 1
-            sends = found["sends"][name]
+            sends, samples = found[0]["sends"][name], found[0]["samples"][name]
+            wrong = sum(rank["wrong"][name] for rank in found)
+            sms = [rank["sms"][name] for rank in found]
+            slowdowns = [slowdown for rank in found if (slowdown := rank["slowdown"][name]) is not None]
             rows.append(
                 Row(
                     format_size(nbytes), name, {"bytes": nbytes}, time, times[transport.peer].p50 / time.p50,
-                    all(rank[index]["correct"][name] for rank in ranks),
-                    {"gb_per_s": ways * nbytes / time.p50 / 1e3,
+                    wrong == 0,
+                    {"p99_us": _p99(samples),
+                     "algbw": nbytes / time.p50 / 1e3, "busbw": nbytes / time.p50 / 1e3,
+                     "wrong": wrong,
                      "copy_share": ways * times[transport.limit].p50 / time.p50,
-                     "p99_us": _p99(found["samples"][name]),
-                     "send_us": 1e6 * quantiles(sends).p50 if sends else None},
+                     "send_us": 1e6 * quantiles(sends).p50 if sends else None,
+                     "sms": None if None in sms else max(sms),
+                     "gemm_slowdown": max(slowdowns, default=None)},
                 )
             )  # fmt: skip
     return rows
@@ -120,8 +148,14 @@ def _p99(samples: Sequence[float]) -> float:
     return low + (high - low) * (place % 1)
 
 
-def _rank(name: str, sizes: Sequence[int], samples: int, warmups: int, both_ways: bool) -> list[dict[str, Any]]:
-    """On each rank, for each size: its samples in µs and whether all it received was right, by provider."""
+Ends = Callable[[int], AbstractContextManager[dict[str, End]]]
+"""Bytes of a message -> inside, by provider, this rank's part in sending them. Collective."""
+
+
+def _rank(
+    name: str, sizes: Sequence[int], samples: int, warmups: int, both_ways: bool, virtual_devices: bool
+) -> list[dict[str, Any]]:
+    """On each rank, for each size: its samples in µs and what else was found, by provider."""
     torch.set_num_threads(THREADS)
     world, transport = current_world(), TRANSPORTS[name]
     cores = sorted(os.sched_getaffinity(0))
@@ -129,8 +163,15 @@ def _rank(name: str, sizes: Sequence[int], samples: int, warmups: int, both_ways
         # Each rank gets a core of its own: a scheduler that puts both on one turns microseconds into switches between
         # them. Only this thread is bound; Gloo's, which exist by now, stay free.
         os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
-        rounds = Rounds(samples, warmups)
-        return [_measure_size(world, edges, transport, nbytes, rounds, both_ways) for nbytes in sizes]
+        rounds, ends = Rounds(samples, warmups), partial(_ends, world, edges, transport, both_ways)
+        on_gpu = transport.device == "cuda"
+        at_once = on_gpu and (virtual_devices or torch.cuda.device_count() >= world.ranks)
+        products = Products(world) if at_once else None
+        found = [_measure_size(world, ends, nbytes, rounds, products) for nbytes in sizes]
+        if on_gpu:
+            for size, sms in zip(found, _multiprocessors(world, ends, sizes), strict=True):
+                size["sms"] = sms
+        return found
 
 
 @contextmanager
@@ -147,25 +188,19 @@ def _edges(world: World, transport: Transport, store: str) -> Iterator[World]:
         group.close()
 
 
-def _measure_size(
-    world: World, edges: World, transport: Transport, nbytes: int, rounds: Rounds, both_ways: bool
-) -> dict[str, Any]:
-    messages = max(2, min(MAX_BURST, BURST_BYTES // nbytes))
+@contextmanager
+def _ends(world: World, edges: World, transport: Transport, both_ways: bool, nbytes: int) -> Iterator[dict[str, End]]:
     form = (TensorForm((nbytes,), torch.uint8),)
     links = _open(edges, form)
     me, peer, device = world.rank, 1 - world.rank, world.device
     staged = device.type == "cuda" and transport.peer == "gloo"
     trips = partial(RoundTrips, me, device, form=form, both_ways=both_ways)
-    ends: dict[str, RoundTrips | Copies] = {
+    yield {
         transport.provider: trips(links.senders[me, peer, "activation"], links.receivers[peer, me, "activation"]),
         transport.peer: trips(TorchSender(peer, staged), TorchReceiver(peer, nbytes, device, staged)),
         transport.limit: Copies(me, device, nbytes),
     }
-    bursts = _Bursts(world, nbytes, messages, {name: end.run for name, end in ends.items()})
-    times = rounds.interleave({name: partial(bursts.sample, name) for name in ends})
     links.close()
-    sends = {name: list(end.send_seconds) for name, end in ends.items()}
-    return {"samples": times, "correct": bursts.correct, "sends": sends}
 
 
 def _open(world: World, form: Form) -> Links:
@@ -176,34 +211,30 @@ def _open(world: World, form: Form) -> Links:
     return world.open(specs, digest=bytes(16))
 
 
-class _Bursts:
-    """Fills, runs, times and compares the bursts of all providers."""
-
-    def __init__(self, world: World, nbytes: int, messages: int, runs: Mapping[str, Run]) -> None:
-        self._world = world
-        self._runs = runs
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=world.device) for _ in range(2)]
-        self._outgoing = [self._buffers[number % 2] for number in range(messages)]
-        noise = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
-        self._noise = noise.to(world.device)
-        self._next = 0
-        self.correct = dict.fromkeys(runs, True)
-
-    def sample(self, provider: str) -> float:
-        """Microseconds per message of one burst; of no meaning on rank 1."""
-        for buffer in self._buffers:
-            fill(buffer, self._noise, self._next)
-            self._next += 1
-        synchronize(self._world.device)
-        self._world.exchange(b"")  # nobody fills or compares while the other one is timed
-        self._world.exchange(b"")  # the first may have found this rank asleep; now both begin within a microsecond
-        seconds, received = self._runs[provider](self._outgoing)
-        self._world.exchange(b"")
-        if received is not None:
-            self.correct[provider] &= torch.equal(received, self._outgoing[-1])
-        return seconds * 1e6
+def _measure_size(
+    world: World, ends: Ends, nbytes: int, rounds: Rounds, products: Products | None
+) -> dict[str, dict[str, Any]]:
+    with ends(nbytes) as providers:
+        bursts = Bursts(world, nbytes, providers)
+        samples = rounds.interleave({name: partial(bursts.sample, name) for name in providers})
+        sends = {name: list(end.send_seconds)[-rounds.samples :] for name, end in providers.items()}
+        unknown: dict[str, float | None] = dict.fromkeys(providers)
+        slowdown = unknown if products is None else Beside(world, products, bursts, providers).slowdowns()
+        return {"samples": samples, "sends": sends, "wrong": bursts.wrong, "slowdown": slowdown, "sms": unknown}
 
 
-def fill(buffer: Tensor, noise: Tensor, number: int) -> None:
-    """Content ``number``: no byte of it is the same in the 255 contents before and after."""
-    torch.bitwise_xor(noise, number % 256, out=buffer)
+def _multiprocessors(world: World, ends: Ends, sizes: Sequence[int]) -> list[dict[str, int | None]]:
+    """For each size, by provider, how many multiprocessors this rank's kernels took in a burst."""
+    watched: list[list[str]] = []
+    with KernelWatch(world.device) as watch:
+        for nbytes in sizes:
+            with ends(nbytes) as providers:
+                bursts = Bursts(world, nbytes, providers)
+                for name, end in providers.items():
+                    bursts.sample(name)  # what a first burst sets up is not the transfer's
+                    outgoing = bursts.fill(bursts.messages)
+                    bursts.meet()
+                    watch.watch(partial(end.transfer, outgoing))
+                watched.append(list(providers))
+    counts = iter(watch.multiprocessors())
+    return [{name: next(counts) for name in names} for names in watched]

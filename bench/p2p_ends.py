@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,29 +13,37 @@ from torch import Tensor
 
 from pipex.transport.interface import Form, Receiver, Sender
 
-Run = Callable[[Sequence[Tensor]], tuple[float, Tensor | None]]
-"""The messages of a burst -> seconds per message, and the last one that this rank received."""
+
+class End(Protocol):
+    """One rank's part in the bursts of a provider."""
+
+    @property
+    def send_seconds(self) -> Sequence[float]:
+        """What the host needed for a send, of each timed burst the mean."""
+
+    def transfer(self, outgoing: Sequence[Tensor]) -> Tensor | None:
+        """All messages of a burst, which the GPU may still have to do, on the current stream. Returns the last one that
+        this rank received."""
+
+    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+        """The same until the GPU has done them, timed: seconds per message, and the last one received."""
 
 
 class RoundTrips:
-    """Messages to the other rank and back; or, ``both_ways``, to each other at the same time.
-
-    Attributes:
-        send_seconds: what the host needed for a send, of each burst the mean.
-    """
+    """Messages to the other rank and back; or, ``both_ways``, to each other at the same time."""
 
     def __init__(self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, form: Form,
                  both_ways: bool) -> None:  # fmt: skip
         self._rank, self._device, self._form, self._both_ways = rank, device, form, both_ways
         self._sender, self._receiver = sender, receiver
         self.send_seconds: list[float] = []
+        self._sending = 0.0  # of the latest burst
 
-    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+    def transfer(self, outgoing: Sequence[Tensor]) -> Tensor:
         send, receive, form = self._sender.send, self._receiver.receive, self._form
         finish = self._sender.finish if isinstance(self._sender, TorchSender) else None
         received: tuple[Tensor, ...] = ()
         sending, sends_first = 0.0, self._both_ways or self._rank == 0
-        begin = perf_counter()
         for number, tensor in enumerate(outgoing):
             received = ()  # its memory may be used again: torch has one buffer to receive into, too
             if not sends_first:
@@ -47,10 +55,16 @@ class RoundTrips:
                 received = receive(1, number, form)
             if finish is not None:
                 finish()
+        self._sending = sending
+        return received[0]
+
+    def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+        begin = perf_counter()
+        received = self.transfer(outgoing)
         synchronize(self._device)
         seconds = (perf_counter() - begin) / len(outgoing)
-        self.send_seconds.append(sending / len(outgoing))
-        return seconds if self._both_ways else seconds / 2, received[0]
+        self.send_seconds.append(self._sending / len(outgoing))
+        return seconds if self._both_ways else seconds / 2, received
 
 
 class Copies:
@@ -62,17 +76,20 @@ class Copies:
         self._device = device
         self._target = torch.empty(nbytes, dtype=torch.uint8, device=device) if rank == 0 else None
 
+    def transfer(self, outgoing: Sequence[Tensor]) -> Tensor | None:
+        if self._target is not None:
+            for source in outgoing:
+                if self._device.type == "cpu":
+                    ctypes.memmove(self._target.data_ptr(), source.data_ptr(), source.nbytes)
+                else:
+                    self._target.copy_(source)
+        return self._target
+
     def run(self, outgoing: Sequence[Tensor]) -> tuple[float, Tensor | None]:
-        if self._target is None:
-            return 0.0, None
         begin = perf_counter()
-        for source in outgoing:
-            if self._device.type == "cpu":
-                ctypes.memmove(self._target.data_ptr(), source.data_ptr(), source.nbytes)
-            else:
-                self._target.copy_(source)
+        received = self.transfer(outgoing)
         synchronize(self._device)
-        return (perf_counter() - begin) / len(outgoing), self._target
+        return (perf_counter() - begin) / len(outgoing), received
 
 
 class TorchSender:

@@ -29,12 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="host: shared memory; device: the GPUs'; gloo, nccl: pipex over torch.distributed's "
                      "backends; device and nccl need a GPU, nccl two (default: host)")  # fmt: skip
     p2p.add_argument("--bidirectional", action="store_true", help="both ranks send at the same time")
-    p2p.add_argument("-b", metavar="SIZE", default="4K", help="smallest message: bytes, or with K, M, G (default: 4K)")
-    p2p.add_argument("-e", metavar="SIZE", default="64M", help="largest message (default: 64M)")
-    p2p.add_argument("-f", metavar="FACTOR", type=int, default=4, help="from one size to the next (default: 4)")
+    p2p.add_argument("--virtual-devices", action="store_true",
+                     help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
+    p2p.add_argument("-b", "--minbytes", dest="b", metavar="SIZE", default="4K",
+                     help="smallest message: bytes, or with K, M, G (default: 4K)")  # fmt: skip
+    p2p.add_argument("-e", "--maxbytes", dest="e", metavar="SIZE", default="64M", help="largest (default: 64M)")
+    p2p.add_argument("-f", "--stepfactor", dest="f", metavar="FACTOR", type=int,
+                     help="from one size to the next (default: 4)")  # fmt: skip
+    p2p.add_argument("-i", "--stepbytes", dest="i", metavar="SIZE",
+                     help="from one size to the next, in place of a factor")  # fmt: skip
     _add_common(p2p, samples=50, floor="how many times faster than torch pipex must be, such as 4K=20,256K=8")
     p2p.add_argument("--min-copy-share", metavar="CASE=SHARE,...",
                      help="bandwidth over the copy's that pipex must reach, such as 4M=0.75")  # fmt: skip
+    p2p.add_argument("--max-us", dest="max_p50_us", metavar="CASE=US,...",
+                     help="most microseconds that a message may take in the median, such as 64K=10")  # fmt: skip
+    p2p.add_argument("--max-send-us", metavar="CASE=US,...",
+                     help="most microseconds that the host may need for a send, such as 64K=5")  # fmt: skip
+    p2p.add_argument("--max-sms", metavar="CASE=COUNT,...",
+                     help="most multiprocessors that pipex's kernels may take, such as 64M=0")  # fmt: skip
+    p2p.add_argument("--max-gemm-slowdown", metavar="CASE=SHARE,...",
+                     help="most by which messages may slow a matrix product, such as 64M=0.03; of ranks that share a "
+                     "GPU it is measured with --virtual-devices only")  # fmt: skip
 
     step = benches.add_parser(
         "step", help="a training step of a two-rank pipeline: pipex, torch.distributed.pipelining",
@@ -151,15 +166,33 @@ def check_rounds(options: argparse.Namespace) -> None:
 
 def _p2p(options: argparse.Namespace) -> int:
     from pipex.bench.sizes import format_size, parse_size, size_range
+    from pipex.errors import InputError
 
-    sizes = size_range(parse_size(options.b), parse_size(options.e), options.f)
+    if options.f is not None and options.i is not None:
+        raise InputError("two ways from one size to the next", got=f"-f {options.f} and -i {options.i}", needed="one")
+    if options.virtual_devices and options.transport != "device":
+        raise InputError("only ranks that share a GPU get shares of it", got=f"--transport {options.transport}",
+                         needed="--transport device", fix="leave --virtual-devices out")  # fmt: skip
+    step = 0 if options.i is None else parse_size(options.i)
+    factor = options.f if options.f is not None else 1 if step else 4
+    sizes = size_range(parse_size(options.b), parse_size(options.e), factor, step)
     from pipex.bench import gpu, p2p
+    from pipex.bench.virtual_devices import shared_among
 
     transport = p2p.TRANSPORTS[options.transport]
     floors = _floors(options, transport.provider, [format_size(size) for size in sizes])
-    gpu_facts = gpu.describe_gpu(p2p.require_gpus(options.transport)) if transport.device == "cuda" else {}
-    rows = p2p.measure(sizes, _rounds(options), options.transport, both_ways=options.bidirectional)
-    return _finish(options, p2p.THREADS, gpu_facts, rows, floors)
+    on_gpu = transport.device == "cuda"
+    if on_gpu:
+        p2p.check_gpus(options.transport)
+    with shared_among(p2p.RANKS) if options.virtual_devices else nullcontext():
+        rows = p2p.measure(
+            sizes, _rounds(options), options.transport, both_ways=options.bidirectional,
+            virtual_devices=options.virtual_devices,
+        )  # fmt: skip
+    # Afterwards: CUDA must not start in this process before its ranks have.
+    facts: dict[str, Any] = {"virtual_devices": options.virtual_devices} if on_gpu else {}
+    facts |= gpu.describe_gpu(gpu.require_gpu("pipex bench p2p")) if on_gpu else {}
+    return _finish(options, p2p.THREADS, facts, rows, floors)
 
 
 def _step(options: argparse.Namespace) -> int:
