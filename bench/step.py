@@ -30,7 +30,7 @@ from pipex import plan as plans
 from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.report import Row
-from pipex.bench.step_providers import TORCH_SCHEDULES, ComputeAlone, PipexStep, TorchStep
+from pipex.bench.step_providers import ComputeAlone, PipexStep, TorchStep
 from pipex.errors import InputError
 from pipex.runtime.launch import launch
 from pipex.runtime.reference import OneProcess
@@ -38,6 +38,7 @@ from pipex.runtime.worlds import current_world
 from pipex.transport.interface import World
 
 PROVIDER, PEER, COMPUTE = "pipex", "torch", "compute"
+SCHEDULES = ("gpipe", "1f1b")  # those that both sides have and that do not split the backward
 RANKS = 2
 LAYERS = 8
 TOLERANCE = 1e-5
@@ -88,9 +89,9 @@ def cases(schedules: str, shapes: str, microbatches: int) -> list[Case]:
         raise InputError("too few micro-batches", got=microbatches, needed=f"at least {RANKS}, one per rank")
     found = []
     for schedule in schedules.split(","):
-        if schedule not in TORCH_SCHEDULES:
+        if schedule not in SCHEDULES:
             raise InputError("not a schedule that both sides have", got=repr(schedule),
-                             needed=f"one of {', '.join(TORCH_SCHEDULES)}")  # fmt: skip
+                             needed=f"one of {', '.join(SCHEDULES)}")  # fmt: skip
         for shape in shapes.split(","):
             width, _, samples = shape.partition("x")
             if not (width.isdecimal() and samples.isdecimal() and int(width) and int(samples)):
@@ -145,7 +146,7 @@ def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
 
     plan = case.plan()
     pipex_step = PipexStep(case.stages(), plan, batch, target)
-    torch_step = TorchStep(case.stages(), case.schedule, case.microbatches, world.rank, batch, target)
+    torch_step = TorchStep(case.stages(), case.schedule, plan, world.rank, batch, target)
     compute = ComputeAlone(case.stages(), plan, world.rank, batch, target)
     steps = {
         PROVIDER: TimedStep(world, pipex_step.run, wanted, tolerance=0),

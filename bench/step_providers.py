@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage
 
+from pipex.bench.torch_schedules import torch_schedule
 from pipex.plan import Kind, Plan
 from pipex.runtime.pipeline import Pipeline
-
-TORCH_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-"""pipex's name of a schedule -> torch's class."""
+from pipex.runtime.stage_runner import LossFunction
 
 
 class _KeepGradients(torch.optim.Optimizer):
@@ -42,25 +41,35 @@ class PipexStep:
 
 
 class TorchStep:
-    """A schedule of torch.distributed.pipelining on its default group; the loss is collected, outputs are not."""
+    """torch.distributed.pipelining on its default group: the schedule that stands beside the one of this name. The loss
+    is collected, outputs are not.
+
+    Attributes:
+        parameters: of this rank's stages.
+        loss: of the last step, on the last stage's rank; None elsewhere.
+    """
 
     def __init__(
-        self, stages: Sequence[nn.Module], schedule: str, microbatches: int, rank: int, batch: Tensor, target: Tensor
-    ) -> None:
-        self._parameters = list(stages[rank].parameters())
-        stage = PipelineStage(stages[rank], rank, len(stages), torch.device("cpu"))
-        self._schedule = TORCH_SCHEDULES[schedule](stage, microbatches, loss_fn=nn.functional.mse_loss)
-        self._inputs = (batch,) if rank == 0 else ()
-        self._target = target if rank == len(stages) - 1 else None
+        self, stages: Sequence[nn.Module], schedule: str, plan: Plan, rank: int, batch: Tensor, target: Tensor,
+        loss_fn: LossFunction = nn.functional.mse_loss,
+    ) -> None:  # fmt: skip
+        mine = plan.placement.stages_of(rank)
+        modules = {index: stages[index].to(batch.device) for index in mine}
+        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.loss: float | None = None
+        torch_stages = [PipelineStage(module, index, len(stages), batch.device) for index, module in modules.items()]
+        self._schedule = torch_schedule(schedule, torch_stages, plan.microbatches, loss_fn)
+        self._inputs = (batch,) if 0 in mine else ()
+        self._target = target if len(stages) - 1 in mine else None
 
     def run(self) -> list[Tensor]:
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
         losses: list[Tensor] = []
         self._schedule.step(*self._inputs, target=self._target, losses=losses, return_outputs=False)
         if losses:
-            torch.stack(losses).mean().item()  # pipex's step returns it too
-        return [p.grad for p in self._parameters if p.grad is not None]
+            self.loss = torch.stack(losses).mean().item()  # pipex's step returns it too
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 class ComputeAlone:
