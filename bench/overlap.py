@@ -1,150 +1,145 @@
-"""How much of a step is communication that computing does not hide, for each schedule.
+"""How much of a step is communication that computing does not hide, for each schedule, beside torch's step.
 
-    pipex   pipex.Pipeline on transformer blocks: shared memory between CPU ranks, the GPUs' memory between GPU ranks
-    free    the same plan simulated with the action times of that run, and messages that take no time
+    pipex   pipex.Pipeline on a transformer: shared memory between CPU ranks, the GPUs' memory between GPU ranks
+    torch   torch.distributed.pipelining, its own runtime and the schedule of ``torch_schedules``, over Gloo on the
+            loopback interface; on a GPU by way of host memory (``torch_staging``)
+    free    pipex's step if its messages took no time: the plan simulated with the action times of that run, and what
+            the step had before and after its actions
 
-A sample is the makespan of a step's actions, from the first start to the last end over all ranks. ``exposed_share`` is
-the part of it that the rank that waited longest spent on messages: the time in which it computed nothing because it
-handed one over, or waited for one that its peer had handed over already. Waiting for a peer that is not done is the
-schedule's, not communication's; ``waiting_share`` has both. ``bubble`` is the makespan bubble. Losses are compared with
-those of one process: bit by bit on the CPU, within ``TOLERANCE`` on a GPU.
+pipex and torch take turns, step by step, in the same processes; ``training`` says what a step is and what its time. As
+ranks that share a GPU are time-sliced without --virtual-devices, a message then ends when its receiver has its turn:
+what is exposed can be told only with it, or with a GPU for each rank.
+
+``exposed_share`` is the part of the makespan of a step's actions, from the first start to the last end over all ranks,
+that the rank that waited longest spent on messages: the time in which it computed nothing because it handed one over,
+or waited for one that its peer had handed over already. Waiting for a peer that is not done is the schedule's, not
+communication's; ``waiting_share`` has both. ``bubble`` is the makespan bubble. Losses are compared with those of one
+process: pipex's bit by bit on the CPU, within ``training.TOLERANCE`` on a GPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from pipex import plan as plans
+from pipex.bench import torch_group, training
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.report import Row
-from pipex.cli.train.model import Block, ModelConfig
-from pipex.observe import Event, Recorder, measure
+from pipex.bench.step_providers import TorchStep
+from pipex.bench.torch_schedules import torch_plan
+from pipex.bench.torch_staging import over_host_memory
+from pipex.bench.training import Case, Training
+from pipex.observe import Event, measure
 from pipex.observe.measure import COMPUTE, message_waits
-from pipex.plan.view.measured import measured_costs
-from pipex.runtime.agreement import share
 from pipex.runtime.launch import launch
-from pipex.runtime.pipeline import Pipeline
-from pipex.runtime.reference import OneProcess
 from pipex.runtime.worlds import current_world
+from pipex.transport.interface import World
 
-PROVIDER, PEER = "pipex", "free"
-TOLERANCE = 1e-3
-"""Largest difference of a loss on a GPU, relative."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A schedule on a model: ``blocks`` per stage, micro-batches of one sequence."""
-
-    schedule: str
-    ranks: int
-    microbatches: int
-    width: int
-    tokens: int
-    blocks: int = 2
-
-    @property
-    def name(self) -> str:
-        return f"{self.schedule}/{self.width}x{self.tokens}"
-
-    def plan(self) -> plans.Plan:
-        return plans.build(self.schedule, self.ranks, self.microbatches)
-
-    def stages(self, count: int) -> list[nn.Module]:
-        """The same weights on every call."""
-        torch.manual_seed(0)
-        config = ModelConfig(self.width, max(1, self.width // 64), layers=self.blocks, context=self.tokens)
-        return [nn.Sequential(*(Block(config) for _ in range(self.blocks))) for _ in range(count)]
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        shape = (self.microbatches, self.tokens, self.width)
-        return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+PROVIDER, PEER, FREE = "pipex", "torch", "free"
 
 
 def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Case]:
-    """One per schedule, from a text such as ``1f1b,zb-h1``; larger on a GPU.
+    """As ``training.cases``.
 
     Raises:
         PlanError: an unknown schedule, or sizes that do not fit it.
+        InputError: torch has no schedule to stand beside one, or the sizes do not fit that.
     """
-    width, tokens = {"cpu": (128, 64), "cuda": (2048, 2048)}[device]
-    found = [Case(schedule, ranks, microbatches, width, tokens) for schedule in schedules.split(",")]
+    found = training.cases(schedules, ranks, microbatches, device)
     for case in found:
-        case.plan()
+        torch_plan(case.schedule, ranks, microbatches)
     return found
 
 
-def run(cases: Sequence[Case], rounds: Rounds, device: str) -> list[Row]:
-    """Two rows per case."""
-    return [row for case in cases for row in _rows(case, rounds, device)]
+def run(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
+    """Three rows per case; the cases differ in their schedules alone."""
+    answers = launch(_rank, cases[0].ranks, args=(list(cases), rounds), device=cases[0].device)
+    wanted = answers[0]["wanted"]
+    return [
+        row
+        for index, case in enumerate(cases)
+        for row in _rows(case, [answer["cases"][index] for answer in answers], wanted)
+    ]
 
 
-def _rows(case: Case, rounds: Rounds, device: str) -> list[Row]:
-    answers = launch(_rank, case.ranks, args=(asdict(case), rounds.samples, rounds.warmups), device=device)
-    events = [[Event(*event) for event in rank] for rank in answers[0]["events"]]
+def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]) -> list[Row]:
+    """``answers[r]`` is what ``_measure_case`` returned on rank r."""
+    events = [training.events_of(answer["events"]) for answer in answers]
     figures = measure(events)
-    steps = sorted({event.step for event in events[0]})
     spans, exposed, waiting = [], [], []
-    for step in steps:
+    for step in sorted({event.step for event in events[0]}):
         ranks = [[event for event in rank if event.step == step] for rank in events]
         compute = [[event for event in rank if event.kind in COMPUTE] for rank in ranks]
-        span = max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)
-        spans.append(span / 1e3)
+        spans.append((max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)) / 1e9)
         on_messages = [waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks), strict=True)]
-        exposed.append(max(on_messages) / (span / 1e9))
-        waiting.append(max(_seconds(rank, "RECV") for rank in ranks) / (span / 1e9))
-    simulated = plans.simulate(case.plan(), measured_costs(case.plan(), figures.action, 0.0))
-    free = 1e6 * simulated.makespan
-    time = quantiles(spans)
-    shares: dict[str, float | None] = {
-        "exposed_share": median(exposed),
-        "waiting_share": median(waiting),
-        "bubble": figures.bubble_makespan,
-        "tokens_per_s": 1e6 * case.microbatches * case.tokens / time.p50,
+        exposed.append(max(on_messages) / spans[-1])
+        waiting.append(max(_seconds(rank, "RECV") for rank in ranks) / spans[-1])
+    ideal = training.simulated(case.plan(), events, figures, free=True)
+    times = {name: training.slowest([answer["times"][name] for answer in answers]) for name in (PROVIDER, PEER)}
+    around = times[PROVIDER].p50 - 1e6 * median(spans)
+    times[FREE] = quantiles([around + 1e6 * ideal.makespan])
+    nothing = dict.fromkeys(("exposed_share", "waiting_share", "bubble"))
+    of_pipex = {"exposed_share": median(exposed), "waiting_share": median(waiting), "bubble": figures.bubble_makespan}
+    shares: dict[str, dict[str, float | None]] = {
+        PROVIDER: {**of_pipex},
+        PEER: {**nothing},
+        FREE: {**nothing, "bubble": ideal.bubble_makespan},
     }
-    ideal = {**dict.fromkeys(shares), "bubble": simulated.bubble_makespan}
-    size = {"shape": [case.microbatches, case.tokens, case.width]}
-    correct = all(answer["correct"] for answer in answers)
+    correct = {FREE: True}
+    for name, tolerance in ((PROVIDER, training.TOLERANCE), (PEER, training.TORCH_TOLERANCE)):
+        known = [answer["losses"][name] for answer in answers if answer["losses"][name]]
+        correct[name] = bool(known) and all(training.agree(losses, wanted, tolerance[case.device]) for losses in known)
     return [
-        Row(case.name, PROVIDER, size, time, free / time.p50, correct, shares),
-        Row(case.name, PEER, size, quantiles([free]), 1.0, True, ideal),
-    ]
+        Row(case.name, name, case.size, times[name], times[PEER].p50 / times[name].p50, correct[name],
+            {**shares[name], "tokens_per_s": case.tokens_per_s(times[name])})
+        for name in (PROVIDER, PEER, FREE)
+    ]  # fmt: skip
 
 
 def _seconds(events: Sequence[Event], kind: str) -> float:
     return sum(event.end - event.begin for event in events if event.kind.startswith(kind)) / 1e9
 
 
-def _rank(job: dict[str, Any], samples: int, warmups: int) -> dict[str, Any]:
-    world, case = current_world(), Case(**job)
-    plan = case.plan()
-    recorder = Recorder(samples)
-    pipeline = Pipeline(
-        case.stages(plan.placement.stages), plan, nn.functional.mse_loss, optimizer=_optimizer, observer=recorder
+def _rank(cases: Sequence[Case], rounds: Rounds) -> dict[str, Any]:
+    """On each rank: what was measured by case, and on rank 0 what the losses must be."""
+    world = current_world()
+    with torch_group.joined(world), over_host_memory():
+        found = [_measure_case(case, rounds, world) for case in cases]
+    count = rounds.warmups + rounds.samples
+    wanted = training.losses_of_one_process(cases[0], count, world.device) if world.rank == 0 else None
+    return {"cases": found, "wanted": wanted}
+
+
+def _measure_case(case: Case, rounds: Rounds, world: World) -> dict[str, Any]:
+    """Times and losses by provider, and pipex's events; no losses of torch on ranks without the last stage."""
+    ours, theirs = Training(case, case.plan(), world, rounds.samples), _Torch(case, world)
+    times = rounds.interleave(
+        {
+            PROVIDER: lambda: training.timed(world, ours.step),
+            PEER: lambda: training.timed(world, theirs.step),
+        }
     )
-    batch, target = case.batch()
-    losses = [pipeline.step(batch, target) for _ in range(warmups + samples)]
-    every = share(world, "the events", {"events": recorder.events})
-    pipeline.close()
-    correct = world.rank != 0 or _as_one_process(case, losses, world.device)
-    return {"correct": correct, "events": [rank["events"] for rank in every] if world.rank == 0 else None}
+    ours.close()
+    return {"times": times, "losses": {PROVIDER: ours.losses, PEER: theirs.losses}, "events": ours.events}
 
 
-def _as_one_process(case: Case, losses: Sequence[float], device: torch.device) -> bool:
-    stages = [stage.to(device) for stage in case.stages(case.plan().placement.stages)]
-    process = OneProcess(stages, case.microbatches, nn.functional.mse_loss, optimizer=_optimizer)
-    batch, target = (tensor.to(device) for tensor in case.batch())
-    tolerance = 0.0 if device.type == "cpu" else TOLERANCE
-    return all(math.isclose(process.step(batch, target), loss, rel_tol=tolerance) for loss in losses)
+class _Torch:
+    """The same training by torch.
 
+    Attributes:
+        losses: of all steps, on the rank of the last stage.
+    """
 
-def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1e-3)
+    def __init__(self, case: Case, world: World) -> None:
+        plan = case.plan()
+        stages = case.stages(plan.placement.stages)
+        self._step = TorchStep(stages, case.schedule, plan, world.rank, *case.batch(world.device), training.loss_of)
+        self._optimizer = case.optimizer(self._step.parameters)
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        self._step.run()
+        self._optimizer.step()
+        if self._step.loss is not None:
+            self.losses.append(self._step.loss)

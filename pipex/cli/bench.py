@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    benches = parser.add_subparsers(dest="bench", metavar="p2p|step|overlap|drop-in|backward|gemm", required=True)
+    benches = parser.add_subparsers(
+        dest="bench", metavar="p2p|step|pipeline|overlap|drop-in|backward|gemm", required=True
+    )
     p2p = benches.add_parser(
         "p2p", help="half a round trip between two ranks: pipex's transports, torch.distributed, a plain copy",
         description="Half a round trip between two ranks, by one of pipex's transports, by torch.distributed's Gloo or "
@@ -63,19 +65,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
                       help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
 
-    overlap = benches.add_parser(
-        "overlap", help="how much of a step is communication that computing does not hide, for each schedule",
-        description="How much of a step is communication that computing does not hide, for each schedule.",
+    pipeline = benches.add_parser(
+        "pipeline", help="a training step of a transformer, schedule beside schedule: measured and simulated",
+        description="Whole training steps of a transformer, schedule beside schedule, each with pipex's order and with "
+        "torch.distributed.pipelining's, and what the simulator says of them.",
     )  # fmt: skip
-    overlap.add_argument("--schedules", default="gpipe,1f1b,zb-h1,zbv", help="default: gpipe,1f1b,zb-h1,zbv")
-    overlap.add_argument("--ranks", metavar="COUNT", type=int, default=2, help="default: 2")
-    overlap.add_argument("-m", metavar="COUNT", type=int, default=8, help="micro-batches per step (default: 8)")
-    overlap.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
-                         help="where; larger stages on cuda (default: cpu)")  # fmt: skip
-    overlap.add_argument("--virtual-devices", action="store_true",
-                         help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
-    _add_common(overlap, samples=20, floor="most that free messages may be faster, as free ÷ pipex, such as "
-                "1f1b/128x64=0.9")  # fmt: skip
+    _add_training(pipeline)
+    _add_common(pipeline, samples=20, floor="how many times faster than with torch's order, such as "
+                "zb-h1/128x64=1.05")  # fmt: skip
+    pipeline.add_argument("--min-speedup", metavar="CASE=RATIO,...",
+                          help="how many times faster than 1f1b a step must be, such as zb-h1/128x64=1.1")  # fmt: skip
+    pipeline.add_argument("--max-misprediction", metavar="CASE=SHARE,...",
+                          help="most that the speedup may differ from the simulated one, as a share of that, such as "
+                          "zb-h1/128x64=0.1")  # fmt: skip
+
+    overlap = benches.add_parser(
+        "overlap", help="how much of a step is communication that computing does not hide: pipex, "
+        "torch.distributed.pipelining",
+        description="How much of a step of a transformer is communication that computing does not hide, for each "
+        "schedule, beside a step of torch.distributed.pipelining (Gloo).",
+    )  # fmt: skip
+    _add_training(overlap)
+    _add_common(overlap, samples=20, floor="how many times faster than torch's a step must be, such as "
+                "1f1b/128x64=1")  # fmt: skip
     overlap.add_argument("--max-exposed-share", metavar="CASE=SHARE,...",
                          help="most of a step, such as 1f1b/128x64=0.1")  # fmt: skip
 
@@ -135,9 +147,20 @@ def add_products(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; returns its exit code: 1 after a wrong result or a missed floor."""
     check_rounds(options)
-    return {"p2p": _p2p, "step": _step, "overlap": _overlap, "drop-in": _drop_in, "backward": _backward, "gemm": _gemm}[
-        options.bench
-    ](options)
+    benches = {"p2p": _p2p, "step": _step, "pipeline": _pipeline, "overlap": _overlap, "drop-in": _drop_in,
+               "backward": _backward, "gemm": _gemm}  # fmt: skip
+    return benches[options.bench](options)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schedules", default="gpipe,1f1b,zb-h1,zbv", help="default: gpipe,1f1b,zb-h1,zbv")
+    parser.add_argument("--ranks", metavar="COUNT", type=int, default=None,
+                        help="default: 2; with --virtual-devices 4")  # fmt: skip
+    parser.add_argument("-m", metavar="COUNT", type=int, default=8, help="micro-batches per step (default: 8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="where; a larger model, in bfloat16, on cuda (default: cpu)")  # fmt: skip
+    parser.add_argument("--virtual-devices", action="store_true",
+                        help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, floor: str) -> None:
@@ -204,20 +227,33 @@ def _step(options: argparse.Namespace) -> int:
     return _finish(options, threads_per_rank(step.RANKS), {}, step.measure(cases, _rounds(options)), floors)
 
 
+def _pipeline(options: argparse.Namespace) -> int:
+    from pipex.bench import pipeline
+
+    return _training(options, pipeline)
+
+
 def _overlap(options: argparse.Namespace) -> int:
     from pipex.bench import overlap
+
+    return _training(options, overlap)
+
+
+def _training(options: argparse.Namespace, bench: Any) -> int:
     from pipex.bench.virtual_devices import shared_among
     from pipex.errors import InputError
     from pipex.runtime.worlds import threads_per_rank
 
-    cases = overlap.cases(options.schedules, options.ranks, options.m, options.device)
-    floors = _floors(options, overlap.PROVIDER, [case.name for case in cases])
     if options.virtual_devices and options.device == "cpu":
         raise InputError("CPUs are not shared out", got="--virtual-devices", needed="--device cuda with it")
-    with shared_among(options.ranks) if options.virtual_devices else nullcontext():
-        rows = overlap.run(cases, _rounds(options), options.device)
+    ranks = options.ranks if options.ranks is not None else 4 if options.virtual_devices else 2
+    cases = bench.cases(options.schedules, ranks, options.m, options.device)
+    floors = _floors(options, bench.PROVIDER, [case.name for case in cases])
+    with shared_among(ranks) if options.virtual_devices else nullcontext():
+        rows = bench.run(cases, _rounds(options))
     _, gpu_facts = _device(options)  # afterwards: CUDA must not start in this process before its ranks have
-    return _finish(options, threads_per_rank(options.ranks), gpu_facts, rows, floors)
+    facts = {"ranks": ranks, "virtual_devices": options.virtual_devices, **gpu_facts}
+    return _finish(options, threads_per_rank(ranks), facts, rows, floors)
 
 
 def _drop_in(options: argparse.Namespace) -> int:
