@@ -22,8 +22,8 @@ test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton 
 	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
 
 REPORT ?= gpu-check.json
-gpu-check: ## build, test and measure with $(PYTHON) as it is, on a machine with a GPU, into one file
-	$(PYTHON) -m pipex.bench.gpu_check --out $(REPORT)
+gpu-check: ## build, test and measure with $(PYTHON) as it is, on a machine with a GPU, into one file; STEPS=p2p,... for some
+	$(PYTHON) -m pipex.bench.gpu_check --out $(REPORT)$(if $(STEPS), --steps $(STEPS))
 
 lint: $(VENV)/linted ## formats, types, and whether the native stubs are those of the built modules
 	$(BIN)/ruff check .

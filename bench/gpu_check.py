@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520  # for everything
 TAIL = 4000  # characters of a step's output that are kept
 FAILURES = 50  # failed tests whose messages are kept
+SIZES = ("4K", "16K", "64K", "256K", "1M", "4M", "16M", "64M")
 MESSAGE, DETAIL = 500, 2500  # characters of each: of what was raised, and of where and what the ranks said
 
 VERSIONS = """
@@ -99,14 +100,22 @@ def steps(scratch: Path) -> list[Step]:
         command = [python, "-m", "pipex", "bench", *arguments, "--json"]
         return Step(name, command, seconds, read=_bench(name))
 
+    p2p = ["p2p", "--transport", "device", "-n", "20", "--max-send-us", _every(5, SIZES),
+           "--min-copy-share", "64M=0.9"]  # fmt: skip
+    shared = ["--device", "cuda", "--virtual-devices", "--ranks", "4", "-n", "10", "--schedules"]
     found = [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 150, needs_gpu=False,
              environment={"PIPEX_CUDA": "ON" if shutil.which("nvcc") else "AUTO"}),
         tests("kernels", 110, "tests/gpu", *(f"--ignore={path}" for path in transport)),
         tests("transport", 170, *transport),
-        bench("p2p", 45, "p2p", "--transport", "device", "-n", "20"),
-        bench("overlap", 60, "overlap", "--device", "cuda", "-n", "10"),
-        bench("pipeline", 60, "overlap", "--device", "cuda", "--virtual-devices", "--ranks", "4", "-n", "10"),
+        bench("p2p", 50, *p2p, "--max-sms", _every(0, SIZES)),
+        # Ranks that take turns on a GPU wait for their turn, too; with a share of it each they wait for messages alone.
+        bench("p2p-shared", 50, *p2p, "--virtual-devices", "--max-us", _every(10, SIZES[:3]),
+              "--max-gemm-slowdown", _every(0.03, SIZES)),
+        bench("pipeline", 120, "pipeline", *shared, "gpipe,1f1b,zb-h1,zbv",
+              "--max-misprediction", "zb-h1/2048x2048=0.1", "--min-speedup", "zb-h1/2048x2048=1"),
+        bench("overlap", 120, "overlap", *shared, "1f1b,zb-h1",
+              "--max-exposed-share", _every(0.02, ["1f1b/2048x2048", "zb-h1/2048x2048"])),
         bench("backward", 60, "backward", "--device", "cuda"),
         bench("gemm", 150, "gemm"),
     ]  # fmt: skip
@@ -117,6 +126,11 @@ def steps(scratch: Path) -> list[Step]:
         caching = for_tests | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found.append(Step("memcheck", [*command, "-k", "small"], 90, environment=caching))
     return found
+
+
+def _every(limit: float, cases: Sequence[str]) -> str:
+    """A floor or ceiling for each case."""
+    return ",".join(f"{case}={limit:g}" for case in cases)
 
 
 def _tests(step: str, results: Path) -> Callable[[str, dict[str, Any]], None]:
@@ -271,12 +285,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description="Build, test and measure on a machine with a GPU.")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="the report (default: gpu-check.json)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all steps (default: {SECONDS})")
+    parser.add_argument("--steps", metavar="STEP,...", help="only these, where the time is not enough for all")
     options = parser.parse_args(arguments)
-    facts = environment()
-    if facts["gpu"] is None:
-        print("gpu-check: there is no GPU that torch can use; what needs one is recorded as failed", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
-        report = check(steps(Path(scratch)), facts, options.seconds, options.out)
+        chosen = steps(Path(scratch))
+        if options.steps is not None:
+            wanted, known = options.steps.split(","), [step.name for step in chosen]
+            if unknown := set(wanted) - set(known):
+                parser.error(f"no step {', '.join(sorted(unknown))}; needed some of {', '.join(known)}")
+            chosen = [step for step in chosen if step.name in wanted]
+        facts = environment()
+        if facts["gpu"] is None:
+            print(
+                "gpu-check: there is no GPU that torch can use; what needs one is recorded as failed", file=sys.stderr
+            )
+        report = check(chosen, facts, options.seconds, options.out)
     print(f"{'passed' if report['passed'] else 'FAILED'}; the report is {options.out}")
     return 0 if report["passed"] else 1
 

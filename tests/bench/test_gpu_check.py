@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipex import cli
 from pipex.bench import gpu_check
 from pipex.bench.gpu_check import Step, check, run_step, steps
 
@@ -184,12 +186,15 @@ def test_all_steps_together_are_within_the_time() -> None:
     assert gpu_check.SECONDS < 9 * 60
 
 
-def test_the_make_recipe_starts_it() -> None:
+@pytest.mark.parametrize(("more", "said"), [([], ""), (["STEPS=build,p2p"], " --steps build,p2p")], ids=["all", "some"])
+def test_the_make_recipe_starts_it(more: list[str], said: str) -> None:
     done = subprocess.run(
-        ["make", "-n", "gpu-check", "PYTHON=snake", "REPORT=there.json"], cwd=gpu_check.ROOT, capture_output=True,
-        text=True, check=True,
+        ["make", "-n", "gpu-check", "PYTHON=snake", "REPORT=there.json", *more], cwd=gpu_check.ROOT,
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "snake -m pipex.bench.gpu_check --out there.json" in done.stdout.splitlines()  # make inside make says more
+    assert (
+        f"snake -m pipex.bench.gpu_check --out there.json{said}" in done.stdout.splitlines()
+    )  # make inside make says more
 
 
 def test_each_test_of_the_gpu_is_in_one_step_and_loads_without_the_project_s_settings(tmp_path: Path) -> None:
@@ -213,3 +218,34 @@ def test_what_is_right_is_asked_before_what_is_fast(tmp_path: Path) -> None:
     names = [step.name for step in steps(tmp_path)]
     assert names[:3] == ["build", "kernels", "transport"]
     assert sum(step.seconds for step in steps(tmp_path)[1:3]) < gpu_check.SECONDS - 150  # a build takes up to 100
+
+
+def test_benches_are_asked_for_floors_that_they_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that may stop them here is that there is no GPU."""
+    if shutil.which("nvidia-smi"):
+        pytest.skip("here they would measure")
+    benches = [step.command[step.command.index("bench") :] for step in steps(tmp_path) if "bench" in step.command]
+    assert len(benches) == 6
+    for command in benches:
+        assert cli.main(command) == 1
+        said = capsys.readouterr().err
+        assert "NativeUnavailable" in said, (command, said)
+
+
+def test_some_steps_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_check, "environment", lambda: GPU)
+
+    def check(chosen: list[gpu_check.Step], *_: object) -> dict[str, bool]:
+        ran.extend(step.name for step in chosen)
+        return {"passed": True}
+
+    monkeypatch.setattr(gpu_check, "check", check)
+    assert gpu_check.main(["--steps", "p2p,build"]) == 0
+    assert ran == ["build", "p2p"]
+
+
+def test_a_step_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--steps", "p2p,snake"])
+    assert "no step snake; needed some of build, kernels" in capsys.readouterr().err
