@@ -19,6 +19,8 @@ COLUMNS = {
     "p2p": ("message of {case} between two processes", "host", "p50_us", "µs", "ratio", "Gloo ÷ pipex"),
     "step": ("overhead per action, {case}", "pipex", "overhead_us_per_action", "µs", "overhead_ratio",
              "torch.distributed.pipelining ÷ pipex"),
+    "overlap": ("step, {case} ({exposed_share:.1%} of it are messages that nothing hides)", "pipex", "p50_us", "µs",
+                "ratio", "torch.distributed.pipelining ÷ pipex"),
     "drop-in": ("step under `pipex.drop_in()`, {case} ranks", "pipex", "p50_us", "µs", "ratio", "without ÷ with it"),
     "backward": ("split backward, {case} ({over_whole:.2f} × a whole one; forward {forward_us:,.0f} µs)", "pipex",
                  "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
