@@ -260,3 +260,22 @@ def test_a_thread_without_a_context_is_refused(make: Callable[..., Simulator]) -
     with pytest.raises(CallFailed) as caught:
         simulator.allocate(8)
     assert caught.value.result == sim.INVALID_CONTEXT
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_seed_may_be_set_anew_at_any_time(make: Callable[[str], Simulator], legacy: bool) -> None:
+    simulator = make("seed=1,delay=1")
+    (flag,) = flags(simulator)
+    stream = 0 if legacy else simulator.stream()
+
+    def drawn(seed: int) -> int:
+        simulator.set("seed", seed)
+        before = simulator.drawn
+        for value in range(10):
+            simulator.write(stream, flag, value)
+        simulator.synchronize(stream)
+        return (simulator.drawn - before) % 2**64
+
+    first = drawn(5)
+    assert drawn(6) != first
+    assert drawn(5) == first

@@ -47,7 +47,7 @@ class Simulator:
         self.path = str(library)
         self.functions = ctypes.CDLL(self.path)
         self.holding_the_lock = ctypes.PyDLL(self.path)  # Python's, unlike the other
-        for name in ("operations", "mismatches", "mappings", "contexts", "violations"):
+        for name in ("operations", "mismatches", "drawn", "mappings", "contexts", "violations"):
             getattr(self.functions, f"simulated_{name}").restype = ctypes.c_size_t
         for setting in filter(None, settings.split(",")):
             self.set(*setting.split("=", 1))
@@ -131,6 +131,11 @@ class Simulator:
     def mismatches(self) -> int:
         """Wrong words that ``check`` has seen."""
         return self.functions.simulated_mismatches()
+
+    @property
+    def drawn(self) -> int:
+        """Sum of the numbers that its chance has given."""
+        return self.functions.simulated_drawn()
 
     @property
     def mappings(self) -> int:

@@ -1,7 +1,5 @@
-// Device memory: memfds, poisoned when new; a peer maps one through /proc/PID/fd/N.
-#include <fcntl.h>
+// Device memory, poisoned when new: who has mapped what, and host memory that the device sees.
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstring>
 
@@ -10,45 +8,20 @@
 namespace simulated {
 namespace {
 
-constexpr std::size_t kPage = 4096;
 constexpr std::size_t kBlock = 2 << 20;  // smaller allocations of CUDA's share one, which a handle opens as a whole
-constexpr std::uint64_t kMagic = 0x6461635f'6d6973ff;
-
-struct Handle {
-  std::uint64_t magic;
-  std::int32_t pid, fd;
-  std::uint64_t bytes;
-};
-static_assert(sizeof(Handle) <= sizeof(IpcHandle));
-
-std::size_t mapped_bytes(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage + kPage; }
-
-/// How many peers have it mapped; lies in a page behind the memory itself.
-std::atomic<std::int32_t>& importers(const Mapping& mapping) {
-  const std::uint64_t end = mapping.range.begin + mapped_bytes(mapping.range.bytes);
-  return *reinterpret_cast<std::atomic<std::int32_t>*>(end - kPage);
-}
-
-Result map(int fd, std::size_t bytes, DevicePointer* pointer) {
-  void* base = ::mmap(nullptr, mapped_bytes(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (base == MAP_FAILED) return kMapFailed;
-  *pointer = reinterpret_cast<std::uintptr_t>(base);
-  return kSuccess;
-}
 
 Result unmap(DevicePointer pointer, bool own) {
   State& all = state();
   const std::lock_guard lock(all.mutex);
   const auto found = all.mappings.find(pointer);
-  if (found == all.mappings.end() || (found->second.fd >= 0) != own) return kInvalidValue;
+  if (found == all.mappings.end() || found->second.own() != own) return kInvalidValue;
   const Mapping mapping = found->second;
   for (const auto& queue : all.queues)
     if (queue->touches(mapping.range))
       violate(own ? "freed while operations use it" : "unmapped while operations use it");
   if (own && importers(mapping) > 0) violate("freed while a peer has it mapped");
   if (!own) --importers(mapping);
-  ::munmap(reinterpret_cast<void*>(pointer), mapped_bytes(mapping.range.bytes));
-  if (own) ::close(mapping.fd);
+  close_memory(mapping);
   all.mappings.erase(found);
   return kSuccess;
 }
@@ -78,12 +51,12 @@ SIMULATED Result cuMemAlloc_v2(DevicePointer* pointer, std::size_t bytes) {
   if (const Result result = enter("cuMemAlloc_v2")) return result;
   if (bytes == 0) return kInvalidValue;
   if (bytes > std::size_t{1} << 30) return kOutOfMemory;
-  const int fd = ::memfd_create("simulated_cuda", MFD_CLOEXEC);
-  if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(mapped_bytes(bytes))) != 0) return kOutOfMemory;
-  if (const Result result = map(fd, bytes, pointer)) return result;
+  Mapping mapping{{0, bytes}};
+  if (const Result result = create_memory(&mapping)) return result;
+  *pointer = mapping.range.begin;
   std::memset(reinterpret_cast<void*>(*pointer), 0xA5, bytes);
   const std::lock_guard lock(state().mutex);
-  state().mappings[*pointer] = {{*pointer, bytes}, fd};
+  state().mappings[*pointer] = mapping;
   return kSuccess;
 }
 
@@ -98,7 +71,7 @@ SIMULATED Result cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   const std::lock_guard lock(state().mutex);
   const auto begin = reinterpret_cast<std::uintptr_t>(*pointer);
   state().host_memory[*pointer] = bytes;
-  state().mappings[begin] = {{begin, bytes}, -1};
+  state().mappings[begin] = {{begin, bytes}};
   return kSuccess;
 }
 
@@ -126,27 +99,19 @@ SIMULATED Result cuIpcGetMemHandle(IpcHandle* raw, DevicePointer pointer) {
   if (const Result result = enter("cuIpcGetMemHandle")) return result;
   const std::lock_guard lock(state().mutex);
   const auto found = state().mappings.find(pointer);
-  if (found == state().mappings.end() || found->second.fd < 0) return kInvalidValue;
+  if (found == state().mappings.end() || !found->second.own()) return kInvalidValue;
   if (found->second.range.bytes % kBlock != 0) violate("exported memory that may share its block with other memory");
-  const Handle handle{kMagic, ::getpid(), found->second.fd, found->second.range.bytes};
-  std::memset(raw, 0, sizeof *raw);
-  std::memcpy(raw, &handle, sizeof handle);
+  *raw = handle_of(found->second);
   return kSuccess;
 }
 
 SIMULATED Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle raw, unsigned flags) {
   if (const Result result = enter("cuIpcOpenMemHandle_v2")) return result;
-  Handle handle;
-  std::memcpy(&handle, &raw, sizeof handle);
-  if (handle.magic != kMagic || flags != kLazyPeerAccess) return kInvalidValue;
-  const std::string path = "/proc/" + std::to_string(handle.pid) + "/fd/" + std::to_string(handle.fd);
-  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (fd < 0) return kMapFailed;
-  const Result result = map(fd, handle.bytes, pointer);
-  ::close(fd);
-  if (result != kSuccess) return result;
+  Mapping mapping;
+  if (flags != kLazyPeerAccess) return kInvalidValue;
+  if (const Result result = open_memory(raw, &mapping)) return result;
+  *pointer = mapping.range.begin;
   const std::lock_guard lock(state().mutex);
-  const Mapping mapping{{*pointer, handle.bytes}, -1};
   ++importers(mapping);
   state().mappings[*pointer] = mapping;
   return kSuccess;

@@ -48,7 +48,7 @@ Result copy(const char* function, DevicePointer to, const void* from, std::size_
   if (const Result result = enter(function)) return result;
   std::unique_lock lock(state().mutex);
   const Mapping* target = mapping_of({to, bytes});
-  const bool imported = target != nullptr && target->fd < 0;
+  const bool imported = target != nullptr && !target->own();
   lock.unlock();
   const bool message = imported && is_send_stream(stream);
   if (message && bug("wrong-slot")) {
@@ -147,7 +147,7 @@ SIMULATED Result cuStreamWriteValue64_v2(StreamHandle stream, DevicePointer addr
   if (const Result result = enter("cuStreamWriteValue64_v2")) return result;
   if (flags != kWriteWithFence || !is_flag(address)) return kInvalidValue;
   std::unique_lock lock(state().mutex);
-  const bool imported = mapping_of({address, 8})->fd < 0;
+  const bool imported = !mapping_of({address, 8})->own();
   lock.unlock();
   const bool release = imported && !is_send_stream(stream) && value < kAbortValue;
   if (value >= kAbortValue && bug("dropped-abort")) return kSuccess;

@@ -10,6 +10,8 @@
 //     fail:NAME   that function returns this number; N@3: from its third call on
 //     attribute:N what cuDeviceGetAttribute says of N
 //
+// A test may set them anew while streams work (simulated_set); of another number of queues only new streams know.
+//
 // The NULL stream is the calling thread itself: an operation on it is done when the call returns, as the tensors of the
 // tests, which are torch's on the CPU, need it.
 #pragma once
@@ -45,8 +47,9 @@ struct Failure {
 
 struct Settings {
   std::uint64_t seed = 0;
+  int sown = 0;  // which time the seed was set, of all in this process and those it was forked from
   int queues = 8;
-  int delay_us = 0;
+  std::atomic<int> delay_us = 0;
   bool shared = false, poison = false;
   std::string bug;
   std::map<std::string, Failure> failures;
@@ -55,15 +58,21 @@ struct Settings {
   void set(const std::string& key, const std::string& value);
 };
 
-/// The seeded chance of one thread.
+/// The seeded chance of one thread: of a queue by its number from 1 on, or 0.
 class Chance {
  public:
-  explicit Chance(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15u + 1) {}
-  std::uint64_t next();
+  explicit Chance(int thread) : thread_(thread) {}
+
+  /// Begins anew if the seed has been set since; the state's lock is held.
+  void follow(const Settings& settings);
   void pause(int delay_us);
 
  private:
-  std::uint64_t state_;
+  std::uint64_t next();
+
+  const std::uint64_t thread_;
+  std::uint64_t state_ = 1;
+  int sown_ = -1;
 };
 
 struct Range {
@@ -108,11 +117,24 @@ class Queue {
   std::thread thread_;
 };
 
-/// A mapping of device memory: our own or a peer's.
+/// A mapping of device memory, our own or a peer's, or of host memory.
 struct Mapping {
-  Range range;
-  int fd;  // -1: imported
+  Range range{};
+  int fd = -1;  // of our own device memory
+
+  bool own() const { return fd >= 0; }
 };
+
+// Memory that other processes can map (exported.cpp).
+
+/// Of `mapping->range.bytes`.
+Result create_memory(Mapping* mapping);
+IpcHandle handle_of(const Mapping& mapping);
+Result open_memory(const IpcHandle& handle, Mapping* mapping);
+void close_memory(const Mapping& mapping);
+
+/// How many peers have it mapped; lies with the memory itself.
+std::atomic<std::int32_t>& importers(const Mapping& mapping);
 
 /// All there is in one process. A forked child starts with a fresh one, as if it had never called the driver.
 struct State {
@@ -128,10 +150,11 @@ struct State {
   std::map<EventHandle, std::shared_ptr<Event>> events;
   std::map<std::uint64_t, Mapping> mappings;  // by their begin
   std::map<void*, std::size_t> host_memory;
-  std::uint64_t operations = 0;  // enqueued since the start
-  std::uint64_t mismatches = 0;  // that simulated_check found
-  std::vector<Operation> held;   // bug "late-enqueue"
-  std::string violations;        // one line for each misuse that a real driver answers with undefined behaviour
+  std::uint64_t operations = 0;          // enqueued since the start
+  std::uint64_t mismatches = 0;          // that simulated_check found
+  std::atomic<std::uint64_t> drawn = 0;  // sum of the numbers that chance gave
+  std::vector<Operation> held;           // bug "late-enqueue"
+  std::string violations;                // one line for each misuse that a real driver answers with undefined behaviour
 };
 
 State& state();

@@ -30,6 +30,8 @@ void start_afresh() {
 void Settings::set(const std::string& key, const std::string& value) {
   if (key == "seed") {
     seed = std::stoull(value);
+    static int times = 0;
+    sown = ++times;
   } else if (key == "queues") {
     queues = std::stoi(value);
   } else if (key == "delay") {
@@ -66,6 +68,12 @@ State& state() {
   return *current;
 }
 
+void Chance::follow(const Settings& settings) {
+  if (sown_ == settings.sown) return;
+  sown_ = settings.sown;
+  state_ = (settings.seed * 64 + thread_) * 0x9E3779B97F4A7C15u + 1;
+}
+
 std::uint64_t Chance::next() {
   state_ ^= state_ << 13;
   state_ ^= state_ >> 7;
@@ -76,6 +84,7 @@ std::uint64_t Chance::next() {
 void Chance::pause(int delay_us) {
   if (delay_us == 0) return;
   const std::uint64_t number = next();
+  state().drawn += number;
   if (number % 4 == 0) ::usleep(static_cast<useconds_t>((number >> 8) % delay_us));
   if (number % 4 == 1) ::sched_yield();
 }
@@ -184,6 +193,8 @@ SIMULATED std::uint64_t simulated_mismatches() {
   const std::lock_guard lock(state().mutex);
   return state().mismatches;
 }
+
+SIMULATED std::uint64_t simulated_drawn() { return state().drawn; }
 
 SIMULATED std::size_t simulated_mappings() {
   const std::lock_guard lock(state().mutex);

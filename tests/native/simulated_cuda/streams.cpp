@@ -20,12 +20,13 @@ void Queue::put(Operation operation) {  // the state's lock is held
 
 void Queue::run(int number) {
   State& all = state();
-  Chance chance(all.settings.seed * 64 + number);
+  Chance chance(number);
   std::unique_lock lock(all.mutex);
   for (;;) {
     all.changed.wait(lock, [&] { return all.stopping || !operations_.empty(); });
     if (all.stopping) return;
     Operation& operation = operations_.front();  // stays where it is: others may only append
+    chance.follow(all.settings);
     lock.unlock();
     chance.pause(all.settings.delay_us);
     operation.work(chance);
@@ -101,8 +102,10 @@ Result submit(StreamHandle handle, std::vector<Range> touched, Work work) {
         if (other->blocking && other->done < other->enqueued) return false;
       return true;
     });
+    static thread_local Chance chance(0);
+    chance.follow(all.settings);
     lock.unlock();
-    static thread_local Chance chance(all.settings.seed);
+    chance.pause(all.settings.delay_us);
     work(chance);
     return kSuccess;
   }
