@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,37 +13,16 @@ import device_world
 import group_world
 import pytest
 import torch
+from runnable_plans import NOT_RUN, runnable
 from torch import Tensor, nn
 
 import pipex
 import pipex.plan as plans
 from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
-from pipex.errors import PlanError
 from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
 
 FAMILIES = ("naive", "gpipe", "1f1b", "zb-h1")
-
-NOT_RUN = {"dualpipe", "chimera", "pipedream", "pipedream-2bw", "forward-only"}
-"""Two copies of the model, older weights, or no backward: planned and simulated only."""
-
-
-def runnable(ranks: range, chunks: range, microbatches: Sequence[int]) -> list[tuple[str, int, int, int]]:
-    """All (family, ranks, chunks, micro-batches) that are legal and that the runtime executes."""
-    cells = []
-    for name in plans.FAMILIES:
-        for cell in itertools.product([name], ranks, chunks, microbatches):
-            if name not in NOT_RUN and is_legal(*cell):
-                cells.append(cell)
-    return cells
-
-
-def is_legal(name: str, ranks: int, chunks: int, microbatches: int) -> bool:
-    try:
-        pipex.build(name, ranks, microbatches, chunks=chunks)
-    except PlanError:
-        return False
-    return True
 
 
 def digest(tensor: Tensor) -> str:
