@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sanitizers import Builder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,3 +57,8 @@ def shared_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def private_copy(tmp_path: Path) -> Callable[[Path], Path]:
     """A copy of a library that the loader takes for another one, so that its globals start afresh."""
     return lambda library: Path(shutil.copy(library, tmp_path / "private.so"))
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return Builder(tmp_path_factory.mktemp("sanitized"))

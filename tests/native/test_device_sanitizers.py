@@ -1,0 +1,130 @@
+"""The device ring's C++ on the simulated driver, under ThreadSanitizer, AddressSanitizer, UndefinedBehaviorSanitizer.
+
+Both ranks are threads of one process, each with a driver of its own, since a GPU's memory is mapped by another process
+only. Both drivers map the very same memory (``sanitized/one_device_memory.cpp``): so ThreadSanitizer also sees the
+ring's protocol, whose only order between a copy, a read and the next copy is that of the streams and their flags.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from sanitizers import (
+    BOTH,
+    HARNESS,
+    HOST,
+    LAYOUT,
+    MEMORY,
+    ROOT,
+    SIMULATOR,
+    THREADS,
+    Builder,
+    Flags,
+    broken,
+    check,
+    run,
+)
+
+STRESS = [
+    *(ROOT / "csrc/device" / f"{name}.cpp" for name in ("context", "driver", "memory", "rank", "rescue")),
+    HARNESS / "device_stress.cpp",
+]
+RING, TRAIL = (ROOT / "csrc/device" / f"{name}.cpp" for name in ("ring", "trail"))
+DRIVER = [
+    HARNESS / "one_device_memory.cpp",
+    *(SIMULATOR / f"{name}.cpp" for name in ("memory", "operations", "state", "streams")),
+]
+
+# What a device does to data in a run that has ended is in no order, and nobody looks at it.
+DATA = "simulated::(anonymous namespace)::copy*lambda", "simulated_fill*lambda", "simulated_check*lambda"
+
+
+def stress(
+    sanitized: Builder, folder: Path, flags: Flags, messages: int, words: int, *end: int, settings: str,
+    replace: Path | None = None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Runs the program, perhaps with another source in the place of the one of that name."""
+    sources = {path.name: path for path in (RING, TRAIL)}
+    if replace is not None:
+        sources[replace.name] = replace
+    program = sanitized.program(flags, HOST, LAYOUT, STRESS, *sources.values())
+    library = sanitized.library(tuple(flag.replace(",undefined", "") for flag in flags), DRIVER)
+    other = Path(shutil.copy(library, folder / "other.so"))  # the loader takes it for another one
+    environment = {"SIMULATED_CUDA": f"{settings},poison=1"}
+    if end:
+        suppressions = folder / "suppressions"
+        suppressions.write_text("".join(f"race:{name}\n" for name in DATA))
+        environment["TSAN_OPTIONS"] = f"suppressions={suppressions} print_suppressions=0"
+    return run(program, library, other, messages, words, *end, environment=environment)
+
+
+def assert_all_arrived(done: subprocess.CompletedProcess[str], messages: int) -> None:
+    check(done)
+    lent, copied, aborted = map(int, done.stdout.split())
+    assert (lent + copied, aborted) == (2 * messages, 0)
+    assert min(lent, copied) > messages // 10
+
+
+@pytest.mark.parametrize("settings", ["seed=1,queues=8,delay=50", "seed=2,queues=2,shared=1,delay=50"])
+@pytest.mark.parametrize("flags", BOTH)
+def test_messages_kept_for_a_while(sanitized: Builder, tmp_path: Path, flags: Flags, settings: str) -> None:
+    assert_all_arrived(stress(sanitized, tmp_path, flags, 500, 64, settings=settings), 500)
+
+
+@pytest.mark.parametrize("end", [0, 1, 7, 40])
+@pytest.mark.parametrize("flags", BOTH)
+def test_a_run_that_ends_while_streams_wait(sanitized: Builder, tmp_path: Path, flags: Flags, end: int) -> None:
+    done = stress(sanitized, tmp_path, flags, 100, 64, end, settings=f"seed={end},queues=8,delay=50")
+    check(done)
+    assert done.stdout.split()[2] == "2"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("messages", "words"), [(50_000, 32), (500, 100_000)], ids=["small", "large"])
+@pytest.mark.parametrize("queues", ["queues=8", "queues=1,shared=1"])
+@pytest.mark.parametrize("flags", BOTH)
+def test_many_messages(
+    sanitized: Builder, tmp_path: Path, flags: Flags, queues: str, messages: int, words: int
+) -> None:
+    """So many each way."""
+    done = stress(sanitized, tmp_path, flags, messages, words, settings=f"seed=3,{queues},delay=5")
+    assert_all_arrived(done, messages)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", BOTH)
+def test_many_runs_that_end(sanitized: Builder, tmp_path: Path, flags: Flags) -> None:
+    for seed in range(200):
+        settings = f"seed={seed},queues={1 + seed % 8},delay={20 * (seed % 7)}"
+        done = stress(sanitized, tmp_path, flags, 300, 64, seed, settings=settings)
+        check(done)
+        assert done.stdout.split()[2] == "2"
+
+
+LOCK, ORDER = "const std::lock_guard lock(mutex_);", "kWaitGreaterOrEqual"
+RACES = [
+    pytest.param(TRAIL, LOCK, "", 5, id="a trail without a lock"),
+    pytest.param(RING, f"use - 1, {ORDER}", f"0, {ORDER}", 1, id="a send that does not wait for its credit"),
+    pytest.param(RING, f"messages, {ORDER}", f"messages - messages, {ORDER}", 1,
+                 id="a receive that does not wait for its data", marks=pytest.mark.long),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "right", "wrong", "times"), RACES)
+def test_what_lacks_an_order_is_reported(
+    sanitized: Builder, tmp_path: Path, source: Path, right: str, wrong: str, times: int
+) -> None:
+    replace = broken(tmp_path, source, right, wrong, times=times)
+    done = stress(sanitized, tmp_path, THREADS, 200, 64, settings="seed=1,queues=8,delay=50", replace=replace)
+    assert done.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr
+
+
+def test_memory_that_is_freed_before_the_peer_is_done_is_reported(sanitized: Builder, tmp_path: Path) -> None:
+    early = broken(tmp_path, RING, "rank_->retire(std::move(memory_))", "memory_.reset()")
+    done = stress(sanitized, tmp_path, MEMORY, 20, 64, settings="seed=1,queues=8,delay=50", replace=early)
+    assert done.returncode != 0
+    assert "ERROR: AddressSanitizer: heap-use-after-free" in done.stderr
