@@ -2,7 +2,7 @@
 
 A visited state is remembered by 128 bits of BLAKE2b, about a third of the memory that it takes itself (hash compaction;
 Wolper and Leroy, CAV 1993). Two states of n get the same bits with a probability below n² / 2^129, and the second of
-them would be left out: 3e-25 for 14 million states, which is less than that of a wrong bit in memory.
+them would be left out: 2e-25 for 11 million states, which is less than that of a wrong bit in memory.
 """
 
 from __future__ import annotations
