@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,11 @@ def stress(
     sources = {path.name: path for path in (RING, TRAIL)}
     if replace is not None:
         sources[replace.name] = replace
-    program = sanitized.program(flags, HOST, LAYOUT, STRESS, *sources.values())
-    library = sanitized.library(tuple(flag.replace(",undefined", "") for flag in flags), DRIVER)
+    with ThreadPoolExecutor() as pool:
+        driver_flags = tuple(flag.replace(",undefined", "") for flag in flags)
+        driver = pool.submit(sanitized.library, driver_flags, DRIVER)
+        program = sanitized.program(flags, HOST, LAYOUT, STRESS, *sources.values())
+    library = driver.result()
     other = Path(shutil.copy(library, folder / "other.so"))  # the loader takes it for another one
     environment = {"SIMULATED_CUDA": f"{settings},poison=1"}
     if end:

@@ -43,9 +43,12 @@ class Builder:
         self._skip_without(flags)
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(lambda part: self._object(flags, part), parts))
-        program = self._new(".exe")
-        subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
-        return program
+        key = (flags, *objects)
+        if key not in self._made:
+            program = self._new(".exe")
+            subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
+            self._made[key] = program
+        return self._made[key]
 
     def library(self, flags: Flags, sources: Sequence[Path]) -> Path:
         self._skip_without(flags)
