@@ -30,6 +30,7 @@ from sanitizers import (
 )
 
 STRESS = [
+    ROOT / "csrc/common/driver_library.cpp",
     *(ROOT / "csrc/device" / f"{name}.cpp" for name in ("context", "driver", "memory", "rank", "rescue")),
     HARNESS / "device_stress.cpp",
 ]
