@@ -88,11 +88,14 @@ def test_a_run_that_ends_while_streams_wait(sanitized: Builder, tmp_path: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("messages", "words"), [(50_000, 32), (500, 100_000)], ids=["small", "large"])
-@pytest.mark.parametrize("queues", ["queues=8", "queues=1,shared=1"])
+@pytest.mark.parametrize(
+    ("messages", "words", "queues"),
+    [(50_000, 32, "queues=8"), (500, 100_000, "queues=8"), (500, 100_000, "queues=1,shared=1")],
+    ids=["small", "large", "large, one queue"],
+)
 @pytest.mark.parametrize("flags", BOTH)
 def test_many_messages(
-    sanitized: Builder, tmp_path: Path, flags: Flags, queues: str, messages: int, words: int
+    sanitized: Builder, tmp_path: Path, flags: Flags, messages: int, words: int, queues: str
 ) -> None:
     """So many each way."""
     done = stress(sanitized, tmp_path, flags, messages, words, settings=f"seed=3,{queues},delay=5")
@@ -102,7 +105,7 @@ def test_many_messages(
 @pytest.mark.long
 @pytest.mark.parametrize("flags", BOTH)
 def test_many_runs_that_end(sanitized: Builder, tmp_path: Path, flags: Flags) -> None:
-    for seed in range(200):
+    for seed in range(100):
         settings = f"seed={seed},queues={1 + seed % 8},delay={20 * (seed % 7)}"
         done = stress(sanitized, tmp_path, flags, 300, 64, seed, settings=settings)
         check(done)
