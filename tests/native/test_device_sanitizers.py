@@ -90,7 +90,7 @@ def test_a_run_that_ends_while_streams_wait(sanitized: Builder, tmp_path: Path, 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("messages", "words", "queues"),
-    [(50_000, 32, "queues=8"), (500, 100_000, "queues=8"), (500, 100_000, "queues=1,shared=1")],
+    [(25_000, 32, "queues=8"), (500, 100_000, "queues=8"), (500, 100_000, "queues=1,shared=1")],
     ids=["small", "large", "large, one queue"],
 )
 @pytest.mark.parametrize("flags", BOTH)
