@@ -91,7 +91,7 @@ class GroupSender:
             payload = self._payload(tensor, most.nbytes) if 0 < most.nbytes >= form.nbytes else None
             with self._watch.waiting(lane.peer, spec):
                 announced = lane.headers.send([announcement], lane.peer, lane.tag)
-                sent = payload if payload is None else lane.payload.send([payload], lane.payload_peer, lane.tag + 1)
+                sent = None if payload is None else lane.payload.send([payload], lane.payload_peer, lane.tag + 1)
             message.append((announced, sent, payload))
             self._sequence += 1
         self._under_way.append(message)
