@@ -79,13 +79,13 @@ def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]
     times = {name: training.slowest([answer["times"][name] for answer in answers]) for name in (PROVIDER, PEER)}
     around = times[PROVIDER].p50 - 1e6 * median(spans)
     times[FREE] = quantiles([around + 1e6 * ideal.makespan])
-    nothing = dict.fromkeys(("exposed_share", "waiting_share", "bubble"))
-    of_pipex = {"exposed_share": median(exposed), "waiting_share": median(waiting), "bubble": figures.bubble_makespan}
-    shares: dict[str, dict[str, float | None]] = {
-        PROVIDER: {**of_pipex},
-        PEER: {**nothing},
-        FREE: {**nothing, "bubble": ideal.bubble_makespan},
-    }
+    nothing: dict[str, float | None] = dict.fromkeys(("exposed_share", "waiting_share", "bubble"))
+    shares = {
+        PROVIDER: nothing | {"exposed_share": median(exposed), "waiting_share": median(waiting),
+                             "bubble": figures.bubble_makespan},
+        PEER: nothing,
+        FREE: nothing | {"bubble": ideal.bubble_makespan},
+    }  # fmt: skip
     correct = {FREE: True}
     for name, tolerance in ((PROVIDER, training.TOLERANCE), (PEER, training.TORCH_TOLERANCE)):
         known = [answer["losses"][name] for answer in answers if answer["losses"][name]]

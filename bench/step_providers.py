@@ -1,4 +1,5 @@
-"""The three ways in which ``bench.step`` runs a step. Each is built on every rank and returns this rank's gradients."""
+"""The three ways in which ``bench.step`` runs a step, and ``bench.overlap`` one that torch runs. Each is built on every
+rank and returns this rank's gradients."""
 
 from __future__ import annotations
 
