@@ -155,7 +155,7 @@ class Executor:
         self._send(Kind.SEND_B, runner, ends, ends.gradient_out, microbatch)
 
     def _RECV_F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        """Nothing to do: messages come without being asked for, and the next action takes its own."""
+        """Nothing to do: messages come unasked or, over NCCL, when the action that needs one asks."""
 
     _RECV_B = _RECV_F
 

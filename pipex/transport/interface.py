@@ -99,7 +99,8 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for."""
+    """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for; over NCCL
+    only their headers do."""
 
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         """Waits for the next message and returns its tensors, which belong to the caller: their memory is
