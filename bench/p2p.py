@@ -40,6 +40,7 @@ only that. The profiler slows what comes after it, so it comes last, with bursts
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -142,10 +143,7 @@ def measure(
 
 def _p99(samples: Sequence[float]) -> float:
     """The 99th percentile, by linear interpolation between samples."""
-    place = 0.99 * (len(samples) - 1)
-    ordered = sorted(samples)
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(samples) - 1)]
-    return low + (high - low) * (place % 1)
+    return samples[0] if len(samples) == 1 else statistics.quantiles(samples, n=100, method="inclusive")[98]
 
 
 Ends = Callable[[int], AbstractContextManager[dict[str, End]]]
