@@ -55,7 +55,7 @@ class Floor:
     most: bool = False
 
     def misses(self, value: float) -> bool:
-        return value > self.limit if self.most else value < self.limit
+        return not (value <= self.limit if self.most else value >= self.limit)  # nor does a NaN meet it
 
 
 def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str], *, most: bool = False) -> list[Floor]:

@@ -64,6 +64,7 @@ def test_a_figure_that_is_not_there_meets_no_floor(most: bool) -> None:
         "4K: memcpy_share of host could not be measured, and a limit of 0.5 was asked for"
     ]
     assert failures([replace(row(share=None), beyond=("memcpy_share",))], floors) == []  # too good to be seen
+    assert len(failures([row(share=float("nan"))], floors)) == 1
 
 
 def test_a_floor_looks_at_its_own_provider_only() -> None:
