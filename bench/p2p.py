@@ -5,7 +5,7 @@
     --transport device   the GPUs' memory, shared by the ranks, or one GPU's     beside gloo over host memory, and copy
     --transport nccl     NCCL, by way of ``group``, on a GPU for each rank           beside nccl itself and copy
 
-    gloo, nccl   torch.distributed's isend and recv, into preallocated buffers
+    gloo, nccl   torch.distributed's isend and recv (both ways: batch_isend_irecv), into preallocated buffers
     memcpy       libc's copy inside one process; pipex's own goes past the caches for large messages, libc's does not
     copy         a copy within the memory of one GPU
 
@@ -56,7 +56,7 @@ from pipex.bench.bursts import Bursts
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.gpu import check_gpu
 from pipex.bench.kernels_seen import KernelWatch
-from pipex.bench.p2p_ends import Copies, End, RoundTrips, TorchReceiver, TorchSender
+from pipex.bench.p2p_ends import Copies, End, RoundTrips, TorchExchange, TorchReceiver, TorchSender
 from pipex.bench.report import Row
 from pipex.bench.sizes import format_size
 from pipex.errors import NativeUnavailable
@@ -193,9 +193,11 @@ def _ends(world: World, edges: World, transport: Transport, both_ways: bool, nby
     me, peer, device = world.rank, 1 - world.rank, world.device
     staged = device.type == "cuda" and transport.peer == "gloo"
     trips = partial(RoundTrips, me, device, form=form, both_ways=both_ways)
+    receiver = (TorchExchange if both_ways else TorchReceiver)(peer, nbytes, device, staged)
+    sender = receiver if isinstance(receiver, TorchExchange) else TorchSender(peer, staged)
     yield {
         transport.provider: trips(links.senders[me, peer, "activation"], links.receivers[peer, me, "activation"]),
-        transport.peer: trips(TorchSender(peer, staged), TorchReceiver(peer, nbytes, device, staged)),
+        transport.peer: trips(sender, receiver),
         transport.limit: Copies(me, device, nbytes),
     }
     links.close()

@@ -116,7 +116,25 @@ class TorchReceiver:
 
     def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
         dist.recv(self._buffer, self._peer)
-        return (self._buffer.to(self._device) if self._staged else self._buffer,)
+        return (self._received(),)
+
+    def _received(self) -> Tensor:
+        return self._buffer.to(self._device) if self._staged else self._buffer
+
+
+class TorchExchange(TorchReceiver):
+    """Both ends, where both ranks send at the same time. In one call, since NCCL does what goes between two ranks in
+    order: a send that waits for the peer's receive would stand before the receive that the peer's send waits for."""
+
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        outgoing = tensors[0].cpu() if self._staged else tensors[0]
+        both = [dist.P2POp(dist.isend, outgoing, self._peer), dist.P2POp(dist.irecv, self._buffer, self._peer)]
+        self._under_way: Any = dist.batch_isend_irecv(both)
+
+    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+        for work in self._under_way:
+            work.wait()
+        return (self._received(),)
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import device_world
 import pytest
 import torch
+import torch.distributed as dist
 from fake_gpu import FakeGpu
 from torch import Tensor
 
@@ -82,6 +83,20 @@ def test_the_message_before_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
     found = p2p.measure([8], Rounds(1, 0))
     assert [(row.correct, row.figures["wrong"]) for row in found] == [(True, 0), (False, 16), (True, 0)]
+
+
+def test_both_ways_torch_sends_and_receives_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or NCCL would run them one after the other, and large messages wait for each other for ever."""
+    batch = dist.batch_isend_irecv
+
+    def exchange(both: list[dist.P2POp]) -> list[Any]:
+        assert [one.op for one in both] == [dist.isend, dist.irecv]
+        return batch(both)
+
+    monkeypatch.setattr(dist, "batch_isend_irecv", exchange)
+    monkeypatch.delattr(dist, "recv")
+    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
+    assert all(row.correct for row in p2p.measure([8, 1 << 20], Rounds(2, 0), both_ways=True))
 
 
 def test_neighbouring_contents_differ_in_every_byte() -> None:
