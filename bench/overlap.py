@@ -13,8 +13,9 @@ what is exposed can be told only with it, or with a GPU for each rank.
 ``exposed_share`` is the part of the makespan of a step's actions, from the first start to the last end over all ranks,
 that the rank that waited longest spent on messages: the time in which it computed nothing because it handed one over,
 or waited for one that its peer had handed over already. Waiting for a peer that is not done is the schedule's, not
-communication's; ``waiting_share`` has both. ``bubble`` is the makespan bubble. Losses are compared with those of one
-process: pipex's bit by bit on the CPU, within ``training.TOLERANCE`` on a GPU.
+communication's; ``waiting_share`` has both. On GPUs two ranks' clocks are compared by one point for each that its GPU
+and its host have both seen: by how far they are off there, every message is. ``bubble`` is the makespan bubble. Losses
+are compared with those of one process: pipex's bit by bit on the CPU, within ``training.TOLERANCE`` on a GPU.
 """
 
 from __future__ import annotations

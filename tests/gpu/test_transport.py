@@ -25,10 +25,10 @@ SPARE = 8 << 20  # bytes that come and go on a GPU without anybody's doing
 
 @dataclass
 class Ended:
-    """How a body ended: "" if well; and what it took."""
+    """How a body ended: "" if well; and what it noted, its time first."""
 
     problem: str
-    seconds: str = ""
+    note: str = ""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def outcomes(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_two_ranks(outcomes: dict[str, Ended], body: str, record_property: Callable[[str, object], None]) -> None:
-    record_property("seconds", outcomes[body].seconds)
+    record_property("note", outcomes[body].note)
     assert outcomes[body].problem == ""
 
 

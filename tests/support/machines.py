@@ -45,6 +45,7 @@ class Cuda:
         self._index = torch.arange(MOST_WORDS, device=self.device)
         self._wrong: dict[Any, Tensor] = {}  # by stream: two would lose each other's counts
         self._graphed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._graphed.add_(0)  # loads the kernel, which a graph's capture may not
         self._capturing = torch.cuda.Stream(self.device)
         self.synchronize()
 

