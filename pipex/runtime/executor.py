@@ -13,7 +13,7 @@ from torch import Tensor
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.announce import Forms
-from pipex.runtime.stage_runner import StageRunner, output_tensors
+from pipex.runtime.stage_runner import StageRunner
 from pipex.transport.interface import EdgeKind, EdgeSpec, Links, Receiver, Sender, World
 from pipex.transport.local import LocalEdge
 
@@ -215,7 +215,7 @@ class Executor:
             runner.losses[microbatch] = runner.loss(output, data.targets[microbatch], data.weights[microbatch])
         else:
             assert ends.activation_out is not None
-            ends.activation_out.send(data.step, microbatch, output_tensors(runner.stage, output))
+            ends.activation_out.send(data.step, microbatch, runner.message(output))
 
     def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
         self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)

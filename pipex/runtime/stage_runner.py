@@ -34,6 +34,11 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     return tensors
 
 
+def _memory(tensor: Tensor) -> int:
+    """The same for all views of the same memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def differentiable(tensor: Tensor) -> bool:
     """Whether a gradient of it travels back; says for a tensor what ``TensorForm.differentiable`` says for its form."""
     return tensor.is_floating_point() or tensor.is_complex()
@@ -75,6 +80,7 @@ class StageRunner:
         self._device = device
         self._seed = seed
         self._splitter = Splitter.of(stage, exact)
+        self._buffers = {_memory(buffer) for buffer in stage.buffers()}
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output, with its random layers seeded while it trains."""
@@ -118,10 +124,20 @@ class StageRunner:
             roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
             self.live[microbatch] = _Live(inputs, roots, (), tape)
             return ()
-        outputs = output_tensors(self.stage, output)
+        outputs = self.message(output)
         mask = tuple(t.requires_grad for t in outputs if differentiable(t))
         self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
         return outputs
+
+    def message(self, output: Any) -> tuple[Tensor, ...]:
+        """What goes to the next stage of the stage's output. A buffer of the stage goes as a copy: a message is read
+        later, and the next micro-batch may have written to the buffer by then.
+
+        Raises:
+            UnsupportedModule: as ``output_tensors``.
+        """
+        tensors = output_tensors(self.stage, output)
+        return tuple(t.clone() if _memory(t) in self._buffers else t for t in tensors) if self._buffers else tensors
 
     def loss(self, output: Any, target: Any, weight: float) -> Tensor:
         """The weighted mean loss of one micro-batch.

@@ -113,7 +113,37 @@ def complex_stages(stages: int) -> Sequence[nn.Module]:
     return [ToComplex(), FromComplex()]
 
 
+class Counting(nn.Module):
+    """Hands on a buffer in which it counts its micro-batches, larger than what a socket takes at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.count: Tensor
+        self.register_buffer("count", torch.zeros(1 << 22))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.count.add_(1)
+        return self.linear(x), self.count
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        return self.linear(x) * (count.min() + count.max())
+
+
+def counting_stages(stages: int) -> Sequence[nn.Module]:
+    assert stages == 2
+    torch.manual_seed(8)
+    return [Counting(), Counted()]
+
+
 JOBS: dict[str, Job] = {
+    "counting": (counting_stages, float_batch, nn.functional.mse_loss),
     "complex": (complex_stages, float_batch, nn.functional.mse_loss),
     "transformer": (transformer, token_batch, next_token_loss),
     "tuples": (tuples, float_batch, nn.functional.mse_loss),
@@ -235,6 +265,7 @@ def test_tuples_and_complex_tensors_through_device_memory(simulated_cuda: Path, 
         ("transformer", "zbv 2", 2, 5),
         ("tuples", "gpipe 1", 3, 4),
         ("complex", "1f1b 1", 2, 4),
+        ("counting", "gpipe 1", 2, 4),
     ],
 )
 def test_over_torch_distributed(job: str, family: str, ranks: int, microbatches: int) -> None:
@@ -309,6 +340,10 @@ def test_stages_that_hand_on_tuples(family: str) -> None:
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
 def test_complex_activations(family: str) -> None:
     assert_same_bits("complex", family, 2, 3, steps=3, samples=7)
+
+
+def test_a_buffer_that_the_next_microbatch_writes_to_is_handed_on_within_a_rank() -> None:
+    assert_same_bits("counting", "looped-bfs 2", 1, 4, steps=2, samples=8)
 
 
 @pytest.mark.long
