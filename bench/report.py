@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,11 +69,14 @@ def parse_floors(text: str, provider: str, figure: str, cases: Sequence[str], *,
     for part in text.split(","):
         case, _, number = part.partition("=")
         try:
-            floors.append(Floor(case, provider, figure, float(number), most))
+            limit = float(number)
         except ValueError:
-            raise InputError("not a floor", got=repr(part), needed=f"case=number, such as {cases[0]}=2.5") from None
+            limit = math.nan
+        if math.isnan(limit):  # a written one too: no figure is below or above it, so it would always hold
+            raise InputError("not a floor", got=repr(part), needed=f"case=number, such as {cases[0]}=2.5")
         if case not in cases:
             raise InputError("a floor for a case that is not measured", got=case, needed=f"one of {', '.join(cases)}")
+        floors.append(Floor(case, provider, figure, limit, most))
     return floors
 
 

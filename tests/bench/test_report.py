@@ -83,6 +83,7 @@ def test_floors_are_read_as_case_and_number() -> None:
     [
         ("4K", "not a floor; got '4K'; needed case=number, such as 4K=2.5"),
         ("4K=fast", "not a floor; got '4K=fast'"),
+        ("4K=nan", "not a floor; got '4K=nan'"),
         ("", "not a floor; got ''"),
         ("8K=2", "a case that is not measured; got 8K; needed one of 4K, 1M"),
     ],
