@@ -35,8 +35,9 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """The same for all views of the same memory."""
-    return tensor.untyped_storage().data_ptr()
+    """The same for all views of the same memory; 0 for a sparse tensor, which has no storage of its own."""
+    # Not the address: a tensor subclass that wraps others has a storage without one.
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
 def differentiable(tensor: Tensor) -> bool:
@@ -80,7 +81,7 @@ class StageRunner:
         self._device = device
         self._seed = seed
         self._splitter = Splitter.of(stage, exact)
-        self._buffers = {_memory(buffer) for buffer in stage.buffers()}
+        self._buffers = {_memory(buffer) for buffer in stage.buffers()} - {0}
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output, with its random layers seeded while it trains."""

@@ -274,3 +274,23 @@ def evaluate_twice() -> list[float]:
 def test_a_plan_without_a_backward_does_not_train() -> None:
     with pytest.raises(PeerFailed, match="InputError: this pipeline cannot train; got forward-only, a plan without a"):
         pipex.launch(run_plan, 2, args=(FORWARD_ONLY,))
+
+
+class Adjacency(nn.Module):
+    """Multiplies with a sparse buffer, whose memory no tensor can be a view of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix: Tensor
+        self.register_buffer("matrix", torch.eye(6).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.matrix, x.t()).t()
+
+
+def test_a_stage_may_have_a_sparse_buffer() -> None:
+    stages, plan = [Adjacency(), nn.Linear(6, 2)], pipex.build("looped-bfs", 1, 2, chunks=2)
+    batch, target = data(4, 0)
+    assert pipex.Pipeline(stages, plan, LOSS).evaluate(batch, target) == pytest.approx(
+        LOSS(stages[1](batch), target).item()
+    )
