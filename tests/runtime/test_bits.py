@@ -251,8 +251,8 @@ def test_through_device_memory(simulated_cuda: Path, family: str, ranks: int, mi
     assert_same_bits("transformer", family, ranks, microbatches, steps=3, samples=11, launch=launch)
 
 
-@pytest.mark.parametrize(("job", "ranks"), [("tuples", 3), ("complex", 2)])
-def test_tuples_and_complex_tensors_through_device_memory(simulated_cuda: Path, job: str, ranks: int) -> None:
+@pytest.mark.parametrize(("job", "ranks"), [("tuples", 3), ("complex", 2), ("counting", 2)])
+def test_tuples_complex_tensors_and_buffers_through_device_memory(simulated_cuda: Path, job: str, ranks: int) -> None:
     launch = partial(device_world.launch, library=simulated_cuda, settings="seed=1,delay=300,poison=1")
     assert_same_bits(job, "1f1b", ranks, 4, steps=3, samples=9, launch=launch)
 
