@@ -246,6 +246,8 @@ def run_step(step: Step, seconds: float, report: dict[str, Any]) -> dict[str, An
             step.read(output, report)
         except ValueError as error:
             problem = f"{problem}: {error}" if problem else str(error)
+    elif code and (lines := (output + errors).split("\n")[-2:-1]):
+        problem += f": {lines[0]}"
     tail = (output + errors)[-TAIL:] if problem else ""
     return {"step": step.name, "passed": not problem, "seconds": round(time.monotonic() - begin, 1),
             "problem": problem, "tail": tail}  # fmt: skip

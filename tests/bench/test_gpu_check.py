@@ -33,7 +33,7 @@ def test_a_failing_step_is_recorded_and_the_rest_still_runs(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["report.json"]
     assert report["passed"] is False
     assert [(s["step"], s["passed"], s["problem"]) for s in report["steps"]] == [
-        ("bad", False, "exit code 3"),
+        ("bad", False, "exit code 3: because"),
         ("good", True, ""),
     ]
     assert report["steps"][0]["tail"] == "before\nbecause\n"
