@@ -10,7 +10,6 @@ The parent's death kills the ranks (PR_SET_PDEATHSIG). No socket is opened and n
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import multiprocessing
@@ -204,7 +203,7 @@ def _rank_main(
     run: HostRun | bytes, rank: int, launcher: int, pipe: Connection, fn: Callable[..., Any], args: Sequence[Any],
     timeout: float, device: str,
 ) -> None:  # fmt: skip
-    _die_with(launcher)
+    worlds.die_with(launcher)
     os.setpgid(0, 0)  # so that a terminal's Ctrl-C comes from the launcher only, once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(run, bytes):
@@ -272,12 +271,3 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _die_with(launcher: int) -> None:
-    """The kernel kills this process when its launcher ends."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != launcher:  # it ended before the call
-        os._exit(1)

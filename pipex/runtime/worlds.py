@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Mapping
 
 import torch
@@ -82,6 +84,8 @@ def join_torchrun(ranks: int | None, timeout: float = TIMEOUT, kind: str = "cpu"
         InputError: the environment is incomplete, or ``ranks`` is given and not the number of ranks it says.
         NativeUnavailable: there is no GPU, or this torch has no NCCL.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())  # a killed agent leaves its ranks running, and the others would train on with them
     store, rank, size = store_from_environment(timeout)
     if ranks is not None and ranks != size:
         raise InputError("the program and torchrun disagree about the number of ranks", got=f"{size} from torchrun",
@@ -104,6 +108,15 @@ def join_torchrun(ranks: int | None, timeout: float = TIMEOUT, kind: str = "cpu"
     world.exchange(b"")  # everybody has opened the page; rank 0 may close its descriptor
     run.close()
     return world
+
+
+def die_with(parent: int) -> None:
+    """The kernel kills this process when its parent ends."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
 
 
 def threads_per_rank(ranks: int) -> int:

@@ -172,6 +172,29 @@ def test_ranks_of_several_agents_join_through_torch_distributed() -> None:
     train_on_two_hosts("127.0.0.1", [(), ()], 1)
 
 
+def test_the_ranks_of_a_killed_agent_die_with_it_and_the_others_say_so() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = []
+    for node in (0, 1):
+        where = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *where, "-m", "pipex", "train"]
+        pipe = subprocess.PIPE
+        agents.append(subprocess.Popen([*command, *SMALL, "--steps", "1000000"], stdout=pipe, stderr=pipe, text=True))
+    try:
+        assert agents[0].stderr is not None
+        assert any(line.startswith("step ") for line in agents[0].stderr)  # it trains
+        agents[1].kill()
+        agents[1].communicate(timeout=30)  # past it, nobody holds the other ends of the pipes
+        _, stderr = agents[0].communicate(timeout=60)
+        assert "PeerLost: rank 1 is gone" in stderr
+        assert agents[0].returncode == 1
+    finally:
+        for process in agents:
+            process.terminate()  # a live agent ends its ranks
+
+
 def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
     with ExitStack() as stack:
         try:
