@@ -6,6 +6,7 @@ from __future__ import annotations
 from pipex.errors import InputError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+MOST = 1000
 
 
 def parse_size(text: str) -> int:
@@ -30,7 +31,7 @@ def size_range(first: int, last: int, factor: int = 1, step: int = 0) -> list[in
     """``first``, ``first`` × ``factor`` + ``step``, ... while at most ``last``.
 
     Raises:
-        InputError: the range is empty or would not end.
+        InputError: the range is empty, would not end, or has more than ``MOST`` sizes.
     """
     if first > last:
         raise InputError("the range of sizes is empty", got=f"{format_size(first)} to {format_size(last)}",
@@ -40,4 +41,6 @@ def size_range(first: int, last: int, factor: int = 1, step: int = 0) -> list[in
     sizes = [first]
     while (size := sizes[-1] * factor + step) <= last:
         sizes.append(size)
+        if len(sizes) > MOST:
+            raise InputError("too many sizes", got=f"more than {MOST}", needed="a larger -i or a shorter range")
     return sizes

@@ -21,14 +21,15 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     """What a stage hands to the next one.
 
     Raises:
-        UnsupportedModule: it is neither a tensor nor a tuple of tensors.
+        UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
     """
     tensors = output if isinstance(output, tuple) else (output,)
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise UnsupportedModule(
                 f"stage {stage.index} cannot hand its output to the next stage",
-                got=type(tensor).__name__, needed="a tensor or a tuple of tensors",
+                got=f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__,
+                needed="a dense tensor or a tuple of them",
                 fix="return tensors from the last layer of the stage",
             )  # fmt: skip
     return tensors

@@ -53,3 +53,8 @@ def test_a_range_that_is_empty_or_endless_is_refused() -> None:
         size_range(8192, 4096, 2)
     with pytest.raises(InputError, match="would not end; got -f 1"):
         size_range(4096, 8192, 1)
+
+
+def test_a_range_of_too_many_sizes_is_refused_before_it_is_made() -> None:
+    with pytest.raises(InputError, match="too many sizes; got more than 1000; needed a larger -i"):
+        size_range(4096, 1 << 40, step=1)

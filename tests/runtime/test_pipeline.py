@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pipex
-from pipex.errors import CheckpointError, ConfigMismatch, InputError, PeerFailed, PipexError
+from pipex.errors import CheckpointError, ConfigMismatch, InputError, PeerFailed, PipexError, UnsupportedModule
 from pipex.observe import Recorder
 from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
@@ -294,3 +294,14 @@ def test_a_stage_may_have_a_sparse_buffer() -> None:
     assert pipex.Pipeline(stages, plan, LOSS).evaluate(batch, target) == pytest.approx(
         LOSS(stages[1](batch), target).item()
     )
+
+
+class Sparse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to_sparse()
+
+
+def test_a_sparse_output_is_refused_by_name() -> None:
+    plan = pipex.build("looped-bfs", 1, 2, chunks=2)
+    with pytest.raises(UnsupportedModule, match=r"stage 0 .* got a torch.sparse_coo tensor; needed a dense tensor"):
+        pipex.Pipeline([Sparse(), nn.Linear(6, 2)], plan, LOSS).evaluate(*data(4, 0))
