@@ -25,11 +25,11 @@ class Site:
     """Starts ranks on a GPU that they share, or with the simulated driver.
 
     Attributes:
-        library: the simulated driver; None: there is a GPU.
+        simulator: the simulated driver; None: there is a GPU.
         exits: of the last launch, the ranks' exit codes in the order of their process ids.
     """
 
-    library: str | None
+    simulator: str | None
     exits: list[int] = field(default_factory=list)
 
     def launch(
@@ -47,22 +47,22 @@ class Site:
 
         with pytest.MonkeyPatch.context() as patch, _within(limit):
             patch.setattr(os, "waitpid", noting_wait)
-            if self.library is not None:
+            if self.simulator is not None:
                 self._simulate(patch)
             try:
                 return pipex.launch(
-                    fn, ranks, args=args, timeout=timeout, device="cuda" if self.library is None else "cpu"
+                    fn, ranks, args=args, timeout=timeout, device="cuda" if self.simulator is None else "cpu"
                 )
             finally:
                 self.exits = [seen[pid] for pid in sorted(seen)]
 
     def free_memory(self) -> int:
         """Of the GPU, whoever uses the rest."""
-        return torch.cuda.mem_get_info()[0] if self.library is None else 0
+        return torch.cuda.mem_get_info()[0] if self.simulator is None else 0
 
     def _simulate(self, patch: pytest.MonkeyPatch) -> None:
         def join(run: HostRun, rank: int, **options: Any) -> Any:
-            return device.join(run, rank, torch.device("cpu"), library=str(self.library), **options)
+            return device.join(run, rank, torch.device("cpu"), library=str(self.simulator), **options)
 
         patch.setattr(HostRun, "join", join)
         patch.setattr(worlds, "threads_per_rank", lambda ranks: 1)  # so that the ranks are forked, and know `join`

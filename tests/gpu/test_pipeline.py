@@ -45,7 +45,7 @@ def assert_exact(answers: list[list[dict[str, Any]]], *, device: str, may_be_sta
 
 def test_exact_pipelines_of_two_ranks_have_the_bits_of_one_process(site: Site) -> None:
     answers = site.launch(train, 2, args=([(family, True) for family in FAMILIES],))
-    assert_exact(answers, device="cuda" if site.library is None else "cpu")
+    assert_exact(answers, device="cuda" if site.simulator is None else "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def outcomes(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     while left and failures < 4:
         problem = ""
         try:
-            misuses = site.launch(run_bodies, 2, args=(left, str(notes), site.library), limit=100.0)
+            misuses = site.launch(run_bodies, 2, args=(left, str(notes), site.simulator), limit=100.0)
             problem = "\n".join(what for rank in misuses for what in rank)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -90,10 +90,10 @@ class Aftermath:
         before = site.free_memory()
         self.error: BaseException | None = None
         with pytest.MonkeyPatch.context() as patch:
-            if fate == "stopped" and site.library is not None:
+            if fate == "stopped" and site.simulator is not None:
                 patch.setattr("pipex.runtime.launch.GRACE", 1.0)  # it will not end by itself
             try:
-                site.launch(stand_still, 3, args=(fate, str(notes), site.library), timeout=STALLED)
+                site.launch(stand_still, 3, args=(fate, str(notes), site.simulator), timeout=STALLED)
             except (PeerError, TimeoutError) as error:
                 self.error = error
         self.exits = site.exits
@@ -145,7 +145,7 @@ def test_a_run_that_failed_leaves_the_right_exit_codes_and_no_memory(
 
 def test_an_edge_larger_than_the_free_memory_is_named_on_both_ranks(site: Site, tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match="OutOfDeviceMemory"):
-        site.launch(open_more_than_there_is, 2, args=(str(tmp_path), site.library))
+        site.launch(open_more_than_there_is, 2, args=(str(tmp_path), site.simulator))
     sender, receiver = (read(tmp_path, rank) for rank in range(2))
     assert receiver["error"] == "OutOfDeviceMemory"
     assert "bytes free; needed" in receiver["text"]
