@@ -22,7 +22,7 @@ test: $(VENV)/tested ## all tests but the long sweeps; needs no GPU
 	$(BIN)/python -m pytest -m "not long" $(addprefix --ignore=,$(SIDE_BY_SIDE))
 
 test-long: $(VENV)/tested ## the long sweeps
-	$(BIN)/python -m pytest -m long --timeout 2400 $(WORKERS) $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m long --timeout 1200 $(WORKERS) $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m long --timeout 1200 $(addprefix --ignore=,$(SIDE_BY_SIDE))
 
 test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
