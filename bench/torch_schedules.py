@@ -61,7 +61,7 @@ def torch_plan(name: str, ranks: int, microbatches: int) -> plans.Plan:
         PlanError: the sizes do not fit our schedule, or torch's order is no legal one.
     """
     chunks = plans.build(name, ranks, microbatches).placement.chunks
-    schedule = torch_schedule(name, _stages_of_rank_0(ranks, chunks), microbatches)
+    schedule = torch_schedule(name, stages_of_rank_0(ranks, chunks), microbatches)
     rows = [[action for action in row if action is not None] for _, row in sorted(schedule.pipeline_order.items())]
     if TORCH_NAMES[name] == "1F1B":
         rows = [_counted_from_0(row) for row in rows]
@@ -70,7 +70,7 @@ def torch_plan(name: str, ranks: int, microbatches: int) -> plans.Plan:
     return plan
 
 
-def _stages_of_rank_0(ranks: int, chunks: int) -> list[Any]:
+def stages_of_rank_0(ranks: int, chunks: int) -> list[Any]:
     """All that torch's schedules ask of a rank's stages before they run; real ones need a process group."""
     return [
         SimpleNamespace(

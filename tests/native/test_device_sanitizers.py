@@ -54,7 +54,7 @@ def stress(
         sources[replace.name] = replace
     with ThreadPoolExecutor() as pool:
         driver_flags = tuple(flag.replace(",undefined", "") for flag in flags)
-        driver = pool.submit(sanitized.library, driver_flags, DRIVER)
+        driver = pool.submit(sanitized.shared_object, driver_flags, DRIVER)
         program = sanitized.program(flags, HOST, LAYOUT, STRESS, *sources.values())
     library = driver.result()
     other = Path(shutil.copy(library, folder / "other.so"))  # the loader takes it for another one

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.distributed.pipelining import schedules
 
+from pipex.bench.torch_schedules import stages_of_rank_0
 from pipex.errors import InputError, PlanError, PlanSyntaxError
 from pipex.plan import Plan, build, validate
 from pipex.plan.actions import Action, Kind, parse_action
@@ -27,17 +27,6 @@ COMMS = (
     "0UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,0REDUCE_GRAD,0RESHARD\r\n"
     "1UNSHARD,1RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1F1,1B1,1SEND_B1,1REDUCE_GRAD,1RESHARD\r\n"
 )
-
-
-def stages(ranks: int, chunks: int) -> list[Any]:
-    """All that torch's schedules ask of rank 0's stages before they run."""
-    return [
-        SimpleNamespace(
-            stage_index=index, num_stages=ranks * chunks, group_size=ranks, group_rank=0, is_first=index == 0,
-            is_last=False, submod=None, group=None, device="cpu", has_backward=True,
-        )
-        for index in range(chunks)
-    ]  # fmt: skip
 
 
 def dumped(schedule: Any, path: Path, format: Format) -> str:
@@ -68,7 +57,7 @@ def test_what_torch_s_schedules_dump_is_read_proven_and_written_back_byte_for_by
 ) -> None:
     for ranks, chunks in sizes:
         for microbatches in (2 * ranks, 4 * ranks):
-            schedule = getattr(schedules, f"Schedule{name}")(stages(ranks, chunks), microbatches)
+            schedule = getattr(schedules, f"Schedule{name}")(stages_of_rank_0(ranks, chunks), microbatches)
             compute, comms = (dumped(schedule, tmp_path / "dump.csv", format) for format in FORMATS)
             assert rows_text(parse_rows(compute)) == compute
             plan = from_torch_csv(compute)
@@ -82,14 +71,14 @@ def test_what_torch_s_schedules_dump_is_read_proven_and_written_back_byte_for_by
 
 def order_of(schedule: Any, path: Path) -> str:
     """The order of a schedule of one stage per rank, which runs without one; dumped by those that run from it."""
-    runtime = schedules._PipelineScheduleRuntime(stages(schedule._num_stages, 1), schedule._n_microbatches)  # type: ignore[no-untyped-call]
+    runtime = schedules._PipelineScheduleRuntime(stages_of_rank_0(schedule._num_stages, 1), schedule._n_microbatches)  # type: ignore[no-untyped-call]
     runtime.pipeline_order = schedule._get_pipeline_order()
     return dumped(runtime, path, "compute_only")
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 4), (4, 8)])
 def test_torch_s_order_of_gpipe_is_read(ranks: int, microbatches: int, tmp_path: Path) -> None:
-    text = order_of(schedules.ScheduleGPipe(*stages(ranks, 1), microbatches), tmp_path / "dump.csv")
+    text = order_of(schedules.ScheduleGPipe(*stages_of_rank_0(ranks, 1), microbatches), tmp_path / "dump.csv")
     assert "REDUCE_GRAD" in text
     assert rows_text(parse_rows(text)) == text
     assert from_torch_csv(text).orders == build("gpipe", ranks, microbatches).orders
@@ -98,7 +87,7 @@ def test_torch_s_order_of_gpipe_is_read(ranks: int, microbatches: int, tmp_path:
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8)])
 def test_torch_s_order_of_1f1b_is_refused_for_its_last_rank(ranks: int, microbatches: int, tmp_path: Path) -> None:
     # Schedule1F1B runs rightly, but not from this order, in which the last rank counts its F from 1 (torch 2.13).
-    text = order_of(schedules.Schedule1F1B(*stages(ranks, 1), microbatches), tmp_path / "dump.csv")
+    text = order_of(schedules.Schedule1F1B(*stages_of_rank_0(ranks, 1), microbatches), tmp_path / "dump.csv")
     assert rows_text(parse_rows(text)) == text
     plan, ours = from_torch_csv(text), build("1f1b", ranks, microbatches)
     with pytest.raises(PlanError, match=rf"{ranks - 1}F{microbatches}\) names a micro-batch that is not there"):
@@ -110,7 +99,7 @@ def test_torch_s_order_of_1f1b_is_refused_for_its_last_rank(ranks: int, microbat
 
 def test_receives_that_torch_defers_out_of_the_order_sent_are_refused(tmp_path: Path) -> None:
     # Over Gloo, torch 2.13 runs this to its end with wrong gradients: rank 1 takes an activation for a gradient.
-    schedule = schedules.ScheduleZBVZeroBubble(stages(2, 2), 4, defer_pp_recv=True)
+    schedule = schedules.ScheduleZBVZeroBubble(stages_of_rank_0(2, 2), 4, defer_pp_recv=True)
     text = dumped(schedule, tmp_path / "dump.csv", "compute_comms")
     problem = "(2RECV_B0) is out of order; got the message of rank 0 at position 8 (0SEND_F2) next"
     with pytest.raises(PlanError, match=re.escape(problem)):
@@ -126,7 +115,7 @@ def test_torch_reads_what_is_written_and_adds_the_same(
         path = tmp_path / "ours.csv"
         write_torch_csv(plan, path, format)
         runtime = schedules._PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
-            stages(plan.placement.ranks, plan.placement.chunks), plan.microbatches
+            stages_of_rank_0(plan.placement.ranks, plan.placement.chunks), plan.microbatches
         )
         runtime._load_csv(str(path), format=format)
         assert dumped(runtime, tmp_path / "theirs.csv", "compute_comms") == to_torch_csv(plan, "compute_comms")

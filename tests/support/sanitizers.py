@@ -50,7 +50,7 @@ class Builder:
             self._made[key] = program
         return self._made[key]
 
-    def library(self, flags: Flags, sources: Sequence[Path]) -> Path:
+    def shared_object(self, flags: Flags, sources: Sequence[Path]) -> Path:
         self._skip_without(flags)
         return self._object((*flags, "-fPIC", "-shared", "-Wl,-z,nodelete"), sources)
 

@@ -46,7 +46,6 @@ class Lane:
         peer: the other end's rank in ``headers``.
         payload, payload_peer: group for the tensors' bytes and the other end's rank in it.
         staging: device whose memory ``payload`` reads and writes.
-        ahead: whether bytes are received ahead, as headers are.
         device: where the tensors live.
     """
 
@@ -56,8 +55,12 @@ class Lane:
     payload: Group
     payload_peer: int
     staging: torch.device
-    ahead: bool
     device: torch.device
+
+    @property
+    def ahead(self) -> bool:
+        """Whether bytes are received ahead, as headers are."""
+        return self.payload is self.headers
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

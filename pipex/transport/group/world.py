@@ -190,10 +190,10 @@ class GroupWorld:
         sends = self.rank == spec.source_rank
         peer = spec.destination_rank if sends else spec.source_rank
         if self._staging == CPU:
-            return Lane(control, tag, peer, control, peer, CPU, True, self.device)
+            return Lane(control, tag, peer, control, peer, CPU, self.device)
         group = _nccl_group(PrefixStore(f"edge/{tag}", self._store), 0 if sends else 1, self.device)
         self._edge_groups.append(group)
-        return Lane(control, tag, peer, group, 1 if sends else 0, self._staging, False, self.device)
+        return Lane(control, tag, peer, group, 1 if sends else 0, self._staging, self.device)
 
     def _abort(self) -> None:
         """Breaks all connections of this rank; peers notice at once. From any thread."""
