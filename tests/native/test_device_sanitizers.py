@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cases import sampled
 from sanitizers import (
     BOTH,
     HARNESS,
@@ -90,10 +91,12 @@ def test_a_run_that_ends_while_streams_wait(tmp_path: Path, flags: Flags, end: i
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("messages", "words", "queues"),
-    [(25_000, 32, "queues=8"), (500, 100_000, "queues=8"), (500, 100_000, "queues=1,shared=1")],
-    ids=["small", "large", "large, one queue"],
-)
+    ("messages", "words", "queues"), sampled([
+        pytest.param(25_000, 32, "queues=8", id="small"),
+        pytest.param(500, 100_000, "queues=8", id="large"),
+        pytest.param(500, 100_000, "queues=1,shared=1", id="large, one queue"),
+    ], 1, name="messages of devices"),
+)  # fmt: skip
 @pytest.mark.parametrize("flags", BOTH)
 def test_many_messages(
     tmp_path: Path, flags: Flags, messages: int, words: int, queues: str
@@ -104,9 +107,10 @@ def test_many_messages(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("first", sampled(range(0, 100, 10), 1, name="runs that end"))
 @pytest.mark.parametrize("flags", BOTH)
-def test_many_runs_that_end(tmp_path: Path, flags: Flags) -> None:
-    for seed in range(100):
+def test_many_runs_that_end(tmp_path: Path, flags: Flags, first: int) -> None:
+    for seed in range(first, first + 10):
         settings = f"seed={seed},queues={1 + seed % 8},delay={20 * (seed % 7)}"
         done = stress(tmp_path, flags, 300, 64, seed, settings=settings)
         check(done)
