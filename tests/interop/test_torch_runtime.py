@@ -65,6 +65,7 @@ Answer = tuple[list[list[Tensor]], list[float]]
 @pytest.fixture
 def run_in_torch(tmp_path: Path) -> Callable[..., Answer]:
     """``run_in_torch(plan, format, modules, inputs, target)`` runs the plan on as many processes as it has ranks."""
+
     def run(plan: Plan, format: Format, *data: Any) -> Answer:
         csv = tmp_path / "plan.csv"
         write_torch_csv(plan, csv, format)

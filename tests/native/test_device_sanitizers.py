@@ -98,9 +98,7 @@ def test_a_run_that_ends_while_streams_wait(tmp_path: Path, flags: Flags, end: i
     ], 1, name="messages of devices"),
 )  # fmt: skip
 @pytest.mark.parametrize("flags", BOTH)
-def test_many_messages(
-    tmp_path: Path, flags: Flags, messages: int, words: int, queues: str
-) -> None:
+def test_many_messages(tmp_path: Path, flags: Flags, messages: int, words: int, queues: str) -> None:
     """So many each way."""
     done = stress(tmp_path, flags, messages, words, settings=f"seed=3,{queues},delay=5")
     assert_all_arrived(done, messages)
@@ -127,9 +125,7 @@ RACES = [
 
 
 @pytest.mark.parametrize(("source", "right", "wrong", "times"), RACES)
-def test_what_lacks_an_order_is_reported(
-    tmp_path: Path, source: Path, right: str, wrong: str, times: int
-) -> None:
+def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: str, wrong: str, times: int) -> None:
     replace = broken(tmp_path, source, right, wrong, times=times)
     done = stress(tmp_path, THREADS, 200, 64, settings="seed=1,queues=8,delay=50", replace=replace)
     assert done.returncode != 0
