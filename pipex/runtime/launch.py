@@ -10,7 +10,6 @@ The parent's death kills the ranks (PR_SET_PDEATHSIG). No socket is opened and n
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ import torch
 
 from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled, PipexError, headline
 from pipex.runtime import worlds
+from pipex.torch_internals import import_compiler
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.solo import SoloWorld
 
@@ -128,7 +128,7 @@ class _Launcher:
         forking = self._device == "cpu" and _fork_is_safe(self._run.ranks)
         context = multiprocessing.get_context("fork" if forking else "spawn")
         if forking:
-            importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would: a second each
+            import_compiler()  # or the first optimizer of every rank would: a second each
         with _interrupts_held_back():
             self._start_ranks(context, forking)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import InputError, NativeUnavailable
+from pipex.torch_internals import from_dlpack
 from pipex.transport.header import mismatch
 from pipex.transport.host import TIMEOUT, HostLinks, HostReceiver, HostRun, HostSender, HostWorld, dense, ring_sizes
 from pipex.transport.interface import EdgeSpec, Form, Links
@@ -271,7 +272,7 @@ class DeviceReceiver(HostReceiver):
                     tensor = torch.empty(announced.shape, dtype=announced.dtype, device=self._world.device)
                     ring.receive_into(template, tensor.data_ptr(), stream, step, microbatch)
                 else:
-                    tensor = torch._C._from_dlpack(capsule)
+                    tensor = from_dlpack(capsule)
                     tensor = tensor if view is None else tensor.view(view)
                 tensors.append(tensor)
         except _native.Aborted as ending:

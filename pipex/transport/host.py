@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import ConfigMismatch, InputError, PeerError, PeerFailed, PeerLost, PeerStalled, headline
+from pipex.torch_internals import from_dlpack
 from pipex.transport.header import Header, mismatch
 from pipex.transport.interface import (
     ActionNamer,
@@ -295,8 +296,7 @@ class HostReceiver:
         tensors = []
         try:
             for receive, template, view in self._announced:
-                # torch.from_dlpack does this after 150 ns of asking what kind of object it was given.
-                tensor = torch._C._from_dlpack(receive(template, step, microbatch))
+                tensor = from_dlpack(receive(template, step, microbatch))
                 tensors.append(tensor if view is None else tensor.view(view))
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pipex.errors import InputError, NativeUnavailable, PeerError, PipexError
+from pipex.torch_internals import gloo_options
 from pipex.transport.group.edges import Group, GroupLinks, GroupReceiver, GroupSender, Lane
 from pipex.transport.group.watch import EVERYBODY, FOREVER, STORE_SECONDS, Watch
 from pipex.transport.interface import ActionNamer, EdgeSpec, Phase
@@ -173,11 +174,10 @@ class GroupWorld:
             time.sleep(LOOK_SECONDS)
         one_host = len({store.get(host) for host in hosts}) == 1
 
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [_gloo_device(one_host)]
-        options._threads = 1  # they serve collectives, and there are none
-        # Gloo's own limit is only for the case that the watch cannot speak, because the store's host is stopped.
-        options._timeout = timedelta(seconds=2 * self._timeout + STORE_SECONDS)
+        # One thread: they serve collectives, and there are none. Gloo's own limit is only for the case that the watch
+        # cannot speak, because the store's host is stopped.
+        limit = timedelta(seconds=2 * self._timeout + STORE_SECONDS)
+        options = gloo_options(_gloo_device(one_host), threads=1, timeout=limit)
         return cast(Group, ProcessGroupGloo(PrefixStore("gloo", store), rank, ranks, options))
 
     def _joined(self) -> Group:
