@@ -82,9 +82,11 @@ class Executor:
         ]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), (), ())
+        self._first_position = 0  # of the program, as the world counts; known when it is connected
 
     def connect(self, links: Links) -> None:
         """Takes this rank's ends of all edges."""
+        self._first_position = links.first_position
         for stage, ends in self._ends.items():
             ends.activation_in = links.receivers.get((stage - 1, stage, "activation"))
             ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
@@ -104,7 +106,7 @@ class Executor:
         self._data = data
         self._times.start()
         at, step = self._world.at, data.step
-        for position, (run, runner, ends, microbatch) in enumerate(self._program):
+        for position, (run, runner, ends, microbatch) in enumerate(self._program, self._first_position):
             at(step, position)
             run(runner, ends, microbatch)
 

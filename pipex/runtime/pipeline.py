@@ -106,10 +106,9 @@ class Pipeline:
             parameters = self._gradients.optimized
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
             self._runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-            orders = plans.communicate(self._runnable)
-            self.world.namer = lambda rank, position: _name(orders[rank][position])
+            self._orders = plans.communicate(self._runnable)
             self._times = times_of(self.world.device, observer)
-            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, self._times)
+            self._executor = Executor(self.world, self._runnable, self._orders[rank], self._runners, self._times)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -266,7 +265,7 @@ class Pipeline:
                 return
             specs = [replace(s, form=_larger(s.form, o.form)) for s, o in zip(specs, self._specs, strict=True)]
             self.close()
-        self._links, self._specs = self.world.open(specs, self.plan.digest), specs
+        self._links, self._specs = self.world.open(specs, self.plan.digest, self._orders), specs
         self._executor.connect(self._links)
 
     # Agreement, failure, progress.
@@ -334,10 +333,6 @@ def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
 
 def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
     return None if tensors is None else [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
-
-
-def _name(action: plans.Action) -> tuple[str, int, int]:
-    return str(action), action.stage, action.microbatch
 
 
 def _fits(form: Form, opened: Form) -> bool:

@@ -8,7 +8,7 @@
         32      4  kind, dtype, number of dimensions, index of the tensor in its message (one byte each)
         36      4  micro-batch
         40      8  step
-        48      8  sequence number of the message's tensor on its edge, from 0
+        48      8  sequence number of the message on its edge, from 0
         56      8  bytes of payload
         64     64  shape, 8 x int64, unused ones 0
 
