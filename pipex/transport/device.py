@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import InputError, NativeUnavailable
-from pipex.transport.header import mismatch
+from pipex.transport.header import describe, mismatch
 from pipex.transport.host import TIMEOUT, HostLinks, HostReceiver, HostRun, HostSender, HostWorld, dense, ring_sizes
 from pipex.transport.interface import EdgeSpec, Form, Links, Orders, check_number
 from pipex.transport.opening import exchange_offers
@@ -266,5 +266,5 @@ class DeviceReceiver(HostReceiver):
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
-            raise mismatch(self._spec, *error.args) from None
+            raise mismatch(self._spec, *map(describe, error.args)) from None
         return tuple(tensors)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import InputError, PeerError, headline
-from pipex.transport.header import Header, mismatch
+from pipex.transport.header import Header, describe, mismatch
 from pipex.transport.interface import (
     EdgeKind,
     EdgeSpec,
@@ -263,7 +263,7 @@ class HostReceiver:
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
-            raise mismatch(self._spec, *error.args) from None
+            raise mismatch(self._spec, *map(describe, error.args)) from None
         return tuple(tensors)
 
     def _announce(self, form: Form) -> None:

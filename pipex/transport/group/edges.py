@@ -165,11 +165,11 @@ class GroupReceiver:
             needed = Header(
                 self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._sequence,
                 expected,
-            ).pack()  # fmt: skip
+            )  # fmt: skip
             with self._watch.waiting(lane.peer, spec):
                 arrival.announced.wait()
-            if arrival.header != needed:
-                raise header.mismatch(spec, bytes(arrival.header), needed)
+            if arrival.header != needed.pack():
+                raise header.mismatch(spec, header.describe(bytes(arrival.header)), str(needed))
             if not lane.ahead:
                 self._post_payload(arrival, spec.form[index].nbytes)
         self._sequence += 1
