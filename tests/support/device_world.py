@@ -23,15 +23,12 @@ from pipex.transport.host import HostRun
 Body = Callable[[DeviceWorld], Any]
 
 
-def rank_main(
-    run: HostRun, rank: int, body: Body, library: Path, settings: str, timeout: float, namer: Any
-) -> dict[str, Any]:
+def rank_main(run: HostRun, rank: int, body: Body, library: Path, settings: str, timeout: float) -> dict[str, Any]:
     os.environ["SIMULATED_CUDA"] = settings
     worlds.set_threads(run.ranks)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = device.join(run, rank, torch.device("cpu"), timeout=timeout, library=str(library))
-        world.namer = namer
         worlds.enter(world)
         try:
             result = body(world)
@@ -49,15 +46,14 @@ def rank_main(
 
 
 def start(
-    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0,
-    namer: Any = None,
-) -> Forked:  # fmt: skip
+    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0
+) -> Forked:
     """Forked ranks, each with its body and, if they differ, its settings of the simulator. A result comes with what the
     rank has warned of and left behind."""
     run = HostRun.create(len(bodies))
     each = [settings] * len(bodies) if isinstance(settings, str) else settings
     forked = Forked([
-        partial(rank_main, run, rank, body, library, each[rank], timeout, namer) for rank, body in enumerate(bodies)
+        partial(rank_main, run, rank, body, library, each[rank], timeout) for rank, body in enumerate(bodies)
     ])  # fmt: skip
     run.close()
     return forked
