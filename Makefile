@@ -7,23 +7,26 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
 
-# Tests of one process each, which run side by side; the others have all processors to themselves, as some of them look
-# at times.
-SIDE_BY_SIDE := $(addprefix tests/,transport/model plan triton_kernels backward observe partition state)
-WORKERS := -n auto --dist worksteal
+# One worker more than processors, as tests of several ranks wait more than they compute. Tests that look at times or at
+# the whole machine come last, one by one.
+WORKERS = -n $$(($$(nproc) + 1)) --dist worksteal
 
-.PHONY: demo test test-long test-torch test-triton36 gpu-check lint format clean
+.PHONY: demo test test-long test-nightly test-torch test-triton36 gpu-check lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
 
 test: $(VENV)/tested ## all tests but the long sweeps; needs no GPU
-	$(BIN)/python -m pytest -m "not long" $(WORKERS) $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m "not long" $(addprefix --ignore=,$(SIDE_BY_SIDE))
+	$(BIN)/python -m pytest -m "not long and not nightly and not timing" $(WORKERS)
+	$(BIN)/python -m pytest -m "not long and not nightly and timing"
 
-test-long: $(VENV)/tested ## the long sweeps
-	$(BIN)/python -m pytest -m long --timeout 1200 $(WORKERS) $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m long --timeout 1200 $(addprefix --ignore=,$(SIDE_BY_SIDE))
+test-long: $(VENV)/tested ## the long sweeps, sampled; PIPEX_TEST_SEED=... draws the samples of an earlier run
+	$(BIN)/python -m pytest -m "long and not nightly and not timing" --timeout 1200 $(WORKERS)
+	$(BIN)/python -m pytest -m "long and not nightly and timing" --timeout 1200
+
+test-nightly: $(VENV)/tested ## all tests, and every case of every sweep; takes hours
+	$(BIN)/python -m pytest -m "not timing" --timeout 1200 $(WORKERS)
+	$(BIN)/python -m pytest -m timing --timeout 1200
 
 test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
 	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels

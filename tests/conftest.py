@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import cases
 import pytest
 import simulated_cuda as simulator
 import torch
@@ -29,15 +30,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def pytest_report_header() -> str:
+    return f"samples: PIPEX_TEST_SEED={cases.SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"The same samples again: PIPEX_TEST_SEED={cases.SEED}")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def simulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def simulated_cuda() -> Path:
     """The library that stands in for libcuda where there is no GPU."""
-    return simulator.build(tmp_path_factory.mktemp("simulated_cuda"))
+    return simulator.build()
 
 
 Compare = Callable[[Tensor, Tensor, Tensor], None]

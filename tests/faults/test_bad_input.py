@@ -19,6 +19,8 @@ from pipex import cli
 from pipex.errors import InputError, PeerFailed, PipexError, PlanError
 from pipex.runtime import worlds
 
+pytestmark = pytest.mark.timing
+
 mse = nn.functional.mse_loss
 
 

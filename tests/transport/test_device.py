@@ -273,6 +273,7 @@ def test_a_missing_driver_is_named() -> None:
         device.join(HostRun.create(1), 0, CPU, library="no such library")
 
 
+@pytest.mark.timing  # no other process may come or go
 def test_a_run_leaves_no_descriptor_thread_or_name_behind(simulated_cuda: Path, tmp_path: Path) -> None:
     def held() -> tuple[int, int]:
         gc.collect()

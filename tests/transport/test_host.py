@@ -293,6 +293,7 @@ def held() -> tuple[int, int, int]:
     return len(descriptors), sum("memfd:pipex" in name for name in descriptors), len(os.listdir("/proc/self/task"))
 
 
+@pytest.mark.timing  # no other process may come or go
 def test_a_run_leaves_no_descriptor_thread_or_name_behind() -> None:
     before, names = held(), os.listdir("/dev/shm")
     for _ in range(3):

@@ -19,6 +19,8 @@ from pipex.errors import OutOfSharedMemory, PeerFailed, PeerLost, PeerStalled
 from pipex.transport.host import HostRun, HostWorld
 from pipex.transport.interface import EdgeSpec, Phase, TensorForm
 
+pytestmark = pytest.mark.timing
+
 FORM = (TensorForm((256,), torch.float32),)
 Body = Callable[[HostWorld], Any]
 

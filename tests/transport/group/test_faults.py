@@ -20,6 +20,8 @@ from pipex.transport.group import GroupWorld
 from pipex.transport.group.watch import EVERYBODY, Answer, circle_from, culprit
 from pipex.transport.interface import EdgeSpec, form_of
 
+pytestmark = pytest.mark.timing
+
 LIKE = [torch.zeros(100)]
 CHAIN = [EdgeSpec(s, s + 1, "activation", s, s + 1, 1, 1, form_of(LIKE)) for s in range(3)]
 RANKS = 4
