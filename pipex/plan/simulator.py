@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from pipex.plan.actions import NONE, Action, Kind
 from pipex.plan.causality import causal_order
@@ -146,28 +145,30 @@ def _links(
 ) -> dict[Kind, list[_Link]]:
     """Per kind and stage."""
     stages, microbatches = plan.placement.stages, plan.microbatches
-    pairs = [pair for pipe in plan.placement.pipes for pair in pairwise(pipe)]
-    previous, following = {t: s for s, t in pairs}, dict(pairs)
+    placement = plan.placement
 
-    def link(stage: int, takes: float, first: int, edge: Literal["activation", "gradient"]) -> _Link:
-        sources, targets = (previous, following) if edge == "activation" else (following, previous)
-        source = sources.get(stage, NONE)
-        incoming, outgoing = Edge(source, stage, edge), Edge(stage, targets.get(stage, NONE), edge)
+    def link(stage: int, takes: float, first: int, source: int | None, receive: Kind, send: Kind) -> _Link:
+        incoming, outgoing = placement.ends.get((stage, receive)), placement.ends.get((stage, send))
         return _Link(
             takes,
-            source=first + source * microbatches if source != NONE else NONE,
-            hop=costs.hop[incoming] if incoming in received else 0.0,
-            received=received.get(incoming),
+            source=NONE if source is None else first + source * microbatches,
+            hop=costs.hop[incoming] if incoming else 0.0,
+            received=received[incoming] if incoming else None,
             result=first + stage * microbatches,
-            sent=sent.get(outgoing),
+            sent=sent[outgoing] if outgoing else None,
         )
 
-    gradients = stages * microbatches
-    forward, i, w = costs.forward, costs.input_gradient, costs.weight_gradient
+    def forward(stage: int) -> _Link:
+        return link(stage, costs.forward[stage], 0, placement.before(stage), Kind.RECV_F, Kind.SEND_F)
+
+    def backward(stage: int, takes: float) -> _Link:
+        return link(stage, takes, stages * microbatches, placement.after(stage), Kind.RECV_B, Kind.SEND_B)
+
+    i, w = costs.input_gradient, costs.weight_gradient
     return {
-        Kind.F: [link(s, forward[s], 0, "activation") for s in range(stages)],
-        Kind.I: [link(s, i[s], gradients, "gradient") for s in range(stages)],
-        Kind.B: [link(s, i[s] + w[s], gradients, "gradient") for s in range(stages)],
+        Kind.F: [forward(s) for s in range(stages)],
+        Kind.I: [backward(s, i[s]) for s in range(stages)],
+        Kind.B: [backward(s, i[s] + w[s]) for s in range(stages)],
         Kind.W: [_Link(w[s], NONE, 0.0, None, NONE, None) for s in range(stages)],
     }
 
