@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from pipex.plan.actions import NONE, Action, Kind
+from pipex.plan.bubbles import bubbles
 from pipex.plan.causality import causal_order
 from pipex.plan.communication import communicate
 from pipex.plan.costs import Costs
@@ -35,13 +36,7 @@ class Simulation:
 
     Attributes:
         timeline: per rank its compute actions in order, with start and end.
-        makespan: last end minus first start over all ranks. What a step costs that ends with a barrier: a gradient
-            norm, a loss that every rank learns.
-        span: last end minus first start of a rank; the largest over the ranks. What a step costs without a barrier,
-            as every rank then starts the next step when it has ended this one.
-        bubble_span: per rank the idle share between its first start and last end; the largest over the ranks (arXiv
-            2401.10241, section 5.3). The bubble of a step without a barrier.
-        bubble_makespan: idle share of all ranks over the whole makespan. The bubble of a step with a barrier.
+        makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
         peak_memory: per rank, in the unit of the costs.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
@@ -66,15 +61,9 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """
     costs.check(plan)
     timeline, slots_used = _run(plan, costs)
-    busy = [sum(end - start for _, start, end in row) for row in timeline]
-    spans = [row[-1].end - row[0].start for row in timeline]
-    makespan = max(row[-1].end for row in timeline) - min(row[0].start for row in timeline)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
-        makespan=makespan,
-        span=max(spans),
-        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, spans, strict=True)),
-        bubble_makespan=_idle_share(sum(busy), len(busy) * makespan),
+        **bubbles([[(start, end) for _, start, end in row] for row in timeline])._asdict(),
         peak_memory=peak_memory(plan, costs.activation, costs.deferred),
         slots_used=slots_used,
     )
@@ -179,10 +168,6 @@ def _explain(plan: Plan) -> NoReturn:
         pass
     validate(plan)
     raise AssertionError("a valid plan comes to its end")
-
-
-def _idle_share(busy: float, total: float) -> float:
-    return 1 - busy / total if total else 0.0
 
 
 def _most_under_way(sent: list[float], received: list[float]) -> int:
