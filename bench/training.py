@@ -142,11 +142,9 @@ class Training:
             case.stages(plan.placement.stages), plan, loss_of, optimizer=case.optimizer, observer=self._recorder
         )
         self._data = case.batch(world.device)
-        self._world, self._namer = world, world.namer
         self.close = self._pipeline.close
 
     def step(self) -> None:
-        self._world.namer = self._namer  # the last pipeline that was built has put its own there
         self.losses.append(self._pipeline.step(*self._data))
 
     @property

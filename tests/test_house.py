@@ -13,18 +13,30 @@ import pipex
 
 ROOT = Path(pipex.__file__).parent
 
+
 # package -> packages of pipex that it may import (arrows point down only)
 MAY_IMPORT = {
     "errors": set(),
     "events": set(),
+    "torch_internals": {"errors"},
     "plan": {"errors", "events", "_native"},
-    "backward": {"errors", "triton_kernels", "_cuda"},
-    "transport": {"errors", "_native"},
+    "backward": {"errors", "torch_internals", "triton_kernels", "_cuda"},
+    "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
     "state": {"errors"},
     "observe": {"errors", "events", "plan"},
-    "runtime": {"errors", "events", "plan", "backward", "transport", "partition", "state", "observe"},
+    "runtime": {
+        "errors",
+        "events",
+        "torch_internals",
+        "plan",
+        "backward",
+        "transport",
+        "partition",
+        "state",
+        "observe",
+    },
     "cli": {
         "errors",
         "plan",
@@ -40,6 +52,7 @@ MAY_IMPORT = {
     },
     "bench": {
         "errors",
+        "torch_internals",
         "plan",
         "backward",
         "triton_kernels",
@@ -80,7 +93,7 @@ def test_arrows_point_down(package: str) -> None:
 
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages == set(MAY_IMPORT) - {"errors", "events"}
+    assert packages == set(MAY_IMPORT) - {"errors", "events", "torch_internals"}
 
 
 def test_plan_imports_the_standard_library_only() -> None:
@@ -105,6 +118,34 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
                 assert called not in {"eval", "exec", "torch.load"}, f"{path}:{node.lineno}"
                 assert "object_list" not in called, f"{path}:{node.lineno}"
                 assert "gather_object" not in called, f"{path}:{node.lineno}"
+
+
+def test_private_names_of_torch_are_used_in_one_file_only() -> None:
+    """A name that begins with an underscore and is no name of ours is somebody else's."""
+    trees = {path: ast.parse(path.read_text()) for package in MAY_IMPORT for path in sources(package)}
+    ours = {"_asdict", "_exit"}  # a named tuple's and os's, both documented
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                ours.add(node.name)
+            elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                of_self = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+                if isinstance(node, ast.Name) or of_self:
+                    ours.add(name)
+    for path, tree in trees.items():
+        if path.name == "torch_internals.py":
+            continue
+        for node in ast.walk(tree):
+            found = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or ""
+                names = [alias.name for alias in node.names]
+                others = not (module or names[0]).startswith(("pipex", "triton"))  # the tools of Triton are Triton's
+                found = [part for name in (module, *names) for part in name.split(".") if others]
+            for name in found:
+                private = name.startswith("_") and not name.endswith("__")
+                assert not private or name in ours, f"{path}:{node.lineno} uses {name}"
 
 
 def test_public_names() -> None:

@@ -14,8 +14,7 @@ from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.announce import Forms
 from pipex.runtime.stage_runner import StageRunner
-from pipex.transport.interface import EdgeKind, EdgeSpec, Links, Receiver, Sender, World
-from pipex.transport.local import LocalEdge
+from pipex.transport.interface import Links, Receiver, Sender, World
 
 
 @dataclass(slots=True)
@@ -44,6 +43,8 @@ class _Ends:
     activation_out: Sender | None = None
     gradient_in: Receiver | None = None
     gradient_out: Sender | None = None
+    sends: frozenset[Kind] = frozenset()
+    """what the plan sends from this stage by actions of their own"""
     outbox: dict[tuple[Kind, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
@@ -65,7 +66,11 @@ class Executor:
         self._world = world
         self._runners = runners
         self._times = times
-        self._ends = {stage: _Ends() for stage in runners}
+        sends = (Kind.SEND_F, Kind.SEND_B)
+        self._ends = {
+            stage: _Ends(sends=frozenset(a.kind for a in order if a.stage == stage and a.kind in sends))
+            for stage in runners
+        }
         split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
         weights = [(a.stage, a.microbatch) if a.kind is Kind.W else None for a in order]
         self._another_follows = {w for w, next_ in pairwise(weights) if w and next_ and w[0] == next_[0]}
@@ -82,29 +87,23 @@ class Executor:
         ]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), (), ())
+        self._first_position = 0  # of the program, as the world counts; known when it is connected
 
     def connect(self, links: Links) -> None:
-        """Takes this rank's ends of all edges."""
+        """Takes this rank's ends of all edges, of those between its own stages too."""
+        self._first_position = links.first_position
         for stage, ends in self._ends.items():
             ends.activation_in = links.receivers.get((stage - 1, stage, "activation"))
             ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
             ends.gradient_in = links.receivers.get((stage + 1, stage, "gradient"))
             ends.gradient_out = links.senders.get((stage, stage - 1, "gradient"))
-        for stage in self._ends:
-            if stage + 1 in self._ends:
-                down, up = (
-                    LocalEdge(EdgeSpec(s, d, kind, self._world.rank, self._world.rank, slots=0, alive=0, form=()))
-                    for s, d, kind in _local_edges(stage)
-                )
-                self._ends[stage].activation_out = self._ends[stage + 1].activation_in = down
-                self._ends[stage + 1].gradient_out = self._ends[stage].gradient_in = up
 
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data
         self._times.start()
         at, step = self._world.at, data.step
-        for position, (run, runner, ends, microbatch) in enumerate(self._program):
+        for position, (run, runner, ends, microbatch) in enumerate(self._program, self._first_position):
             at(step, position)
             run(runner, ends, microbatch)
 
@@ -195,11 +194,12 @@ class Executor:
     def _hand_over(
         self, kind: Kind, ends: _Ends, sender: Sender | None, microbatch: int, tensors: tuple[Tensor, ...]
     ) -> None:
-        """To a stage of this rank at once; to another rank when the plan's SEND says so."""
-        if isinstance(sender, LocalEdge):
-            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
-        else:
+        """When the plan's SEND says so; at once where it has none, since the next stage is on this rank too."""
+        if kind in ends.sends:
             ends.outbox[kind, microbatch] = tensors
+        else:
+            assert sender is not None
+            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
 
     def _send(self, kind: Kind, runner: StageRunner, ends: _Ends, sender: Sender | None, microbatch: int) -> None:
         assert sender is not None
@@ -219,8 +219,3 @@ class Executor:
 
     def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
         self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)
-
-
-def _local_edges(stage: int) -> tuple[tuple[int, int, EdgeKind], tuple[int, int, EdgeKind]]:
-    """Between ``stage`` and the next one, where both are on one rank."""
-    return (stage, stage + 1, "activation"), (stage + 1, stage, "gradient")

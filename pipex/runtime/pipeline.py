@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
@@ -21,12 +20,12 @@ from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, microbatch, tied
 from pipex.runtime.agreement import agree
-from pipex.runtime.announce import Forms, announce
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
+from pipex.runtime.wiring import Wiring
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import EdgeSpec, Form, Links, Phase
+from pipex.transport.interface import Phase
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -74,10 +73,6 @@ class Pipeline:
         self._clip_norm = clip_norm
         self._observer = observer
         self._failed: BaseException | None = None
-        self._links: Links | None = None
-        self._specs: list[EdgeSpec] = []
-        self._open_for = ""
-        self._announced: dict[str, dict[int, Forms]] = {}
         with self._together():
             plans.validate(plan)
             self._check_arguments(stages, loss_fn)
@@ -105,11 +100,12 @@ class Pipeline:
             self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
             parameters = self._gradients.optimized
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
-            self._runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-            orders = plans.communicate(self._runnable)
-            self.world.namer = lambda rank, position: _name(orders[rank][position])
+            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            orders = plans.communicate(runnable)
+            tied_edges = self._gradients.edges()
+            self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)
             self._times = times_of(self.world.device, observer)
-            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, self._times)
+            self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -144,9 +140,8 @@ class Pipeline:
             data = self._begin(step, batch, target, training=True)
             self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
-            assert self._links is not None
-            self._gradients.reduce_ties(step, self._links)
-            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+            self._gradients.reduce_ties(step, self._wiring.links)
+            self._wiring.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._times.finish()
             self._done(begin, step, Phase.REDUCE)
@@ -170,8 +165,7 @@ class Pipeline:
                 data = self._begin(self.steps + 1, batch, target, training=False)
                 self.world.at(self.steps + 1, Phase.EVALUATING)
                 self._executor.evaluate(data)
-                assert self._links is not None
-                self._links.flush()
+                self._wiring.links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
                 self.world.at(self.steps, Phase.IDLE)
@@ -207,9 +201,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
-        if self._links is not None:
-            self._links.close()
-            self._links = None
+        self._wiring.close()
 
     # The start of a step.
 
@@ -237,37 +229,10 @@ class Pipeline:
         if last and targets:
             cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
             target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
-        forms = self._forms(json.dumps(agreed["batch"]), training, sizes, pieces)
+        samples_of = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
+        forms = self._wiring.forms(f"{training} {json.dumps(agreed['batch'])}", samples_of)
+        self._executor.connect(self._wiring.links)
         return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
-
-    def _forms(
-        self, signature: str, training: bool, sizes: list[int], pieces: list[tuple[Tensor, ...]]
-    ) -> dict[int, Forms]:
-        """The announced messages for batches like this one; opens the edges, and larger ones where they need them."""
-        key = f"{training} {signature}"
-        if key not in self._announced:
-            samples = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
-            self._announced[key] = announce(self.world, self._rank_of, self._runners, samples, self.world.device)
-        if key != self._open_for:
-            self._open(self._announced[key][sizes[0]])
-            self._open_for = key
-        return self._announced[key]
-
-    def _open(self, forms: Forms) -> None:
-        """Opens all edges between ranks, in one global order, unless the open ones are large enough."""
-        slots, alive = plans.slots_needed(self._runnable), plans.alive(self._runnable)
-        specs = self._gradients.edges()
-        for edge in self.plan.edges:
-            form = (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination]
-            source, destination = self._rank_of[edge.source], self._rank_of[edge.destination]
-            specs.append(EdgeSpec(*edge, source, destination, slots[edge], alive[edge], form))
-        if self._links is not None:
-            if all(_fits(spec.form, opened.form) for spec, opened in zip(specs, self._specs, strict=True)):
-                return
-            specs = [replace(s, form=_larger(s.form, o.form)) for s, o in zip(specs, self._specs, strict=True)]
-            self.close()
-        self._links, self._specs = self.world.open(specs, self.plan.digest), specs
-        self._executor.connect(self._links)
 
     # Agreement, failure, progress.
 
@@ -334,18 +299,3 @@ def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
 
 def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
     return None if tensors is None else [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
-
-
-def _name(action: plans.Action) -> tuple[str, int, int]:
-    return str(action), action.stage, action.microbatch
-
-
-def _fits(form: Form, opened: Form) -> bool:
-    return len(form) == len(opened) and all(f.nbytes <= o.nbytes for f, o in zip(form, opened, strict=True))
-
-
-def _larger(form: Form, opened: Form) -> Form:
-    """Room for both, so that batches of two shapes in turn do not open edges again and again."""
-    if len(form) != len(opened):
-        return form
-    return tuple(f if f.nbytes >= o.nbytes else o for f, o in zip(form, opened, strict=True))

@@ -13,6 +13,7 @@ from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime import seeding
+from pipex.torch_internals import storage_id
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -38,7 +39,7 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
 def _memory(tensor: Tensor) -> int:
     """The same for all views of the same memory; 0 for a sparse tensor, which has no storage of its own."""
     # Not the address: a tensor subclass that wraps others has a storage without one.
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+    return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
 def differentiable(tensor: Tensor) -> bool:

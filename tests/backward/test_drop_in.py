@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pipex
+from pipex import torch_internals
 from pipex.backward import drop_in as drop_in_module
-from pipex.backward.drop_in import drop_in, followed_weights, split_microbatches
+from pipex.backward.drop_in import Step, drop_in, followed_weights, split_microbatches
 from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
 
@@ -305,10 +307,10 @@ def test_a_micro_batch_without_products_makes_those_of_the_one_before(monkeypatc
     first.tapes.append(tape)
     stage = Stub(first, drop_in_module._Weight())
     monkeypatch.setitem(drop_in_module._splitters, stage, splitter)
-    followed = drop_in_module._followed.set(frozenset({(0, 0)}))
+    before = drop_in_module._step.set(Step(followed=frozenset({(0, 0)})))
     for microbatch in range(2):
         drop_in_module._backward_weight_one_chunk(stage, microbatch)
-    drop_in_module._followed.reset(followed)
+    drop_in_module._step.reset(before)
     torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
 
 
@@ -355,13 +357,7 @@ def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Any]
 
 
 def functions() -> list[Any]:
-    base, runtime = schedules._PipelineStageBase, schedules._PipelineScheduleRuntime
-    stage = torch.distributed.pipelining.stage
-    return [
-        base.forward_one_chunk, base.backward_one_chunk, base.backward_weight_one_chunk, runtime._step_microbatches,
-        schedules._check_torch_compile_compatibility, stage.stage_backward, stage.stage_backward_input,
-        stage.stage_backward_weight,
-    ]  # fmt: skip
+    return [torch_internals.find(path) for path, *_ in torch_internals.REPLACED]
 
 
 def test_everything_is_put_back() -> None:
@@ -378,13 +374,25 @@ def test_everything_is_put_back() -> None:
 
 def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules._PipelineStageBase, "backward_one_chunk", lambda self, chunk: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match=r"backward_one_chunk\(self, chunk\); needed"):
+    needed = r"backward_one_chunk\(self, chunk\) in place of .*; needed torch 2\.11 to 2\.15"
+    with pytest.raises(pipex.errors.UnsupportedModule, match=f"torch {re.escape(torch.__version__)}; got .*{needed}"):
         drop_in()
+
+
+def test_a_trial_that_raises_is_refused_with_the_cause_that_torch_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("no such\n  thing")
+
+    before = functions()
+    monkeypatch.setattr(Tape, "linear", fail)
+    with pytest.raises(pipex.errors.UnsupportedModule, match=r"RuntimeError: .* caused by LookupError: no such thing"):
+        drop_in()
+    assert functions() == before
 
 
 def test_a_trial_that_fails_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = functions()
     monkeypatch.setattr(Tape, "backward_weight", lambda self, more=False: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match="gradients right: False"):
+    with pytest.raises(pipex.errors.UnsupportedModule, match="those of one backward: False"):
         drop_in()
     assert functions() == before

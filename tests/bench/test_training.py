@@ -11,7 +11,6 @@ from pipex.bench import training
 from pipex.bench.training import Case
 from pipex.observe import Event, measure
 from pipex.plan import Placement, build
-from pipex.runtime.worlds import current_world
 
 
 def event(step: int, kind: str, stage: int, begin: int, end: int, microbatch: int = 0) -> Event:
@@ -71,16 +70,6 @@ def test_every_cut_is_of_the_same_model() -> None:
     for one, other in zip(whole, cut, strict=True):
         assert torch.equal(one, other)
         assert one is not other
-
-
-def test_a_failure_is_named_after_the_plan_that_runs() -> None:
-    case, world = Case("1f1b", 1, 2, "cpu", width=8, tokens=4), current_world()
-    first, second = (training.Training(case, build(name, 1, 2), world, 1) for name in ("1f1b", "gpipe"))
-    for one, position_1 in ((first, "0B0"), (second, "0F1"), (first, "0B0")):
-        one.step()
-        assert world.namer is not None
-        assert world.namer(0, 1)[0] == position_1
-    assert first.losses[0] == second.losses[0]
 
 
 def test_the_losses_of_later_steps_show_a_missing_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

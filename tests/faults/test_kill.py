@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import sampled
 
 from pipex.errors import PeerLost
 from pipex.transport.interface import Phase
 from tests.faults.conftest import RANKS, SCHEDULES, STEPS, Aftermath, Place, expected, orders, sigkill
+
+pytestmark = pytest.mark.timing
 
 Run = Callable[..., Aftermath]
 
@@ -36,9 +39,14 @@ def test_at_every_kind_of_action(run: Run, schedule: str, victim: int, position:
     assert_named(run, schedule, victim, ("at", STEPS, position))
 
 
+EVERY_ACTION = [(s, r, p, n) for s in SCHEDULES for r, p, _ in orders(s) for n in range(1, STEPS + 1)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-@pytest.mark.parametrize(("schedule", "victim", "position"), [(s, r, p) for s in SCHEDULES for r, p, _ in orders(s)])
+@pytest.mark.parametrize(
+    ("schedule", "victim", "position", "step"),
+    sampled(EVERY_ACTION, 3, name="kill", stratum=lambda case: (case[0], case[1], case[3])),
+)
 def test_at_every_action(run: Run, schedule: str, victim: int, position: int, step: int) -> None:
     assert_named(run, schedule, victim, ("at", step, position))
 

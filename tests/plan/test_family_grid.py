@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from itertools import count, product
 
 import pytest
+from cases import sampled
 
 from pipex.errors import DeadlockError, PlanError
 from pipex.plan.actions import Kind
@@ -246,8 +247,9 @@ def test_numbers_of_chunks_that_do_not_fit_are_refused_with_the_nearest_that_do(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"), sampled(product(FAMILIES, RANKS), 1, name="slots", stratum=lambda case: case[0])
+)
 def test_a_slot_less_on_any_edge_of_the_grid_is_refused_exactly_where_a_replay_stops(family: str, ranks: int) -> None:
     for plan in plans(family, ranks):
         check_slots(plan)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import SEED
 
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan import Placement, Plan, build, parse_action, validate
@@ -123,8 +124,9 @@ def test_inputs_out_of_thin_air_are_read_or_refused(read: Callable[[bytes], None
 
 
 @pytest.mark.long
-def test_a_minute_of_inputs_is_read_or_refused() -> None:
-    seed, end = 1500, time.monotonic() + 60
+@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.nightly)])
+def test_new_inputs_are_read_or_refused(seconds: float) -> None:
+    seed, end = 1500 + SEED * 100_000, time.monotonic() + seconds
     while time.monotonic() < end:
         for read in READERS:
             fuzz(read, seed)

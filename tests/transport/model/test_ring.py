@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from cases import sampled
 from explore import Course, explore
 from ring_model import Ring
 from ring_order import first
@@ -79,9 +80,8 @@ def sizes(short: dict[Size, int], long: dict[Size, int]) -> list[object]:
     def name(size: Size) -> str:
         return f"{size[0]}+{size[1]} slots-{size[2]} messages-{' or '.join(size[3]) or 'no end'}"
 
-    return [pytest.param(*item, id=name(item[0])) for item in short.items()] + [
-        pytest.param(*item, id=name(item[0]), marks=pytest.mark.long) for item in long.items()
-    ]
+    lengthy = [pytest.param(*item, id=name(item[0]), marks=pytest.mark.long) for item in long.items()]
+    return [pytest.param(*item, id=name(item[0])) for item in short.items()] + sampled(lengthy, 2, name="ring model")
 
 
 @pytest.mark.parametrize(("size", "states"), sizes(ALL_ORDERS, ALL_ORDERS_LONG))
