@@ -17,6 +17,7 @@ the pipe down the ranks, stages P … 2P-1 the same layers once more, up the ran
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -93,11 +94,12 @@ class Placement:
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """All edges: neighbouring stages on different ranks, activations first, then gradients."""
-        neighbours = [(s, t) for s, t in self._after.items() if self.rank_of(s) != self.rank_of(t)]
-        return (
-            *(Edge(s, t, "activation") for s, t in neighbours),
-            *(Edge(t, s, "gradient") for s, t in neighbours),
-        )
+        return _both_ways((s, t) for s, t in self._after.items() if self.rank_of(s) != self.rank_of(t))
+
+    @cached_property
+    def edges_within_ranks(self) -> tuple[Edge, ...]:
+        """The same of neighbouring stages on one rank, between which nothing is sent."""
+        return _both_ways((s, t) for s, t in self._after.items() if self.rank_of(s) == self.rank_of(t))
 
     @cached_property
     def ends(self) -> dict[tuple[int, Kind], Edge]:
@@ -130,3 +132,8 @@ class Placement:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that ``rank`` holds, rising."""
         return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
+
+
+def _both_ways(neighbours: Iterable[tuple[int, int]]) -> tuple[Edge, ...]:
+    pairs = list(neighbours)
+    return (*(Edge(s, t, "activation") for s, t in pairs), *(Edge(t, s, "gradient") for s, t in pairs))

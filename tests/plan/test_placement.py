@@ -37,6 +37,7 @@ def test_neighbours_pieces_and_ends_of_one_pipe() -> None:
         Edge(1, 0, "gradient"),
         Edge(3, 2, "gradient"),
     )
+    assert folded.edges_within_ranks == (Edge(1, 2, "activation"), Edge(2, 1, "gradient"))
     assert folded.ends == {
         (0, Kind.SEND_F): Edge(0, 1, "activation"),
         (1, Kind.RECV_F): Edge(0, 1, "activation"),
@@ -54,6 +55,7 @@ def test_two_pipes_do_not_touch() -> None:
     assert [both.before(stage) for stage in range(6)] == [None, 0, 1, None, 3, 4]
     assert [both.after(stage) for stage in range(6)] == [1, 2, None, 4, 5, None]
     assert [both.piece(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert both.edges_within_ranks == ()
     assert (2, Kind.SEND_F) not in both.ends
     assert (3, Kind.RECV_F) not in both.ends
     assert (3, Kind.RECV_B) in both.ends
