@@ -29,7 +29,7 @@ from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
 from pipex.observe.measure import COMPUTE, Figures
 from pipex.partition import Stage, split_model
-from pipex.plan.view.measured import measured_costs
+from pipex.plan.measured import measured_costs
 from pipex.runtime.pipeline import Pipeline
 from pipex.runtime.reference import OneProcess
 from pipex.transport.interface import World

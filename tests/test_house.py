@@ -17,15 +17,26 @@ ROOT = Path(pipex.__file__).parent
 # package -> packages of pipex that it may import (arrows point down only)
 MAY_IMPORT = {
     "errors": set(),
+    "events": set(),
     "torch_internals": {"errors"},
-    "plan": {"errors", "_native"},
+    "plan": {"errors", "events", "_native"},
     "backward": {"errors", "torch_internals", "triton_kernels", "_cuda"},
     "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
     "state": {"errors"},
-    "observe": {"errors"},
-    "runtime": {"errors", "torch_internals", "plan", "backward", "transport", "partition", "state", "observe"},
+    "observe": {"errors", "events", "plan"},
+    "runtime": {
+        "errors",
+        "events",
+        "torch_internals",
+        "plan",
+        "backward",
+        "transport",
+        "partition",
+        "state",
+        "observe",
+    },
     "cli": {
         "errors",
         "plan",
@@ -82,7 +93,7 @@ def test_arrows_point_down(package: str) -> None:
 
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages == set(MAY_IMPORT) - {"errors", "torch_internals"}
+    assert packages == set(MAY_IMPORT) - {"errors", "events", "torch_internals"}
 
 
 def test_plan_imports_the_standard_library_only() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipex.plan import Placement
 from pipex.runtime import seeding
 from pipex.runtime.agreement import share
 from pipex.runtime.stage_runner import StageRunner, output_tensors
@@ -26,8 +27,8 @@ class Forms:
     """The messages of one micro-batch, by stage.
 
     Attributes:
-        activation: what stage s receives from s-1.
-        gradient: what stage s receives from s+1: one gradient per floating tensor of its output.
+        activation: what it receives from the stage before it.
+        gradient: what it receives from the stage after it: one gradient per floating tensor of its output.
     """
 
     activation: dict[int, Form] = field(default_factory=dict)
@@ -36,7 +37,7 @@ class Forms:
 
 def announce(
     world: World,
-    rank_of: Sequence[int],
+    placement: Placement,
     runners: Mapping[int, StageRunner],
     samples: Mapping[int, tuple[Tensor, ...] | None],
     device: torch.device,
@@ -44,28 +45,26 @@ def announce(
     """Collective. Returns the forms by micro-batch size, the same on every rank.
 
     Args:
-        rank_of: rank of each stage.
-        samples: for each micro-batch size a real micro-batch; None where this rank does not hold stage 0.
+        placement: which rank holds which stage.
+        samples: for each micro-batch size a real micro-batch; None where this rank does not hold the first stage.
     """
     result = {size: Forms() for size in samples}
-    for stage, rank in enumerate(rank_of[:-1]):
+    (pipe,) = placement.pipes
+    for stage in pipe:
+        rank, after = placement.rank_of(stage), placement.after(stage)
         own = {}
         if rank == world.rank:
             for size, sample in samples.items():
-                inputs = sample if stage == 0 else _zeros(result[size].activation[stage], device)
+                inputs = sample if runners[stage].first else _zeros(result[size].activation[stage], device)
                 assert inputs is not None
                 own[size] = _encode(_probe(runners[stage], inputs, device))
+        if after is None:  # nothing to announce, but its random layers had to be found too
+            break
         for size, encoded in share(world, "the announcement", own)[rank].items():
             form = _decode(encoded)
             forms = result[int(size)]
-            forms.activation[stage + 1] = form
+            forms.activation[after] = form
             forms.gradient[stage] = tuple(t for t in form if t.differentiable)
-    last = len(rank_of) - 1
-    if last in runners:  # nothing to announce, but its random layers must be found too
-        for size, sample in samples.items():
-            inputs = sample if last == 0 else _zeros(result[size].activation[last], device)
-            assert inputs is not None
-            _probe(runners[last], inputs, device)
     return result
 
 

@@ -64,6 +64,7 @@ class Executor:
         times: Times,
     ) -> None:  # fmt: skip
         self._world = world
+        self._placement = plan.placement
         self._runners = runners
         self._times = times
         sends = (Kind.SEND_F, Kind.SEND_B)
@@ -93,10 +94,12 @@ class Executor:
         """Takes this rank's ends of all edges, of those between its own stages too."""
         self._first_position = links.first_position
         for stage, ends in self._ends.items():
-            ends.activation_in = links.receivers.get((stage - 1, stage, "activation"))
-            ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
-            ends.gradient_in = links.receivers.get((stage + 1, stage, "gradient"))
-            ends.gradient_out = links.senders.get((stage, stage - 1, "gradient"))
+            if (before := self._placement.before(stage)) is not None:
+                ends.activation_in = links.receivers[before, stage, "activation"]
+                ends.gradient_out = links.senders[stage, before, "gradient"]
+            if (after := self._placement.after(stage)) is not None:
+                ends.activation_out = links.senders[stage, after, "activation"]
+                ends.gradient_in = links.receivers[after, stage, "gradient"]
 
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""

@@ -93,7 +93,7 @@ class Pipeline:
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
             self._runners = {
-                s: StageRunner(self.stages[s].to(device), placement.stages, loss_fn, device, seed, exact)
+                s: StageRunner(self.stages[s].to(device), placement, loss_fn, device, seed, exact)
                 for s in placement.stages_of(rank)
             }
             trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
@@ -207,7 +207,8 @@ class Pipeline:
 
     def _begin(self, step: int, batch: Any, target: Any, *, training: bool) -> StepData:
         self.world.at(step, Phase.START)
-        first, last = 0 in self._runners, len(self._rank_of) - 1 in self._runners
+        runners = self._runners.values()
+        first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
         inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
         targets = None if target is None else microbatch.as_tensors(target, "the target")
         for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
@@ -263,7 +264,7 @@ class Pipeline:
 
     def _loss(self) -> float | None:
         """The sum of the weighted losses in rising micro-batch order, on the last stage's rank."""
-        runner = self._runners.get(len(self._rank_of) - 1)
+        runner = next((r for r in self._runners.values() if r.last), None)
         if runner is None:
             return None
         total, *rest = (runner.losses[m] for m in range(self.plan.microbatches))

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, UnsupportedModule
 from pipex.partition import Stage
+from pipex.plan import Placement
 from pipex.runtime import seeding
 from pipex.torch_internals import storage_id
 
@@ -62,7 +63,7 @@ class StageRunner:
 
     Args:
         stage: the stage; the runner owns it while the pipeline lives.
-        stages: number of stages of the whole pipeline.
+        placement: of the whole pipeline's stages.
         loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
         device: where the stage lives.
         seed: seed of all random layers.
@@ -70,12 +71,18 @@ class StageRunner:
     """
 
     def __init__(
-        self, stage: Stage, stages: int, loss_fn: LossFunction, device: torch.device, seed: int, exact: bool | None
+        self,
+        stage: Stage,
+        placement: Placement,
+        loss_fn: LossFunction,
+        device: torch.device,
+        seed: int,
+        exact: bool | None,
     ) -> None:
         self.stage = stage
         self.index = stage.index
-        self.first = stage.index == 0
-        self.last = stage.index == stages - 1
+        self.first = placement.before(stage.index) is None
+        self.last = placement.after(stage.index) is None
         self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import pipex.plan as plans
-from pipex.plan import Edge, Orders, Plan
+from pipex.plan import Orders, Plan
 from pipex.runtime.announce import Forms, announce
 from pipex.runtime.stage_runner import StageRunner
 from pipex.transport.interface import EdgeSpec, Form, Links, World
@@ -33,7 +33,6 @@ class Wiring:
     ) -> None:  # fmt: skip
         self._world, self._digest, self._plan, self._orders, self._runners = world, digest, plan, orders, runners
         self._tied = tied
-        self._rank_of = [plan.placement.rank_of(stage) for stage in range(plan.placement.stages)]
         self._announced: dict[str, dict[int, Forms]] = {}
         self._open_for = ""
         self._specs: list[EdgeSpec] = []
@@ -53,7 +52,9 @@ class Wiring:
             samples: as of ``announce``, the largest first.
         """
         if kind not in self._announced:
-            self._announced[kind] = announce(self._world, self._rank_of, self._runners, samples, self._world.device)
+            self._announced[kind] = announce(
+                self._world, self._plan.placement, self._runners, samples, self._world.device
+            )
         if kind != self._open_for:
             self._open(self._announced[kind][next(iter(samples))])
             self._open_for = kind
@@ -82,21 +83,13 @@ class Wiring:
 
     def _edges(self, forms: Forms) -> list[EdgeSpec]:
         slots, alive = plans.slots_needed(self._plan), plans.alive(self._plan)
+        rank_of = self._plan.placement.rank_of
         specs = list(self._tied)
-        for edge in (*self._plan.edges, *self._edges_within_ranks()):
+        for edge in (*self._plan.edges, *self._plan.placement.edges_within_ranks):
             form = (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination]
-            source, destination = self._rank_of[edge.source], self._rank_of[edge.destination]
+            source, destination = rank_of(edge.source), rank_of(edge.destination)
             specs.append(EdgeSpec(*edge, source, destination, slots.get(edge, 1), alive.get(edge, 1), form))
         return specs
-
-    def _edges_within_ranks(self) -> list[Edge]:
-        """Those of neighbouring stages that one rank holds."""
-        return [
-            edge
-            for stage, rank in enumerate(self._rank_of[:-1])
-            if rank == self._rank_of[stage + 1]
-            for edge in (Edge(stage, stage + 1, "activation"), Edge(stage + 1, stage, "gradient"))
-        ]
 
 
 def _fits(form: Form, opened: Form) -> bool:

@@ -10,7 +10,7 @@ import torch
 from pipex.bench import training
 from pipex.bench.training import Case
 from pipex.observe import Event, measure
-from pipex.plan import build
+from pipex.plan import Placement, build
 
 
 def event(step: int, kind: str, stage: int, begin: int, end: int, microbatch: int = 0) -> Event:
@@ -35,7 +35,7 @@ def test_messages_are_simulated_as_they_were_or_free() -> None:
         [event(1, "RECV_F", 1, 0, 600), event(1, "F", 1, 600, 700), event(1, "B", 1, 700, 850),
          event(1, "SEND_B", 1, 850, 860)],
     ]  # fmt: skip
-    plan, figures = build("1f1b", 2, 1), measure(ranks)
+    plan, figures = build("1f1b", 2, 1), measure(ranks, Placement("loop", 2))
     assert training.simulated(plan, ranks, figures).makespan == pytest.approx(850e-9 + 2 * (100 + 60) / 2 * 1e-9)
     assert training.simulated(plan, ranks, figures, free=True).makespan == pytest.approx(850e-9)
 

@@ -28,7 +28,7 @@ from typing import Literal
 
 from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, PER_STAGE, Action, Kind, parse_action, syntax_error
-from pipex.plan.causality import RECEIVES, SENDS, Event, edge_of
+from pipex.plan.causality import RECEIVES, SENDS, Event
 from pipex.plan.communication import communicate
 from pipex.plan.interop.sidecar import plan_with_metadata
 from pipex.plan.interop.torch_lowering import with_torch_actions
@@ -177,6 +177,7 @@ def _check_held(plan: Plan, rows: Rows) -> None:
 def _check_messages(plan: Plan, rows: Rows) -> None:
     """Every message is sent once, after it is made, and received once, before it is used; and two ranks agree on the
     order of their messages, which carry no name on their way."""
+    ends = plan.placement.ends
     needed = [{a for a in order if a.kind in SENDS | RECEIVES} for order in communicate(plan)]
     way: dict[tuple[int, int], tuple[list[Event], list[Event]]] = {}
     for rank, row in enumerate(rows):
@@ -191,7 +192,7 @@ def _check_messages(plan: Plan, rows: Rows) -> None:
                 if action in seen:
                     raise PlanError(f"{event} was done before", needed="every message once")
                 _check_beside(event, seen)
-                edge = edge_of(action)
+                edge = ends[action.stage, action.kind]
                 ranks = plan.placement.rank_of(edge.source), plan.placement.rank_of(edge.destination)
                 way.setdefault(ranks, ([], []))[action.kind in RECEIVES].append(event)
             seen.update((action, *action.each))
@@ -199,7 +200,7 @@ def _check_messages(plan: Plan, rows: Rows) -> None:
             raise PlanError(f"rank {rank} never runs {min(missing, key=str)}", needed="every send and receive, or none")
     for sent, received in way.values():
         for send, receive in zip(sent, received, strict=True):
-            if edge_of(send.action) != edge_of(receive.action) or send.action.microbatch != receive.action.microbatch:
+            if ends[send.action[:2]] != ends[receive.action[:2]] or send.action.microbatch != receive.action.microbatch:
                 raise PlanError(
                     f"{receive} is out of order",
                     got=f"the message of {send} next",

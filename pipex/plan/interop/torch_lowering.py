@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections import Counter
 
 from pipex.plan.actions import Action, Kind
-from pipex.plan.causality import edge_of
 from pipex.plan.interop.torch_versions import Versions
+from pipex.plan.placement import Placement
 from pipex.plan.plan import Orders, Plan
 
 _GATHERED = 3
@@ -75,14 +75,14 @@ def _with_reductions(row: list[Action], microbatches: int, waits: bool) -> list[
 
 def _with_messages(plan: Plan, rows: list[list[Action]]) -> Orders:
     """Adds sends and receives. In turn, each rank goes one action on if what that needs has been made."""
-    edges = set(plan.edges)
+    placement = plan.placement
     result: list[list[Action]] = [[] for _ in rows]
     done: set[tuple[int, bool, int]] = set()  # (stage, forward, micro-batch)
     cursor = [0] * len(rows)
     while any(at < len(row) for at, row in zip(cursor, rows, strict=True)):
         before = sum(cursor)
         for rank, row in enumerate(rows):
-            if cursor[rank] == len(row) or not all(_ready(plan, part, done) for part in row[cursor[rank]].each):
+            if cursor[rank] == len(row) or not all(_ready(placement, part, done) for part in row[cursor[rank]].each):
                 continue
             action = row[cursor[rank]]
             result[rank].append(action)
@@ -90,12 +90,11 @@ def _with_messages(plan: Plan, rows: list[list[Action]]) -> Orders:
                 if kind not in _MESSAGES:
                     continue
                 done.add((stage, kind is Kind.F, microbatch))
-                send_kind, receive_kind, step = _MESSAGES[kind]
-                send = Action(stage, send_kind, microbatch)
-                if (edge := edge_of(send)) in edges:
-                    result[rank].append(send)
-                    receive = Action(stage + step, receive_kind, microbatch)
-                    result[plan.placement.rank_of(edge.destination)].append(receive)
+                send, receive = _MESSAGES[kind]
+                if edge := placement.ends.get((stage, send)):
+                    result[rank].append(Action(stage, send, microbatch))
+                    receiver = placement.rank_of(edge.destination)
+                    result[receiver].append(Action(edge.destination, receive, microbatch))
             cursor[rank] += 1
         assert sum(cursor) > before, "a valid plan cannot be stuck"
     return tuple(map(tuple, result))
@@ -117,19 +116,19 @@ def _with_waits(row: tuple[Action, ...]) -> tuple[Action, ...]:
 
 _WAITS = {Kind.SEND_F: Kind.WAIT_SEND_F, Kind.SEND_B: Kind.WAIT_SEND_B}
 
-# kind -> the message it makes: as sent, as received, and how far the receiving stage is
+# kind -> the message it makes, as sent and as received
 _MESSAGES = {
-    Kind.F: (Kind.SEND_F, Kind.RECV_F, 1),
-    Kind.I: (Kind.SEND_B, Kind.RECV_B, -1),
-    Kind.B: (Kind.SEND_B, Kind.RECV_B, -1),
+    Kind.F: (Kind.SEND_F, Kind.RECV_F),
+    Kind.I: (Kind.SEND_B, Kind.RECV_B),
+    Kind.B: (Kind.SEND_B, Kind.RECV_B),
 }
 
 
-def _ready(plan: Plan, action: Action, done: set[tuple[int, bool, int]]) -> bool:
+def _ready(placement: Placement, action: Action, done: set[tuple[int, bool, int]]) -> bool:
     """Whether the neighbouring stage has made what ``action`` needs."""
     stage, kind, microbatch, _ = action
-    if kind is Kind.F:
-        return stage == 0 or (stage - 1, True, microbatch) in done
-    if kind in (Kind.I, Kind.B):
-        return stage == plan.placement.stages - 1 or (stage + 1, False, microbatch) in done
-    return True
+    if kind not in _MESSAGES:
+        return True
+    forward = kind is Kind.F
+    source = placement.before(stage) if forward else placement.after(stage)
+    return source is None or (source, forward, microbatch) in done

@@ -13,13 +13,14 @@ from html import escape
 from typing import Any
 
 from pipex.errors import InputError
+from pipex.events import Event
 from pipex.plan.costs import Costs
 from pipex.plan.critical_path import critical_path
+from pipex.plan.measured import MeasuredStep, typical_step
 from pipex.plan.messages import messages
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
 from pipex.plan.view.course import memory_curve, waits
-from pipex.plan.view.measured import MeasuredEvent, MeasuredStep, typical_step
 from pipex.plan.view.text import simulation_view
 
 
@@ -29,7 +30,7 @@ def html_page(
     *,
     bound: tuple[float, str] | None = None,
     limit: Sequence[float] | None = None,
-    trace: Sequence[Iterable[MeasuredEvent]] | None = None,
+    trace: Sequence[Iterable[Event]] | None = None,
 ) -> str:
     """The page as text.
 
