@@ -94,7 +94,7 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
 
     Args:
         action: time of one action by (kind, stage), as ``pipex.observe.Figures.action`` has it. A B whose parts were
-            never measured apart counts as I.
+            never measured apart counts as I, and so does a W that was made with its I.
         hop: time of one message, the same on all edges.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.announce import Forms
@@ -72,12 +72,9 @@ class Executor:
             stage: _Ends(sends=frozenset(a.kind for a in order if a.stage == stage and a.kind in sends))
             for stage in runners
         }
-        split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
-        weights = [(a.stage, a.microbatch) if a.kind is Kind.W else None for a in order]
-        self._another_follows = {w for w, next_ in pairwise(weights) if w and next_ and w[0] == next_[0]}
-        self._split = {(a.stage, a.microbatch): (a.stage, a.microbatch) in split for a in order if a.kind is Kind.F}
-        self._program: list[tuple[Callable[[StageRunner, _Ends, int], None], StageRunner, _Ends, int]] = [
-            (getattr(self, f"_{action.kind.name}"), runners[action.stage], self._ends[action.stage], action.microbatch)
+        self._deferral = deferral((a.kind.value, a.stage, a.microbatch) for a in order)
+        self._program = [
+            (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
         ]
         # Evaluation goes micro-batch by micro-batch through this rank's stages: free of deadlock with one slot.
@@ -124,7 +121,13 @@ class Executor:
         for ends in self._ends.values():
             ends.outbox.clear()
 
-    # One method per kind of action, named after it.
+    # One method per kind of action, named after it, and two for an I and its W that are not apart.
+
+    def _method_of(self, action: Action) -> Callable[[StageRunner, _Ends, int], None]:
+        if action.kind in (Kind.I, Kind.W) and (action.stage, action.microbatch) not in self._deferral.split:
+            return self._I_with_W if action.kind is Kind.I else self._W_made_with_I
+        method: Callable[[StageRunner, _Ends, int], None] = getattr(self, f"_{action.kind.name}")
+        return method
 
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
@@ -132,7 +135,7 @@ class Executor:
         begin = self._times.now()
         outputs = runner.forward(
             data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
-            data.weights[microbatch], self._split[runner.index, microbatch],
+            data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
         )  # fmt: skip
         self._note(begin, Kind.F, runner, microbatch)
         self.peak_live = max(self.peak_live, sum(len(r.live) for r in self._runners.values()))
@@ -142,10 +145,16 @@ class Executor:
     def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._backward(Kind.I, runner.backward_input, runner, ends, microbatch)
 
+    def _I_with_W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        self._backward(Kind.I, runner.backward, runner, ends, microbatch)
+
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = self._times.now()
-        runner.backward_weight(microbatch, (runner.index, microbatch) in self._another_follows)
+        runner.backward_weight(microbatch, (runner.index, microbatch) in self._deferral.followed)
         self._note(begin, Kind.W, runner, microbatch)
+
+    def _W_made_with_I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        self._note(self._times.now(), Kind.W, runner, microbatch)  # I has taken all the time, W takes none
 
     def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._backward(Kind.B, runner.backward, runner, ends, microbatch)

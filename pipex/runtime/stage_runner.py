@@ -116,7 +116,8 @@ class StageRunner:
             inputs: received tensors, or the micro-batch on stage 0.
             target: the micro-batch's target; read on the last stage only.
             weight: the micro-batch's share of the batch's samples; its mean loss is scaled by it before backward.
-            split: whether I and W will follow, rather than B.
+            split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
+                follow, rather than ``backward``.
         """
         if not self.first:
             for tensor in inputs:
@@ -182,7 +183,7 @@ class StageRunner:
         tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """B: the whole backward in one pass of autograd's engine."""
+        """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
         inputs = [t for t in live.inputs if t.requires_grad]
         if live.roots:
