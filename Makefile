@@ -7,6 +7,9 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
 
+# Tests start hundreds of processes; what these import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One worker more than processors, as tests of several ranks wait more than they compute. Tests that look at times or at
 # the whole machine come last, one by one.
 WORKERS = -n $$(($$(nproc) + 1)) --dist worksteal

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import persistent
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from forked import outcomes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -81,15 +82,12 @@ def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
     def run(body: Callable[..., Any], *arguments: Any) -> list[Any]:
         store = tmp_path / f"store{next(number)}"
-        found = outcomes([partial(in_group, store, rank, body, arguments) for rank in range(RANKS)], seconds=60)
-        assert all("result" in outcome for outcome in found), found
-        return [outcome["result"] for outcome in found]
+        return persistent.ranks.results([partial(in_group, store, rank, body, arguments) for rank in range(RANKS)])
 
     return run
 
 
 def in_group(store: Path, rank: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(store), RANKS), rank=rank, world_size=RANKS)
     try:
         return body(rank, *arguments)
@@ -170,11 +168,11 @@ def built_step(rank: int) -> tuple[dict[str, list[Any]], int]:
         deferred += 1
         run_weight(tape, more)
 
-    Tape.backward_weight = count  # type: ignore[method-assign]
     stages = [PipelineStage(modules[i], i, 4, CPU, dw_builder=dw_builder(modules[i])) for i in mine]
     runner = schedules.ScheduleInterleavedZeroBubble(stages, n_microbatches=4, loss_fn=loss_fn)
     tokens, target = batch(8)
-    runner.step(*((tokens,) if rank == 0 else ()), target=target if rank == 1 else None)
+    with mock.patch.object(Tape, "backward_weight", count):
+        runner.step(*((tokens,) if rank == 0 else ()), target=target if rank == 1 else None)
     return gradients_of(modules, mine), deferred
 
 
@@ -261,8 +259,8 @@ def freeing_step(rank: int, ours: bool) -> int:
         most = max(most, sum(not storage.expired() for storage in seen.made))
         backward(self, *args, **kwargs)
 
-    PipelineStage.backward_one_chunk = count  # type: ignore[method-assign]
-    runner.step(*((tokens,) if rank == 0 else ()), target=target if rank == 1 else None)
+    with mock.patch.object(PipelineStage, "backward_one_chunk", count):
+        runner.step(*((tokens,) if rank == 0 else ()), target=target if rank == 1 else None)
     if around is not None:
         around.undo()
     return most

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipex.plan.view.measured import measured_costs, typical_step
 from torch import Tensor, nn
 
 import pipex
@@ -15,7 +16,6 @@ from pipex.observe import Event, Recorder, measure
 from pipex.observe import times as observed
 from pipex.plan import build, simulate, unfused
 from pipex.plan.actions import COMPUTE
-from pipex.plan.view.measured import measured_costs, typical_step
 from pipex.runtime.reference import OneProcess
 
 MICROBATCHES = 8

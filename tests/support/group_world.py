@@ -19,9 +19,7 @@ def launch(fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = ()) -> l
     """As ``pipex.launch``, through connections on the loopback address, by ranks that stay."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        found = persistent.ranks.outcomes([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)])
-    assert all("result" in outcome for outcome in found), found
-    return [outcome["result"] for outcome in found]
+        return persistent.ranks.results([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)])
 
 
 def _rank(store: Path, rank: int, ranks: int, fn: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -50,6 +50,12 @@ class Ranks:
             self.stop()
         return [outcome or {} for outcome in found]
 
+    def results(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What the bodies return; all must."""
+        found = self.outcomes(bodies)
+        assert all("result" in outcome for outcome in found), found
+        return [outcome["result"] for outcome in found]
+
     def _start_one(self) -> None:
         importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
         ours, theirs = FORK.Pipe()
