@@ -22,8 +22,8 @@ class Deferral(NamedTuple):
     followed: those of them whose W is directly followed by the next deferred W of the same stage.
     """
 
-    split: frozenset[MicroBatch]
-    followed: frozenset[MicroBatch]
+    split: frozenset[MicroBatch] = frozenset()
+    followed: frozenset[MicroBatch] = frozenset()
 
 
 def deferral(order: Iterable[tuple[str, int, int | None]]) -> Deferral:

@@ -24,17 +24,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import schedules
 from torch.nn.parallel import DistributedDataParallel
 
+from pipex.backward.deferral import Deferral, deferral
 from pipex.backward.passes import Deferred
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
 from pipex.backward.tape import Splitter
@@ -54,22 +52,19 @@ Stage = Any
 """A _PipelineStageBase."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What the stages of a rank have to know of the step that is running.
 
     Attributes:
-        split: (stage, micro-batch) whose weight gradients are deferred.
-        followed: (stage, micro-batch) whose W is directly followed by the next deferred W of the stage.
+        deferral: which micro-batches are split.
         holders: by id of a parameter how many stages hold it whose gradients are not yet divided.
     """
 
-    split: frozenset[tuple[int, int]] = frozenset()
-    followed: frozenset[tuple[int, int]] = frozenset()
+    deferral: Deferral = Deferral()
     holders: Counter[int] | None = None
 
 
-_step: ContextVar[Step] = ContextVar("step", default=Step())  # noqa: B039 - nothing of the default is changed
+_step: ContextVar[Step] = ContextVar("step", default=Step())
 
 _splitters: WeakKeyDictionary[Stage, Splitter] = WeakKeyDictionary()
 _originals: dict[str, Callable[..., Any]] = {}
@@ -113,7 +108,7 @@ def _install() -> None:
         raise refusal("pipex.drop_in()", "; ".join(differing), fix)
     _originals.update({path: find(path) for path, *_ in REPLACED})
     _replace(_REPLACEMENTS)
-    before = _step.set(Step(split=frozenset({(0, 0)})))
+    before = _step.set(Step(Deferral(split=frozenset({(0, 0)}))))
     try:
         try_split()
     except BaseException as error:
@@ -156,10 +151,8 @@ def _step_of(owner: str) -> Callable[..., Any]:
     def step_microbatches(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A schedule with messages in its order is _PipelineScheduleRuntime.
         orders = getattr(self, "pipeline_order_with_comms", self.pipeline_order)
-        order = list(_flat(orders[self.rank] if orders else ()))
-        split = split_microbatches(order)
         holders = Counter(id(p) for stage in stages_of(self) for p in stage.submod.parameters())
-        before = _step.set(Step(split, followed_weights(order, split), holders))
+        before = _step.set(Step(deferral_of(orders[self.rank] if orders else ()), holders))
         try:
             return _originals[f"{SCHEDULES}.{owner}._step_microbatches"](self, *args, **kwargs)
         finally:
@@ -171,29 +164,9 @@ def _step_of(owner: str) -> Callable[..., Any]:
     return step_microbatches
 
 
-def split_microbatches(order: Iterable[Any]) -> frozenset[tuple[int, int]]:
-    """(stage, micro-batch) of every I whose W is not the next action of the rank."""
-    found = set()
-    previous = None
-    for action in order:
-        kind = action.computation_type
-        what = (action.stage_index, action.microbatch_index)
-        if kind is schedules.BACKWARD_INPUT:
-            found.add(what)
-        elif kind is schedules.BACKWARD_WEIGHT and previous == (schedules.BACKWARD_INPUT, *what):
-            found.remove(what)
-        previous = (kind, *what)
-    return frozenset(found)
-
-
-def followed_weights(order: Iterable[Any], split: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """(stage, micro-batch) of every deferred W whose successor in the rank's order is one of the same stage."""
-    deferred = [
-        what if action.computation_type is schedules.BACKWARD_WEIGHT and what in split else None
-        for action in order
-        for what in [(action.stage_index, action.microbatch_index)]
-    ]
-    return frozenset(w for w, after in pairwise(deferred) if w and after and w[0] == after[0])
+def deferral_of(order: Iterable[Any]) -> Deferral:
+    """Of a rank's order in torch's actions, fused pairs and idle steps included."""
+    return deferral((a.computation_type.value, a.stage_index, a.microbatch_index) for a in _flat(order))
 
 
 def _flat(order: Iterable[Any]) -> Iterator[Any]:
@@ -205,7 +178,7 @@ def _flat(order: Iterable[Any]) -> Iterator[Any]:
 def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
     forward = _originals[f"{STAGE}._PipelineStageBase.forward_one_chunk"]
     if (
-        (self.stage_index, fwd_chunk_id) not in _step.get().split
+        (self.stage_index, fwd_chunk_id) not in _step.get().deferral.split
         or not self.has_backward
         or self.dw_builder is not None
     ):
@@ -240,7 +213,7 @@ def _backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, last_backward: bo
         )
         return
     del self.dw_runner[bwd_chunk_id]
-    more = (self.stage_index, bwd_chunk_id) in _step.get().followed
+    more = (self.stage_index, bwd_chunk_id) in _step.get().deferral.followed
     weight(more)
     if not more and self in _splitters:
         _splitters[self].fused.add()  # of the W's before, where this micro-batch went through nothing recorded

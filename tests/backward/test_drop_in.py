@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 import pipex
 from pipex import torch_internals
 from pipex.backward import drop_in as drop_in_module
-from pipex.backward.drop_in import Step, drop_in, followed_weights, split_microbatches
+from pipex.backward.deferral import Deferral
+from pipex.backward.drop_in import Step, deferral_of, drop_in
 from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
 
@@ -275,11 +276,9 @@ def order(text: str) -> list[Any]:
     return [schedules._Action.from_str(action) for action in text.split()]
 
 
-def test_which_weights_of_an_order_are_followed_by_the_next() -> None:
-    split = frozenset({(0, 0), (0, 1), (1, 0), (0, 2), (0, 3)})
-    actions = order("0F0 0I0 0F1 0I1 0W0 0W1 1W0 1I2 1W2 0W2 0W3")
-    assert split_microbatches(actions) == {(0, 0), (0, 1)}
-    assert followed_weights(actions, split) == {(0, 0), (0, 2)}
+def test_which_micro_batches_of_an_order_are_split() -> None:
+    actions = [None, *order("0F0 0I0 0F1 0I1 (1F3;0W0)OVERLAP_F_B 0W1 1W0 1I2 1W2")]
+    assert deferral_of(actions) == Deferral({(0, 0), (0, 1)}, {(0, 0)})
 
 
 class Stub:
@@ -304,7 +303,7 @@ def test_a_micro_batch_without_products_makes_those_of_the_one_before(monkeypatc
     first.tapes.append(tape)
     stage = Stub(first, drop_in_module._Weight())
     monkeypatch.setitem(drop_in_module._splitters, stage, splitter)
-    before = drop_in_module._step.set(Step(followed=frozenset({(0, 0)})))
+    before = drop_in_module._step.set(Step(Deferral(followed=frozenset({(0, 0)}))))
     for microbatch in range(2):
         drop_in_module._backward_weight_one_chunk(stage, microbatch)
     drop_in_module._step.reset(before)
