@@ -64,7 +64,8 @@ class Step(NamedTuple):
     holders: Counter[int] | None = None
 
 
-_step: ContextVar[Step] = ContextVar("step", default=Step())
+_OUTSIDE = Step()
+_step: ContextVar[Step] = ContextVar("step", default=_OUTSIDE)
 
 _splitters: WeakKeyDictionary[Stage, Splitter] = WeakKeyDictionary()
 _originals: dict[str, Callable[..., Any]] = {}
