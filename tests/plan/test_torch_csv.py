@@ -125,7 +125,7 @@ def test_torch_s_order_of_1f1b_is_refused_for_its_last_rank(ranks: int, microbat
 
 @pytest.mark.skipif(
     "defer_pp_recv" not in inspect.signature(schedules.ScheduleZBVZeroBubble).parameters,
-    reason="torch 2.11 has no such",
+    reason="torch 2.11 has no defer_pp_recv",
 )
 def test_receives_that_torch_defers_out_of_the_order_sent_are_refused(tmp_path: Path) -> None:
     # Over Gloo, torch 2.13 runs this to its end with wrong gradients: rank 1 takes an activation for a gradient.
