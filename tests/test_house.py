@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,74 @@ def test_version_is_the_distribution_s() -> None:
     from importlib.metadata import version
 
     assert version("pipex-torch") == pipex.__version__
+
+
+# Circles of imports.
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by name; of a native one its stub."""
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.pyi"), *(path for package in packages for path in sources(package))]
+    found = {}
+    for path in paths:
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+    return found
+
+
+def imported(source: ast.Module, known: Iterable[str]) -> set[str]:
+    """The modules that a module names in its imports, those for type checkers and inside of functions included."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names.values()}
+    return found & set(known)
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The sets of several nodes that all reach each other."""
+
+    def reached_from(node: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [node]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {node: reached_from(node) for node in graph}
+    together = {frozenset({node} | {other for other in reach[node] if node in reach[other]}) for node in graph}
+    return sorted(sorted(circle) for circle in together if len(circle) > 1)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not for their types: who reads one of them would have to read all. The public names of ``pipex`` itself are
+    left out: its ``__init__`` imports nothing before it is asked for."""
+    known = modules()
+    graph = {name: imported(source, known) if name != "pipex" else set() for name, source in known.items()}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"c"}}, [["b", "c"]]),
+        ({"a": {"b"}, "b": {"a", "c"}, "c": {"d"}, "d": {"c"}, "e": {"a"}}, [["a", "b"], ["c", "d"]]),
+        ({"a": {"a"}}, []),
+    ],
+)
+def test_a_circle_is_found(graph: dict[str, set[str]], expected: list[list[str]]) -> None:
+    assert circles(graph) == expected
+
+
+def test_an_import_is_of_the_module_that_is_named() -> None:
+    source = "import pipex.a\nif T:\n    from pipex.b import name, c\ndef f():\n    from pipex import d, other"
+    known = {"pipex", "pipex.a", "pipex.b", "pipex.b.c", "pipex.d", "pipex.e"}
+    assert imported(ast.parse(source), known) == {"pipex.a", "pipex.b", "pipex.b.c", "pipex.d", "pipex"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +71,18 @@ def _probe(runner: StageRunner, inputs: tuple[Tensor, ...], device: torch.device
     """One forward, layer by layer; returns the form of its output and notes the layers that draw random numbers."""
     generator = seeding.generator(device)
     drawing = set()
-    values: Any = inputs
+
+    @contextmanager
+    def watched(position: int) -> Iterator[None]:
+        before = generator.get_state()
+        yield
+        if not torch.equal(before, generator.get_state()):
+            drawing.add(position)
+
     with torch.no_grad(), _buffers_kept(runner.stage), seeding.seeded(device, 0):
-        for position, layer in enumerate(runner.stage.layers):
-            before = generator.get_state()
-            values = layer(*(values if isinstance(values, tuple) else (values,)))
-            if not torch.equal(before, generator.get_state()):
-                drawing.add(position)
+        output = runner.stage.run(inputs, watched)
     runner.random_layers |= drawing
-    return () if runner.last else form_of(output_tensors(runner.stage, values))
+    return () if runner.last else form_of(output_tensors(runner.stage, output))
 
 
 @contextmanager

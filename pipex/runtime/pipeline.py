@@ -185,7 +185,9 @@ class Pipeline:
         """
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
-            problem = checkpoint.save(self, directory, meta or {})
+            problem = checkpoint.save(
+                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {}
+            )
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
             raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
@@ -197,7 +199,9 @@ class Pipeline:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
         with self._together():
-            return checkpoint.load(self, directory)
+            own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
+            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory)
+            return found
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, UnsupportedModule
-from pipex.partition import Stage
+from pipex.partition.stage import NOTHING, Stage
 from pipex.plan import Placement
 from pipex.runtime import seeding
 from pipex.torch_internals import storage_id
@@ -96,16 +96,8 @@ class StageRunner:
         """The stage's output, with its random layers seeded while it trains."""
         if not self.random_layers or not self.stage.training:
             return self.stage(*inputs)
-        values: Any = inputs
-        for position, layer in enumerate(self.stage.layers):
-            arguments = values if isinstance(values, tuple) else (values,)
-            if position in self.random_layers:
-                number = seeding.mix(self._seed, step, microbatch, self.stage.first_layer + position)
-                with seeding.seeded(self._device, number):
-                    values = layer(*arguments)
-            else:
-                values = layer(*arguments)
-        return values
+        seeds = seeding.of_layers(self._device, self._seed, step, microbatch, self.stage.first_layer)
+        return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
