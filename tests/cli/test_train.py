@@ -162,6 +162,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.long
 def test_the_same_program_joins_torchrun() -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipex")
     stdout, _ = pipex("train", *SMALL, "--steps", "3", "--check", "--json", command=torchrun)
@@ -194,6 +195,7 @@ def train_on_two_hosts(address: str, places: Sequence[tuple[str, ...]], ranks_ea
     assert result["ranks"] == 2 * ranks_each
 
 
+@pytest.mark.long
 def test_ranks_of_several_agents_join_through_torch_distributed() -> None:
     train_on_two_hosts("127.0.0.1", [(), ()], 1)
 
@@ -232,8 +234,8 @@ def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
         train_on_two_hosts(hosts[0].address, places, 2, GLOO_SOCKET_IFNAME=INTERFACE)
 
 
-def test_info_says_what_there_is() -> None:
+def test_info_says_what_there_is(here: Callable[..., tuple[str, str]]) -> None:
     facts = last_line(pipex("info", "--json")[0])
     assert facts["shared_memory"] == "built"
     assert "built" in facts["cuda_kernels"]
-    assert "torch" in pipex("info")[0]
+    assert "torch" in here("info")[0]

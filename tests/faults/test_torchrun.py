@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.conftest import RANKS, expected, read_diary
 
-pytestmark = pytest.mark.timing
+pytestmark = [pytest.mark.timing, pytest.mark.long]
 
 PROGRAM = Path(__file__).with_name("torchrun_program.py")
 

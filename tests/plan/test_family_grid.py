@@ -164,8 +164,9 @@ def refused_with_a_slot_less(plan: Plan, programs: list[Program], slots: dict[Ed
     return True
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"), sampled(product(FAMILIES, RANKS), 4, name="plans", stratum=lambda case: case[0])
+)
 def test_every_plan_runs_with_its_slots_and_holds_what_the_paper_says(family: str, ranks: int) -> None:
     for cell, plan in enumerate(plans(family, ranks)):
         chunks, ones = plan.placement.chunks, [1] * plan.placement.stages
