@@ -20,6 +20,7 @@ from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, microbatch, tied
 from pipex.runtime.agreement import agree
+from pipex.runtime.arguments import check_arguments
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
@@ -75,7 +76,7 @@ class Pipeline:
         self._failed: BaseException | None = None
         with self._together():
             plans.validate(plan)
-            self._check_arguments(stages, loss_fn)
+            check_arguments(plan, self.world.ranks, stages, loss_fn)
             said = {
                 "ranks": plan.placement.ranks,
                 "micro-batches": plan.microbatches,
@@ -241,19 +242,6 @@ class Pipeline:
 
     # Agreement, failure, progress.
 
-    def _check_arguments(self, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
-        placement = self.plan.placement
-        check_runnable(self.plan)
-        if placement.ranks != self.world.ranks:
-            raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
-                             needed=f"{self.world.ranks}, as launched")  # fmt: skip
-        if len(stages) != placement.stages:
-            needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
-            raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
-        if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
-            raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
-                             fix="make it part of the last stage")  # fmt: skip
-
     @contextmanager
     def _together(self) -> Iterator[None]:
         """What fails here fails on every rank."""
@@ -283,19 +271,6 @@ class Pipeline:
     def _done(self, begin: int, step: int, phase: Phase) -> None:
         if self._observer is not None:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
-
-
-def check_runnable(plan: Plan) -> None:
-    """Raises InputError for a plan that needs more than one copy or version of the weights."""
-    copies = len(plan.placement.pipes) > 1
-    if copies or plan.update in ("microbatch", "delayed"):
-        what = "two copies of the model" if copies else "older versions of the weights"
-        raise InputError(
-            f"{plan.family} can be planned and simulated, but not run",
-            got=f"a plan with {what}",
-            needed="one copy of the weights",
-            fix="run a synchronous schedule of one pipe, such as interleaved-zb or zbv",
-        )
 
 
 def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:

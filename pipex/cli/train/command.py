@@ -25,8 +25,8 @@ def run(namespace: argparse.Namespace) -> int:
     options = option_module.read(namespace)
     from pipex.cli.train.data import load_bytes
     from pipex.cli.train.job import build_plan, build_stages, check_resume
+    from pipex.runtime.arguments import check_runnable
     from pipex.runtime.launch import launch
-    from pipex.runtime.pipeline import check_runnable
     from pipex.runtime.worlds import under_torchrun
 
     # What is wrong with the arguments is said once, here, before any rank is started.
