@@ -15,15 +15,17 @@ SEED = int(os.environ.setdefault("PIPEX_TEST_SEED", str(random.SystemRandom().ra
 
 
 def sampled(
-    cases: Iterable[Any], count: int, *, name: str, stratum: Callable[[Any], object] = lambda case: None
-) -> list[Any]:
-    """All cases for ``pytest.mark.parametrize``; those outside of the sample are marked ``nightly``.
+    cases: Iterable[Any], count: int, *, name: str, stratum: Callable[[Any], object] = lambda case: None,
+    others: pytest.MarkDecorator = pytest.mark.nightly,
+) -> list[Any]:  # fmt: skip
+    """All cases for ``pytest.mark.parametrize``; those outside of the sample are marked.
 
     Args:
         cases: a case that is a tuple is one of several arguments; else wrap it into ``pytest.param``.
         count: of each stratum, so many are drawn, or all where there are fewer.
         name: of the sweep, so that each draws for itself.
         stratum: what cases must agree in to be of one stratum.
+        others: the mark of those outside.
     """
     strata: dict[object, list[int]] = {}
     everything = list(cases)
@@ -31,13 +33,13 @@ def sampled(
         strata.setdefault(stratum(case), []).append(index)
     chance = random.Random(f"{SEED} {name}")
     drawn = {index for members in strata.values() for index in chance.sample(members, min(count, len(members)))}
-    return [case if index in drawn else _nightly(case) for index, case in enumerate(everything)]
+    return [case if index in drawn else _marked(case, others) for index, case in enumerate(everything)]
 
 
-def _nightly(case: Any) -> Any:
+def _marked(case: Any, mark: pytest.MarkDecorator) -> Any:
     if hasattr(case, "marks"):
-        return pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.nightly])
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)
+        return pytest.param(*case.values, id=case.id, marks=[*case.marks, mark])
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
 
 
 @contextmanager
