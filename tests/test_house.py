@@ -92,6 +92,13 @@ def test_arrows_point_down(package: str) -> None:
                 assert target in MAY_IMPORT[package] | {package, "__version__"}, f"{path} imports {name}"
 
 
+def test_no_file_holds_two_ideas() -> None:
+    """A file past 400 lines does."""
+    for path in ROOT.rglob("*"):
+        if path.suffix in (".py", ".pyi", ".js", ".css"):
+            assert path.read_text().count("\n") <= 400, path
+
+
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages == set(MAY_IMPORT) - {"errors", "events", "torch_internals"}

@@ -1,8 +1,9 @@
 """A simulated plan as one page for a browser. It holds its script, its style and its data, and asks no network.
 
 The page draws what can be seen of its data as SVG. Where actions are too narrow to be told apart it draws the share of
-each kind per column, so that 100,000 actions stay quick to zoom. Its parts are ``page.css``, ``timeline.js`` (drawing)
-and ``pointing.js`` (mouse and keyboard).
+each kind per column, so that 100,000 actions stay quick to zoom. Its style is ``page.css``; its script is ``data.js``
+(what is shown, and of what time), ``elements.js`` (what stands round the timeline), ``drawing.js`` and ``pointing.js``
+(mouse and keyboard), in this order.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def html_page(
         text=escape(simulation_view(simulation)),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         style=_file("page.css"),
-        script=_file("timeline.js") + "\n" + _file("pointing.js"),
+        script="\n".join(map(_file, ("data.js", "elements.js", "drawing.js", "pointing.js"))),
     )
 
 
