@@ -83,21 +83,21 @@ _AUTOGRAD: list[Name] = []
 
 def _autograd(path: str, why: str) -> Any:
     """The object of that name; where this torch has none, a function that refuses to be called."""
+
+    def refuse(*_: object) -> Any:
+        raise _refusal_of_split(f"no {path}")
+
     _AUTOGRAD.append(Name(path, why))
     try:
         return find(path)
     except AttributeError:
-        return _refuse
+        return refuse
 
 
 def _attribute(owner: str, name: str, why: str) -> Callable[[Any], Any]:
     """A function that reads this attribute of an object of class ``owner``."""
     _AUTOGRAD.append(Name(f"{owner}.{name}", why))
     return attrgetter(name)  # in C: a third of the time of a function of ours
-
-
-def _refuse(*_: object) -> Any:
-    require_autograd()
 
 
 def require_autograd() -> None:
@@ -107,7 +107,11 @@ def require_autograd() -> None:
         UnsupportedModule: this torch lacks what a split backward needs of autograd.
     """
     if _lacking is not None:
-        raise refusal("the split backward", _lacking, "install a torch of that range")
+        raise _refusal_of_split(_lacking)
+
+
+def _refusal_of_split(cause: str) -> UnsupportedModule:
+    return refusal("the split backward", cause, "install a torch of that range")
 
 
 # Autograd: which pass is running, and what it comes to.
