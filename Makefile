@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # the whole machine come last, one by one.
 WORKERS = -n $$(($$(nproc) + 1)) --dist worksteal
 
-.PHONY: demo test test-long test-nightly test-triton36 gpu-check lint format clean
+.PHONY: demo test test-long test-nightly test-torch test-triton36 gpu-check lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
@@ -33,6 +33,12 @@ test-nightly: $(VENV)/tested ## all tests, and every case of every sweep; takes 
 
 test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
 	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
+
+TORCH ?= 2.15.0
+TORCH_VENV = $(VENV)-torch$(TORCH)
+test-torch: $(TORCH_VENV)/installed ## what depends on torch, with another version (TORCH=2.15.0); writes docs/torch-versions.md
+	$(TORCH_VENV)/bin/python tests/torch_versions.py docs/torch-versions.md -m "not long and not gpu" $(WORKERS) \
+		$(addprefix tests/,backward interop plan runtime partition)
 
 REPORT ?= gpu-check.json
 gpu-check: ## build, test and measure with $(PYTHON) as it is, on a machine with a GPU, into one file; STEPS=p2p,... for some
@@ -67,6 +73,12 @@ $(VENV)/tested: $(VENV)/installed tests/requirements.txt
 $(VENV)-triton36/installed: Makefile constraints.txt
 	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
 	$(VENV)-triton36/bin/pip install --quiet $$(grep ^torch constraints.txt) triton==3.6.0 'numpy<2.4' pytest pytest-timeout
+	touch $@
+
+# Gigabytes, where the version has no build for the CPU alone. torch's own wish decides about Triton.
+$(VENV)-torch%/installed: $(BUILD_INPUTS) tests/requirements.txt
+	test -x $(VENV)-torch$*/bin/python || $(PYTHON) -m venv $(VENV)-torch$*
+	PIPEX_CUDA=OFF $(VENV)-torch$*/bin/pip install --quiet torch==$* --requirement tests/requirements.txt --editable .
 	touch $@
 
 $(VENV)/linted: $(VENV)/tested

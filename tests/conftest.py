@@ -15,6 +15,13 @@ from torch import Tensor
 # a matrix product depend on the number of threads.
 torch.set_num_threads(1)
 
+# A schedule of torch 2.11 begins with a message between all neighbours, for NCCL's sake. In a V two of these are the
+# same rank, and Gloo refuses to send to that.
+if torch.__version__.startswith("2.11."):
+    from torch.distributed.pipelining.stage import _PipelineStageBase
+
+    _PipelineStageBase._get_init_p2p_neighbors_ops = lambda self: []
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,8 +26,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pipex
+from pipex import torch_internals
 from pipex.backward import drop_in as drop_in_module
-from pipex.backward.drop_in import drop_in, followed_weights, split_microbatches
+from pipex.backward.deferral import Deferral
+from pipex.backward.drop_in import Step, deferral_of, drop_in
 from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
 
@@ -273,11 +276,9 @@ def order(text: str) -> list[Any]:
     return [schedules._Action.from_str(action) for action in text.split()]
 
 
-def test_which_weights_of_an_order_are_followed_by_the_next() -> None:
-    split = frozenset({(0, 0), (0, 1), (1, 0), (0, 2), (0, 3)})
-    actions = order("0F0 0I0 0F1 0I1 0W0 0W1 1W0 1I2 1W2 0W2 0W3")
-    assert split_microbatches(actions) == {(0, 0), (0, 1)}
-    assert followed_weights(actions, split) == {(0, 0), (0, 2)}
+def test_which_micro_batches_of_an_order_are_split() -> None:
+    actions = [None, *order("0F0 0I0 0F1 0I1 (1F3;0W0)OVERLAP_F_B 0W1 1W0 1I2 1W2")]
+    assert deferral_of(actions) == Deferral({(0, 0), (0, 1)}, {(0, 0)})
 
 
 class Stub:
@@ -302,10 +303,10 @@ def test_a_micro_batch_without_products_makes_those_of_the_one_before(monkeypatc
     first.tapes.append(tape)
     stage = Stub(first, drop_in_module._Weight())
     monkeypatch.setitem(drop_in_module._splitters, stage, splitter)
-    followed = drop_in_module._followed.set(frozenset({(0, 0)}))
+    before = drop_in_module._step.set(Step(Deferral(followed=frozenset({(0, 0)}))))
     for microbatch in range(2):
         drop_in_module._backward_weight_one_chunk(stage, microbatch)
-    drop_in_module._followed.reset(followed)
+    drop_in_module._step.reset(before)
     torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
 
 
@@ -349,13 +350,7 @@ def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Answ
 
 
 def functions() -> list[Any]:
-    base, runtime = schedules._PipelineStageBase, schedules._PipelineScheduleRuntime
-    stage = torch.distributed.pipelining.stage
-    return [
-        base.forward_one_chunk, base.backward_one_chunk, base.backward_weight_one_chunk, runtime._step_microbatches,
-        schedules._check_torch_compile_compatibility, stage.stage_backward, stage.stage_backward_input,
-        stage.stage_backward_weight,
-    ]  # fmt: skip
+    return [torch_internals.find(path) for path, *_ in torch_internals.REPLACED]
 
 
 def test_everything_is_put_back() -> None:
@@ -372,13 +367,25 @@ def test_everything_is_put_back() -> None:
 
 def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules._PipelineStageBase, "backward_one_chunk", lambda self, chunk: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match=r"backward_one_chunk\(self, chunk\); needed"):
+    needed = r"backward_one_chunk\(self, chunk\) in place of .*; needed torch 2\.11 to 2\.15"
+    with pytest.raises(pipex.errors.UnsupportedModule, match=f"torch {re.escape(torch.__version__)}; got .*{needed}"):
         drop_in()
+
+
+def test_a_trial_that_raises_is_refused_with_the_cause_that_torch_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("no such\n  thing")
+
+    before = functions()
+    monkeypatch.setattr(Tape, "linear", fail)
+    with pytest.raises(pipex.errors.UnsupportedModule, match=r"RuntimeError: .* caused by LookupError: no such thing"):
+        drop_in()
+    assert functions() == before
 
 
 def test_a_trial_that_fails_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = functions()
     monkeypatch.setattr(Tape, "backward_weight", lambda self, more=False: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match="gradients right: False"):
+    with pytest.raises(pipex.errors.UnsupportedModule, match="those of one backward: False"):
         drop_in()
     assert functions() == before

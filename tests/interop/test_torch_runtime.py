@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from pipex.plan import Plan
 from pipex.plan.families.dualpipev import dualpipev
@@ -44,7 +43,7 @@ def rank_process(
         PipelineStage(modules[index], index, len(modules), torch.device("cpu"))
         for index in plan.placement.stages_of(rank)
     ]
-    schedule = _PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
+    schedule = schedules._PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
     schedule._load_csv(str(csv), format=format)
     for _ in range(2):
         for stage in stages:

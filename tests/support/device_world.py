@@ -23,14 +23,11 @@ from pipex.transport.host import HostRun
 Body = Callable[[DeviceWorld], Any]
 
 
-def rank_main(
-    join: Callable[..., DeviceWorld], body: Body, library: Path, settings: str, namer: Any = None
-) -> dict[str, Any]:
+def rank_main(join: Callable[..., DeviceWorld], body: Body, library: Path, settings: str) -> dict[str, Any]:
     os.environ["SIMULATED_CUDA"] = settings
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = join(device=torch.device("cpu"), library=str(library))
-        world.namer = namer
         try:
             result = run_in(world, body, (world,))
         except BaseException:
@@ -45,15 +42,14 @@ def rank_main(
 
 
 def start(
-    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0,
-    namer: Any = None,
-) -> Forked:  # fmt: skip
+    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0
+) -> Forked:
     """Forked ranks, each with its body and, if they differ, its settings of the simulator. A result comes with what the
     rank has warned of and left behind."""
     run = HostRun.create(len(bodies))
     each = [settings] * len(bodies) if isinstance(settings, str) else settings
     forked = Forked([
-        partial(rank_main, partial(device.join, run, rank, timeout=timeout), body, library, each[rank], namer)
+        partial(rank_main, partial(device.join, run, rank, timeout=timeout), body, library, each[rank])
         for rank, body in enumerate(bodies)
     ])  # fmt: skip
     run.close()

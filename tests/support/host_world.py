@@ -25,7 +25,7 @@ def launch(fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = ()) -> l
         run.close()
     for rank, outcome in enumerate(found):
         if "rank" not in outcome and "error" in outcome:  # it is no error about another rank
-            raise PeerFailed("failed", remote=f"{outcome['error']}: {outcome['text']}", rank=rank)
+            raise PeerFailed(f"{outcome['error']}: {outcome['text']}", rank=rank)
     assert all("result" in outcome for outcome in found), found
     return [outcome["result"] for outcome in found]
 
