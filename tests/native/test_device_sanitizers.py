@@ -31,6 +31,8 @@ from sanitizers import (
     shared_object,
 )
 
+pytestmark = pytest.mark.long  # to compile it takes longer than all other tests of this folder
+
 STRESS = [
     ROOT / "csrc/common/driver_library.cpp",
     *(ROOT / "csrc/device" / f"{name}.cpp" for name in ("context", "driver", "memory", "rank", "rescue")),
@@ -41,9 +43,6 @@ DRIVER = [
     HARNESS / "one_device_memory.cpp",
     *(SIMULATOR / f"{name}.cpp" for name in ("memory", "operations", "state", "streams")),
 ]
-
-# One of them by default: to compile for the other takes longer than to run all tests of this folder.
-EITHER = [pytest.param(THREADS, id="threads"), pytest.param(MEMORY, id="memory", marks=pytest.mark.long)]
 
 # What a device does to data in a run that has ended is in no order, and nobody looks at it.
 DATA = "simulated::(anonymous namespace)::copy*lambda", "simulated_fill*lambda", "simulated_check*lambda"
@@ -79,20 +78,19 @@ def assert_all_arrived(done: subprocess.CompletedProcess[str], messages: int) ->
 
 
 @pytest.mark.parametrize("settings", ["seed=1,queues=8,delay=50", "seed=2,queues=2,shared=1,delay=50"])
-@pytest.mark.parametrize("flags", EITHER)
+@pytest.mark.parametrize("flags", BOTH)
 def test_messages_kept_for_a_while(tmp_path: Path, flags: Flags, settings: str) -> None:
     assert_all_arrived(stress(tmp_path, flags, 500, 64, settings=settings), 500)
 
 
 @pytest.mark.parametrize("end", [0, 1, 7, 40])
-@pytest.mark.parametrize("flags", EITHER)
+@pytest.mark.parametrize("flags", BOTH)
 def test_a_run_that_ends_while_streams_wait(tmp_path: Path, flags: Flags, end: int) -> None:
     done = stress(tmp_path, flags, 100, 64, end, settings=f"seed={end},queues=8,delay=50")
     check(done)
     assert done.stdout.split()[2] == "2"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("messages", "words", "queues"), sampled([
         pytest.param(25_000, 32, "queues=8", id="small"),
@@ -107,7 +105,6 @@ def test_many_messages(tmp_path: Path, flags: Flags, messages: int, words: int, 
     assert_all_arrived(done, messages)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("first", sampled(range(0, 100, 10), 1, name="runs that end"))
 @pytest.mark.parametrize("flags", BOTH)
 def test_many_runs_that_end(tmp_path: Path, flags: Flags, first: int) -> None:
@@ -123,7 +120,7 @@ RACES = [
     pytest.param(TRAIL, LOCK, "", 5, id="a trail without a lock"),
     pytest.param(RING, f"use - 1, {ORDER}", f"0, {ORDER}", 1, id="a send that does not wait for its credit"),
     pytest.param(RING, f"messages, {ORDER}", f"messages - messages, {ORDER}", 1,
-                 id="a receive that does not wait for its data", marks=pytest.mark.long),
+                 id="a receive that does not wait for its data"),
 ]  # fmt: skip
 
 
@@ -135,7 +132,6 @@ def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: st
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
-@pytest.mark.long
 def test_memory_that_is_freed_before_the_peer_is_done_is_reported(tmp_path: Path) -> None:
     early = broken(tmp_path, RING, "rank_->retire(std::move(memory_))", "memory_.reset()")
     done = stress(tmp_path, MEMORY, 20, 64, settings="seed=1,queues=8,delay=50", replace=early)

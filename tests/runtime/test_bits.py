@@ -316,7 +316,13 @@ def test_several_stages_on_a_rank(plan: str, ranks: int) -> None:
     assert_same_bits("transformer", plan, ranks, 3, steps=3, samples=7)
 
 
-@pytest.mark.parametrize(("family", "ranks", "chunks", "microbatches"), runnable(range(2, 4), range(1, 5), [6]))
+@pytest.mark.parametrize(
+    ("family", "ranks", "chunks", "microbatches"),
+    sampled(
+        runnable(range(2, 4), range(1, 5), [6]), 1,
+        name="chunks", stratum=lambda case: case[:2], others=pytest.mark.long,
+    ),
+)  # fmt: skip
 def test_every_family_that_runs(family: str, ranks: int, chunks: int, microbatches: int) -> None:
     assert_same_bits("transformer", f"{family} {chunks}", ranks, microbatches, steps=2, samples=11)
 

@@ -30,7 +30,7 @@ def operation(case: Any) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "capability"), sampled(CASES, 2, name="gates", stratum=operation, others=pytest.mark.long)
+    ("variant", "capability"), sampled(CASES, 1, name="gates", stratum=operation, others=pytest.mark.long)
 )
 def test_gates(variant: Variant, capability: int) -> None:
     row = measure(variant, capability)
