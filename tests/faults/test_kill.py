@@ -34,7 +34,13 @@ def covering(schedule: str) -> list[tuple[str, int, int]]:
     return [(schedule, rank, position) for (rank, _), position in found.items()]
 
 
-@pytest.mark.parametrize(("schedule", "victim", "position"), [case for s in SCHEDULES for case in covering(s)])
+COVERING = [case for schedule in SCHEDULES for case in covering(schedule)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "victim", "position"),
+    sampled(COVERING, 3, name="kill, kinds", stratum=lambda case: case[:2], others=pytest.mark.long),
+)
 def test_at_every_kind_of_action(run: Run, schedule: str, victim: int, position: int) -> None:
     assert_named(run, schedule, victim, ("at", STEPS, position))
 
@@ -51,21 +57,24 @@ def test_at_every_action(run: Run, schedule: str, victim: int, position: int, st
     assert_named(run, schedule, victim, ("at", step, position))
 
 
-@pytest.mark.parametrize("victim", range(RANKS))
+OUTSIDE: list[Place] = [
+    ("join",),
+    ("factory",),
+    ("at", 1, Phase.START),
+    ("at", STEPS, Phase.REDUCE),
+    ("at", STEPS, Phase.OPTIMIZER),
+    ("optimizer", STEPS),
+    ("between", 1),
+    ("at", STEPS, Phase.SAVING),
+    ("saving", STEPS),
+    ("at", 0, Phase.CLOSING),
+]
+OF_ALL_RANKS = [(place, victim) for place in OUTSIDE for victim in range(RANKS)]
+
+
 @pytest.mark.parametrize(
-    "place",
-    [
-        ("join",),
-        ("factory",),
-        ("at", 1, Phase.START),
-        ("at", STEPS, Phase.REDUCE),
-        ("at", STEPS, Phase.OPTIMIZER),
-        ("optimizer", STEPS),
-        ("between", 1),
-        ("at", STEPS, Phase.SAVING),
-        ("saving", STEPS),
-        ("at", 0, Phase.CLOSING),
-    ],
+    ("place", "victim"),
+    sampled(OF_ALL_RANKS, 2, name="kill outside", stratum=lambda case: case[0], others=pytest.mark.long),
     ids=str,
 )
 def test_outside_the_actions(run: Run, tmp_path: Path, victim: int, place: Place) -> None:

@@ -7,6 +7,8 @@ is wrong tells the seed that shows it.
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import device_world
 import pytest
 import torch
-from cases import sampled
+from cases import SEED
 from runnable_plans import runnable
 from simulated_cuda import Simulator
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 import pipex
 from pipex.runtime.reference import OneProcess
 
-SEEDS, SEEDS_OF_A_RUN = 200, 20
+SEEDS, A_FEW = 200, 20
 DELAYS = (0, 50, 200, 1000)
 """Longest pauses of the driver in µs, taken in turn."""
 QUEUES = ("queues=1", "queues=2,shared=1", "queues=3,shared=1", "queues=8")
@@ -149,21 +151,21 @@ def test_bits_are_those_of_one_process_under_a_few_seeds(simulated_cuda: Path, c
     assert disagreements(simulated_cuda, QUEUES[cell[1] % 2], cell, range(16)) == []
 
 
-MANY_SEEDS = [
-    (cell, QUEUES[i % 4], first) for i, cell in enumerate(cells()) for first in range(0, SEEDS, SEEDS_OF_A_RUN)
-]
+def many_seeds() -> Iterator[Any]:
+    """Of every cell a few of its seeds, and for the nights all of them."""
+    for number, cell in enumerate(cells()):
+        queues = QUEUES[number % len(QUEUES)]
+        first = random.Random(f"{SEED} {cell}").randrange(SEEDS - A_FEW)
+        yield cell, queues, range(first, first + A_FEW)
+        yield pytest.param(cell, queues, range(SEEDS), marks=pytest.mark.nightly)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("cell", "queues", "first"),
-    sampled(MANY_SEEDS, 1, name="seeds of the driver", stratum=lambda case: case[0]),
-    ids=str,
-)
+@pytest.mark.parametrize(("cell", "queues", "seeds"), list(many_seeds()), ids=str)
 def test_bits_are_those_of_one_process_under_many_seeds(
-    simulated_cuda: Path, cell: Cell, queues: str, first: int
+    simulated_cuda: Path, cell: Cell, queues: str, seeds: range
 ) -> None:
-    assert disagreements(simulated_cuda, queues, cell, range(first, first + SEEDS_OF_A_RUN)) == []
+    assert disagreements(simulated_cuda, queues, cell, seeds) == []
 
 
 @pytest.mark.parametrize("bug", ["dropped-data-wait", "stale-lap", "flag-before-data", "source-free-at-once"])

@@ -188,6 +188,7 @@ def test_progress_of_the_awaited_rank_keeps_a_wait_alive() -> None:
 
 def test_ctrl_c_ends_a_wait() -> None:
     def wait(world: HostWorld) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
         os.write(told, b"!")
         world.exchange(b"")
 
