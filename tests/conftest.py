@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # a keyword is also the name of a folder
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_collection_finish() -> None:
+    if torch.cuda.is_available():  # autograd cannot compute in what is forked after it has computed on a GPU
+        importlib.import_module("persistent").ranks.start(4)
 
 
 def pytest_report_header() -> str:

@@ -42,6 +42,9 @@ DRIVER = [
     *(SIMULATOR / f"{name}.cpp" for name in ("memory", "operations", "state", "streams")),
 ]
 
+# One of them by default: to compile for the other takes longer than to run all tests of this folder.
+EITHER = [pytest.param(THREADS, id="threads"), pytest.param(MEMORY, id="memory", marks=pytest.mark.long)]
+
 # What a device does to data in a run that has ended is in no order, and nobody looks at it.
 DATA = "simulated::(anonymous namespace)::copy*lambda", "simulated_fill*lambda", "simulated_check*lambda"
 
@@ -76,13 +79,13 @@ def assert_all_arrived(done: subprocess.CompletedProcess[str], messages: int) ->
 
 
 @pytest.mark.parametrize("settings", ["seed=1,queues=8,delay=50", "seed=2,queues=2,shared=1,delay=50"])
-@pytest.mark.parametrize("flags", BOTH)
+@pytest.mark.parametrize("flags", EITHER)
 def test_messages_kept_for_a_while(tmp_path: Path, flags: Flags, settings: str) -> None:
     assert_all_arrived(stress(tmp_path, flags, 500, 64, settings=settings), 500)
 
 
 @pytest.mark.parametrize("end", [0, 1, 7, 40])
-@pytest.mark.parametrize("flags", BOTH)
+@pytest.mark.parametrize("flags", EITHER)
 def test_a_run_that_ends_while_streams_wait(tmp_path: Path, flags: Flags, end: int) -> None:
     done = stress(tmp_path, flags, 100, 64, end, settings=f"seed={end},queues=8,delay=50")
     check(done)
@@ -132,6 +135,7 @@ def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: st
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
+@pytest.mark.long
 def test_memory_that_is_freed_before_the_peer_is_done_is_reported(tmp_path: Path) -> None:
     early = broken(tmp_path, RING, "rank_->retire(std::move(memory_))", "memory_.reset()")
     done = stress(tmp_path, MEMORY, 20, 64, settings="seed=1,queues=8,delay=50", replace=early)

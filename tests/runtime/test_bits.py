@@ -236,6 +236,11 @@ def test_a_tied_transformer_with_dropout_and_clipping(family: str, ranks: int) -
     assert_same_bits("transformer", family, ranks, 3, steps=4, samples=7)
 
 
+@pytest.mark.parametrize(("family", "ranks", "microbatches"), [("1f1b 1", 4, 6), ("zb-h1 1", 3, 5), ("zbv 2", 2, 5)])
+def test_on_ranks_that_were_just_launched(family: str, ranks: int, microbatches: int) -> None:
+    assert_same_bits("transformer", family, ranks, microbatches, steps=3, samples=11, launch=pipex.launch)
+
+
 @pytest.mark.parametrize(
     ("family", "ranks", "microbatches"),
     [

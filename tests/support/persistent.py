@@ -39,8 +39,7 @@ class Ranks:
     def outcomes(self, bodies: Sequence[Callable[[], Any]], seconds: float = 100.0) -> list[dict[str, Any]]:
         """As ``forked.outcomes``, of bodies and results that can be pickled."""
         jobs = [pickle.dumps(body) for body in bodies]  # all, before any rank waits for another
-        while len(self._pipes) < len(jobs):
-            self._start_one()
+        self.start(len(jobs))
         pipes = self._pipes[: len(jobs)]
         for pipe, job in zip(pipes, jobs, strict=True):
             pipe.send_bytes(job)
@@ -55,6 +54,11 @@ class Ranks:
         found = self.outcomes(bodies)
         assert all("result" in outcome for outcome in found), found
         return [outcome["result"] for outcome in found]
+
+    def start(self, count: int) -> None:
+        """There are at least so many from here on."""
+        while len(self._pipes) < count:
+            self._start_one()
 
     def _start_one(self) -> None:
         importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
