@@ -37,7 +37,7 @@ test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton 
 TORCH ?= 2.15.0
 TORCH_VENV = $(VENV)-torch$(TORCH)
 test-torch: $(TORCH_VENV)/installed ## what depends on torch, with another version (TORCH=2.15.0); writes docs/torch-versions.md
-	$(TORCH_VENV)/bin/python tests/torch_versions.py docs/torch-versions.md -m "not long and not gpu" $(WORKERS) \
+	$(TORCH_VENV)/bin/python tests/torch_versions.py docs/torch-versions.md -m "not (long or nightly or timing or gpu)" $(WORKERS) \
 		$(addprefix tests/,backward interop plan runtime partition)
 
 REPORT ?= gpu-check.json

@@ -176,6 +176,21 @@ def test_version_is_the_distribution_s() -> None:
     assert version("pipex-torch") == pipex.__version__
 
 
+def test_the_runtime_does_not_ask_which_transport_it_has() -> None:
+    for path in sources("runtime"):
+        tree = ast.parse(path.read_text())
+        from_transport = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pipex.transport")
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "type", "hasattr"}:
+                asked = {name.id for argument in node.args for name in ast.walk(argument) if isinstance(name, ast.Name)}
+                assert not asked & from_transport, f"{path}:{node.lineno}"
+
+
 # Circles of imports.
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipex.plan.view.measured import measured_costs, typical_step
 from torch import Tensor, nn
 
 import pipex
@@ -16,6 +15,7 @@ from pipex.observe import Event, Recorder, measure
 from pipex.observe import times as observed
 from pipex.plan import build, simulate, unfused
 from pipex.plan.actions import COMPUTE
+from pipex.plan.measured import measured_costs, typical_step
 from pipex.runtime.reference import OneProcess
 
 MICROBATCHES = 8
@@ -153,9 +153,10 @@ def test_costs_measured_of_it_predict_the_step_they_were_measured_of(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = timed_events(family, monkeypatch)
-    figures = measure([events])
-    costs = measured_costs(build(family, 1, MICROBATCHES), figures.action, hop=0.0)
-    assert simulate(build(family, 1, MICROBATCHES), costs).makespan == pytest.approx(figures.makespan, rel=1e-9)
+    plan = build(family, 1, MICROBATCHES)
+    figures = measure([events], plan.placement)
+    costs = measured_costs(plan, figures.action, hop=0.0)
+    assert simulate(plan, costs).makespan == pytest.approx(figures.makespan, rel=1e-9)
     for stage, count in enumerate(SPLIT[family]):
         parts = costs.input_gradient[stage], costs.weight_gradient[stage]
         mostly_split = count > MICROBATCHES / 2
