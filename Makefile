@@ -7,26 +7,38 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
 
-# Tests of one process each, which run side by side; the others have all processors to themselves, as some of them look
-# at times.
-SIDE_BY_SIDE := $(addprefix tests/,transport/model plan triton_kernels backward observe partition state)
-WORKERS := -n auto --dist worksteal
+# Tests start hundreds of processes; what these import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-triton36 gpu-check lint format clean
+# One worker more than processors, as tests of several ranks wait more than they compute. Tests that look at times or at
+# the whole machine come last, one by one.
+WORKERS = -n $$(($$(nproc) + 1)) --dist worksteal
+
+.PHONY: demo test test-long test-nightly test-torch test-triton36 gpu-check lint format clean
 
 demo: $(VENV)/installed ## train a language model through a pipeline of 4 processes
 	$(BIN)/pipex train --ranks 4 --schedule zb-h1 --steps 300 --check
 
 test: $(VENV)/tested ## all tests but the long sweeps; needs no GPU
-	$(BIN)/python -m pytest -m "not long" $(WORKERS) $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m "not long" $(addprefix --ignore=,$(SIDE_BY_SIDE))
+	$(BIN)/python -m pytest -m "not long and not nightly and not timing" $(WORKERS)
+	$(BIN)/python -m pytest -m "not long and not nightly and timing"
 
-test-long: $(VENV)/tested ## the long sweeps
-	$(BIN)/python -m pytest -m long --timeout 1200 $(WORKERS) $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m long --timeout 1200 $(addprefix --ignore=,$(SIDE_BY_SIDE))
+test-long: $(VENV)/tested ## the long sweeps, sampled; PIPEX_TEST_SEED=... draws the samples of an earlier run
+	$(BIN)/python -m pytest -m "long and not nightly and not timing" --timeout 1200 $(WORKERS)
+	$(BIN)/python -m pytest -m "long and not nightly and timing" --timeout 1200
+
+test-nightly: $(VENV)/tested ## all tests, and every case of every sweep; takes hours
+	$(BIN)/python -m pytest -m "not timing" --timeout 1200 $(WORKERS)
+	$(BIN)/python -m pytest -m timing --timeout 1200
 
 test-triton36: $(VENV)-triton36/installed ## the kernels with the oldest Triton that the package accepts
 	$(VENV)-triton36/bin/python -m pytest tests/triton_kernels
+
+TORCH ?= 2.15.0
+TORCH_VENV = $(VENV)-torch$(TORCH)
+test-torch: $(TORCH_VENV)/installed ## what depends on torch, with another version (TORCH=2.15.0); writes docs/torch-versions.md
+	$(TORCH_VENV)/bin/python tests/torch_versions.py docs/torch-versions.md -m "not (long or nightly or timing or gpu)" $(WORKERS) \
+		$(addprefix tests/,backward interop plan runtime partition)
 
 REPORT ?= gpu-check.json
 gpu-check: ## build, test and measure with $(PYTHON) as it is, on a machine with a GPU, into one file; STEPS=p2p,... for some
@@ -70,6 +82,12 @@ $(VENV)/tested: $(VENV)/installed-for-tests tests/requirements.txt
 $(VENV)-triton36/installed: Makefile constraints.txt
 	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
 	$(VENV)-triton36/bin/pip install --quiet $$(grep ^torch constraints.txt) triton==3.6.0 'numpy<2.4' pytest pytest-timeout
+	touch $@
+
+# Gigabytes, where the version has no build for the CPU alone. torch's own wish decides about Triton.
+$(VENV)-torch%/installed: $(BUILD_INPUTS) tests/requirements.txt
+	test -x $(VENV)-torch$*/bin/python || $(PYTHON) -m venv $(VENV)-torch$*
+	PIPEX_CUDA=OFF $(VENV)-torch$*/bin/pip install --quiet torch==$* --requirement tests/requirements.txt --editable .
 	touch $@
 
 $(VENV)/linted: $(VENV)/tested

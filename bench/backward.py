@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining.stage import stage_backward_input, stage_backward_weight
 
 from pipex.backward import Splitter, Tape
 from pipex.bench import gpu

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
-    _PipelineScheduleRuntime,
 )
 
 from pipex.backward.drop_in import drop_in
@@ -49,7 +49,7 @@ THREADS = 1  # of each rank: a width of 64 has nothing to share out
 TOLERANCE = 1e-5
 """Largest error of torch's gradients, relative to the tensor's largest element."""
 
-SCHEDULES: dict[str, type[_PipelineScheduleRuntime]] = {
+SCHEDULES: dict[str, type[PipelineScheduleMulti]] = {
     "zbv": ScheduleZBVZeroBubble,
     "interleaved-zb": ScheduleInterleavedZeroBubble,
 }
@@ -182,7 +182,8 @@ class _Step:
         modules = case.modules()
         mine = case.stages_of(rank)
         self._parameters = [p for index in mine for p in modules[index].parameters()]
-        stages = [PipelineStage(modules[index], index, case.stages, torch.device("cpu")) for index in mine]
+        cpu = torch.device("cpu")
+        stages: list[Any] = [PipelineStage(modules[index], index, case.stages, cpu) for index in mine]
         self._rank = rank
         self._schedule: Any = SCHEDULES[case.schedule](stages, case.microbatches, loss_fn=nn.functional.mse_loss)
         batch, target = case.batch()

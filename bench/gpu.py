@@ -15,6 +15,7 @@ import torch
 
 from pipex.bench.driver import Rounds, quantiles
 from pipex.errors import NativeUnavailable
+from pipex.torch_internals import gpu_sleep
 
 HOLD_CYCLES = 1_000_000  # about half a millisecond: longer than the host needs to enqueue any of the calls
 
@@ -75,7 +76,7 @@ class Clock:
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._flushed.zero_()
-        torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
+        gpu_sleep(HOLD_CYCLES)
         begin.record()
         call()
         end.record()

@@ -26,7 +26,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def _bench(name: str) -> Callable[[str, dict[str, Any]], None]:
 
 def environment() -> dict[str, Any]:
     """This machine and these versions; where something is missing, the value says so. ``gpu`` is None without one."""
-    facts: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    facts: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     found = _said([sys.executable, "-c", VERSIONS]).splitlines()
     try:
         facts |= json.loads(found[-1])

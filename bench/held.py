@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from pipex.torch_internals import TorchDispatchMode, storage_id, tree_leaves
 
 
 class Storages(TorchDispatchMode):
@@ -28,14 +28,14 @@ class Storages(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._seen:
-                    self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+                if storage_id(storage) not in self._seen:
+                    self._seen[storage_id(storage)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
         return result
 
     def alive(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of those that still exist, without the parameters and their gradients."""
         lasting = [t for p in parameters for t in (p, p.grad) if t is not None]
-        addresses = {tensor.untyped_storage()._cdata for tensor in lasting}
+        addresses = {storage_id(tensor.untyped_storage()) for tensor in lasting}
         held = [
             nbytes
             for address, (storage, nbytes) in self._seen.items()

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pipex.torch_internals import gpu_sleep
+
 KNOWN = "spin_kernel"  # what torch.cuda._sleep launches, and nothing else does
 
 
@@ -42,11 +44,11 @@ class KernelWatch:
 
     def watch(self, call: Callable[[], object]) -> None:
         """Calls it, with nothing else on this process's GPU meanwhile."""
-        torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
+        gpu_sleep(1)
         torch.cuda.synchronize(self._device)
         call()
         torch.cuda.synchronize(self._device)
-        torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
+        gpu_sleep(1)
         torch.cuda.synchronize(self._device)
         self._calls += 1
 

@@ -87,13 +87,16 @@ def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
 def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]) -> list[Row]:
     """``answers[r]`` is what ``_measure_case`` returned on rank r."""
     events = [training.events_of(answer["events"]) for answer in answers]
-    figures = observe.measure(events)
+    placement = case.plan().placement
+    figures = observe.measure(events, placement)
     spans, exposed, waiting = [], [], []
     for step in sorted({event.step for event in events[0]}):
         ranks = [[event for event in rank if event.step == step] for rank in events]
         compute = [[event for event in rank if event.kind in COMPUTE] for rank in ranks]
         spans.append((max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)) / 1e9)
-        on_messages = [waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks), strict=True)]
+        on_messages = [
+            waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks, placement), strict=True)
+        ]
         exposed.append(max(on_messages) / spans[-1])
         waiting.append(max(_seconds(rank, "RECV") for rank in ranks) / spans[-1])
     ideal = training.simulated(case.plan(), events, figures, free=True)

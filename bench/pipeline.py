@@ -153,7 +153,7 @@ def _rows(cases: Sequence[Case], answers: Sequence[dict[str, Any]]) -> list[Row]
 
 def _measured(name: str, plan: Plan, answers: Sequence[dict[str, Any]], tolerance: float) -> _Measured:
     events = [training.events_of(answer["events"][name]) for answer in answers]
-    figures = observe.measure(events)
+    figures = observe.measure(events, plan.placement)
     simulation = training.simulated(plan, events, figures)
     return _Measured(
         time=training.slowest([answer["times"][name] for answer in answers]),

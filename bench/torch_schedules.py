@@ -82,7 +82,7 @@ def stages_of_rank_0(ranks: int, chunks: int) -> list[Any]:
 
 
 def _counted_from_0(row: Sequence[Any]) -> list[Any]:
-    """The same with a row's F numbered as they run. 1F1B of torch 2.11 to 2.13 runs rightly, but in the order that it
+    """The same with a row's F numbered as they run. 1F1B of torch 2.11 to 2.15 runs rightly, but in the order that it
     tells the last rank counts its F from 1."""
     numbers = iter(range(len(row)))
     return [

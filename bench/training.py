@@ -37,7 +37,7 @@ from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
 from pipex.observe.measure import COMPUTE, Figures
 from pipex.partition import Stage, split_model
-from pipex.plan.view.measured import measured_costs
+from pipex.plan.measured import measured_costs
 from pipex.runtime.pipeline import Pipeline
 from pipex.runtime.reference import OneProcess
 from pipex.runtime.worlds import threads_per_rank
@@ -189,11 +189,9 @@ class Training:
             case.stages(plan.placement.stages), plan, loss_of, optimizer=case.optimizer, observer=self._recorder
         )
         self._data = case.batch(world.device)
-        self._world, self._namer = world, world.namer
         self.close = self._pipeline.close
 
     def step(self) -> None:
-        self._world.namer = self._namer  # the last pipeline that was built has put its own there
         self.losses.append(self._pipeline.step(*self._data))
 
     @property

@@ -12,7 +12,7 @@
     ├── OutOfDeviceMemory     the same on a GPU (also a MemoryError)
     ├── CheckpointError       a checkpoint cannot be written or does not fit this model
     ├── ConfigMismatch        ranks were started with different plans, sizes or types
-    ├── MessageMismatch       a received tensor is not the announced one
+    ├── MessageMismatch       what a stage hands to another one is not what it announced
     └── PeerError             another rank ended the run; names rank, stage, action and micro-batch
         ├── PeerLost              its process is gone
         ├── PeerStalled           it is alive but made no progress within the limit
@@ -22,6 +22,8 @@ Every message says what was got, what was needed and what to do.
 """
 
 from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
 
 
 class PipexError(Exception):
@@ -86,19 +88,27 @@ class ConfigMismatch(PipexError):
 
 
 class MessageMismatch(PipexError):
-    """A received tensor is not the announced one; raised at the receiver before user code sees data."""
+    """What a stage hands to another one is not what it announced: another number of tensors (raised where they are
+    sent), or another shape, dtype, step or micro-batch (raised at the receiver before user code sees data)."""
+
+
+Ending = Literal["lost", "stalled", "failed"]
+"""How a rank can end the run."""
 
 
 class PeerError(PipexError):
     """Another rank ended the run. The same ``rank`` is named on every rank.
 
     Attributes (None where unknown, such as the action of a rank that died during set-up):
+        ending: how it ended the run, in one word.
         rank: the culprit.
         problem: what happened to it, as in "rank 2 <problem>".
         step: the step it was in, counted from 1.
         action: what it was doing: a plan action such as ``"2F0"``, or a phase such as ``"optimizer"``.
         stage, microbatch: read off the action, where it has them.
     """
+
+    ending: ClassVar[Ending]
 
     def __init__(
         self,
@@ -125,18 +135,40 @@ class PeerError(PipexError):
 class PeerLost(PeerError):
     """The process of another rank is gone."""
 
+    ending = "lost"
+
 
 class PeerStalled(PeerError):
     """Another rank is alive but made no progress within the limit."""
+
+    ending = "stalled"
 
 
 class PeerFailed(PeerError):
     """Another rank raised; ``remote`` is the type and first line of its exception."""
 
-    def __init__(self, problem: str, *, remote: str, **place: object) -> None:
+    ending = "failed"
+
+    def __init__(self, remote: str, **place: Any) -> None:
         self.remote = remote
-        super().__init__(f"{problem}: {remote}", **place)  # type: ignore[arg-type]
-        self.problem = problem
+        super().__init__(f"failed: {remote}", **place)
+
+
+def peer_error(
+    ending: Ending, text: str, *, rank: int, step: int | None = None, stage: int | None = None,
+    action: str | None = None, microbatch: int | None = None,
+) -> PeerError:  # fmt: skip
+    """The error that every rank, and the launcher, raises for the end of a run, whatever the transport.
+
+    Args:
+        text: of a failed rank the ``headline`` of its exception; else what completes "rank 2 …".
+        rank, step, stage, action, microbatch: as in ``PeerError``; step 0 is none.
+    """
+    error = next(error for error in (PeerLost, PeerStalled, PeerFailed) if error.ending == ending)
+    return error(text, rank=rank, step=step or None, stage=stage, action=action, microbatch=microbatch)
+
+
+MAX_HEADLINE = 500  # bytes; a run's record of its end has 512 for a text and the 0 behind it (csrc/host/control.hpp)
 
 
 def headline(error: BaseException) -> str:
@@ -145,4 +177,5 @@ def headline(error: BaseException) -> str:
         first_line = str(error).partition("\n")[0]
     except Exception:
         first_line = "(its message cannot be printed)"
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    return text.encode(errors="replace")[:MAX_HEADLINE].decode(errors="ignore")

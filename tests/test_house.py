@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,34 @@ import pipex
 
 ROOT = Path(pipex.__file__).parent
 
+
 # package -> packages of pipex that it may import (arrows point down only)
 MAY_IMPORT = {
     "errors": set(),
-    "plan": {"errors", "_native"},
-    "backward": {"errors", "triton_kernels", "_cuda"},
-    "transport": {"errors", "_native"},
+    "events": set(),
+    "torch_internals": {"errors"},
+    "plan": {"errors", "events", "_native"},
+    "backward": {"errors", "torch_internals", "triton_kernels", "_cuda"},
+    "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
     "state": {"errors"},
-    "observe": {"errors"},
-    "runtime": {"errors", "plan", "backward", "transport", "partition", "state", "observe"},
+    "observe": {"errors", "events", "plan"},
+    "runtime": {
+        "errors",
+        "events",
+        "torch_internals",
+        "plan",
+        "backward",
+        "transport",
+        "partition",
+        "state",
+        "observe",
+    },
     "models": {"errors"},
     "bench": {
         "errors",
+        "torch_internals",
         "plan",
         "backward",
         "triton_kernels",
@@ -36,7 +51,7 @@ MAY_IMPORT = {
         "transport",
         "models",
     },
-    # What people run knows no kernel and no transport.
+    # Commands know no transport and no Triton kernel.
     "cli": {
         "errors",
         "plan",
@@ -79,9 +94,16 @@ def test_arrows_point_down(package: str) -> None:
                 assert target in MAY_IMPORT[package] | {package, "__version__"}, f"{path} imports {name}"
 
 
+def test_no_file_holds_two_ideas() -> None:
+    """A file past 400 lines does."""
+    for path in ROOT.rglob("*"):
+        if path.suffix in (".py", ".pyi", ".js", ".css"):
+            assert path.read_text().count("\n") <= 400, path
+
+
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages == set(MAY_IMPORT) - {"errors"}
+    assert packages == set(MAY_IMPORT) - {"errors", "events", "torch_internals"}
 
 
 def test_plan_imports_the_standard_library_only() -> None:
@@ -108,6 +130,34 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
                 assert "gather_object" not in called, f"{path}:{node.lineno}"
 
 
+def test_private_names_of_torch_are_used_in_one_file_only() -> None:
+    """A name that begins with an underscore and is no name of ours is somebody else's."""
+    trees = {path: ast.parse(path.read_text()) for package in MAY_IMPORT for path in sources(package)}
+    ours = {"_asdict", "_exit"}  # a named tuple's and os's, both documented
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                ours.add(node.name)
+            elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                of_self = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+                if isinstance(node, ast.Name) or of_self:
+                    ours.add(name)
+    for path, tree in trees.items():
+        if path.name == "torch_internals.py":
+            continue
+        for node in ast.walk(tree):
+            found = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or ""
+                names = [alias.name for alias in node.names]
+                others = not (module or names[0]).startswith(("pipex", "triton"))  # the tools of Triton are Triton's
+                found = [part for name in (module, *names) for part in name.split(".") if others]
+            for name in found:
+                private = name.startswith("_") and not name.endswith("__")
+                assert not private or name in ours, f"{path}:{node.lineno} uses {name}"
+
+
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
         "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "drop_in", "errors", "launch",
@@ -126,3 +176,89 @@ def test_version_is_the_distribution_s() -> None:
     from importlib.metadata import version
 
     assert version("pipex-torch") == pipex.__version__
+
+
+def test_the_runtime_does_not_ask_which_transport_it_has() -> None:
+    for path in sources("runtime"):
+        tree = ast.parse(path.read_text())
+        from_transport = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pipex.transport")
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "type", "hasattr"}:
+                asked = {name.id for argument in node.args for name in ast.walk(argument) if isinstance(name, ast.Name)}
+                assert not asked & from_transport, f"{path}:{node.lineno}"
+
+
+# Circles of imports.
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by name; of a native one its stub."""
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.pyi"), *(path for package in packages for path in sources(package))]
+    found = {}
+    for path in paths:
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+    return found
+
+
+def imported(source: ast.Module, known: Iterable[str]) -> set[str]:
+    """The modules that a module names in its imports, those for type checkers and inside of functions included."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names.values()}
+    return found & set(known)
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The sets of several nodes that all reach each other."""
+
+    def reached_from(node: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [node]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {node: reached_from(node) for node in graph}
+    together = {frozenset({node} | {other for other in reach[node] if node in reach[other]}) for node in graph}
+    return sorted(sorted(circle) for circle in together if len(circle) > 1)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not for their types: who reads one of them would have to read all. The public names of ``pipex`` itself are
+    left out: its ``__init__`` imports nothing before it is asked for."""
+    known = modules()
+    graph = {name: imported(source, known) if name != "pipex" else set() for name, source in known.items()}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"c"}}, [["b", "c"]]),
+        ({"a": {"b"}, "b": {"a", "c"}, "c": {"d"}, "d": {"c"}, "e": {"a"}}, [["a", "b"], ["c", "d"]]),
+        ({"a": {"a"}}, []),
+    ],
+)
+def test_a_circle_is_found(graph: dict[str, set[str]], expected: list[list[str]]) -> None:
+    assert circles(graph) == expected
+
+
+def test_an_import_is_of_the_module_that_is_named() -> None:
+    source = "import pipex.a\nif T:\n    from pipex.b import name, c\ndef f():\n    from pipex import d, other"
+    known = {"pipex", "pipex.a", "pipex.b", "pipex.b.c", "pipex.d", "pipex.e"}
+    assert imported(ast.parse(source), known) == {"pipex.a", "pipex.b", "pipex.b.c", "pipex.d", "pipex"}

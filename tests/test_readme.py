@@ -23,6 +23,7 @@ def test_the_example_in_the_readme_is_the_file() -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 40
 
 
+@pytest.mark.long
 def test_the_drop_in_s_example_learns() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/drop_in.py"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}

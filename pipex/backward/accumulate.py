@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
+
+from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
 def hooks_on(node: Node) -> tuple[Mapping[int, object], Mapping[int, object]]:
@@ -70,7 +70,7 @@ def accumulate(
         if main_grad is not None:
             main_grad.add_(gradient)
             tell_of_main_grad(parameter)
-            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+            for hook in list((post_accumulate_hooks(parameter) or {}).values()):
                 hook(parameter)
             continue
         accumulator = None if known is None else known.get(id(parameter))
@@ -86,12 +86,12 @@ def accumulate(
         by_engine.append(parameter)
         their_gradients.append(gradient)
     if sums:
-        torch._foreach_add_(sums, additions)
+        foreach_add(sums, additions)
     if by_engine:
         # Leaves as roots: nothing runs but their accumulators. Not by autograd.backward, whose checks of gradients that
         # are right by construction take twice as long as the rest (18 instead of 7 µs for a small parameter, of which
         # the addition itself is 2).
-        Variable._execution_engine.run_backward(
+        engine.run_backward(
             tuple(by_engine), tuple(their_gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
 
@@ -99,8 +99,8 @@ def accumulate(
 def only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) -> bool:
     """Whether all that autograd would do is to add: no hook waits for this gradient, and it is not cast."""
     return not (
-        parameter._backward_hooks
-        or parameter._post_accumulate_grad_hooks
+        hooks_of(parameter)
+        or post_accumulate_hooks(parameter)
         or accumulator.hooked
         or getattr(parameter, "grad_dtype", gradient.dtype) is not gradient.dtype
     )

@@ -21,6 +21,15 @@ from pipex.backward.choice import TRITON, provider
 from pipex.backward.passes import announced
 from pipex.backward.uses import LinearUse, as_rows
 from pipex.errors import UnsupportedModule
+from pipex.torch_internals import (
+    hooks_of,
+    raw_other,
+    raw_self,
+    saved_approximate,
+    saved_other,
+    saved_self,
+    sequence_number,
+)
 
 
 class Activation(NamedTuple):
@@ -43,17 +52,17 @@ def activation_of(x: Tensor, since: int) -> Activation | None:
     kind = node.name()
     found = None
     try:  # a saved tensor that was changed since is refused here as in a backward
-        if kind == "GeluBackward0" and _is_at_hand(node._raw_saved_self):
-            name = "gelu" if node._saved_approximate == "none" else "gelu_tanh"
-            found = Activation(name, (node._saved_self,), (x,))
-        elif kind == "SiluBackward0" and _is_at_hand(node._raw_saved_self):
-            found = Activation("silu", (node._saved_self,), (x,))
-        elif kind == "MulBackward0" and _is_at_hand(node._raw_saved_self) and _is_at_hand(node._raw_saved_other):
-            silu, up = node._saved_self, node._saved_other
+        if kind == "GeluBackward0" and _is_at_hand(raw_self(node)):
+            name = "gelu" if saved_approximate(node) == "none" else "gelu_tanh"
+            found = Activation(name, (saved_self(node),), (x,))
+        elif kind == "SiluBackward0" and _is_at_hand(raw_self(node)):
+            found = Activation("silu", (saved_self(node),), (x,))
+        elif kind == "MulBackward0" and _is_at_hand(raw_self(node)) and _is_at_hand(raw_other(node)):
+            silu, up = saved_self(node), saved_other(node)
             inner: Any = None if silu is None else silu.grad_fn
-            gated = inner is not None and inner.name() == "SiluBackward0" and _is_at_hand(inner._raw_saved_self)
+            gated = inner is not None and inner.name() == "SiluBackward0" and _is_at_hand(raw_self(inner))
             if gated and up.shape == silu.shape and up.dtype is silu.dtype:
-                found = Activation("swiglu", (inner._saved_self, up), (x, silu))
+                found = Activation("swiglu", (saved_self(inner), up), (x, silu))
     except RuntimeError:
         return None
     return None if found is None or any(_is_wanted(tensor, since) for tensor in found.passed_by) else found
@@ -122,9 +131,9 @@ def _is_wanted(x: Tensor, since: int) -> bool:
     On nodes there are the hooks of ``torch.nn.Module.register_backward_hook``.
     """
     node: Any = x.grad_fn
-    return _observed(x) or node._sequence_nr() < since or any(hooks_on(node))
+    return _observed(x) or sequence_number(node) < since or any(hooks_on(node))
 
 
 def _observed(x: Tensor) -> bool:
     """Whether somebody waits for the gradient of x itself."""
-    return x.retains_grad or any(not isinstance(key, announced) for key in x._backward_hooks or ())
+    return x.retains_grad or any(not isinstance(key, announced) for key in hooks_of(x) or ())

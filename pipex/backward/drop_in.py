@@ -1,12 +1,14 @@
 """``drop_in()``: torch.distributed.pipelining with pipex's split backward, for every schedule and stage.
 
-What is replaced, and why there:
+What is replaced, and why there (``torch_internals.REPLACED``):
 
     F   _PipelineStageBase.forward_one_chunk           a prepared forward, where the schedule will split the backward
     I   _PipelineStageBase.backward_one_chunk          gives the stage a dw_builder, torch's public seam, for this call:
                                                        torch then runs a full backward in I, on stage 0 too, and takes
                                                        W from the builder
     W   _PipelineStageBase.backward_weight_one_chunk   runs W and, under DDP, the reduction that torch leaves out
+        _PipelineStageBase.scale_grads                 divides a tied parameter's gradient once; torch does so for every
+                                                       stage of the rank that holds it
         stage.stage_backward{,_input,_weight}          for stages and handlers that call these themselves
         _step_microbatches of the schedules            tells which micro-batches are split (below)
         schedules._check_torch_compile_compatibility   a compiled stage is right here, if not deferred
@@ -19,44 +21,54 @@ their weight gradients in I.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.pipelining import schedules, stage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _PipelineScheduleRuntime
-from torch.distributed.pipelining.stage import PipelineStage, _PipelineStageBase
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipex.backward.deferral import Deferral, deferral
+from pipex.backward.passes import Deferred
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
-from pipex.backward.tape import Splitter, Tape
-from pipex.errors import UnsupportedModule
+from pipex.backward.tape import Splitter
+from pipex.backward.trial_stage import try_split
+from pipex.torch_internals import (
+    REPLACED,
+    SCHEDULES,
+    STAGE,
+    differences,
+    find,
+    refusal,
+    require_autograd,
+    stages_of,
+)
 
-_NEEDED: dict[tuple[Any, str], tuple[str, ...]] = {
-    (_PipelineStageBase, "forward_one_chunk"): ("self", "fwd_chunk_id", "args", "kwargs"),
-    (_PipelineStageBase, "backward_one_chunk"): ("self", "bwd_chunk_id", "loss", "full_backward", "last_backward"),
-    (_PipelineStageBase, "backward_weight_one_chunk"): ("self", "bwd_chunk_id", "last_backward"),
-    (PipelineScheduleMulti, "_step_microbatches"): ("self",),
-    (_PipelineScheduleRuntime, "_step_microbatches"): ("self",),
-    (schedules, "_check_torch_compile_compatibility"): ("stages", "schedule_name"),
-    (stage, "stage_backward"): ("stage_output", "output_grads", "input_values"),
-    (stage, "stage_backward_input"): ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
-    (stage, "stage_backward_weight"): ("weights", "param_groups"),
-}
-"""What is replaced, and the first parameters that it must have."""
+Stage = Any
+"""A _PipelineStageBase."""
 
-_split: ContextVar[frozenset[tuple[int, int]]] = ContextVar("split", default=frozenset())
-"""(stage, micro-batch) of the running step whose weight gradients are deferred."""
-_followed: ContextVar[frozenset[tuple[int, int]]] = ContextVar("followed", default=frozenset())
-"""(stage, micro-batch) of the running step whose W is directly followed by the next deferred W of the stage."""
 
-_splitters: WeakKeyDictionary[_PipelineStageBase, Splitter] = WeakKeyDictionary()
+class Step(NamedTuple):
+    """What the stages of a rank have to know of the step that is running.
+
+    Attributes:
+        deferral: which micro-batches are split.
+        holders: by id of a parameter how many stages hold it whose gradients are not yet divided.
+    """
+
+    deferral: Deferral = Deferral()
+    holders: Counter[int] | None = None
+
+
+_OUTSIDE = Step()
+_step: ContextVar[Step] = ContextVar("step", default=_OUTSIDE)
+
+_splitters: WeakKeyDictionary[Stage, Splitter] = WeakKeyDictionary()
+_originals: dict[str, Callable[..., Any]] = {}
 _installed: list[drop_in] = []
 
 
@@ -67,15 +79,13 @@ class drop_in:
     several may be open at a time, and then the last to be undone does.
 
     Raises:
-        UnsupportedModule: this torch has other insides than those that are replaced, or a trial on a small stage gives
-            wrong gradients. Nothing is replaced then.
+        UnsupportedModule: this torch has other insides than those that are replaced, or a trial on a small stage fails
+            or gives wrong gradients. Nothing is replaced then.
     """
 
     def __init__(self) -> None:
-        check_torch()
         if not _installed:
-            self_test()
-            _replace(_replacements())
+            _install()
         _installed.append(self)
 
     def __enter__(self) -> drop_in:
@@ -92,101 +102,72 @@ class drop_in:
                 _replace(_originals)
 
 
-def check_torch() -> None:
-    """Raises UnsupportedModule where this torch lacks a function that is replaced, or it has other parameters."""
-    for (owner, name), parameters in _NEEDED.items():
-        found = getattr(owner, name, None)
-        names = () if found is None else tuple(inspect.signature(found).parameters)
-        if names[: len(parameters)] != parameters and not _installed:
-            raise UnsupportedModule(
-                f"torch {torch.__version__} has another torch.distributed.pipelining than pipex knows",
-                got=f"{owner.__name__}.{name}({', '.join(names)})" if found else f"no {owner.__name__}.{name}",
-                needed=f"{name}({', '.join(parameters)})",
-                fix="use pipex.backward.dw_builder, which needs none of it",
-            )
+def _install() -> None:
+    fix = "use pipex.backward.dw_builder, which needs none of torch.distributed.pipelining's insides"
+    require_autograd()
+    if differing := differences(REPLACED):
+        raise refusal("pipex.drop_in()", "; ".join(differing), fix)
+    _originals.update({path: find(path) for path, *_ in REPLACED})
+    _replace(_REPLACEMENTS)
+    before = _step.set(Step(Deferral(split=frozenset({(0, 0)}))))
+    try:
+        try_split()
+    except BaseException as error:
+        _replace(_originals)
+        if not isinstance(error, Exception):
+            raise
+        raise refusal("pipex.drop_in()", f"in a trial of the split backward {_causes(error)}", fix) from error
+    finally:
+        _step.reset(before)
+
+
+def _causes(error: BaseException) -> str:
+    """What was raised, back to its cause: torch's stages wrap what their modules raise."""
+    told = []
+    cause: BaseException | None = error
+    while cause is not None:
+        told.append(f"{type(cause).__name__}: {' '.join(str(cause).split())}")
+        cause = cause.__cause__
+    return ", caused by ".join(told)
 
 
 class _Weight:
     """W of one micro-batch: what I left to do."""
 
     def __init__(self) -> None:
-        self.tapes: list[Tape] = []
+        self.tapes: list[Deferred] = []
 
     def __call__(self, more: bool = False) -> None:
         for tape in self.tapes:
             tape.backward_weight(more)
 
 
-_originals: dict[tuple[Any, str], Callable[..., Any]] = {
-    (owner, name): vars(owner)[name] for owner, name in _NEEDED if name in vars(owner)
-}
+def _replace(functions: Mapping[str, Callable[..., Any]]) -> None:
+    for path, function in functions.items():
+        owner, _, name = path.rpartition(".")
+        setattr(find(owner), name, function)
 
 
-def _replacements() -> dict[tuple[Any, str], Callable[..., Any]]:
-    return {
-        (_PipelineStageBase, "forward_one_chunk"): _forward_one_chunk,
-        (_PipelineStageBase, "backward_one_chunk"): _backward_one_chunk,
-        (_PipelineStageBase, "backward_weight_one_chunk"): _backward_weight_one_chunk,
-        (PipelineScheduleMulti, "_step_microbatches"): _step_of(PipelineScheduleMulti),
-        (_PipelineScheduleRuntime, "_step_microbatches"): _step_of(_PipelineScheduleRuntime),
-        (schedules, "_check_torch_compile_compatibility"): lambda stages, schedule_name: None,
-        (stage, "stage_backward"): stage_backward,
-        (stage, "stage_backward_input"): stage_backward_input,
-        (stage, "stage_backward_weight"): stage_backward_weight,
-    }
-
-
-def _replace(functions: dict[tuple[Any, str], Callable[..., Any]]) -> None:
-    for (owner, name), function in functions.items():
-        setattr(owner, name, function)
-
-
-def _original(owner: Any, name: str) -> Callable[..., Any]:
-    return _originals[owner, name]
-
-
-def _step_of(owner: type[PipelineScheduleMulti]) -> Callable[..., Any]:
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with_messages = isinstance(self, _PipelineScheduleRuntime)
-        orders = self.pipeline_order_with_comms if with_messages else self.pipeline_order
-        order = list(_flat(orders[self.rank] if orders else ()))
-        split = split_microbatches(order)
-        before = _split.set(split), _followed.set(followed_weights(order, split))
+def _step_of(owner: str) -> Callable[..., Any]:
+    def step_microbatches(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A schedule with messages in its order is _PipelineScheduleRuntime.
+        orders = getattr(self, "pipeline_order_with_comms", self.pipeline_order)
+        holders = Counter(id(p) for stage in stages_of(self) for p in stage.submod.parameters())
+        before = _step.set(Step(deferral_of(orders[self.rank] if orders else ()), holders))
         try:
-            return _original(owner, "_step_microbatches")(self, *args, **kwargs)
+            return _originals[f"{SCHEDULES}.{owner}._step_microbatches"](self, *args, **kwargs)
         finally:
-            _split.reset(before[0])
-            _followed.reset(before[1])
-            for its_stage in self._stages:  # nothing is left there by a step that was completed
-                if its_stage in _splitters:
-                    _splitters[its_stage].fused.clear()
+            _step.reset(before)
+            for stage in stages_of(self):  # nothing is left there by a step that was completed
+                if stage in _splitters:
+                    _splitters[stage].fused.clear()
 
-    return step
-
-
-def split_microbatches(order: Iterable[Any]) -> frozenset[tuple[int, int]]:
-    """(stage, micro-batch) of every I whose W is not the next action of the rank."""
-    found = set()
-    previous = None
-    for action in order:
-        kind = action.computation_type
-        what = (action.stage_index, action.microbatch_index)
-        if kind is schedules.BACKWARD_INPUT:
-            found.add(what)
-        elif kind is schedules.BACKWARD_WEIGHT and previous == (schedules.BACKWARD_INPUT, *what):
-            found.remove(what)
-        previous = (kind, *what)
-    return frozenset(found)
+    return step_microbatches
 
 
-def followed_weights(order: Iterable[Any], split: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """(stage, micro-batch) of every deferred W whose successor in the rank's order is one of the same stage."""
-    deferred = [
-        what if action.computation_type is schedules.BACKWARD_WEIGHT and what in split else None
-        for action in order
-        for what in [(action.stage_index, action.microbatch_index)]
-    ]
-    return frozenset(w for w, after in pairwise(deferred) if w and after and w[0] == after[0])
+def deferral_of(order: Iterable[Any]) -> Deferral:
+    """Of a rank's order in torch's actions, fused pairs and idle steps included."""
+    return deferral((a.computation_type.value, a.stage_index, a.microbatch_index) for a in _flat(order))
 
 
 def _flat(order: Iterable[Any]) -> Iterator[Any]:
@@ -195,9 +176,13 @@ def _flat(order: Iterable[Any]) -> Iterator[Any]:
             yield from _flat(action.sub_actions) if action.sub_actions else (action,)
 
 
-def _forward_one_chunk(self: _PipelineStageBase, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-    forward = _original(_PipelineStageBase, "forward_one_chunk")
-    if (self.stage_index, fwd_chunk_id) not in _split.get() or not self.has_backward or self.dw_builder is not None:
+def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+    forward = _originals[f"{STAGE}._PipelineStageBase.forward_one_chunk"]
+    if (
+        (self.stage_index, fwd_chunk_id) not in _step.get().deferral.split
+        or not self.has_backward
+        or self.dw_builder is not None
+    ):
         return forward(self, fwd_chunk_id, *args, **kwargs)
     if (splitter := _splitters.get(self)) is None:
         splitter = _splitters[self] = Splitter.of(self.submod)
@@ -206,10 +191,9 @@ def _forward_one_chunk(self: _PipelineStageBase, fwd_chunk_id: int, *args: Any, 
 
 
 def _backward_one_chunk(
-    self: _PipelineStageBase, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True,
-    last_backward: bool = False,
-) -> None:  # fmt: skip
-    backward = _original(_PipelineStageBase, "backward_one_chunk")
+    self: Stage, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+) -> None:
+    backward = _originals[f"{STAGE}._PipelineStageBase.backward_one_chunk"]
     if full_backward or self.dw_builder is not None:
         backward(self, bwd_chunk_id, loss=loss, full_backward=full_backward, last_backward=last_backward)
         return
@@ -222,13 +206,15 @@ def _backward_one_chunk(
         self.dw_builder = None
 
 
-def _backward_weight_one_chunk(self: _PipelineStageBase, bwd_chunk_id: int, last_backward: bool = False) -> None:
+def _backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, last_backward: bool = False) -> None:
     weight = self.dw_runner.get(bwd_chunk_id)
     if not isinstance(weight, _Weight):
-        _original(_PipelineStageBase, "backward_weight_one_chunk")(self, bwd_chunk_id, last_backward=last_backward)
+        _originals[f"{STAGE}._PipelineStageBase.backward_weight_one_chunk"](
+            self, bwd_chunk_id, last_backward=last_backward
+        )
         return
     del self.dw_runner[bwd_chunk_id]
-    more = (self.stage_index, bwd_chunk_id) in _followed.get()
+    more = (self.stage_index, bwd_chunk_id) in _step.get().deferral.followed
     weight(more)
     if not more and self in _splitters:
         _splitters[self].fused.add()  # of the W's before, where this micro-batch went through nothing recorded
@@ -244,40 +230,29 @@ def _reduce(module: DistributedDataParallel) -> None:
     torch.autograd.backward(parameters, [p.new_zeros(()).expand_as(p) for p in parameters])
 
 
-def self_test() -> None:
-    """Runs F, I and W of a small stage through the replacements.
+def _scale_grads(self: Stage, grad_scale_factor: int) -> None:
+    """Divides the gradients of a stage, once its last micro-batch has come. That of a parameter which other stages of
+    the rank hold too is complete, and divided, with the last of these."""
+    holders = _step.get().holders
+    for parameter in self.submod.parameters():
+        if holders is not None:
+            holders[id(parameter)] -= 1
+            if holders[id(parameter)] > 0:
+                continue
+        if parameter.grad is not None and grad_scale_factor != 1:
+            parameter.grad.div_(grad_scale_factor)
 
-    Raises:
-        UnsupportedModule: the gradients are not those of one backward, or W was not deferred.
-    """
-    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    x = torch.linspace(-1, 1, 6).reshape(2, 3)
-    wanted = torch.autograd.grad(module(x).sum(), list(module.parameters()))
-    trial = object.__new__(PipelineStage)  # as its __init__ leaves it, which needs a process group
-    state: dict[str, Any] = {
-        "submod": module, "stage_index": 0, "num_stages": 1, "dw_builder": None, "backward_state": {}, "dw_runner": {},
-        "fwd_cache": {}, "bwd_cache": {}, "output_chunks": [], "_has_backward": True, "chunks": 1,
-        "_runtime_validate": False, "log_prefix": "", "_stage_meta": stage._StageMeta(inputs=()),
-    }  # fmt: skip
-    trial.__dict__.update(state)
-    before = _split.set(frozenset({(0, 0)}))
-    _replace(_replacements())
-    try:
-        loss = trial.forward_one_chunk(0, (x,)).sum()
-        trial.backward_one_chunk(0, loss=loss, full_backward=False)
-        deferred = all(parameter.grad is None for parameter in module.parameters())
-        trial.backward_weight_one_chunk(0)
-        found = [parameter.grad for parameter in module.parameters()]
-        right = all(g is not None and torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
-        problem = None if right and deferred else f"deferred: {deferred}, gradients right: {right}"
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    finally:
-        _replace(_originals)
-        _split.reset(before)
-    if problem is not None:
-        raise UnsupportedModule(
-            f"a trial of the split backward in torch {torch.__version__}'s pipelining failed", got=problem,
-            needed="the gradients of one backward, those of the weights in W",
-            fix="use pipex.backward.dw_builder, which needs none of torch's insides",
-        )  # fmt: skip
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    f"{STAGE}._PipelineStageBase.forward_one_chunk": _forward_one_chunk,
+    f"{STAGE}._PipelineStageBase.backward_one_chunk": _backward_one_chunk,
+    f"{STAGE}._PipelineStageBase.backward_weight_one_chunk": _backward_weight_one_chunk,
+    f"{STAGE}._PipelineStageBase.scale_grads": _scale_grads,
+    f"{SCHEDULES}.PipelineScheduleMulti._step_microbatches": _step_of("PipelineScheduleMulti"),
+    f"{SCHEDULES}._PipelineScheduleRuntime._step_microbatches": _step_of("_PipelineScheduleRuntime"),
+    f"{SCHEDULES}._check_torch_compile_compatibility": lambda stages, schedule_name: None,
+    f"{STAGE}.stage_backward": stage_backward,
+    f"{STAGE}.stage_backward_input": stage_backward_input,
+    f"{STAGE}.stage_backward_weight": stage_backward_weight,
+}
+assert _REPLACEMENTS.keys() == {path for path, *_ in REPLACED}

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.passes import Deferred
+from pipex.backward.tape import Splitter
 
 
 def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
@@ -27,7 +28,7 @@ def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
     """
     splitter = Splitter.of(module)
     forward = module.forward
-    ended: list[Tape] = []
+    ended: list[Deferred] = []
 
     def prepared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with splitter.record(ended.append):

@@ -16,6 +16,7 @@ from pipex.backward import reductions
 from pipex.backward.accumulate import Accumulator, is_plain, main_grad_of, only_adds, tell_of_main_grad
 from pipex.backward.products import DTYPES, add_weight_gradients
 from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows
+from pipex.torch_internals import post_accumulate_hooks
 from pipex.triton_kernels.checks import OPERAND_DTYPES
 
 
@@ -117,7 +118,7 @@ class FusedProducts:
 
     def _open(self, parameter: Tensor, dy: Tensor) -> bool:
         """Whether products may be added to the parameter's gradient without anybody being told of each."""
-        if not parameter.requires_grad or parameter._post_accumulate_grad_hooks:
+        if not parameter.requires_grad or post_accumulate_hooks(parameter):
             return False
         gradient = main_grad_of(parameter)
         if gradient is None:

@@ -7,19 +7,31 @@ recorded operations (a gradient penalty inside a loss, a backward past the sched
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
+from pipex import torch_internals
+from pipex.backward.uses import Sums
 from pipex.errors import UnsupportedModule
 
-if TYPE_CHECKING:
-    from pipex.backward.tape import Tape
+Root = Tensor | GradientEdge
+"""Where a pass begins: an output, or the place in the graph of one that is freed (torch's stages from 2.15 on)."""
 
-Then = Callable[["Tape"], None]
+
+class Deferred(Protocol):
+    """What a pass has left to W: a tape."""
+
+    def backward_weight(self, more: bool = False) -> None: ...
+
+    def add_to(self, sums: Sums) -> None: ...
+
+
+Then = Callable[[Deferred], None]
 """What becomes of a tape that a pass has reached."""
 
 _announced: dict[int, Then] = {}  # by the id of the engine's graph task
@@ -28,53 +40,47 @@ _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 class announced:
     """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
 
-    __slots__ = ("_hooks", "_task", "_then")
+    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_then")
 
-    def __init__(self, outputs: Sequence[Tensor], then: Then) -> None:
+    def __init__(self, roots: Sequence[Root], then: Then) -> None:
         self._then = then
         self._task = -1
         # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
-        self._hooks = [_hooks_of(output) for output in outputs if output.grad_fn is not None]
+        tensors = [root for root in roots if isinstance(root, Tensor)]
+        self._hooks = [torch_internals.hook_dict(root) for root in tensors if root.grad_fn is not None]
+        self._edges = [] if len(tensors) == len(roots) else [r for r in roots if isinstance(r, GradientEdge)]
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         for hooks in self._hooks:
             hooks[self] = self._begin
+        self._handles = [edge.node.register_prehook(self._begin) for edge in self._edges]
 
-    def _begin(self, _: Tensor) -> None:
-        self._task = torch._C._current_graph_task_id()
+    def _begin(self, _: object) -> None:
+        self._task = torch_internals.current_pass()
         _announced[self._task] = self._then
 
     def __exit__(self, *_: object) -> None:
         for hooks in self._hooks:
             hooks.pop(self, None)
+        for handle in self._handles:
+            handle.remove()
         _announced.pop(self._task, None)
 
 
-def _hooks_of(output: Tensor) -> dict[Any, Callable[[Tensor], None]]:
-    """The hooks on a tensor with a graph: what Tensor.register_hook adds to, without its handle, which takes as long
-    as ten such dicts."""
-    if output._backward_hooks is None:
-        output._backward_hooks = OrderedDict()
-        output.grad_fn._register_hook_dict(output)  # type: ignore[union-attr]
-    hooks: dict[Any, Any] = output._backward_hooks
-    return hooks
+def announced_for(task: int) -> Then | None:
+    """What is to become of the tapes that this pass has reached; None if nobody has announced it."""
+    return _announced.get(task)
 
 
-def then_of(tape: Tape, task: int) -> Then:
-    """What becomes of the tape at the end of this pass.
-
-    Raises:
-        UnsupportedModule: nobody has announced it.
-    """
-    then = tape.then or _announced.get(task)
-    if then is None or tape.recording:
-        raise UnsupportedModule(
-            "a backward pass goes through a prepared forward, but is not the backward of its stage",
-            needed="weight gradients that no such pass would make",
-            fix="call pipex.stage_backward there, or run the part that differentiates itself (a gradient penalty, "
-            "forces) outside of the stage",
-        )
-    return then
+def refuse_unannounced() -> NoReturn:
+    """For a pass that nobody answers for."""
+    raise UnsupportedModule(
+        "a backward pass goes through a prepared forward, but is not the backward of its stage",
+        needed="weight gradients that no such pass would make",
+        fix="call pipex.stage_backward there, or run the part that differentiates itself (a gradient penalty, "
+        "forces) outside of the stage",
+    )
 
 
 def refuse_graph_of_gradients() -> None:
@@ -94,13 +100,13 @@ def refuse_graph_of_gradients() -> None:
 def accumulates() -> bool:
     """Called during a pass, by an operation that it has come to: whether it adds to ``.grad`` all that it comes to, as
     ``backward`` does, or is an ``autograd.grad``, which makes the gradients that it was asked for and no others."""
-    node: Any = torch._C._current_autograd_node()
+    node: Any = torch_internals.current_node()
     while node.next_functions:
         following = next((n for n, _ in node.next_functions if n is not None), None)
         if following is None:
             return True
         node = following
     try:
-        return torch._C._will_engine_execute_node(node)
+        return torch_internals.will_execute(node)
     except RuntimeError:  # asked about a leaf whose gradient the pass returns
         return False

@@ -8,29 +8,37 @@ right, only not deferred. Other threads see the replacement too but have no tape
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-if TYPE_CHECKING:
-    from pipex.backward.tape import Tape
+from pipex.torch_internals import (
+    any_autocast,
+    forward_derivatives_level,
+    functorch_active,
+    top_saved_tensors_hooks,
+)
 
 # Looked up once: they are asked before every operation.
 _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_dynamo_compiling
-_autocast = torch._C._is_any_autocast_enabled
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_functorch = torch._C._are_functorch_transforms_active
 
 torch_linear = F.linear
 torch_embedding = F.embedding
 
 
+class Recorder(Protocol):
+    """What sees the operations of one forward: a tape."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor: ...
+
+
 class _Local(threading.local):
-    tape: Tape | None = None
+    tape: Recorder | None = None
 
 
 _local = _Local()
@@ -38,7 +46,7 @@ _lock = threading.Lock()
 _open = 0  # tapes open in all threads
 
 
-def start(tape: Tape) -> Tape | None:
+def start(tape: Recorder) -> Recorder | None:
     """Opens ``tape`` in this thread; returns the one that was open."""
     global _open
     with _lock:
@@ -49,7 +57,7 @@ def start(tape: Tape) -> Tape | None:
     return outer
 
 
-def stop(outer: Tape | None) -> None:
+def stop(outer: Recorder | None) -> None:
     """Closes this thread's tape and goes back to ``outer``."""
     global _open
     _local.tape = outer
@@ -59,7 +67,7 @@ def stop(outer: Tape | None) -> None:
             F.linear, F.embedding = torch_linear, torch_embedding
 
 
-def _tape_for(x: Tensor) -> Tape | None:
+def _tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     tape = _local.tape
     if (
@@ -67,11 +75,11 @@ def _tape_for(x: Tensor) -> Tape | None:
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
         or not _grad_enabled()
         or _compiling()
-        or _autocast()  # the gradient would have to repeat autocast's own casts
+        or any_autocast()  # the gradient would have to repeat autocast's own casts
         # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
-        or _saved_tensors_hooks(False) is not None
-        or _functorch()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
-        or forward_ad._current_level >= 0
+        or top_saved_tensors_hooks(False) is not None
+        or functorch_active()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
+        or forward_derivatives_level() >= 0
     ):
         return None
     return tape

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipex.backward.uses import Use
+from pipex.torch_internals import is_view
 
 anchor = torch.zeros((), requires_grad=True)
 """Something that requires grad, so that the output does."""
@@ -20,7 +21,7 @@ class _Root(torch.autograd.Function):
         ctx.use = use
         y = run()
         # A view may not be changed in place outside of the Function that made it, and users do that (inplace ReLU).
-        return y.clone() if y._is_view() else y
+        return y.clone() if is_view(y) else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:

@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from pipex.backward.accumulate import accumulate
-from pipex.backward.passes import Then, announced
+from pipex.backward.passes import Deferred, Root, Then, announced
 from pipex.backward.root import anchor
-from pipex.backward.tape import Tape
 from pipex.backward.uses import Sums
 from pipex.errors import InputError, UnsupportedModule
+from pipex.torch_internals import hooks_of, is_view, set_hooks
 
-_then: ContextVar[Then] = ContextVar("then", default=Tape.backward_weight)
+
+def _at_once(tape: Deferred) -> None:
+    tape.backward_weight()
+
+
+_then: ContextVar[Then] = ContextVar("then", default=_at_once)
 
 
 @contextmanager
@@ -40,7 +46,8 @@ def stage_backward(
     """B: adds the gradients of the parameters to their ``.grad``, and returns those of the inputs.
 
     Args:
-        stage_output: a tensor, or tuples, lists and dicts of tensors; those without a graph are skipped.
+        stage_output: a tensor, or tuples, lists and dicts of tensors; those without a graph are skipped. In place of a
+            tensor that is freed its ``GradientEdge`` can stand, as in stages of torch 2.15.
         output_grads: of the same structure, each tensor in the shape of its output; None for a scalar loss.
         input_values: the stage's inputs; their ``.grad`` is emptied.
         outputs_with_grads_idxs: the outputs that count, where not all do.
@@ -59,7 +66,7 @@ def stage_backward(
     outputs = [output for output, _ in pairs]
     if outputs:
         with announced(outputs, _then.get()):
-            torch.autograd.backward(outputs, [gradient for _, gradient in pairs])
+            torch.autograd.backward(cast(Sequence[Tensor], outputs), [gradient for _, gradient in pairs])
     gradients = []
     for value in input_values:
         gradients.append(value.grad if isinstance(value, Tensor) else None)
@@ -69,7 +76,7 @@ def stage_backward(
 
 
 def stage_backward_input(
-    stage_outputs_or_loss: Sequence[Tensor],
+    stage_outputs_or_loss: Sequence[Tensor | GradientEdge | None],
     output_grads: Sequence[Tensor | None] | None,
     input_values: Sequence[Any],
     weights: Iterable[Tensor],
@@ -79,7 +86,8 @@ def stage_backward_input(
     The outputs are detached where they are no views, so that nothing of the graph outlives this.
 
     Args:
-        stage_outputs_or_loss: tensors; those without a graph are skipped.
+        stage_outputs_or_loss: tensors, or a ``GradientEdge`` in place of one that is freed; those without a graph, and
+            None, are skipped.
         output_grads: one per output, in its shape; None: ones.
         input_values: the stage's inputs; to their ``.grad`` the gradients are added too.
         weights: the parameters of the stage.
@@ -88,15 +96,16 @@ def stage_backward_input(
         one gradient per input, None for what is no tensor or needs none; and a list to hand to W as it is.
 
     Raises:
+        InputError: a gradient edge without a gradient.
         UnsupportedModule: a region under reentrant checkpointing, or a pass that cannot be split.
     """
     if output_grads is None:
-        output_grads = [torch.ones_like(output) for output in stage_outputs_or_loss]
+        output_grads = [torch.ones_like(o) if isinstance(o, Tensor) else None for o in stage_outputs_or_loss]
     pairs = list(_with_graph(list(stage_outputs_or_loss), list(output_grads)))
     inputs = {i: x for i, x in enumerate(input_values) if isinstance(x, Tensor) and x.requires_grad}
     trained = {id(weight): weight for weight in weights if weight.requires_grad}
     parameters = list(trained.values())
-    tapes: list[Tape] = []
+    tapes: list[Deferred] = []
     found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
     if pairs:
         outputs = [output for output, _ in pairs]
@@ -104,7 +113,8 @@ def stage_backward_input(
             try:
                 # The anchor is where recorded operations end whose input needs no gradient.
                 *found, _ = torch.autograd.grad(
-                    outputs, [*inputs.values(), *parameters, anchor], [gradient for _, gradient in pairs],
+                    cast(Sequence[Tensor], outputs), [*inputs.values(), *parameters, anchor],
+                    [gradient for _, gradient in pairs],
                     allow_unused=True,
                 )  # fmt: skip
             except RuntimeError as error:
@@ -120,7 +130,7 @@ def stage_backward_input(
         if gradient is not None:
             value.grad = gradient if value.grad is None else value.grad + gradient
     for output in stage_outputs_or_loss:
-        if not output._is_view():
+        if isinstance(output, Tensor) and not is_view(output):
             output.detach_()
     made = [(p, g) for p, g in zip(parameters, found[len(inputs) :], strict=True) if g is not None]
     return tuple(gradients), [{"tapes": tapes, "params": [p for p, _ in made], "grads": [g for _, g in made]}]
@@ -154,18 +164,25 @@ def stage_backward_weight(
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """In here no gradient hook on these runs: I has run them, on gradients that it has asked autograd for."""
-    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    hooks = [(parameter, hooks_of(parameter)) for parameter in parameters if hooks_of(parameter)]
     for parameter, _ in hooks:
-        parameter._backward_hooks = None
+        set_hooks(parameter, None)
     try:
         yield
     finally:
         for parameter, its_hooks in hooks:
-            parameter._backward_hooks = its_hooks
+            set_hooks(parameter, its_hooks)
 
 
-def _with_graph(output: Any, gradient: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The tensors of ``output`` that have a graph, with their gradients."""
+def _with_graph(output: Any, gradient: Any) -> Iterator[tuple[Root, Tensor | None]]:
+    """The tensors and gradient edges of ``output`` that have a graph, with their gradients."""
+    if isinstance(output, GradientEdge):  # also a tuple
+        if not isinstance(gradient, Tensor):
+            raise InputError(
+                "a gradient edge needs its output's gradient", got=type(gradient).__name__, needed="a tensor"
+            )
+        yield output, gradient
+        return
     if isinstance(output, Tensor):
         if output.requires_grad:
             if gradient is not None and not isinstance(gradient, Tensor):

@@ -26,7 +26,6 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import has_torch_function_unary
 from torch.utils.hooks import RemovableHandle
@@ -35,9 +34,28 @@ from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator, accumulate
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
-from pipex.backward.passes import Then, accumulates, announced, refuse_graph_of_gradients, then_of
+from pipex.backward.passes import (
+    Deferred,
+    Then,
+    accumulates,
+    announced,
+    announced_for,
+    refuse_graph_of_gradients,
+    refuse_unannounced,
+)
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
+from pipex.torch_internals import (
+    add_hooks,
+    base,
+    current_pass,
+    engine,
+    hooks_of,
+    is_compiled,
+    next_sequence_number,
+    require_autograd,
+    version,
+)
 
 
 class Splitter:
@@ -47,9 +65,13 @@ class Splitter:
         parameters: the stage's parameters; frozen ones are skipped, repeated ones (tied) are counted once.
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
+
+    Raises:
+        UnsupportedModule: this torch lacks what it needs.
     """
 
     def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
+        require_autograd()
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
@@ -64,8 +86,7 @@ class Splitter:
         """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
         compiled parts have a backward of their own."""
         for part in module.modules():
-            compiled = isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
-            if compiled or isinstance(part, DistributedDataParallel):
+            if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
         return Splitter(module.parameters(), exact)
 
@@ -84,7 +105,7 @@ class Splitter:
     def alias(self, parameter: Tensor | None, bias_of: Tensor | None = None) -> Tensor | None:
         """The stand-in of a matrix, or of the bias beside one, in recorded operations; None where its gradient must not
         be deferred."""
-        if parameter is None or not parameter.requires_grad or parameter._backward_hooks:
+        if parameter is None or not parameter.requires_grad or hooks_of(parameter):
             return None  # the last ones must see the whole gradient
         known = self._aliases.get(id(parameter))
         if known is not None and parameter.is_set_to(known):  # the same memory, shape and strides
@@ -100,7 +121,7 @@ class Splitter:
         """Sees which passes come to a recorded parameter nevertheless."""
 
         def reached(_: object) -> None:
-            self._reached[id(parameter)] = torch._C._current_graph_task_id()
+            self._reached[id(parameter)] = current_pass()
 
         self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
         self._unproven.append(accumulator.node.register_prehook(reached))
@@ -139,10 +160,10 @@ class Tape:
         # The same of passes that have not ended, by the engine's graph task: one may run inside of another.
         self._passes: dict[int, MutableSequence[tuple[Use, Tensor, int]]] = {}
         self._first_node = 0  # the sequence number of the first node of the graph that is made while this is open
-        self._outer: Tape | None = None
+        self._outer: recording.Recorder | None = None
 
     def __enter__(self) -> Tape:
-        self._first_node = torch.autograd._get_sequence_nr()
+        self._first_node = next_sequence_number()
         self._outer = recording.start(self)
         self.recording = True
         return self
@@ -182,24 +203,26 @@ class Tape:
 
     def captured(self, use: Use, dy: Tensor) -> None:
         """A use has got its dy. Called in a backward pass, whichever it is."""
-        task = torch._C._current_graph_task_id()
+        task = current_pass()
         if task not in self._passes:
             self._begin_pass(task)
-        self._passes[task].append((use, dy, dy._version))
+        self._passes[task].append((use, dy, version(dy)))
 
     def _begin_pass(self, task: int) -> None:
         refuse_graph_of_gradients()
         if self.then is None or accumulates():
             self._passes[task] = []
             # The engine's own place for work at the end of a pass, which DDP and FSDP use too.
-            Variable._execution_engine.queue_callback(partial(self._end_pass, task))
+            engine.queue_callback(partial(self._end_pass, task))
         else:
             self._passes[task] = deque(maxlen=0)  # nothing of it is wanted
 
     def _end_pass(self, task: int) -> None:
         self._splitter.pass_ended(task)
         taken = self._passes.pop(task)
-        then = then_of(self, task)
+        then = self.then or announced_for(task)
+        if then is None or self.recording:
+            refuse_unannounced()
         self._uses += taken
         then(self)
 
@@ -251,11 +274,11 @@ class Tape:
     def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
         """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
         uses, self._uses = self._uses, []
-        for use, dy, version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
-            if dy._version != version:
+        for use, dy, its_version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
+            if version(dy) != its_version:
                 raise RuntimeError(
                     f"the gradient of an operation's output was modified in place before its weight gradient was made; "
-                    f"got version {dy._version} of a tensor of shape {tuple(dy.shape)}, needed version {version}; "
+                    f"got version {version(dy)} of a tensor of shape {tuple(dy.shape)}, needed version {its_version}; "
                     f"use an out-of-place operation there"
                 )
             taken = fused is not None and self._splitter.fuses(dy) and fused.take(use, dy)
@@ -274,15 +297,13 @@ def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:
     In-place operations on y put their nodes behind the product's own; but where y is a view of the product (more than
     two dimensions), they replace the view's node, which then sees no gradient. So the hook stands on the product.
     """
-    product = y._base
+    product = base(y)
     if product is None:
         # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
         y.grad_fn.register_prehook(lambda gradients: capture(gradients[0]))  # type: ignore[union-attr]
     else:
-        # Nobody else has this tensor. This is Tensor.register_hook without a handle to remove it: a third of the time.
-        product._backward_hooks = {0: capture}
-        product.grad_fn._register_hook_dict(product)  # type: ignore[union-attr]
+        add_hooks(product, {0: capture})  # nobody else has this tensor
 
 
-def keep(_: Tape) -> None:
+def keep(_: Deferred) -> None:
     """For ``announced``: W comes later; whoever called the pass has the tape."""

@@ -6,13 +6,12 @@ autograd would have called, operand for operand, so the bits are those of the un
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pipex.backward.tape import Tape
+from pipex.torch_internals import version
 
 
 class Sums:
@@ -35,15 +34,21 @@ class Sums:
             self.gradients[place] = gradient + before if before.is_sparse else before + gradient
 
 
+class Recorder(Protocol):
+    """Who a use hands its dy to: a tape."""
+
+    def captured(self, use: Use, dy: Tensor) -> None: ...
+
+
 class Use:
     """Base of all uses; lives from the forward until W of one micro-batch."""
 
     __slots__ = ("tape", "version", "x")
 
-    def __init__(self, tape: Tape, x: Tensor) -> None:
+    def __init__(self, tape: Recorder, x: Tensor) -> None:
         self.tape = tape
         self.x = x
-        self.version = x._version
+        self.version = version(x)
 
     def capture(self, dy: Tensor | None) -> None:
         """Takes dy, None where it is zero; autograd calls it in I, before it goes on to the operation's input."""
@@ -54,10 +59,10 @@ class Use:
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
         x = self.x
-        if x._version != self.version:
+        if version(x) != self.version:
             raise RuntimeError(
                 f"the input of an operation with deferred weight gradient was modified in place after the forward; "
-                f"got version {x._version} of a tensor of shape {tuple(x.shape)}, needed version {self.version}; "
+                f"got version {version(x)} of a tensor of shape {tuple(x.shape)}, needed version {self.version}; "
                 f"use an out-of-place operation there"
             )
         return x
@@ -75,8 +80,8 @@ class LinearUse(Use):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.tape, self.x, self.version = tape, x, x._version  # not by super(): there is one of these per operation
+    def __init__(self, tape: Recorder, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.tape, self.x, self.version = tape, x, version(x)  # not by super(): there is one of these per operation
         self.weight = weight  # None where frozen
         self.bias = bias
 
@@ -97,7 +102,7 @@ class EmbeddingUse(Use):
 
     __slots__ = ("padding", "scale_by_frequency", "weight")
 
-    def __init__(self, tape: Tape, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+    def __init__(self, tape: Recorder, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
         super().__init__(tape, x)
         self.weight = weight
         self.padding = padding  # row whose gradient stays zero; -1 for none

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import median
 
-from pipex.observe.events import Event
+from pipex.events import Event
+from pipex.plan.actions import Kind
+from pipex.plan.bubbles import Bubbles, bubbles
+from pipex.plan.placement import Edge, Placement
 
 COMPUTE = frozenset({"F", "I", "W", "B"})
 
@@ -18,10 +21,8 @@ class Figures:
     """Medians over the observed steps; times in seconds.
 
     Attributes:
-        makespan: from the first start to the last end of a step's actions over all ranks.
-        after_actions: from there to the end of the step's last event: reductions and the optimizer.
-        bubble_makespan: idle share of all ranks over a step's actions, from the first start to the last end.
-        bubble_span: per rank the idle share from its first start to its last end; the largest over the ranks.
+        makespan, bubble_makespan, bubble_span: as of ``Bubbles``, of a step's actions.
+        after_actions: from the last action's end to the end of the step's last event: reductions and the optimizer.
         action: time of one action by (kind, stage).
         stage: compute time of a whole step per stage.
         messages: for every message the time from both ends being ready to its tensors being usable.
@@ -38,13 +39,15 @@ class Figures:
     shares: list[dict[str, float]]
 
 
-def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
-    """The figures of complete steps; ``ranks[r]`` are the events of rank r, which must share one clock."""
+def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
+    """The figures of complete steps; ``ranks[r]`` are the events of rank r, which must share one clock. ``placement``:
+    which rank held which stage."""
     steps: dict[int, list[list[Event]]] = defaultdict(lambda: [[] for _ in ranks])
     for number, events in enumerate(ranks):
         for event in events:
             steps[event.step][number].append(event)
-    wholes, tails, makespans, spans = [], [], [], []
+    courses: list[Bubbles] = []
+    tails: list[float] = []
     actions: dict[tuple[str, int], list[float]] = defaultdict(list)
     stages: dict[int, list[float]] = defaultdict(list)
     messages: list[float] = []
@@ -53,13 +56,8 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
         compute = [[e for e in rank if e.kind in COMPUTE] for rank in step]
         if not all(compute):
             continue
-        busy = [sum(e.end - e.begin for e in rank) for rank in compute]
-        span = [rank[-1].end - rank[0].begin for rank in compute]
-        whole = max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)
-        wholes.append(whole / 1e9)
+        courses.append(bubbles([[(e.begin, e.end) for e in rank] for rank in compute]))
         tails.append((max(e.end for rank in step for e in rank) - max(rank[-1].end for rank in compute)) / 1e9)
-        makespans.append(1 - sum(busy) / (len(busy) * whole))
-        spans.append(max(1 - b / s for b, s in zip(busy, span, strict=True)))
         per_stage: dict[int, float] = defaultdict(float)
         for rank in compute:
             for event in rank:
@@ -67,15 +65,15 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
                 per_stage[event.stage] += (event.end - event.begin) / 1e9
         for stage, seconds in per_stage.items():
             stages[stage].append(seconds)
-        messages += chain.from_iterable(_messages(step))
+        messages += chain.from_iterable(_messages(step, placement))
         for collected, rank in zip(shares, step, strict=True):
             for what, share in _shares(rank).items():
                 collected[what].append(share)
     return Figures(
-        makespan=median(wholes),
+        makespan=median(course.makespan for course in courses) / 1e9,
         after_actions=median(tails),
-        bubble_makespan=median(makespans),
-        bubble_span=median(spans),
+        bubble_makespan=median(course.bubble_makespan for course in courses),
+        bubble_span=median(course.bubble_span for course in courses),
         action={key: median(values) for key, values in actions.items()},
         stage={stage: median(values) for stage, values in sorted(stages.items())},
         messages=messages,
@@ -83,22 +81,25 @@ def measure(ranks: Sequence[Iterable[Event]]) -> Figures:
     )
 
 
-def message_waits(step: Sequence[Sequence[Event]]) -> list[float]:
+def message_waits(step: Sequence[Sequence[Event]], placement: Placement) -> list[float]:
     """Per rank the seconds of one step in which it waited for messages that their senders had handed over."""
-    return [sum(rank) for rank in _messages(step)]
+    return [sum(rank) for rank in _messages(step, placement)]
 
 
-def _messages(step: Sequence[Sequence[Event]]) -> list[list[float]]:
+def _messages(step: Sequence[Sequence[Event]], placement: Placement) -> list[list[float]]:
     """Per receiving rank. A message is under way from the later of its two begins (the send's, the receive's) to the
     receive's end."""
-    sends = {(e.kind, e.stage, e.microbatch): e for rank in step for e in rank if e.kind.startswith("SEND")}
+
+    def message(event: Event) -> tuple[Edge | None, int]:
+        return placement.ends.get((event.stage, Kind(event.kind))), event.microbatch
+
+    sends = {message(e): e for rank in step for e in rank if e.kind.startswith("SEND")}
     times: list[list[float]] = []
     for rank in step:
         times.append([])
         for event in rank:
             if event.kind in ("RECV_F", "RECV_B"):
-                source = event.stage + (-1 if event.kind == "RECV_F" else 1)
-                send = sends.get((event.kind.replace("RECV", "SEND"), source, event.microbatch))
+                send = sends.get(message(event))
                 if send is not None:  # none between stages of one rank
                     times[-1].append((event.end - max(send.begin, event.begin)) / 1e9)
     return times

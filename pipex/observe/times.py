@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipex.observe.events import Event, Observer
+from pipex.events import Event, Observer
 
 
 class Times(Protocol):

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipex.errors import InputError
-from pipex.observe.events import Event
+from pipex.events import Event
+from pipex.plan.actions import Kind
+from pipex.plan.placement import Placement
 
 _MOST = 2**53
 """Microseconds, about three centuries: above it a float has no fractions, and a time no meaning."""
@@ -20,8 +22,8 @@ _THREADS = ("compute", "send", "receive")
 _COLORS = {"F": "thread_state_running", "I": "rail_response", "W": "good", "B": "rail_animation"}
 
 
-def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]]) -> None:
-    """Writes the events of all ranks to ``path``.
+def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]], placement: Placement) -> None:
+    """Writes the events of all ranks to ``path``. ``placement``: which rank held which stage.
 
     Raises:
         InputError: the file cannot be written.
@@ -32,7 +34,7 @@ def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]]) 
         for thread, name in enumerate(_THREADS):
             rows.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": name}})
         for event in events:
-            rows.extend(_rows(rank, event))
+            rows.extend(_rows(rank, event, placement))
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": rows, "displayTimeUnit": "ms"}, file)
@@ -114,7 +116,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _rows(rank: int, event: Event) -> list[dict[str, Any]]:
+def _rows(rank: int, event: Event, placement: Placement) -> list[dict[str, Any]]:
     thread = 1 if event.kind.startswith("SEND") else 2 if event.kind.startswith("RECV") else 0
     row: dict[str, Any] = {
         "ph": "X", "name": f"PP:{event.name}", "cat": event.kind, "pid": rank, "tid": thread,
@@ -123,13 +125,13 @@ def _rows(rank: int, event: Event) -> list[dict[str, Any]]:
     }  # fmt: skip
     if event.kind in _COLORS:
         row["cname"] = _COLORS[event.kind]
-    if thread == 0:
+    edge = placement.ends.get((event.stage, Kind(event.kind))) if thread else None
+    if edge is None:  # no message, or one between stages of one rank
         return [row]
     # Both ends of a message know its source stage, direction and micro-batch: that is the arrow's id.
-    source = event.stage if thread == 1 else event.stage + (-1 if event.kind == "RECV_F" else 1)
     arrow = {
         "name": "message", "cat": "message", "pid": rank, "tid": thread,
-        "id": f"{event.step}/{source}{event.kind[-1]}{event.microbatch}",
+        "id": f"{event.step}/{edge.source}{event.kind[-1]}{event.microbatch}",
     }  # fmt: skip
     if thread == 1:
         return [row, {"ph": "s", "ts": event.begin / 1e3, **arrow}]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipex.errors import InputError
 from pipex.partition.layers import canonical_names
+
+NOTHING = nullcontext()
+"""Around a layer that needs nothing around it."""
 
 
 class Stage(nn.Module):
@@ -42,9 +46,14 @@ class Stage(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
+        return self.run(inputs, lambda position: NOTHING)
+
+    def run(self, inputs: tuple[Any, ...], around: Callable[[int], AbstractContextManager[object]]) -> Any:
+        """``forward`` with each layer inside of a context, which ``around`` makes from the layer's position in here."""
         outputs: Any = inputs
-        for layer in self.layers:
-            outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
+        for position, layer in enumerate(self.layers):
+            with around(position):
+                outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
         return outputs
 
     def extra_repr(self) -> str:

@@ -10,6 +10,8 @@ causality      runs orders without a clock: finds deadlocks
 memory         what a rank holds at its fullest moment
 validator      proves a plan before anything runs
 simulator      when everything starts and ends under given costs
+bubbles        how long a step takes, and for which share of it ranks are idle
+measured       a real run in the terms of a simulated one
 critical_path  what the makespan hangs on
 bounds         what no plan can beat
 list_scheduler plans by due dates, in Python and natively

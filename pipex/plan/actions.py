@@ -3,7 +3,7 @@
     cell   := simple | "(" simple ";" simple {";" simple} ")OVERLAP_F_B"
     simple := stage kind [micro-batch]                                    2F0   3SEND_F1   1UNSHARD
 
-A SEND names the stage that sends, a RECV the stage that receives.
+A SEND and its WAIT_SEND name the stage that sends, a RECV the stage that receives.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class Kind(Enum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+    WAIT_SEND_F = "WAIT_SEND_F"
+    WAIT_SEND_B = "WAIT_SEND_B"
     UNSHARD = "UNSHARD"
     RESHARD = "RESHARD"
     REDUCE_GRAD = "REDUCE_GRAD"
+    WAIT_REDUCE_GRAD = "WAIT_REDUCE_GRAD"
     OVERLAP_F_B = "OVERLAP_F_B"
     """a forward and a backward run as one; the action's ``parts``"""
 
@@ -41,7 +44,7 @@ class Kind(Enum):
 
 
 COMPUTE = frozenset({Kind.F, Kind.I, Kind.W, Kind.B})
-PER_STAGE = frozenset({Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE_GRAD})
+PER_STAGE = frozenset({Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE_GRAD, Kind.WAIT_REDUCE_GRAD})
 """Kinds that concern a stage as a whole and name no micro-batch."""
 
 NONE = -1

@@ -28,8 +28,9 @@ from math import inf
 from typing import NamedTuple
 
 from pipex.errors import InputError
+from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
-from pipex.plan.placement import Edge, Placement
+from pipex.plan.placement import Placement
 from pipex.plan.plan import Update
 
 SLACK = 1 + 1e-9
@@ -152,17 +153,17 @@ class _Chain:
         # Fused pairs take a share of the time of their parts; at best everything is in such a pair.
         share = min(1.0, costs.overlap)
         back = share if backward else 0.0
-        hop = {edge: costs.hop[edge] * (backward or edge.kind == "activation") for edge in placement.edges}
+        hop = {end: costs.hop[edge] * (backward or edge.kind == "activation") for end, edge in placement.ends.items()}
         f = {s: share * costs.forward[s] for s in pipe}
         i = {s: back * costs.input_gradient[s] for s in pipe}
         w = {s: back * costs.weight_gradient[s] for s in pipe}
         arrival, gradient = {}, {}
         now = 0.0
         for s in pipe:
-            arrival[s] = now = now + hop.get(Edge(s - 1, s, "activation"), 0.0)
+            arrival[s] = now = now + hop.get((s, Kind.RECV_F), 0.0)
             now += f[s]
         for s in reversed(pipe):
-            gradient[s] = now = now + hop.get(Edge(s + 1, s, "gradient"), 0.0)
+            gradient[s] = now = now + hop.get((s, Kind.RECV_B), 0.0)
             now += i[s]
         done = {s: gradient[s] + i[s] + w[s] for s in pipe}
         return _Chain(f, i, w, arrival, gradient, done, end=max(done.values()))

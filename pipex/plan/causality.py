@@ -31,21 +31,6 @@ class Event(NamedTuple):
         return f"rank {self.rank} at position {self.position} ({self.action})"
 
 
-def edge_of(action: Action) -> Edge:
-    """The edge on which a SEND or RECV works."""
-    stage = action.stage
-    match action.kind:
-        case Kind.SEND_F:
-            return Edge(stage, stage + 1, "activation")
-        case Kind.RECV_F:
-            return Edge(stage - 1, stage, "activation")
-        case Kind.SEND_B:
-            return Edge(stage, stage - 1, "gradient")
-        case Kind.RECV_B:
-            return Edge(stage + 1, stage, "gradient")
-    raise AssertionError(f"{action} has no edge")
-
-
 def causal_order(orders: Orders, placement: Placement, slots: Mapping[Edge, int] | None = None) -> Iterator[Event]:
     """All events, each after everything that it waits for.
 
@@ -57,6 +42,7 @@ def causal_order(orders: Orders, placement: Placement, slots: Mapping[Edge, int]
         DeadlockError: at the end, when ranks wait for each other for ever.
         PlanError: at the end, when a rank waits for a message that is never sent.
     """
+    ends = placement.ends
     cursor = [0] * len(orders)
     blocked: dict[int, Edge] = {}
     sent: Counter[Edge] = Counter()
@@ -67,7 +53,7 @@ def causal_order(orders: Orders, placement: Placement, slots: Mapping[Edge, int]
         for position in range(cursor[rank], len(orders[rank])):
             action = orders[rank][position]
             if action.kind in SENDS or action.kind in RECEIVES:
-                edge = edge_of(action)
+                edge = ends[action.stage, action.kind]
                 waiting = sent[edge] - received[edge]
                 if action.kind in SENDS:
                     possible, done, peer = slots is None or waiting < slots[edge], sent, edge.destination
@@ -84,22 +70,23 @@ def causal_order(orders: Orders, placement: Placement, slots: Mapping[Edge, int]
             yield Event(rank, position, action)
     if blocked:
         stuck = {rank: Event(rank, cursor[rank], orders[rank][cursor[rank]]) for rank in blocked}
-        raise _stuck_error(stuck, placement)
+        raise _stuck_error(stuck, blocked, placement)
 
 
-def _stuck_error(stuck: dict[int, Event], placement: Placement) -> PlanError:
-    """Follows who waits for whom until a rank comes up again, or one that has ended."""
+def _stuck_error(stuck: dict[int, Event], blocked: dict[int, Edge], placement: Placement) -> PlanError:
+    """Follows who waits for whom until a rank comes up again, or one that has ended. ``blocked``: per rank of ``stuck``
+    the edge on which it waits."""
     rank = min(stuck)
     path: list[int] = []
     while rank in stuck and rank not in path:
         path.append(rank)
-        edge = edge_of(stuck[rank].action)
+        edge = blocked[rank]
         sends = stuck[rank].action.kind in SENDS
         rank = placement.rank_of(edge.destination if sends else edge.source)
     if rank not in stuck:
         return PlanError(f"{stuck[path[-1]]} waits for rank {rank}, which has ended")
     cycle = path[path.index(rank) :]
     waits = [f"{stuck[a]} waits for rank {b}" for a, b in zip(cycle, [*cycle[1:], rank], strict=True)]
-    full = [edge_of(stuck[a].action) for a in cycle if stuck[a].action.kind in SENDS]
+    full = [blocked[a] for a in cycle if stuck[a].action.kind in SENDS]
     fix = f"give more slots to {', '.join(map(str, full))}" if full else "reorder the actions of one of these ranks"
     return DeadlockError(f"ranks wait for each other for ever: {'; '.join(waits)}", fix=fix)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 from pipex.plan.actions import Action, Kind
-from pipex.plan.causality import RECEIVES, SENDS, causal_order, edge_of
+from pipex.plan.causality import RECEIVES, SENDS, causal_order
 from pipex.plan.placement import Edge
 from pipex.plan.plan import Orders, Plan
 
@@ -19,17 +20,15 @@ def communicate(plan: Plan) -> Orders:
     """The plan's orders with sends and receives: a receive right before the action that needs the message, a send
     right after the one that made it. Stages on one rank hand tensors over without either. An OVERLAP_F_B has all its
     receives before it and all its sends after it."""
-    edges = set(plan.edges)
+    ends = plan.placement.ends
+
+    def messages(of: Action, kinds: dict[Kind, Kind]) -> Iterator[Action]:
+        for stage, kind, microbatch, _ in of.each:
+            if kind is not Kind.W and (stage, kinds[kind]) in ends:
+                yield Action(stage, kinds[kind], microbatch)
 
     def around(action: Action) -> list[Action]:
-        messages = [
-            (Action(stage, _RECEIVE[kind], microbatch), Action(stage, _SEND[kind], microbatch))
-            for stage, kind, microbatch, _ in action.each
-            if kind is not Kind.W
-        ]
-        before = [receive for receive, _ in messages if edge_of(receive) in edges]
-        after = [send for _, send in messages if edge_of(send) in edges]
-        return [*before, action, *after]
+        return [*messages(action, _RECEIVE), action, *messages(action, _SEND)]
 
     return tuple(tuple(a for action in order for a in around(action)) for order in plan.orders)
 
@@ -50,8 +49,12 @@ def slots_needed(plan: Plan) -> dict[Edge, int]:
         DeadlockError: the ranks wait for each other even with any number of slots.
     """
     orders = communicate(plan)
-    rank_of = plan.placement.rank_of
-    receives = {edge: _positions(orders[rank_of(edge.destination)], edge) for edge in plan.edges}
+    ends, rank_of = plan.placement.ends, plan.placement.rank_of
+    receives: dict[Edge, list[int]] = {edge: [] for edge in plan.edges}
+    for order in orders:
+        for position, action in enumerate(order):
+            if action.kind in RECEIVES:
+                receives[ends[action.stage, action.kind]].append(position)
     # clock[r][q]: the actions of rank q that must come before the present one of rank r; in_flight: the clocks sent.
     clock = [[0] * len(orders) for _ in orders]
     in_flight: dict[Edge, list[list[int]]] = defaultdict(list)
@@ -59,11 +62,11 @@ def slots_needed(plan: Plan) -> dict[Edge, int]:
     slots = dict.fromkeys(plan.edges, 0)
     for rank, position, action in causal_order(orders, plan.placement):
         if action.kind in RECEIVES:
-            edge = edge_of(action)
+            edge = ends[action.stage, action.kind]
             clock[rank] = list(map(max, clock[rank], in_flight[edge][arrived[edge]]))
             arrived[edge] += 1
         elif action.kind in SENDS:
-            edge = edge_of(action)
+            edge = ends[action.stage, action.kind]
             received = bisect_left(receives[edge], clock[rank][rank_of(edge.destination)])
             slots[edge] = max(slots[edge], len(in_flight[edge]) + 1 - received)
             clock[rank][rank] = position + 1
@@ -71,26 +74,22 @@ def slots_needed(plan: Plan) -> dict[Edge, int]:
     return slots
 
 
-def _positions(order: tuple[Action, ...], edge: Edge) -> list[int]:
-    return [p for p, action in enumerate(order) if action.kind in RECEIVES and edge_of(action) == edge]
-
-
 def alive(plan: Plan) -> dict[Edge, int]:
     """Per edge the largest number of received messages in use at once at the consumer: each from its receive to the
     end of the micro-batch's B or W, which needs both the activation and the gradient (without a backward: of its F).
     The same for all timings."""
     last_users = {Kind.F} if plan.update == "never" else {Kind.W, Kind.B}
+    ends = plan.placement.ends
     held = dict.fromkeys(plan.edges, 0)
     peak = dict(held)
     for order in communicate(plan):
         for action in (part for outer in order for part in outer.each):
-            stage = action.stage
             if action.kind in RECEIVES:
-                edge = edge_of(action)
+                edge = ends[action.stage, action.kind]
                 held[edge] += 1
                 peak[edge] = max(peak[edge], held[edge])
             elif action.kind in last_users:
-                for edge in (Edge(stage - 1, stage, "activation"), Edge(stage + 1, stage, "gradient")):
-                    if edge in held:
-                        held[edge] -= 1
+                for received in (Kind.RECV_F, Kind.RECV_B):
+                    if (action.stage, received) in ends:
+                        held[ends[action.stage, received]] -= 1
     return peak

@@ -165,8 +165,8 @@ class RankCosts:
         if placement.ranks != self.ranks:
             raise InputError("the costs are of another number of ranks", got=self.ranks, needed=placement.ranks)
         shares = placement.chunks // len(placement.pipes)  # a pipe's stages on one rank share that rank's costs
-        two_pipes = len(placement.pipes) > 1
-        holder = [s % self.ranks if two_pipes else placement.rank_of(s) for s in range(placement.stages)]
+        # A piece costs what it costs the rank that holds it in the first pipe.
+        holder = [placement.rank_of(placement.piece(stage)) for stage in range(placement.stages)]
 
         def share(costs: Sequence[float]) -> list[float]:
             if len(costs) == self.ranks:

@@ -115,7 +115,7 @@ class _Row:
         self.prefix = list(accumulate(times, initial=0.0))
         self.times = times
         # rank -> the pieces of its stages; the second pipe's stages hold the first one's pieces once more
-        self.held = [[s % self.pieces for s in placement.stages_of(rank)] for rank in range(placement.ranks)]
+        self.held = [[placement.piece(s) for s in placement.stages_of(rank)] for rank in range(placement.ranks)]
         self.alone = all(len(pieces) == 1 for pieces in self.held)
 
     def size(self, begin: int, end: int) -> float:

@@ -132,7 +132,8 @@ class LayerCosts:
         )
 
     def _hop(self, stages: Sequence[Sequence[Layer]], edge: Edge) -> float:
-        sender = min(edge.source, edge.destination)  # a gradient is as large as the activation that it answers
+        # A gradient is as large as the activation that it answers.
+        sender = edge.source if edge.kind == "activation" else edge.destination
         return self.latency + stages[sender][-1].output / (inf if self.bandwidth is None else self.bandwidth)
 
     def to_text(self) -> str:

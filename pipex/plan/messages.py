@@ -43,17 +43,16 @@ def messages(plan: Plan, costs: Costs, simulation: Simulation) -> list[Message]:
         for position, timed in enumerate(row)
         for part in timed.action.each
     }
-    edges = set(plan.edges)
+    ends = plan.placement.ends
     found = []
     for consumer, (stage, kind, microbatch, _) in ((place, part) for part, place in where.items()):
         if kind is Kind.W:
             continue
-        source = stage - 1 if kind is Kind.F else stage + 1
-        edge = Edge(source, stage, "activation" if kind is Kind.F else "gradient")
-        if edge not in edges:  # the pipe begins here, or the tensor stays on the rank
+        edge = ends.get((stage, Kind.RECV_F if kind is Kind.F else Kind.RECV_B))
+        if edge is None:  # the pipe begins here, or the tensor stays on the rank
             continue
         made_by = (Kind.F,) if kind is Kind.F else (Kind.I, Kind.B)
-        producer = next(where[made] for k in made_by if (made := Action(source, k, microbatch)) in where)
+        producer = next(where[made] for k in made_by if (made := Action(edge.source, k, microbatch)) in where)
         sent = _at(simulation, producer).end
         taken = _at(simulation, consumer).start
         found.append(Message(edge, microbatch, producer, consumer, sent, sent + costs.hop[edge], taken))

@@ -17,10 +17,14 @@ the pipe down the ranks, stages P … 2P-1 the same layers once more, up the ran
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from pipex.errors import PlanError
+from pipex.plan.actions import Kind
 
 PlacementName = Literal["loop", "v", "wave", "bidirectional"]
 
@@ -36,7 +40,7 @@ class Edge(NamedTuple):
         return f"{self.kind} edge {self.source}→{self.destination}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
     """A map from stages to ranks.
 
@@ -75,14 +79,49 @@ class Placement:
             return range(self.ranks), range(self.ranks, self.stages)
         return (range(self.stages),)
 
-    @property
+    def before(self, stage: int) -> int | None:
+        """The stage whose output it takes, and which takes its input gradient; None for the first of a pipe."""
+        return self._before.get(stage)
+
+    def after(self, stage: int) -> int | None:
+        """The stage that takes its output, and whose input gradient it takes; None for the last of a pipe."""
+        return self._after.get(stage)
+
+    def piece(self, stage: int) -> int:
+        """Which piece of the model it holds: how many stages come before it in its pipe."""
+        return stage % len(self.pipes[0])
+
+    @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """All edges: neighbouring stages on different ranks, activations first, then gradients."""
-        neighbours = [(s, s + 1) for pipe in self.pipes for s in pipe[:-1] if self.rank_of(s) != self.rank_of(s + 1)]
-        return (
-            *(Edge(s, t, "activation") for s, t in neighbours),
-            *(Edge(t, s, "gradient") for s, t in neighbours),
-        )
+        return _both_ways((s, t) for s, t in self._after.items() if self.rank_of(s) != self.rank_of(t))
+
+    @cached_property
+    def edges_within_ranks(self) -> tuple[Edge, ...]:
+        """The same of neighbouring stages on one rank, between which nothing is sent."""
+        return _both_ways((s, t) for s, t in self._after.items() if self.rank_of(s) == self.rank_of(t))
+
+    @cached_property
+    def ends(self) -> dict[tuple[int, Kind], Edge]:
+        """The edge on which a stage's SEND_F, RECV_F, SEND_B or RECV_B works. None stands here where the pipe ends or
+        the neighbour is on the same rank, to which tensors go without a message."""
+        return {
+            end: edge
+            for edge in self.edges
+            for end in (
+                ((edge.source, Kind.SEND_F), (edge.destination, Kind.RECV_F))
+                if edge.kind == "activation"
+                else ((edge.source, Kind.SEND_B), (edge.destination, Kind.RECV_B))
+            )
+        }
+
+    @cached_property
+    def _after(self) -> dict[int, int]:
+        return {stage: following for pipe in self.pipes for stage, following in pairwise(pipe)}
+
+    @cached_property
+    def _before(self) -> dict[int, int]:
+        return {following: stage for stage, following in self._after.items()}
 
     def rank_of(self, stage: int) -> int:
         """The rank that holds ``stage`` (0 … stages-1)."""
@@ -93,3 +132,8 @@ class Placement:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that ``rank`` holds, rising."""
         return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
+
+
+def _both_ways(neighbours: Iterable[tuple[int, int]]) -> tuple[Edge, ...]:
+    pairs = list(neighbours)
+    return (*(Edge(s, t, "activation") for s, t in pairs), *(Edge(t, s, "gradient") for s, t in pairs))

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal, cast, get_args
 
 from pipex.errors import PlanError, PlanSyntaxError
-from pipex.plan.actions import Action, parse_action, syntax_error
+from pipex.plan.actions import Action, Kind, parse_action, syntax_error
 from pipex.plan.placement import Edge, Placement, PlacementName
 
 Orders = tuple[tuple[Action, ...], ...]
@@ -67,10 +67,21 @@ class Plan:
             if rows != self.placement.ranks:
                 raise PlanError(f"wrong number of {name}", got=rows, needed=f"{self.placement.ranks}, one per rank")
 
-    @cached_property
+    @property
     def edges(self) -> tuple[Edge, ...]:
         """All edges of the placement."""
         return self.placement.edges
+
+    def pipe_of(self, microbatch: int) -> range:
+        """The stages that the micro-batch passes: the pipe in which it has an F; the first, where it has none."""
+        pipes = self.placement.pipes
+        return pipes[self._pipe_numbers.get(microbatch, 0) if len(pipes) > 1 else 0]
+
+    @cached_property
+    def _pipe_numbers(self) -> dict[int, int]:
+        parts = [part for order in self.orders for action in order for part in action.each if part.kind is Kind.F]
+        last_first = reversed(list(enumerate(self.placement.pipes)))
+        return {part.microbatch: number for number, pipe in last_first for part in parts if part.stage in pipe}
 
     @property
     def weight_versions(self) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from pipex.plan.actions import NONE, Action, Kind
+from pipex.plan.bubbles import bubbles
 from pipex.plan.causality import causal_order
 from pipex.plan.communication import communicate
 from pipex.plan.costs import Costs
@@ -36,13 +36,7 @@ class Simulation:
 
     Attributes:
         timeline: per rank its compute actions in order, with start and end.
-        makespan: last end minus first start over all ranks. What a step costs that ends with a barrier: a gradient
-            norm, a loss that every rank learns.
-        span: last end minus first start of a rank; the largest over the ranks. What a step costs without a barrier,
-            as every rank then starts the next step when it has ended this one.
-        bubble_span: per rank the idle share between its first start and last end; the largest over the ranks (arXiv
-            2401.10241, section 5.3). The bubble of a step without a barrier.
-        bubble_makespan: idle share of all ranks over the whole makespan. The bubble of a step with a barrier.
+        makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
         peak_memory: per rank, in the unit of the costs.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
@@ -67,15 +61,9 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """
     costs.check(plan)
     timeline, slots_used = _run(plan, costs)
-    busy = [sum(end - start for _, start, end in row) for row in timeline]
-    spans = [row[-1].end - row[0].start for row in timeline]
-    makespan = max(row[-1].end for row in timeline) - min(row[0].start for row in timeline)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
-        makespan=makespan,
-        span=max(spans),
-        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, spans, strict=True)),
-        bubble_makespan=_idle_share(sum(busy), len(busy) * makespan),
+        **bubbles([[(start, end) for _, start, end in row] for row in timeline])._asdict(),
         peak_memory=peak_memory(plan, costs.activation, costs.deferred),
         slots_used=slots_used,
     )
@@ -146,28 +134,30 @@ def _links(
 ) -> dict[Kind, list[_Link]]:
     """Per kind and stage."""
     stages, microbatches = plan.placement.stages, plan.microbatches
-    pairs = [pair for pipe in plan.placement.pipes for pair in pairwise(pipe)]
-    previous, following = {t: s for s, t in pairs}, dict(pairs)
+    placement = plan.placement
 
-    def link(stage: int, takes: float, first: int, edge: Literal["activation", "gradient"]) -> _Link:
-        sources, targets = (previous, following) if edge == "activation" else (following, previous)
-        source = sources.get(stage, NONE)
-        incoming, outgoing = Edge(source, stage, edge), Edge(stage, targets.get(stage, NONE), edge)
+    def link(stage: int, takes: float, first: int, source: int | None, receive: Kind, send: Kind) -> _Link:
+        incoming, outgoing = placement.ends.get((stage, receive)), placement.ends.get((stage, send))
         return _Link(
             takes,
-            source=first + source * microbatches if source != NONE else NONE,
-            hop=costs.hop[incoming] if incoming in received else 0.0,
-            received=received.get(incoming),
+            source=NONE if source is None else first + source * microbatches,
+            hop=costs.hop[incoming] if incoming else 0.0,
+            received=received[incoming] if incoming else None,
             result=first + stage * microbatches,
-            sent=sent.get(outgoing),
+            sent=sent[outgoing] if outgoing else None,
         )
 
-    gradients = stages * microbatches
-    forward, i, w = costs.forward, costs.input_gradient, costs.weight_gradient
+    def forward(stage: int) -> _Link:
+        return link(stage, costs.forward[stage], 0, placement.before(stage), Kind.RECV_F, Kind.SEND_F)
+
+    def backward(stage: int, takes: float) -> _Link:
+        return link(stage, takes, stages * microbatches, placement.after(stage), Kind.RECV_B, Kind.SEND_B)
+
+    i, w = costs.input_gradient, costs.weight_gradient
     return {
-        Kind.F: [link(s, forward[s], 0, "activation") for s in range(stages)],
-        Kind.I: [link(s, i[s], gradients, "gradient") for s in range(stages)],
-        Kind.B: [link(s, i[s] + w[s], gradients, "gradient") for s in range(stages)],
+        Kind.F: [forward(s) for s in range(stages)],
+        Kind.I: [backward(s, i[s]) for s in range(stages)],
+        Kind.B: [backward(s, i[s] + w[s]) for s in range(stages)],
         Kind.W: [_Link(w[s], NONE, 0.0, None, NONE, None) for s in range(stages)],
     }
 
@@ -178,10 +168,6 @@ def _explain(plan: Plan) -> NoReturn:
         pass
     validate(plan)
     raise AssertionError("a valid plan comes to its end")
-
-
-def _idle_share(busy: float, total: float) -> float:
-    return 1 - busy / total if total else 0.0
 
 
 def _most_under_way(sent: list[float], received: list[float]) -> int:

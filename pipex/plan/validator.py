@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, Action, Kind
-from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order, edge_of
+from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order
 from pipex.plan.communication import communicate
-from pipex.plan.placement import Edge
+from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 
 
@@ -37,7 +37,7 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
     where = _index(events)
     _check_complete(plan, where)
     for event in events:
-        _check_order_on_rank(event, where)
+        _check_order_on_rank(plan.placement, event, where)
     _check_message_order(plan)
     for _ in causal_order(communicate(plan), plan.placement, slots):
         pass  # to reach the end is the proof
@@ -80,7 +80,7 @@ def _index(events: list[Event]) -> dict[Action, Event]:
 def _check_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
     """Stops at the first gap, so a text that promises a huge M and has few actions is refused at once."""
     for microbatch in range(plan.microbatches):
-        pipe = _pipe_of(plan, microbatch, where)
+        pipe = plan.pipe_of(microbatch)
         for stage in range(plan.placement.stages):
             rank = plan.placement.rank_of(stage)
             has = {kind: Action(stage, kind, microbatch) in where for kind in COMPUTE}
@@ -106,46 +106,43 @@ def _check_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
                 raise PlanError(problem, got=got, needed="B, or I and W")
 
 
-def _pipe_of(plan: Plan, microbatch: int, where: Mapping[Action, Event]) -> range:
-    """The pipe that the micro-batch passes: the first in which it has an F."""
-    pipes = plan.placement.pipes
-    return next((p for p in pipes if any(Action(s, Kind.F, microbatch) in where for s in p)), pipes[0])
-
-
-def _check_order_on_rank(event: Event, where: Mapping[Action, Event]) -> None:
-    for needed in _needs(event.action):
+def _check_order_on_rank(placement: Placement, event: Event, where: Mapping[Action, Event]) -> None:
+    for needed in _needs(placement, event.action):
         first = where.get(needed)
         if first is not None and first.rank == event.rank and first.position >= event.position:
             before = "comes before" if first.position > event.position else "runs together with"
             raise PlanError(f"{event} {before} what it needs, {needed} at position {first.position}")
 
 
-def _needs(action: Action) -> Iterator[Action]:
+def _needs(placement: Placement, action: Action) -> Iterator[Action]:
     """What must have run before ``action``, as far as it exists in the plan."""
     stage, kind, microbatch, _ = action
     match kind:
         case Kind.F:
-            yield Action(stage - 1, Kind.F, microbatch)
+            if (before := placement.before(stage)) is not None:
+                yield Action(before, Kind.F, microbatch)
         case Kind.I | Kind.B:
             yield Action(stage, Kind.F, microbatch)
-            yield Action(stage + 1, Kind.I, microbatch)
-            yield Action(stage + 1, Kind.B, microbatch)
+            if (after := placement.after(stage)) is not None:
+                yield Action(after, Kind.I, microbatch)
+                yield Action(after, Kind.B, microbatch)
         case Kind.W:
             yield Action(stage, Kind.I, microbatch)
 
 
 def _check_message_order(plan: Plan) -> None:
     """An edge hands messages over in the order sent; the receiver must want them in that order."""
+    ends = plan.placement.ends
     sent: dict[Edge, list[int]] = {edge: [] for edge in plan.edges}
     wanted: dict[Edge, list[tuple[Event, int]]] = {edge: [] for edge in plan.edges}
     for rank, order in enumerate(communicate(plan)):
         position = 0
         for action in order:
             if action.kind in SENDS:
-                sent[edge_of(action)].append(action.microbatch)
+                sent[ends[action.stage, action.kind]].append(action.microbatch)
             elif action.kind in RECEIVES:
                 event = Event(rank, position, plan.orders[rank][position])
-                wanted[edge_of(action)].append((event, action.microbatch))
+                wanted[ends[action.stage, action.kind]].append((event, action.microbatch))
             else:
                 position += 1
     for edge in plan.edges:

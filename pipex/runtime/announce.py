@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipex.plan import Placement
 from pipex.runtime import seeding
 from pipex.runtime.agreement import share
 from pipex.runtime.stage_runner import StageRunner, output_tensors
@@ -26,8 +26,8 @@ class Forms:
     """The messages of one micro-batch, by stage.
 
     Attributes:
-        activation: what stage s receives from s-1.
-        gradient: what stage s receives from s+1: one gradient per floating tensor of its output.
+        activation: what it receives from the stage before it.
+        gradient: what it receives from the stage after it: one gradient per floating tensor of its output.
     """
 
     activation: dict[int, Form] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Forms:
 
 def announce(
     world: World,
-    rank_of: Sequence[int],
+    placement: Placement,
     runners: Mapping[int, StageRunner],
     samples: Mapping[int, tuple[Tensor, ...] | None],
     device: torch.device,
@@ -44,28 +44,26 @@ def announce(
     """Collective. Returns the forms by micro-batch size, the same on every rank.
 
     Args:
-        rank_of: rank of each stage.
-        samples: for each micro-batch size a real micro-batch; None where this rank does not hold stage 0.
+        placement: which rank holds which stage.
+        samples: for each micro-batch size a real micro-batch; None where this rank does not hold the first stage.
     """
     result = {size: Forms() for size in samples}
-    for stage, rank in enumerate(rank_of[:-1]):
+    (pipe,) = placement.pipes
+    for stage in pipe:
+        rank, after = placement.rank_of(stage), placement.after(stage)
         own = {}
         if rank == world.rank:
             for size, sample in samples.items():
-                inputs = sample if stage == 0 else _zeros(result[size].activation[stage], device)
+                inputs = sample if runners[stage].first else _zeros(result[size].activation[stage], device)
                 assert inputs is not None
                 own[size] = _encode(_probe(runners[stage], inputs, device))
+        if after is None:  # nothing to announce, but its random layers had to be found too
+            break
         for size, encoded in share(world, "the announcement", own)[rank].items():
             form = _decode(encoded)
             forms = result[int(size)]
-            forms.activation[stage + 1] = form
+            forms.activation[after] = form
             forms.gradient[stage] = tuple(t for t in form if t.differentiable)
-    last = len(rank_of) - 1
-    if last in runners:  # nothing to announce, but its random layers must be found too
-        for size, sample in samples.items():
-            inputs = sample if last == 0 else _zeros(result[size].activation[last], device)
-            assert inputs is not None
-            _probe(runners[last], inputs, device)
     return result
 
 
@@ -73,15 +71,18 @@ def _probe(runner: StageRunner, inputs: tuple[Tensor, ...], device: torch.device
     """One forward, layer by layer; returns the form of its output and notes the layers that draw random numbers."""
     generator = seeding.generator(device)
     drawing = set()
-    values: Any = inputs
+
+    @contextmanager
+    def watched(position: int) -> Iterator[None]:
+        before = generator.get_state()
+        yield
+        if not torch.equal(before, generator.get_state()):
+            drawing.add(position)
+
     with torch.no_grad(), _buffers_kept(runner.stage), seeding.seeded(device, 0):
-        for position, layer in enumerate(runner.stage.layers):
-            before = generator.get_state()
-            values = layer(*(values if isinstance(values, tuple) else (values,)))
-            if not torch.equal(before, generator.get_state()):
-                drawing.add(position)
+        output = runner.stage.run(inputs, watched)
     runner.random_layers |= drawing
-    return () if runner.last else form_of(output_tensors(runner.stage, values))
+    return () if runner.last else form_of(output_tensors(runner.stage, output))
 
 
 @contextmanager

@@ -1,43 +1,56 @@
-"""Saving and loading a pipeline, all ranks together."""
+"""Saving and loading a model in stages and its optimizer, all ranks together.
+
+``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pipex import state
 from pipex.errors import CheckpointError, PipexError
+from pipex.partition import Stage
 from pipex.runtime.agreement import share
-
-if TYPE_CHECKING:
-    from pipex.runtime.pipeline import Pipeline
+from pipex.transport.interface import World
 
 
-def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> str | None:
+def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
+    """The tensors of stages by name; of a tied parameter the replica in the first, which is the optimizer's."""
+    names: dict[str, Tensor] = {}
+    for stage in stages:
+        names = stage.names | names
+    return names
+
+
+def save(
+    world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, step: int,
+    directory: str | os.PathLike[str], meta: Mapping[str, Any],
+) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
     Returns:
         None if it is saved; otherwise what went wrong, the same on every rank, and nothing of this attempt is left.
     """
-    path, rank, step = Path(directory), pipeline.world.rank, pipeline.steps
-    names = _names(pipeline)
+    path, rank = Path(directory), world.rank
     shard = None
     error = ""
     try:
         tensors = state.model_state(names)
         values: dict[str, Any] = {}
-        if pipeline.optimizer is not None:
-            optimizer_tensors, values = state.optimizer_state(pipeline.optimizer, names)
+        if optimizer is not None:
+            optimizer_tensors, values = state.optimizer_state(optimizer, names)
             tensors |= optimizer_tensors
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
-    said = share(pipeline.world, "save", [shard, error])
+    said = share(world, "save", [shard, error])
     shards = [theirs for theirs, _ in said if theirs is not None]
     errors = [text for _, text in said if text]
     if rank == 0 and not errors:
@@ -45,7 +58,7 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
             state.commit(path, step, shards, {"pipex": dict(meta)})
         except CheckpointError as failure:
             errors = [f"rank 0: {failure}"]
-    errors = share(pipeline.world, "save", errors)[0]
+    errors = share(world, "save", errors)[0]
     if not errors:
         return None
     if rank == 0:
@@ -54,31 +67,27 @@ def save(pipeline: Pipeline, directory: str | os.PathLike[str], meta: Mapping[st
     return f"no checkpoint was saved in {path}; the one before it stays: {'; '.join(errors)}"
 
 
-def load(pipeline: Pipeline, directory: str | os.PathLike[str]) -> dict[str, Any]:
+def load(
+    names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
+    directory: str | os.PathLike[str],
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """Restores this rank's part.
 
+    Args:
+        whole: the tensors of the whole model by name; only their shapes and dtypes are read.
+
+    Returns:
+        the optimizer steps that were done, and the ``meta`` that was saved.
+
     Raises:
-        CheckpointError: as ``Pipeline.load``.
+        CheckpointError: there is none, it is damaged, or it is of another model.
     """
     checkpoint = state.Checkpoint.open(Path(directory))
-    names = _names(pipeline)
-    every: dict[str, Tensor] = {}
-    for stage in pipeline.stages:
-        every |= stage.names
-    state.check_model(checkpoint, every)
+    state.check_model(checkpoint, whole)
     state.load_model_state(checkpoint, names)
-    if pipeline.optimizer is not None:
-        state.load_optimizer_state(checkpoint, pipeline.optimizer, names)
-    pipeline.steps = checkpoint.step
+    if optimizer is not None:
+        state.load_optimizer_state(checkpoint, optimizer, names)
     meta = checkpoint.meta["pipex"]
     if not isinstance(meta, dict):
         raise PipexError(f"{directory} was not saved by a pipeline")
-    return meta
-
-
-def _names(pipeline: Pipeline) -> dict[str, Tensor]:
-    """This rank's tensors by name. Of a tied parameter the replica that the optimizer knows."""
-    names: dict[str, Tensor] = {}
-    for stage in reversed(pipeline.local_stages):
-        names |= stage.names
-    return names
+    return checkpoint.step, meta

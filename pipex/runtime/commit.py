@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
+from pipex.torch_internals import foreach_norm
 from pipex.transport.interface import EdgeSpec, Links, World, form_of
 
 
@@ -88,7 +89,7 @@ class Gradients:
         if clip_norm is not None:
             for stage, parameters in self._owned.items():
                 gradients = [p.grad for p in parameters if p.grad is not None]
-                norms[stage] = [_encode(norm) for norm in torch._foreach_norm(gradients)] if gradients else []
+                norms[stage] = [_encode(norm) for norm in foreach_norm(gradients)] if gradients else []
         shared = share(self._world, "the end of a step", {"loss": loss, "norms": norms})
         if clip_norm is not None:
             # In model order, whatever the placement: the bits of the total do not depend on the cut.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.announce import Forms
 from pipex.runtime.stage_runner import StageRunner
-from pipex.transport.interface import EdgeKind, EdgeSpec, Links, Receiver, Sender, World
-from pipex.transport.local import LocalEdge
+from pipex.transport.interface import Links, Receiver, Sender, World
 
 
 @dataclass(slots=True)
@@ -44,6 +43,8 @@ class _Ends:
     activation_out: Sender | None = None
     gradient_in: Receiver | None = None
     gradient_out: Sender | None = None
+    sends: frozenset[Kind] = frozenset()
+    """what the plan sends from this stage by actions of their own"""
     outbox: dict[tuple[Kind, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
@@ -63,15 +64,17 @@ class Executor:
         times: Times,
     ) -> None:  # fmt: skip
         self._world = world
+        self._placement = plan.placement
         self._runners = runners
         self._times = times
-        self._ends = {stage: _Ends() for stage in runners}
-        split = {(a.stage, a.microbatch) for a in order if a.kind is Kind.I}
-        weights = [(a.stage, a.microbatch) if a.kind is Kind.W else None for a in order]
-        self._another_follows = {w for w, next_ in pairwise(weights) if w and next_ and w[0] == next_[0]}
-        self._split = {(a.stage, a.microbatch): (a.stage, a.microbatch) in split for a in order if a.kind is Kind.F}
-        self._program: list[tuple[Callable[[StageRunner, _Ends, int], None], StageRunner, _Ends, int]] = [
-            (getattr(self, f"_{action.kind.name}"), runners[action.stage], self._ends[action.stage], action.microbatch)
+        sends = (Kind.SEND_F, Kind.SEND_B)
+        self._ends = {
+            stage: _Ends(sends=frozenset(a.kind for a in order if a.stage == stage and a.kind in sends))
+            for stage in runners
+        }
+        self._deferral = deferral((a.kind.value, a.stage, a.microbatch) for a in order)
+        self._program = [
+            (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
         ]
         # Evaluation goes micro-batch by micro-batch through this rank's stages: free of deadlock with one slot.
@@ -82,29 +85,25 @@ class Executor:
         ]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), (), ())
+        self._first_position = 0  # of the program, as the world counts; known when it is connected
 
     def connect(self, links: Links) -> None:
-        """Takes this rank's ends of all edges."""
+        """Takes this rank's ends of all edges, of those between its own stages too."""
+        self._first_position = links.first_position
         for stage, ends in self._ends.items():
-            ends.activation_in = links.receivers.get((stage - 1, stage, "activation"))
-            ends.activation_out = links.senders.get((stage, stage + 1, "activation"))
-            ends.gradient_in = links.receivers.get((stage + 1, stage, "gradient"))
-            ends.gradient_out = links.senders.get((stage, stage - 1, "gradient"))
-        for stage in self._ends:
-            if stage + 1 in self._ends:
-                down, up = (
-                    LocalEdge(EdgeSpec(s, d, kind, self._world.rank, self._world.rank, slots=0, alive=0, form=()))
-                    for s, d, kind in _local_edges(stage)
-                )
-                self._ends[stage].activation_out = self._ends[stage + 1].activation_in = down
-                self._ends[stage + 1].gradient_out = self._ends[stage].gradient_in = up
+            if (before := self._placement.before(stage)) is not None:
+                ends.activation_in = links.receivers[before, stage, "activation"]
+                ends.gradient_out = links.senders[stage, before, "gradient"]
+            if (after := self._placement.after(stage)) is not None:
+                ends.activation_out = links.senders[stage, after, "activation"]
+                ends.gradient_in = links.receivers[after, stage, "gradient"]
 
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data
         self._times.start()
         at, step = self._world.at, data.step
-        for position, (run, runner, ends, microbatch) in enumerate(self._program):
+        for position, (run, runner, ends, microbatch) in enumerate(self._program, self._first_position):
             at(step, position)
             run(runner, ends, microbatch)
 
@@ -122,7 +121,13 @@ class Executor:
         for ends in self._ends.values():
             ends.outbox.clear()
 
-    # One method per kind of action, named after it.
+    # One method per kind of action, named after it, and two for an I and its W that are not apart.
+
+    def _method_of(self, action: Action) -> Callable[[StageRunner, _Ends, int], None]:
+        if action.kind in (Kind.I, Kind.W) and (action.stage, action.microbatch) not in self._deferral.split:
+            return self._I_with_W if action.kind is Kind.I else self._W_made_with_I
+        method: Callable[[StageRunner, _Ends, int], None] = getattr(self, f"_{action.kind.name}")
+        return method
 
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
@@ -130,7 +135,7 @@ class Executor:
         begin = self._times.now()
         outputs = runner.forward(
             data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
-            data.weights[microbatch], self._split[runner.index, microbatch],
+            data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
         )  # fmt: skip
         self._note(begin, Kind.F, runner, microbatch)
         self.peak_live = max(self.peak_live, sum(len(r.live) for r in self._runners.values()))
@@ -140,10 +145,16 @@ class Executor:
     def _I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._backward(Kind.I, runner.backward_input, runner, ends, microbatch)
 
+    def _I_with_W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        self._backward(Kind.I, runner.backward, runner, ends, microbatch)
+
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = self._times.now()
-        runner.backward_weight(microbatch, (runner.index, microbatch) in self._another_follows)
+        runner.backward_weight(microbatch, (runner.index, microbatch) in self._deferral.followed)
         self._note(begin, Kind.W, runner, microbatch)
+
+    def _W_made_with_I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        self._note(self._times.now(), Kind.W, runner, microbatch)  # I has taken all the time, W takes none
 
     def _B(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         self._backward(Kind.B, runner.backward, runner, ends, microbatch)
@@ -195,11 +206,12 @@ class Executor:
     def _hand_over(
         self, kind: Kind, ends: _Ends, sender: Sender | None, microbatch: int, tensors: tuple[Tensor, ...]
     ) -> None:
-        """To a stage of this rank at once; to another rank when the plan's SEND says so."""
-        if isinstance(sender, LocalEdge):
-            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
-        else:
+        """When the plan's SEND says so; at once where it has none, since the next stage is on this rank too."""
+        if kind in ends.sends:
             ends.outbox[kind, microbatch] = tensors
+        else:
+            assert sender is not None
+            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
 
     def _send(self, kind: Kind, runner: StageRunner, ends: _Ends, sender: Sender | None, microbatch: int) -> None:
         assert sender is not None
@@ -219,8 +231,3 @@ class Executor:
 
     def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
         self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)
-
-
-def _local_edges(stage: int) -> tuple[tuple[int, int, EdgeKind], tuple[int, int, EdgeKind]]:
-    """Between ``stage`` and the next one, where both are on one rank."""
-    return (stage, stage + 1, "activation"), (stage + 1, stage, "gradient")

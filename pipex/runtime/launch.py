@@ -10,7 +10,6 @@ The parent's death kills the ranks (PR_SET_PDEATHSIG). No socket is opened and n
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -27,8 +26,9 @@ from typing import Any
 
 import torch
 
-from pipex.errors import InputError, PeerError, PeerFailed, PeerLost, PeerStalled, PipexError, headline
+from pipex.errors import InputError, PeerError, PeerFailed, PipexError, headline, peer_error
 from pipex.runtime import worlds
+from pipex.torch_internals import import_compiler
 from pipex.transport.host import TIMEOUT, HostRun
 from pipex.transport.solo import SoloWorld
 
@@ -36,7 +36,6 @@ GRACE = 5.0
 """Seconds that the other ranks have to end by themselves after the first has failed."""
 
 _Report = dict[str, Any]
-_PEER_ERRORS: dict[str, type[PeerError]] = {error.__name__: error for error in (PeerLost, PeerStalled, PeerFailed)}
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
@@ -128,7 +127,7 @@ class _Launcher:
         forking = self._device == "cpu" and _fork_is_safe(self._run.ranks)
         context = multiprocessing.get_context("fork" if forking else "spawn")
         if forking:
-            importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would: a second each
+            import_compiler()  # or the first optimizer of every rank would: a second each
         with _interrupts_held_back():
             self._start_ranks(context, forking)
 
@@ -192,11 +191,11 @@ class _Launcher:
         errors = {rank: report["error"] for rank, report in enumerate(reports) if report and "error" in report}
         for error in errors.values():
             if error["peer"] is not None:
-                return _PEER_ERRORS[error["type"]](error["problem"], **error["peer"])
+                return peer_error(**error["peer"])
         for rank, error in errors.items():
-            return PeerFailed("failed", remote=error["problem"], rank=rank)
+            return peer_error("failed", error["headline"], rank=rank)
         rank = reports.index(None)
-        return PeerLost(f"is gone: {self._ends[rank]}", rank=rank)
+        return peer_error("lost", f"is gone: {self._ends[rank]}", rank=rank)
 
 
 def _rank_main(
@@ -229,13 +228,12 @@ def _rank_main(
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, PeerError):
-        place = {"rank": error.rank, "step": error.step, "stage": error.stage, "action": error.action,
-                 "microbatch": error.microbatch}  # fmt: skip
-        if isinstance(error, PeerFailed):
-            place["remote"] = error.remote
-        return {"type": type(error).__name__, "problem": error.problem, "peer": place}
-    return {"type": type(error).__name__, "problem": headline(error), "peer": None}
+    """What the launcher is told: the arguments of ``peer_error``, or the headline of an exception of this rank."""
+    if not isinstance(error, PeerError):
+        return {"headline": headline(error), "peer": None}
+    text = error.remote if isinstance(error, PeerFailed) else error.problem
+    return {"peer": {"ending": error.ending, "text": text, "rank": error.rank, "step": error.step,
+                     "stage": error.stage, "action": error.action, "microbatch": error.microbatch}}  # fmt: skip
 
 
 def _receive(pipe: Connection) -> _Report | None:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from time import monotonic_ns
 from typing import Any
 
@@ -21,12 +20,13 @@ from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, microbatch, tied
 from pipex.runtime.agreement import agree
-from pipex.runtime.announce import Forms, announce
+from pipex.runtime.arguments import check_arguments
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
+from pipex.runtime.wiring import Wiring
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import EdgeSpec, Form, Links, Phase
+from pipex.transport.interface import Phase
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -74,13 +74,9 @@ class Pipeline:
         self._clip_norm = clip_norm
         self._observer = observer
         self._failed: BaseException | None = None
-        self._links: Links | None = None
-        self._specs: list[EdgeSpec] = []
-        self._open_for = ""
-        self._announced: dict[str, dict[int, Forms]] = {}
         with self._together():
             plans.validate(plan)
-            self._check_arguments(stages, loss_fn)
+            check_arguments(plan, self.world.ranks, stages, loss_fn)
             said = {
                 "ranks": plan.placement.ranks,
                 "micro-batches": plan.microbatches,
@@ -98,18 +94,19 @@ class Pipeline:
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
             self._runners = {
-                s: StageRunner(self.stages[s].to(device), placement.stages, loss_fn, device, seed, exact)
+                s: StageRunner(self.stages[s].to(device), placement, loss_fn, device, seed, exact)
                 for s in placement.stages_of(rank)
             }
             trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
             self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
             parameters = self._gradients.optimized
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
-            self._runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-            orders = plans.communicate(self._runnable)
-            self.world.namer = lambda rank, position: _name(orders[rank][position])
+            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            orders = plans.communicate(runnable)
+            tied_edges = self._gradients.edges()
+            self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)
             self._times = times_of(self.world.device, observer)
-            self._executor = Executor(self.world, self._runnable, orders[rank], self._runners, self._times)
+            self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -144,9 +141,8 @@ class Pipeline:
             data = self._begin(step, batch, target, training=True)
             self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
-            assert self._links is not None
-            self._gradients.reduce_ties(step, self._links)
-            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+            self._gradients.reduce_ties(step, self._wiring.links)
+            self._wiring.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._times.finish()
             self._done(begin, step, Phase.REDUCE)
@@ -170,8 +166,7 @@ class Pipeline:
                 data = self._begin(self.steps + 1, batch, target, training=False)
                 self.world.at(self.steps + 1, Phase.EVALUATING)
                 self._executor.evaluate(data)
-                assert self._links is not None
-                self._links.flush()
+                self._wiring.links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
                 self.world.at(self.steps, Phase.IDLE)
@@ -191,7 +186,9 @@ class Pipeline:
         """
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
-            problem = checkpoint.save(self, directory, meta or {})
+            problem = checkpoint.save(
+                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {}
+            )
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
             raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
@@ -203,19 +200,20 @@ class Pipeline:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
         with self._together():
-            return checkpoint.load(self, directory)
+            own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
+            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory)
+            return found
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
-        if self._links is not None:
-            self._links.close()
-            self._links = None
+        self._wiring.close()
 
     # The start of a step.
 
     def _begin(self, step: int, batch: Any, target: Any, *, training: bool) -> StepData:
         self.world.at(step, Phase.START)
-        first, last = 0 in self._runners, len(self._rank_of) - 1 in self._runners
+        runners = self._runners.values()
+        first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
         inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
         targets = None if target is None else microbatch.as_tensors(target, "the target")
         for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
@@ -237,52 +235,12 @@ class Pipeline:
         if last and targets:
             cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
             target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
-        forms = self._forms(json.dumps(agreed["batch"]), training, sizes, pieces)
+        samples_of = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
+        forms = self._wiring.forms(f"{training} {json.dumps(agreed['batch'])}", samples_of)
+        self._executor.connect(self._wiring.links)
         return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
 
-    def _forms(
-        self, signature: str, training: bool, sizes: list[int], pieces: list[tuple[Tensor, ...]]
-    ) -> dict[int, Forms]:
-        """The announced messages for batches like this one; opens the edges, and larger ones where they need them."""
-        key = f"{training} {signature}"
-        if key not in self._announced:
-            samples = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
-            self._announced[key] = announce(self.world, self._rank_of, self._runners, samples, self.world.device)
-        if key != self._open_for:
-            self._open(self._announced[key][sizes[0]])
-            self._open_for = key
-        return self._announced[key]
-
-    def _open(self, forms: Forms) -> None:
-        """Opens all edges between ranks, in one global order, unless the open ones are large enough."""
-        slots, alive = plans.slots_needed(self._runnable), plans.alive(self._runnable)
-        specs = self._gradients.edges()
-        for edge in self.plan.edges:
-            form = (forms.activation if edge.kind == "activation" else forms.gradient)[edge.destination]
-            source, destination = self._rank_of[edge.source], self._rank_of[edge.destination]
-            specs.append(EdgeSpec(*edge, source, destination, slots[edge], alive[edge], form))
-        if self._links is not None:
-            if all(_fits(spec.form, opened.form) for spec, opened in zip(specs, self._specs, strict=True)):
-                return
-            specs = [replace(s, form=_larger(s.form, o.form)) for s, o in zip(specs, self._specs, strict=True)]
-            self.close()
-        self._links, self._specs = self.world.open(specs, self.plan.digest), specs
-        self._executor.connect(self._links)
-
     # Agreement, failure, progress.
-
-    def _check_arguments(self, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
-        placement = self.plan.placement
-        check_runnable(self.plan)
-        if placement.ranks != self.world.ranks:
-            raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
-                             needed=f"{self.world.ranks}, as launched")  # fmt: skip
-        if len(stages) != placement.stages:
-            needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
-            raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
-        if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
-            raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
-                             fix="make it part of the last stage")  # fmt: skip
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -298,7 +256,7 @@ class Pipeline:
 
     def _loss(self) -> float | None:
         """The sum of the weighted losses in rising micro-batch order, on the last stage's rank."""
-        runner = self._runners.get(len(self._rank_of) - 1)
+        runner = next((r for r in self._runners.values() if r.last), None)
         if runner is None:
             return None
         total, *rest = (runner.losses[m] for m in range(self.plan.microbatches))
@@ -315,37 +273,9 @@ class Pipeline:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
 
 
-def check_runnable(plan: Plan) -> None:
-    """Raises InputError for a plan that needs more than one copy or version of the weights."""
-    copies = len(plan.placement.pipes) > 1
-    if copies or plan.update in ("microbatch", "delayed"):
-        what = "two copies of the model" if copies else "older versions of the weights"
-        raise InputError(
-            f"{plan.family} can be planned and simulated, but not run",
-            got=f"a plan with {what}",
-            needed="one copy of the weights",
-            fix="run a synchronous schedule of one pipe, such as interleaved-zb or zbv",
-        )
-
-
 def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameters))
 
 
 def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
     return None if tensors is None else [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
-
-
-def _name(action: plans.Action) -> tuple[str, int, int]:
-    return str(action), action.stage, action.microbatch
-
-
-def _fits(form: Form, opened: Form) -> bool:
-    return len(form) == len(opened) and all(f.nbytes <= o.nbytes for f, o in zip(form, opened, strict=True))
-
-
-def _larger(form: Form, opened: Form) -> Form:
-    """Room for both, so that batches of two shapes in turn do not open edges again and again."""
-    if len(form) != len(opened):
-        return form
-    return tuple(f if f.nbytes >= o.nbytes else o for f, o in zip(form, opened, strict=True))

@@ -89,12 +89,10 @@ class OneProcess:
             yield loss.reshape(()) * (piece[0].shape[0] / samples)
 
     def _forward(self, number: int, inputs: tuple[Tensor, ...]) -> Any:
+        device = inputs[0].device
         values: Any = inputs
         for stage in self.stages:
-            for position, layer in enumerate(stage.layers):
-                arguments = values if isinstance(values, tuple) else (values,)
-                # Seeding a layer that draws nothing changes nothing.
-                layer_seed = seeding.mix(self._seed, self.steps + 1, number, stage.first_layer + position)
-                with seeding.seeded(arguments[0].device, layer_seed):
-                    values = layer(*arguments)
+            seeds = seeding.of_layers(device, self._seed, self.steps + 1, number, stage.first_layer)
+            # Seeding a layer that draws nothing changes nothing.
+            values = stage.run(values if isinstance(values, tuple) else (values,), seeds)
         return values

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -26,6 +26,13 @@ def mix(seed: int, step: int, microbatch: int, layer: int) -> int:
     """A 63-bit seed; unrelated for any two different arguments."""
     packed = struct.pack("<4q", seed, step, microbatch, layer)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def of_layers(
+    device: torch.device, seed: int, step: int, microbatch: int, first_layer: int
+) -> Callable[[int], AbstractContextManager[None]]:
+    """For ``Stage.run``: the seed of each layer of a stage, whose first one is ``first_layer`` of the model."""
+    return lambda position: seeded(device, mix(seed, step, microbatch, first_layer + position))
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, UnsupportedModule
-from pipex.partition import Stage
+from pipex.partition.stage import NOTHING, Stage
+from pipex.plan import Placement
 from pipex.runtime import seeding
+from pipex.torch_internals import storage_id
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -38,7 +40,7 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
 def _memory(tensor: Tensor) -> int:
     """The same for all views of the same memory; 0 for a sparse tensor, which has no storage of its own."""
     # Not the address: a tensor subclass that wraps others has a storage without one.
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+    return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
 def differentiable(tensor: Tensor) -> bool:
@@ -61,7 +63,7 @@ class StageRunner:
 
     Args:
         stage: the stage; the runner owns it while the pipeline lives.
-        stages: number of stages of the whole pipeline.
+        placement: of the whole pipeline's stages.
         loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
         device: where the stage lives.
         seed: seed of all random layers.
@@ -69,12 +71,18 @@ class StageRunner:
     """
 
     def __init__(
-        self, stage: Stage, stages: int, loss_fn: LossFunction, device: torch.device, seed: int, exact: bool | None
+        self,
+        stage: Stage,
+        placement: Placement,
+        loss_fn: LossFunction,
+        device: torch.device,
+        seed: int,
+        exact: bool | None,
     ) -> None:
         self.stage = stage
         self.index = stage.index
-        self.first = stage.index == 0
-        self.last = stage.index == stages - 1
+        self.first = placement.before(stage.index) is None
+        self.last = placement.after(stage.index) is None
         self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
@@ -88,16 +96,8 @@ class StageRunner:
         """The stage's output, with its random layers seeded while it trains."""
         if not self.random_layers or not self.stage.training:
             return self.stage(*inputs)
-        values: Any = inputs
-        for position, layer in enumerate(self.stage.layers):
-            arguments = values if isinstance(values, tuple) else (values,)
-            if position in self.random_layers:
-                number = seeding.mix(self._seed, step, microbatch, self.stage.first_layer + position)
-                with seeding.seeded(self._device, number):
-                    values = layer(*arguments)
-            else:
-                values = layer(*arguments)
-        return values
+        seeds = seeding.of_layers(self._device, self._seed, step, microbatch, self.stage.first_layer)
+        return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
@@ -108,7 +108,8 @@ class StageRunner:
             inputs: received tensors, or the micro-batch on stage 0.
             target: the micro-batch's target; read on the last stage only.
             weight: the micro-batch's share of the batch's samples; its mean loss is scaled by it before backward.
-            split: whether I and W will follow, rather than B.
+            split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
+                follow, rather than ``backward``.
         """
         if not self.first:
             for tensor in inputs:
@@ -174,7 +175,7 @@ class StageRunner:
         tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """B: the whole backward in one pass of autograd's engine."""
+        """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
         inputs = [t for t in live.inputs if t.requires_grad]
         if live.roots:

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import InputError, NativeUnavailable
-from pipex.transport.header import mismatch
+from pipex.torch_internals import from_dlpack
+from pipex.transport.header import describe, mismatch
 from pipex.transport.host import TIMEOUT, HostLinks, HostReceiver, HostRun, HostSender, HostWorld, dense, ring_sizes
-from pipex.transport.interface import EdgeSpec, Form, Links
-from pipex.transport.local import LocalEdge
+from pipex.transport.interface import EdgeSpec, Form, Links, Orders, check_number
+from pipex.transport.opening import exchange_offers
 from pipex.transport.staged import StagedLinks
 
 LIBRARY = "libcuda.so.1"
@@ -76,18 +77,12 @@ class DeviceWorld(HostWorld):
                 "hardly overlap; leave it unset", RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> Links:
-        """Opens all edges (see the interface).
-
-        Raises:
-            ConfigMismatch: ranks gave different edges or digests.
-            OutOfSharedMemory, OutOfDeviceMemory: there is no memory for the rings.
-            CudaError: a call of the driver failed.
-            PeerError: another rank ended the run.
-        """
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> Links:
+        """Opens all edges (see the interface); also raises CudaError, where a call of the driver failed."""
+        first_position = self._places.add(digest, orders)
         self.exchange(b"")  # all have closed what was open before
         self._device_rank.free_retired()
-        links = DeviceLinks(self)
+        links = DeviceLinks(self, first_position)
         problem = self._try_to_open(links, specs, digest)
         if problem is None:
             self.staged = None
@@ -99,7 +94,7 @@ class DeviceWorld(HostWorld):
                 f"tensors between ranks go over host memory, which is slower: {problem}", RuntimeWarning, stacklevel=2
             )
         self.staged = problem
-        staged = StagedLinks(super().open(specs, digest), self.device)
+        staged = StagedLinks(super().open(specs, digest, orders), self.device)
         self._device_rank.free_retired()
         return staged
 
@@ -113,7 +108,7 @@ class DeviceWorld(HostWorld):
                 offer = links.make(specs)
             except NativeUnavailable as error:
                 problem = str(error)
-        offers = self._exchange_offers(specs, digest, [problem, offer])
+        offers = exchange_offers(self, specs, digest, [problem, offer])
         for rank, (missing, _) in enumerate(offers):
             if missing:
                 return f"rank {rank}: {missing}"
@@ -161,8 +156,8 @@ class DeviceWorld(HostWorld):
 class DeviceLinks(HostLinks):
     """This rank's ends of all edges (``pipex.transport.interface.Links``)."""
 
-    def __init__(self, world: DeviceWorld) -> None:
-        super().__init__()
+    def __init__(self, world: DeviceWorld, first_position: int) -> None:
+        super().__init__(first_position)
         self._world = world
         self._incoming: dict[str, list[_native.DeviceRingReceiver]] = {}
         self._outgoing: dict[str, list[_native.DeviceRingSender]] = {}
@@ -171,8 +166,6 @@ class DeviceLinks(HostLinks):
         """Allocates this rank's memory and says how peers find it."""
         world, rank = self._world, self._world._device_rank
         for spec in specs:
-            if spec.source_rank == spec.destination_rank:
-                continue
             if spec.destination_rank == world.rank:
                 self._incoming[str(spec)] = rings = []
                 for size in ring_sizes(spec):
@@ -189,9 +182,7 @@ class DeviceLinks(HostLinks):
         world = self._world
         for spec in specs:
             edge = (spec.source, spec.destination, spec.kind)
-            if spec.source_rank == spec.destination_rank == world.rank:
-                self.senders[edge] = self.receivers[edge] = LocalEdge(spec)
-            elif spec.destination_rank == world.rank:
+            if spec.destination_rank == world.rank:
                 incoming = self._incoming[str(spec)]
                 for receiver, (released,) in zip(incoming, offers[spec.source_rank][str(spec)], strict=True):
                     receiver.connect(bytes.fromhex(released))
@@ -232,8 +223,7 @@ class DeviceSender(HostSender):
         self._world: DeviceWorld = world
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        if len(tensors) != len(self._sends):
-            raise self._another_number(tensors)
+        check_number(self._spec, tensors)
         device, stream = self._world.device, self._world.stream
         try:
             for index, tensor in enumerate(tensors):
@@ -271,11 +261,11 @@ class DeviceReceiver(HostReceiver):
                     tensor = torch.empty(announced.shape, dtype=announced.dtype, device=self._world.device)
                     ring.receive_into(template, tensor.data_ptr(), stream, step, microbatch)
                 else:
-                    tensor = torch._C._from_dlpack(capsule)
+                    tensor = from_dlpack(capsule)
                     tensor = tensor if view is None else tensor.view(view)
                 tensors.append(tensor)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
-            raise mismatch(self._spec, *error.args) from None
+            raise mismatch(self._spec, *map(describe, error.args)) from None
         return tuple(tensors)

@@ -8,7 +8,7 @@
         32      4  kind, dtype, number of dimensions, index of the tensor in its message (one byte each)
         36      4  micro-batch
         40      8  step
-        48      8  sequence number of the message's tensor on its edge, from 0
+        48      8  sequence number of the message on its edge, from 0
         56      8  bytes of payload
         64     64  shape, 8 x int64, unused ones 0
 
@@ -69,6 +69,9 @@ class Header(NamedTuple):
             self.form.nbytes, *shape, *([0] * (MAX_DIMENSIONS - len(shape))),
         )  # fmt: skip
 
+    def __str__(self) -> str:
+        return _words(str(self.form), self.form.nbytes, *self[:-1])
+
 
 def describe(raw: bytes) -> str:
     """Says in words what a received header announces; never fails, whatever the bytes are."""
@@ -93,17 +96,25 @@ def describe(raw: bytes) -> str:
     kind_name = KINDS[kind] if kind < len(KINDS) else f"unknown kind {kind}"
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.") if dtype < len(DTYPES) else f"unknown dtype {dtype}"
     sizes = ", ".join(map(str, shape[: min(dims, MAX_DIMENSIONS)]))
+    form = f"{dtype_name}[{sizes}]"
+    return _words(form, nbytes, digest, source, destination, kind_name, index, microbatch, step, sequence)
+
+
+def _words(
+    form: str, nbytes: int, digest: bytes, source: int, destination: int, kind: str, index: int, microbatch: int,
+    step: int, sequence: int,
+) -> str:  # fmt: skip
     return (
-        f"{dtype_name}[{sizes}] ({nbytes} bytes) as tensor {index} of micro-batch {microbatch}, step {step}, "
-        f"{kind_name} {source}→{destination}, message {sequence}, plan {digest.hex()[:8]}"
+        f"{form} ({nbytes} bytes) as tensor {index} of micro-batch {microbatch}, step {step}, "
+        f"{kind} {source}→{destination}, message {sequence}, plan {digest.hex()[:8]}"
     )
 
 
-def mismatch(spec: EdgeSpec, got: bytes, needed: bytes) -> MessageMismatch:
-    """The error for a header that is not the expected one."""
+def mismatch(spec: EdgeSpec, got: str, needed: str) -> MessageMismatch:
+    """The error for a header that is not the expected one; both in words."""
     return MessageMismatch(
         f"stage {spec.destination} (rank {spec.destination_rank}) received from stage {spec.source} "
         f"(rank {spec.source_rank}) another tensor than announced",
-        got=describe(got), needed=describe(needed),
+        got=got, needed=needed,
         fix="a stage must return the same shapes and dtypes for every micro-batch, and all ranks must run one plan",
     )  # fmt: skip

@@ -11,30 +11,31 @@ was received.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import ConfigMismatch, InputError, PeerError, PeerFailed, PeerLost, PeerStalled, headline
-from pipex.transport.header import Header, mismatch
+from pipex.errors import InputError, PeerError, headline
+from pipex.torch_internals import from_dlpack
+from pipex.transport.header import Header, describe, mismatch
 from pipex.transport.interface import (
-    ActionNamer,
     EdgeKind,
     EdgeSpec,
     Form,
     Links,
+    Orders,
     Phase,
     Receiver,
     Sender,
     TensorForm,
     check_fits,
+    check_number,
 )
-from pipex.transport.local import LocalEdge
+from pipex.transport.opening import exchange_offers
+from pipex.transport.places import Places
 
 TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
@@ -128,7 +129,7 @@ class HostWorld:
         self.rank = member.rank
         self.ranks = control.ranks
         self.device = torch.device("cpu")
-        self.namer: ActionNamer | None = None
+        self._places = Places()
 
     def exchange(self, payload: bytes) -> list[bytes]:
         try:
@@ -139,27 +140,19 @@ class HostWorld:
     def at(self, step: int, position: int) -> None:
         self._member.at(step, position)
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> Links:
-        """Opens all edges (see the interface).
-
-        Raises:
-            ConfigMismatch: ranks gave different edges or digests.
-            OutOfSharedMemory: there is no memory for the rings.
-            PeerError: another rank ended the run.
-        """
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> Links:
+        first_position = self._places.add(digest, orders)  # before any exchange: no rank comes to an action before all
         incoming = {
             str(spec): [_native.RingReceiver(self._member, spec.source_rank, *size) for size in ring_sizes(spec)]
             for spec in specs
-            if spec.destination_rank == self.rank != spec.source_rank
+            if spec.destination_rank == self.rank
         }
         addresses = {edge: [ring.address.hex() for ring in rings] for edge, rings in incoming.items()}
-        offers = self._exchange_offers(specs, digest, addresses)
-        links = HostLinks()
+        offers = exchange_offers(self, specs, digest, addresses)
+        links = HostLinks(first_position)
         for spec in specs:
             edge = (spec.source, spec.destination, spec.kind)
-            if spec.source_rank == spec.destination_rank == self.rank:
-                links.senders[edge] = links.receivers[edge] = LocalEdge(spec)
-            elif spec.destination_rank == self.rank:
+            if spec.destination_rank == self.rank:
                 links.receivers[edge] = HostReceiver(self, spec, digest, [ring.receive for ring in incoming[str(spec)]])
             elif spec.source_rank == self.rank:
                 offered = [bytes.fromhex(address) for address in offers[spec.destination_rank][str(spec)]]
@@ -172,19 +165,6 @@ class HostWorld:
             for ring in rings:
                 ring.close_descriptor()
         return links
-
-    def _exchange_offers(self, specs: Sequence[EdgeSpec], digest: bytes, offer: Any) -> list[Any]:
-        """Collective: what every rank offers (anything JSON can hold), in rank order, once all have the same edges.
-
-        Raises:
-            ConfigMismatch: ranks gave different edges or digests.
-        """
-        config = [f"plan {digest.hex()}", *(_describe(spec) for spec in specs)]
-        offers = [json.loads(payload) for payload in self.exchange(json.dumps([config, offer]).encode())]
-        for rank, (theirs, _) in enumerate(offers):
-            if theirs != config:
-                raise _config_mismatch(self.rank, config, rank, theirs)
-        return [offered for _, offered in offers]
 
     def fail(self, error: BaseException) -> None:
         self._told = True
@@ -208,24 +188,14 @@ class HostWorld:
         """The error that all ranks raise for the run's abort record."""
         self._told = True
         kind, rank, step, position, text = ending.args
-        action, stage, microbatch = self._name(rank, position)
-        if kind == "failed":
-            return PeerFailed(
-                "failed", remote=text, rank=rank, step=step or None, stage=stage, action=action, microbatch=microbatch
-            )
-        error = PeerLost if kind == "lost" else PeerStalled
-        return error(text, rank=rank, step=step or None, stage=stage, action=action, microbatch=microbatch)
-
-    def _name(self, rank: int, position: int) -> tuple[str | None, int | None, int | None]:
-        if position >= 0:
-            return self.namer(rank, position) if self.namer else (None, None, None)
-        return Phase(position).name.lower(), None, None
+        return self._places.error(kind, text, rank, step, position)
 
 
 class HostLinks:
     """This rank's ends of all edges (``pipex.transport.interface.Links``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_position: int) -> None:
+        self.first_position = first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
 
@@ -247,8 +217,7 @@ class HostSender:
         self._announced: dict[tuple[int, torch.Size, torch.dtype], tuple[_native.TensorTemplate, bool]] = {}
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        if len(tensors) != len(self._sends):
-            raise self._another_number(tensors)
+        check_number(self._spec, tensors)
         try:
             for index, tensor in enumerate(tensors):
                 announced = self._announced.get((index, tensor.shape, tensor.dtype))
@@ -261,12 +230,6 @@ class HostSender:
                 self._sends[index](template, tensor.data_ptr(), step, microbatch)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
-
-    def _another_number(self, tensors: Sequence[Tensor]) -> InputError:
-        return InputError(
-            f"a message of the {self._spec} has another number of tensors",
-            got=len(tensors), needed=len(self._sends), fix="a stage must return as many for every micro-batch",
-        )  # fmt: skip
 
     def _announce(self, index: int, tensor: Tensor) -> tuple[_native.TensorTemplate, bool]:
         # Torch may leave a conjugation or, seen through .imag, a negation to the reader. The latter has stride 2, so
@@ -295,13 +258,12 @@ class HostReceiver:
         tensors = []
         try:
             for receive, template, view in self._announced:
-                # torch.from_dlpack does this after 150 ns of asking what kind of object it was given.
-                tensor = torch._C._from_dlpack(receive(template, step, microbatch))
+                tensor = from_dlpack(receive(template, step, microbatch))
                 tensors.append(tensor if view is None else tensor.view(view))
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
-            raise mismatch(self._spec, *error.args) from None
+            raise mismatch(self._spec, *map(describe, error.args)) from None
         return tuple(tensors)
 
     def _announce(self, form: Form) -> None:
@@ -331,23 +293,3 @@ def ring_sizes(spec: EdgeSpec) -> list[tuple[int, int, int]]:
 def _template(spec: EdgeSpec, digest: bytes, index: int, form: TensorForm) -> _native.TensorTemplate:
     header = Header(digest, spec.source, spec.destination, spec.kind, index, 0, 0, 0, form)
     return _native.TensorTemplate(header.pack(), form.shape, *_DLPACK.get(form.dtype, _AS_BYTES))
-
-
-def _describe(spec: EdgeSpec) -> str:
-    return f"{spec}: {', '.join(map(str, spec.form))}, {spec.slots} slots, {spec.alive} alive"
-
-
-def _config_mismatch(rank: int, mine: list[str], other_rank: int, theirs: list[str]) -> ConfigMismatch:
-    places = range(max(len(mine), len(theirs)))
-    got, needed = next(
-        (a, b) for a, b in ((_line(theirs, i), _line(mine, i)) for i in places) if a != b
-    )  # fmt: skip
-    return ConfigMismatch(
-        f"rank {rank} and rank {other_rank} were started with different plans or shapes",
-        got=f"on rank {other_rank}: {got}", needed=f"as on rank {rank}: {needed}",
-        fix="give all ranks the same plan, model and batch shape",
-    )  # fmt: skip
-
-
-def _line(lines: list[str], index: int) -> str:
-    return lines[index] if index < len(lines) else "no such edge"

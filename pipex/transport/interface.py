@@ -7,7 +7,7 @@ the host's), ``group`` (torch.distributed, any host), ``solo`` (one rank, no pee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pipex.errors import InputError
+from pipex.errors import InputError, MessageMismatch
 
 EdgeKind = Literal["activation", "gradient", "tied"]
 
@@ -88,6 +88,15 @@ def check_fits(spec: EdgeSpec, form: Form) -> None:
         )  # fmt: skip
 
 
+def check_number(spec: EdgeSpec, tensors: Sequence[Tensor]) -> None:
+    """Raises MessageMismatch if a message does not have as many tensors as the edge was opened for."""
+    if len(tensors) != len(spec.form):
+        raise MessageMismatch(
+            f"a message of the {spec} has another number of tensors than announced",
+            got=len(tensors), needed=len(spec.form), fix="a stage must return as many for every micro-batch",
+        )  # fmt: skip
+
+
 class Sender(Protocol):
     """The producer's end of an edge."""
 
@@ -95,6 +104,10 @@ class Sender(Protocol):
         """Hands a message over, in plan order. Never waits while the plan's slots hold.
 
         The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier).
+
+        Raises:
+            MessageMismatch: the edge was opened for another number of tensors.
+            PeerError: another rank ended the run.
         """
 
 
@@ -117,6 +130,8 @@ class Links(Protocol):
 
     senders: dict[tuple[int, int, EdgeKind], Sender]
     receivers: dict[tuple[int, int, EdgeKind], Receiver]
+    first_position: int
+    """what ``World.at`` is told at the first action of the plan's orders; its own for every plan of a world"""
 
     def flush(self) -> None:
         """Waits until every sent tensor may be written to again; called once at the end of a step, and before the
@@ -127,7 +142,7 @@ class Links(Protocol):
 
 
 class Phase(IntEnum):
-    """What a rank is doing outside the plan's actions; these stand in the progress word as negative positions."""
+    """What a rank is doing outside the plan's actions: positions below 0."""
 
     SETUP = -1
     IDLE = -2  # user code between steps
@@ -139,8 +154,17 @@ class Phase(IntEnum):
     EVALUATING = -8
 
 
-ActionNamer = Callable[[int, int], tuple[str, int | None, int | None]]
-"""(rank, position in its order) -> (action's text, stage, micro-batch)."""
+class Act(Protocol):
+    """An action of a plan; ``str`` gives its text, such as ``2F0``."""
+
+    @property
+    def stage(self) -> int: ...
+    @property
+    def microbatch(self) -> int: ...
+
+
+Orders = Sequence[Sequence[Act]]
+"""Per rank what it does in a step, one action after another."""
 
 
 class World(Protocol):
@@ -150,21 +174,31 @@ class World(Protocol):
     ranks: int
     device: torch.device
     """where this rank's stages live; ``receive`` returns tensors there"""
-    namer: ActionNamer | None
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """All-gather of byte strings in rank order; returns on every rank once all have called it.
 
         Raises:
+            InputError: more than 64 MiB.
             PeerError: another rank ended the run.
         """
 
     def at(self, step: int, position: int) -> None:
-        """Publishes what this rank does next: a position in its order, or a ``Phase``. Costs well under 1 µs."""
+        """Publishes what this rank does next: a ``Phase``, or an action, as its place in the rank's order plus the
+        ``first_position`` of the plan's links. Costs well under 1 µs."""
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> Links:
-        """Collective: opens all edges between ranks in the given order, the same on every rank. ``digest`` is
-        the plan's (16 bytes) and stands in every message."""
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> Links:
+        """Collective: opens all edges between ranks in the given order, the same on every rank.
+
+        Args:
+            digest: the plan's (16 bytes); stands in every message.
+            orders: the plan's, by which a rank that fails is named; may be left out where nobody publishes positions.
+
+        Raises:
+            ConfigMismatch: ranks gave different edges or digests.
+            OutOfSharedMemory, OutOfDeviceMemory: there is no memory for the buffers.
+            PeerError: another rank ended the run.
+        """
 
     def fail(self, error: BaseException) -> None:
         """Tells all ranks that this one ends with ``error``. The first failure of a run wins; never raises."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipex.transport.interface import ActionNamer, EdgeKind, EdgeSpec, Receiver, Sender
+from pipex.transport.interface import EdgeKind, EdgeSpec, Orders, Receiver, Sender
 
 
 class SoloLinks:
@@ -15,6 +15,7 @@ class SoloLinks:
     def __init__(self) -> None:
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
+        self.first_position = 0
 
     def flush(self) -> None: ...
 
@@ -29,14 +30,13 @@ class SoloWorld:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.namer: ActionNamer | None = None
 
     def exchange(self, payload: bytes) -> list[bytes]:
         return [payload]
 
     def at(self, step: int, position: int) -> None: ...
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> SoloLinks:
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> SoloLinks:
         assert not specs, "one rank has no edges to other ranks"
         return SoloLinks()
 

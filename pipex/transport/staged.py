@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipex.transport.interface import EdgeKind, Form, Links, Receiver, Sender
-from pipex.transport.local import LocalEdge
 
 
 class StagedLinks:
@@ -19,13 +18,12 @@ class StagedLinks:
 
     def __init__(self, links: Links, device: torch.device) -> None:
         self._links = links
+        self.first_position = links.first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {
-            edge: sender if isinstance(sender, LocalEdge) else StagedSender(sender)
-            for edge, sender in links.senders.items()
+            edge: StagedSender(sender) for edge, sender in links.senders.items()
         }
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {
-            edge: receiver if isinstance(receiver, LocalEdge) else StagedReceiver(receiver, device)
-            for edge, receiver in links.receivers.items()
+            edge: StagedReceiver(receiver, device) for edge, receiver in links.receivers.items()
         }
 
     def flush(self) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import persistent
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import sampled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,13 +26,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pipex
+from pipex import torch_internals
 from pipex.backward import drop_in as drop_in_module
-from pipex.backward.drop_in import drop_in, followed_weights, split_microbatches
+from pipex.backward.deferral import Deferral
+from pipex.backward.drop_in import Step, deferral_of, drop_in
 from pipex.backward.tape import Splitter, Tape
 from pipex.plan.interop import write_torch_csv
 
-FORK = multiprocessing.get_context("fork")
-LIMIT_SECONDS = 100.0
 WORDS, WIDTH, HEADS, LENGTH = 11, 8, 2, 3
 
 
@@ -78,6 +82,7 @@ class Job:
     parallel: str = ""  # around a stage: "ddp" or "fsdp", over two replicas
     csv: str = ""
     compiled: str = ""  # "in place" or "wrapped"
+    fused: bool = False  # as on a GPU
 
     @property
     def replicas(self) -> int:
@@ -103,8 +108,12 @@ class Job:
         return torch.randint(0, WORDS, shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
 
 
-def run_rank(job: Job, rank: int, replica: int) -> tuple[dict[int, list[Any]], list[tuple[str, int, int]], int]:
-    """Two steps; the gradients per stage, this rank's backward actions, and how often W was really deferred."""
+Answer = tuple[dict[int, list[Any]], list[tuple[str, int, int]], int]
+"""The gradients per stage, this rank's backward actions, and how often W was really deferred."""
+
+
+def run_rank(job: Job, rank: int, replica: int, patches: ExitStack) -> Answer:
+    """Two steps."""
     deferred = 0
     run_weight = Tape.backward_weight
 
@@ -113,7 +122,9 @@ def run_rank(job: Job, rank: int, replica: int) -> tuple[dict[int, list[Any]], l
         deferred += torch._C._current_graph_task_id() == -1  # called outside of any backward pass
         run_weight(tape, more)
 
-    Tape.backward_weight = count  # type: ignore[method-assign]
+    patches.enter_context(mock.patch.object(Tape, "backward_weight", count))
+    if job.fused:
+        patches.enter_context(mock.patch.object(Splitter, "fuses", return_value=True))
     mesh = init_device_mesh("cpu", (job.replicas, job.ranks), mesh_dim_names=("data", "pipe"))
     modules = build_stages(job.stages)
     mine = {}
@@ -164,36 +175,25 @@ def run_rank(job: Job, rank: int, replica: int) -> tuple[dict[int, list[Any]], l
     return found, actions, deferred
 
 
-def rank_process(report: Connection, store: Path, job: Job, number: int) -> None:
+def rank_process(store: Path, job: Job, number: int) -> Answer:
     world = job.ranks * job.replicas
     dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=number, world_size=world)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     replica, rank = divmod(number, job.ranks)
-    report.send(run_rank(job, rank, replica))
-    dist.destroy_process_group()
+    try:
+        with warnings.catch_warnings(), ExitStack() as patches:
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            return run_rank(job, rank, replica, patches)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[[Job], list[Any]]]:
-    processes = []
+def run(tmp_path: Path) -> Callable[[Job], list[Answer]]:
+    def start(job: Job) -> list[Answer]:
+        numbers = range(job.ranks * job.replicas)
+        return persistent.ranks.results([partial(rank_process, tmp_path / "store", job, number) for number in numbers])
 
-    def start(job: Job) -> list[Any]:
-        reports = []
-        for number in range(job.ranks * job.replicas):
-            report, end = FORK.Pipe(duplex=False)
-            processes.append(
-                FORK.Process(target=rank_process, args=(end, tmp_path / "store", job, number), daemon=True)
-            )
-            processes[-1].start()
-            end.close()
-            reports.append(report)
-        assert all(report.poll(LIMIT_SECONDS) for report in reports)
-        return [report.recv() for report in reports]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
+    return start
 
 
 def unsplit(job: Job, replica: int, orders: dict[int, list[int]]) -> dict[int, list[Tensor]]:
@@ -247,20 +247,20 @@ def split_in(actions: list[tuple[str, int, int]]) -> int:
     ],
 )  # fmt: skip
 def test_every_schedule_of_torch_gives_the_bits_of_the_unsplit_backward(
-    run: Callable[[Job], list[Any]], schedule: str, chunks: int, ranks: int
+    run: Callable[[Job], list[Answer]], schedule: str, chunks: int, ranks: int
 ) -> None:
     check(run, Job(schedule, ranks, chunks, microbatches=2 * ranks))
 
 
 def test_a_plan_from_a_file_gives_the_bits_of_the_unsplit_backward(
-    run: Callable[[Job], list[Any]], tmp_path: Path
+    run: Callable[[Job], list[Answer]], tmp_path: Path
 ) -> None:
     csv = tmp_path / "plan.csv"
     write_torch_csv(pipex.build("zb-h1", 2, 6), csv, "compute_only")
     check(run, Job("CSV", 2, 1, microbatches=6, csv=str(csv)))
 
 
-def check(run: Callable[[Job], list[Any]], job: Job) -> None:
+def check(run: Callable[[Job], list[Answer]], job: Job) -> None:
     answers = run(job)
     wanted = unsplit(job, 0, orders_of(answers))
     for found, actions, deferred in answers:
@@ -276,11 +276,9 @@ def order(text: str) -> list[Any]:
     return [schedules._Action.from_str(action) for action in text.split()]
 
 
-def test_which_weights_of_an_order_are_followed_by_the_next() -> None:
-    split = frozenset({(0, 0), (0, 1), (1, 0), (0, 2), (0, 3)})
-    actions = order("0F0 0I0 0F1 0I1 0W0 0W1 1W0 1I2 1W2 0W2 0W3")
-    assert split_microbatches(actions) == {(0, 0), (0, 1)}
-    assert followed_weights(actions, split) == {(0, 0), (0, 2)}
+def test_which_micro_batches_of_an_order_are_split() -> None:
+    actions = [None, *order("0F0 0I0 0F1 0I1 (1F3;0W0)OVERLAP_F_B 0W1 1W0 1I2 1W2")]
+    assert deferral_of(actions) == Deferral({(0, 0), (0, 1)}, {(0, 0)})
 
 
 class Stub:
@@ -305,19 +303,16 @@ def test_a_micro_batch_without_products_makes_those_of_the_one_before(monkeypatc
     first.tapes.append(tape)
     stage = Stub(first, drop_in_module._Weight())
     monkeypatch.setitem(drop_in_module._splitters, stage, splitter)
-    followed = drop_in_module._followed.set(frozenset({(0, 0)}))
+    before = drop_in_module._step.set(Step(Deferral(followed=frozenset({(0, 0)}))))
     for microbatch in range(2):
         drop_in_module._backward_weight_one_chunk(stage, microbatch)
-    drop_in_module._followed.reset(followed)
+    drop_in_module._step.reset(before)
     torch.testing.assert_close(layer.weight.grad, dy.t() @ x)
 
 
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "InterleavedZeroBubble"])
-def test_fused_products_give_right_gradients(
-    run: Callable[[Job], list[Any]], schedule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Splitter, "fuses", lambda *_: True)  # as on a GPU
-    job = Job(schedule, 2, 2, 6)
+def test_fused_products_give_right_gradients(run: Callable[[Job], list[Answer]], schedule: str) -> None:
+    job = Job(schedule, 2, 2, 6, fused=True)
     answers = run(job)
     wanted = unsplit(job, 0, orders_of(answers))
     for found, _, deferred in answers:
@@ -330,7 +325,7 @@ def test_fused_products_give_right_gradients(
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "Interleaved1F1B"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_data_parallel_stages_are_reduced_under_a_split_schedule(
-    run: Callable[[Job], list[Any]], schedule: str, parallel: str
+    run: Callable[[Job], list[Answer]], schedule: str, parallel: str
 ) -> None:
     job = Job(schedule, 2, 2, microbatches=4, parallel=parallel)
     answers = run(job)
@@ -342,8 +337,8 @@ def test_data_parallel_stages_are_reduced_under_a_split_schedule(
                 torch.testing.assert_close(torch.from_numpy(gradient), mean, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("compiled", ["in place", "wrapped"])
-def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Any]], compiled: str) -> None:
+@pytest.mark.parametrize("compiled", sampled(["in place", "wrapped"], 1, name="compiled"))
+def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Answer]], compiled: str) -> None:
     job = Job("ZBVZeroBubble", 2, 2, microbatches=4, compiled=compiled)
     answers = run(job)
     wanted = unsplit(job, 0, {})
@@ -355,13 +350,7 @@ def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Any]
 
 
 def functions() -> list[Any]:
-    base, runtime = schedules._PipelineStageBase, schedules._PipelineScheduleRuntime
-    stage = torch.distributed.pipelining.stage
-    return [
-        base.forward_one_chunk, base.backward_one_chunk, base.backward_weight_one_chunk, runtime._step_microbatches,
-        schedules._check_torch_compile_compatibility, stage.stage_backward, stage.stage_backward_input,
-        stage.stage_backward_weight,
-    ]  # fmt: skip
+    return [torch_internals.find(path) for path, *_ in torch_internals.REPLACED]
 
 
 def test_everything_is_put_back() -> None:
@@ -378,13 +367,25 @@ def test_everything_is_put_back() -> None:
 
 def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules._PipelineStageBase, "backward_one_chunk", lambda self, chunk: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match=r"backward_one_chunk\(self, chunk\); needed"):
+    needed = r"backward_one_chunk\(self, chunk\) in place of .*; needed torch 2\.11 to 2\.15"
+    with pytest.raises(pipex.errors.UnsupportedModule, match=f"torch {re.escape(torch.__version__)}; got .*{needed}"):
         drop_in()
+
+
+def test_a_trial_that_raises_is_refused_with_the_cause_that_torch_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("no such\n  thing")
+
+    before = functions()
+    monkeypatch.setattr(Tape, "linear", fail)
+    with pytest.raises(pipex.errors.UnsupportedModule, match=r"RuntimeError: .* caused by LookupError: no such thing"):
+        drop_in()
+    assert functions() == before
 
 
 def test_a_trial_that_fails_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = functions()
     monkeypatch.setattr(Tape, "backward_weight", lambda self, more=False: None)
-    with pytest.raises(pipex.errors.UnsupportedModule, match="gradients right: False"):
+    with pytest.raises(pipex.errors.UnsupportedModule, match="those of one backward: False"):
         drop_in()
     assert functions() == before

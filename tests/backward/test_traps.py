@@ -138,7 +138,7 @@ class Vjp(nn.Module):
         return self.b(torch.func.vjp(self.a, self.b(x))[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for its derivatives
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, for its derivatives; of a category that changed
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("build", [ForwardDerivative, Vjp])
 def test_other_ways_to_differentiate_inside_of_a_stage(

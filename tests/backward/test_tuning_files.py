@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import Forked, outcomes
 from tables import GPU, made_up_gpu, write_table
 
 from pipex.backward import tuning_files
@@ -175,49 +173,24 @@ def test_a_shipped_table_is_used_where_the_user_has_none(
     assert find(GPU) == (None, None, None)  # of other versions: not the user's to mend
 
 
-WRITER = """
-import sys
-from tables import write_table
-from pipex.backward.tuning import Product, Times
-first = int(sys.argv[1])
-print("ready", flush=True)
-for tokens in range(first, first + int(sys.argv[2])):
-    write_table({Product("dW", tokens, 8, 8, 1, "bfloat16", "float32"): Times(1.0, 2.0)})
-"""
-
-
-def writer(cache: Path, first: int, count: int) -> subprocess.Popen[bytes]:
-    support = Path(__file__).parents[1] / "support"
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(support), *filter(None, sys.path)]),
-    }
-    command = [sys.executable, "-c", WRITER, str(first), str(count)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+def write_many(first: int, count: int) -> None:
+    for number in range(first, first + count):
+        write_table({weights(number): Times(1.0, 2.0)})
 
 
 def test_two_processes_that_write_at_once_lose_nothing(made_up_gpu: Path) -> None:
-    writers = [writer(made_up_gpu, first, 100) for first in (1, 1001)]
-    for process in writers:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
-    found = find(GPU)
-    assert found.table is not None
-    assert sorted(product.tokens for product in found.table.entries) == [*range(1, 101), *range(1001, 1101)]
+    for outcome in outcomes([partial(write_many, first, 100) for first in (1, 1001)]):
+        assert outcome.get("result", outcome) is None
+    assert tokens() == {*range(1, 101), *range(1001, 1101)}
 
 
 def test_a_killed_writer_leaves_a_whole_table(made_up_gpu: Path) -> None:
     write_table(ONE)
     for attempt in range(5):
-        process = writer(made_up_gpu, 1 + 10_000 * attempt, 10_000)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
         before, deadline = len(tokens()), time.monotonic() + 30
-        while len(tokens()) < before + 1 + attempt:  # it is in the middle of its writing
-            assert time.monotonic() < deadline
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with Forked([partial(write_many, 1 + 10_000 * attempt, 10_000)]):
+            while len(tokens()) < before + 1 + attempt:  # it is in the middle of its writing
+                assert time.monotonic() < deadline
         assert len(tokens()) > before
     write_table({weights(9): Times(1.0, 2.0)})  # its lock died with it
     assert {9, 512} < tokens()

@@ -302,7 +302,8 @@ def on_device(
     monkeypatch.setattr(p2p, "KernelWatch", CountingWatch)
     monkeypatch.setattr(beside, "SAMPLES", 1)
     job = ("device", sizes, 2, 1, both_ways, virtual)
-    return device_world.launch(p2p._rank, 2, args=job, library=library)
+    with device_world.start([lambda _: p2p._rank(*job)] * 2, library) as forked:  # with what is patched here
+        return device_world.results([forked.outcome(rank) for rank in range(2)])
 
 
 @pytest.mark.parametrize(("sizes", "both_ways"), [([1, 3072], False), ([3072], True)])

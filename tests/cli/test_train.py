@@ -7,13 +7,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hosts import INTERFACE, two_hosts
+
+from pipex.cli import main
+from pipex.runtime import worlds
+from pipex.state import Checkpoint
 
 SMALL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--batch", "8", "--microbatches", "4"]
 
@@ -26,6 +30,20 @@ def pipex(
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """As ``pipex``, in this process, which has imported everything already."""
+    monkeypatch.setattr(worlds, "threads_per_rank", lambda ranks: 1)  # more threads here would hang forks
+
+    def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+        found = main(list(arguments))
+        said = capfd.readouterr()
+        assert found == code, f"exit code {found}\n{said.out}\n{said.err}"
+        return said.out, said.err
+
+    return run
 
 
 def last_line(stdout: str) -> dict[str, Any]:
@@ -52,17 +70,15 @@ def test_trains_on_the_standard_library_and_reports(tmp_path: Path) -> None:
     assert {"PP:0F0", "PP:1I3", "PP:0W3", "PP:1RECV_F0"} <= names
 
 
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(here: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 40)
     common = ["train", str(text), *SMALL, "--dropout", "0.1"]
-    pipex(*common, "--ranks", "2", "--steps", "9", "--save", str(tmp_path / "whole"))
-    pipex(*common, "--ranks", "2", "--steps", "4", "--save", str(tmp_path / "part"))
-    stdout, _ = pipex(*common, "--ranks", "1", "--steps", "9", "--resume", str(tmp_path / "part"), "--save",
-                      str(tmp_path / "part"), "--check", "--json")  # fmt: skip
+    here(*common, "--ranks", "2", "--steps", "9", "--save", str(tmp_path / "whole"))
+    here(*common, "--ranks", "2", "--steps", "4", "--save", str(tmp_path / "part"))
+    stdout, _ = here(*common, "--ranks", "1", "--steps", "9", "--resume", str(tmp_path / "part"), "--save",
+                     str(tmp_path / "part"), "--check", "--json")  # fmt: skip
     assert last_line(stdout)["identical"] is True
-    from pipex.state import Checkpoint
-
     whole, part = (Checkpoint.open(tmp_path / name) for name in ("whole", "part"))
     assert (whole.step, part.step) == (9, 9)
     assert whole.tensors == part.tensors
@@ -72,8 +88,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
         assert expected.equal(found), name
 
 
-def test_a_plain_report_for_people(tmp_path: Path) -> None:
-    stdout, _ = pipex("train", *SMALL, "--ranks", "2", "--steps", "3", "--schedule", "1f1b")
+def test_a_plain_report_for_people(here: Callable[..., tuple[str, str]]) -> None:
+    stdout, _ = here("train", *SMALL, "--ranks", "2", "--steps", "3", "--schedule", "1f1b")
     for words in ("1f1b, 2 ranks", "tokens/s", "makespan bubble", "where a step's time went"):
         assert words in stdout
 
@@ -99,14 +115,24 @@ def test_a_plain_report_for_people(tmp_path: Path) -> None:
         (["--plan", "a.plan", "--ranks", "4", "--schedule", "zb-h1"], "--plan excludes --ranks, --schedule"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
-    _, stderr = pipex("train", "--steps", "1", *arguments, code=1)
+def test_bad_input_is_one_line_on_stderr(
+    here: Callable[..., tuple[str, str]], arguments: list[str], message: str
+) -> None:
+    _, stderr = here("train", "--steps", "1", *arguments, code=1)
     assert message in stderr
     assert "Traceback" not in stderr
 
 
-def test_a_loss_that_is_not_a_number_is_compared_by_its_bits_and_is_null_in_json() -> None:
-    stdout, _ = pipex("train", *SMALL, "--ranks", "2", "--steps", "3", "--lr", "1e30", "--check", "--json")
+def test_a_command_with_bad_input_has_its_exit_code_and_its_line_only() -> None:
+    stdout, stderr = pipex("train", "--steps", "1", "--resume", "/nowhere", code=1)
+    assert (stdout, stderr.count("\n")) == ("", 1)
+    assert stderr.startswith("pipex train: CheckpointError: there is no checkpoint in /nowhere")
+
+
+def test_a_loss_that_is_not_a_number_is_compared_by_its_bits_and_is_null_in_json(
+    here: Callable[..., tuple[str, str]],
+) -> None:
+    stdout, _ = here("train", *SMALL, "--ranks", "2", "--steps", "3", "--lr", "1e30", "--check", "--json")
     result = last_line(stdout)
     assert result["identical"] is True
     assert result["loss_last"] is None
@@ -136,6 +162,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.long
 def test_the_same_program_joins_torchrun() -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipex")
     stdout, _ = pipex("train", *SMALL, "--steps", "3", "--check", "--json", command=torchrun)
@@ -168,6 +195,7 @@ def train_on_two_hosts(address: str, places: Sequence[tuple[str, ...]], ranks_ea
     assert result["ranks"] == 2 * ranks_each
 
 
+@pytest.mark.long
 def test_ranks_of_several_agents_join_through_torch_distributed() -> None:
     train_on_two_hosts("127.0.0.1", [(), ()], 1)
 
@@ -195,6 +223,7 @@ def test_the_ranks_of_a_killed_agent_die_with_it_and_the_others_say_so() -> None
             process.terminate()  # a live agent ends its ranks
 
 
+@pytest.mark.long
 def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
     with ExitStack() as stack:
         try:
@@ -205,8 +234,8 @@ def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
         train_on_two_hosts(hosts[0].address, places, 2, GLOO_SOCKET_IFNAME=INTERFACE)
 
 
-def test_info_says_what_there_is() -> None:
+def test_info_says_what_there_is(here: Callable[..., tuple[str, str]]) -> None:
     facts = last_line(pipex("info", "--json")[0])
     assert facts["shared_memory"] == "built"
     assert "built" in facts["cuda_kernels"]
-    assert "torch" in pipex("info")[0]
+    assert "torch" in here("info")[0]

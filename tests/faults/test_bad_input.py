@@ -19,6 +19,8 @@ from pipex import cli
 from pipex.errors import InputError, PeerFailed, PipexError, PlanError
 from pipex.runtime import worlds
 
+pytestmark = pytest.mark.timing
+
 mse = nn.functional.mse_loss
 
 
@@ -153,7 +155,7 @@ def test_another_tensor_than_announced_is_named_at_the_receiver(
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        (lambda y: (y, y), ["InputError", "got 2; needed 1"]),
+        (lambda y: (y, y), ["MessageMismatch", "got 2; needed 1"]),
         (lambda y: y.tolist(), ["UnsupportedModule", "stage 0", "got list"]),
     ],
     ids=["two", "list"],

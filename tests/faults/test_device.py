@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import sampled
 
 from pipex.errors import PeerFailed, PeerLost, PeerStalled
 from pipex.transport.interface import Phase
@@ -25,6 +26,8 @@ from tests.faults.conftest import (
     sigkill,
     sigstop,
 )  # fmt: skip
+
+pytestmark = pytest.mark.timing
 
 Run = Callable[..., Aftermath]
 LIMIT = 1.5
@@ -75,8 +78,14 @@ def test_a_stopped_rank_is_named_after_the_limit(
         assert "is stopped: no heartbeat for" in survivor["text"]
 
 
+EVERY_ACTION = [(s, r, p) for s in SCHEDULES for r, p, _ in orders(s)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("schedule", "victim", "position"), [(s, r, p) for s in SCHEDULES for r, p, _ in orders(s)])
+@pytest.mark.parametrize(
+    ("schedule", "victim", "position"),
+    sampled(EVERY_ACTION, 3, name="kill on devices", stratum=lambda case: case[:2]),
+)
 def test_killed_at_every_action(run: Run, simulated_cuda: Path, schedule: str, victim: int, position: int) -> None:
     place = ("at", STEPS, position)
     aftermath = run(victim, place, sigkill, schedule=schedule, library=simulated_cuda)

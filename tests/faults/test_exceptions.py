@@ -13,6 +13,8 @@ from pipex.errors import PeerFailed, PeerLost
 from pipex.runtime.pipeline import Pipeline
 from tests.faults.conftest import RANKS, Aftermath, Place, complain, expected, leave
 
+pytestmark = pytest.mark.timing
+
 Run = Callable[..., Aftermath]
 
 EVERYWHERE = [

@@ -24,6 +24,8 @@ from pipex.runtime import worlds
 from pipex.state import Checkpoint
 from tests.faults.conftest import MICROBATCHES, RANKS, batch, layers, processes_of
 
+pytestmark = pytest.mark.timing
+
 INTERRUPTED = 130  # exit code by convention: 128 + SIGINT
 PATIENCE = 30.0  # seconds to wait for what must happen; only a broken run takes so long
 

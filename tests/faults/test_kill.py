@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import sampled
 
 from pipex.errors import PeerLost
 from pipex.transport.interface import Phase
 from tests.faults.conftest import RANKS, SCHEDULES, STEPS, Aftermath, Place, expected, orders, sigkill
+
+pytestmark = pytest.mark.timing
 
 Run = Callable[..., Aftermath]
 
@@ -31,33 +34,47 @@ def covering(schedule: str) -> list[tuple[str, int, int]]:
     return [(schedule, rank, position) for (rank, _), position in found.items()]
 
 
-@pytest.mark.parametrize(("schedule", "victim", "position"), [case for s in SCHEDULES for case in covering(s)])
+COVERING = [case for schedule in SCHEDULES for case in covering(schedule)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "victim", "position"),
+    sampled(COVERING, 3, name="kill, kinds", stratum=lambda case: case[:2], others=pytest.mark.long),
+)
 def test_at_every_kind_of_action(run: Run, schedule: str, victim: int, position: int) -> None:
     assert_named(run, schedule, victim, ("at", STEPS, position))
 
 
+EVERY_ACTION = [(s, r, p, n) for s in SCHEDULES for r, p, _ in orders(s) for n in range(1, STEPS + 1)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-@pytest.mark.parametrize(("schedule", "victim", "position"), [(s, r, p) for s in SCHEDULES for r, p, _ in orders(s)])
+@pytest.mark.parametrize(
+    ("schedule", "victim", "position", "step"),
+    sampled(EVERY_ACTION, 3, name="kill", stratum=lambda case: (case[0], case[1], case[3])),
+)
 def test_at_every_action(run: Run, schedule: str, victim: int, position: int, step: int) -> None:
     assert_named(run, schedule, victim, ("at", step, position))
 
 
-@pytest.mark.parametrize("victim", range(RANKS))
+OUTSIDE: list[Place] = [
+    ("join",),
+    ("factory",),
+    ("at", 1, Phase.START),
+    ("at", STEPS, Phase.REDUCE),
+    ("at", STEPS, Phase.OPTIMIZER),
+    ("optimizer", STEPS),
+    ("between", 1),
+    ("at", STEPS, Phase.SAVING),
+    ("saving", STEPS),
+    ("at", 0, Phase.CLOSING),
+]
+OF_ALL_RANKS = [(place, victim) for place in OUTSIDE for victim in range(RANKS)]
+
+
 @pytest.mark.parametrize(
-    "place",
-    [
-        ("join",),
-        ("factory",),
-        ("at", 1, Phase.START),
-        ("at", STEPS, Phase.REDUCE),
-        ("at", STEPS, Phase.OPTIMIZER),
-        ("optimizer", STEPS),
-        ("between", 1),
-        ("at", STEPS, Phase.SAVING),
-        ("saving", STEPS),
-        ("at", 0, Phase.CLOSING),
-    ],
+    ("place", "victim"),
+    sampled(OF_ALL_RANKS, 2, name="kill outside", stratum=lambda case: case[0], others=pytest.mark.long),
     ids=str,
 )
 def test_outside_the_actions(run: Run, tmp_path: Path, victim: int, place: Place) -> None:

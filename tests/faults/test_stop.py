@@ -14,6 +14,8 @@ import pytest
 from pipex.errors import PeerStalled
 from tests.faults.conftest import MICROBATCHES, RANKS, STEPS, Aftermath, Place, expected, sigstop
 
+pytestmark = pytest.mark.timing
+
 Run = Callable[..., Aftermath]
 LIMIT = 1.0
 STOP_SECONDS = 0.5
@@ -33,7 +35,7 @@ def hang() -> None:
         (1, ("between", 1), sigstop, "is stopped: no heartbeat for"),
         (2, ("forward", 2, 1), hang, "is alive but made no progress for 1.0 s"),
     ],
-    ids=str,
+    ids=["first", "last", "between steps", "hangs"],
 )
 def test_is_named_though_the_others_wait_for_each_other(
     run: Run, monkeypatch: pytest.MonkeyPatch, victim: int, place: Place, deed: Callable[[], None], state: str

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.faults.conftest import RANKS, expected, read_diary
+
+pytestmark = [pytest.mark.timing, pytest.mark.long]
 
 PROGRAM = Path(__file__).with_name("torchrun_program.py")
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import persistent
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from pipex.plan import Plan
 from pipex.plan.families.dualpipev import dualpipev
@@ -25,8 +24,6 @@ from pipex.plan.families.zbv import zbv
 from pipex.plan.interop import write_torch_csv
 from pipex.plan.interop.torch_csv import Format
 
-FORK = multiprocessing.get_context("fork")
-LIMIT_SECONDS = 60.0
 WIDTH, SAMPLES = 6, 8
 
 
@@ -36,9 +33,9 @@ def layers(count: int) -> list[nn.Module]:
 
 
 def rank_process(
-    report: Connection, store: Path, rank: int, plan: Plan, csv: Path, format: Format, data: tuple[Any, ...]
-) -> None:
-    """One rank: torch's runtime with our CSV, for two steps; reports gradients per stage and the losses."""
+    store: Path, rank: int, plan: Plan, csv: Path, format: Format, data: tuple[Any, ...]
+) -> tuple[dict[int, list[Any]], list[float]]:
+    """One rank: torch's runtime with our CSV, for two steps; gradients per stage and the losses."""
     modules, inputs, target = data
     ranks = plan.placement.ranks
     dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)
@@ -46,7 +43,7 @@ def rank_process(
         PipelineStage(modules[index], index, len(modules), torch.device("cpu"))
         for index in plan.placement.stages_of(rank)
     ]
-    schedule = _PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
+    schedule = schedules._PipelineScheduleRuntime(stages, plan.microbatches, loss_fn=nn.functional.mse_loss)  # type: ignore[no-untyped-call]
     schedule._load_csv(str(csv), format=format)
     for _ in range(2):
         for stage in stages:
@@ -56,8 +53,8 @@ def rank_process(
         last = rank == plan.placement.rank_of(plan.placement.stages - 1)
         schedule.step(*arguments, target=target if last else None, losses=losses)
     gradients = {stage.stage_index: [p.grad.numpy() for p in stage.submod.parameters()] for stage in stages}  # type: ignore[union-attr]
-    report.send((gradients, [loss.item() for loss in losses]))
     dist.destroy_process_group()
+    return gradients, [loss.item() for loss in losses]
 
 
 Answer = tuple[list[list[Tensor]], list[float]]
@@ -65,31 +62,20 @@ Answer = tuple[list[list[Tensor]], list[float]]
 
 
 @pytest.fixture
-def run_in_torch(tmp_path: Path) -> Iterator[Callable[..., Answer]]:
+def run_in_torch(tmp_path: Path) -> Callable[..., Answer]:
     """``run_in_torch(plan, format, modules, inputs, target)`` runs the plan on as many processes as it has ranks."""
-    processes = []
 
     def run(plan: Plan, format: Format, *data: Any) -> Answer:
         csv = tmp_path / "plan.csv"
         write_torch_csv(plan, csv, format)
-        reports = []
-        for rank in range(plan.placement.ranks):
-            report, end = FORK.Pipe(duplex=False)
-            arguments = (end, tmp_path / "store", rank, plan, csv, format, data)
-            processes.append(FORK.Process(target=rank_process, args=arguments, daemon=True))
-            processes[-1].start()
-            end.close()
-            reports.append(report)
-        assert all(report.poll(LIMIT_SECONDS) for report in reports)
-        answers = [report.recv() for report in reports]
+        ranks = range(plan.placement.ranks)
+        bodies = [partial(rank_process, tmp_path / "store", rank, plan, csv, format, data) for rank in ranks]
+        answers = persistent.ranks.results(bodies)
         gradients = {stage: found for answer, _ in answers for stage, found in answer.items()}
         losses = next(losses for _, losses in answers if losses)
         return [[torch.from_numpy(g) for g in gradients[stage]] for stage in sorted(gradients)], losses
 
-    yield run
-    for process in processes:
-        process.kill()
-        process.join()
+    return run
 
 
 @pytest.mark.parametrize("format", ["compute_only", "compute_comms"])

@@ -18,6 +18,7 @@ ADDRESS = struct.Struct("<iiQ16s")  # process, descriptor, start time, nonce
 VERSION_OFFSET = 128  # of the control page, after the segment's own header
 
 
+@pytest.mark.timing  # no other process may come or go
 def test_memory_is_sealed_private_and_nameless() -> None:
     names = os.listdir("/dev/shm")
     control = _native.Control(2)

@@ -19,6 +19,8 @@ from simulated_cuda import word
 
 from pipex import _native
 
+pytestmark = pytest.mark.timing
+
 LIMIT = 1.0
 
 

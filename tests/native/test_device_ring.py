@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import sampled
 from device_ring import WELL, Traffic, converse
 from forked import outcomes
 
@@ -37,7 +38,7 @@ def test_any_number_of_slots_and_of_kept_tensors(simulated_cuda: Path, under_way
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", sampled(range(100), 10, name="device ring"))
 def test_messages_cross_at_length(simulated_cuda: Path, seed: int) -> None:
     """Random sizes, slots and queues; 400 messages each way."""
     chance = random.Random(seed)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cases import sampled
 from sanitizers import (
     BOTH,
     HARNESS,
@@ -22,12 +23,15 @@ from sanitizers import (
     ROOT,
     SIMULATOR,
     THREADS,
-    Builder,
     Flags,
     broken,
     check,
+    program,
     run,
+    shared_object,
 )
+
+pytestmark = pytest.mark.long  # to compile it takes longer than all other tests of this folder
 
 STRESS = [
     ROOT / "csrc/common/driver_library.cpp",
@@ -45,7 +49,7 @@ DATA = "simulated::(anonymous namespace)::copy*lambda", "simulated_fill*lambda",
 
 
 def stress(
-    sanitized: Builder, folder: Path, flags: Flags, messages: int, words: int, *end: int, settings: str,
+    folder: Path, flags: Flags, messages: int, words: int, *end: int, settings: str,
     replace: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Runs the program, perhaps with another source in the place of the one of that name."""
@@ -54,8 +58,8 @@ def stress(
         sources[replace.name] = replace
     with ThreadPoolExecutor() as pool:
         driver_flags = tuple(flag.replace(",undefined", "") for flag in flags)
-        driver = pool.submit(sanitized.shared_object, driver_flags, DRIVER)
-        program = sanitized.program(flags, HOST, LAYOUT, STRESS, *sources.values())
+        driver = pool.submit(shared_object, driver_flags, DRIVER)
+        executable = program(flags, HOST, LAYOUT, STRESS, *sources.values())
     library = driver.result()
     other = Path(shutil.copy(library, folder / "other.so"))  # the loader takes it for another one
     environment = {"SIMULATED_CUDA": f"{settings},poison=1"}
@@ -63,7 +67,7 @@ def stress(
         suppressions = folder / "suppressions"
         suppressions.write_text("".join(f"race:{name}\n" for name in DATA))
         environment["TSAN_OPTIONS"] = f"suppressions={suppressions} print_suppressions=0"
-    return run(program, library, other, messages, words, *end, environment=environment)
+    return run(executable, library, other, messages, words, *end, environment=environment)
 
 
 def assert_all_arrived(done: subprocess.CompletedProcess[str], messages: int) -> None:
@@ -75,39 +79,38 @@ def assert_all_arrived(done: subprocess.CompletedProcess[str], messages: int) ->
 
 @pytest.mark.parametrize("settings", ["seed=1,queues=8,delay=50", "seed=2,queues=2,shared=1,delay=50"])
 @pytest.mark.parametrize("flags", BOTH)
-def test_messages_kept_for_a_while(sanitized: Builder, tmp_path: Path, flags: Flags, settings: str) -> None:
-    assert_all_arrived(stress(sanitized, tmp_path, flags, 500, 64, settings=settings), 500)
+def test_messages_kept_for_a_while(tmp_path: Path, flags: Flags, settings: str) -> None:
+    assert_all_arrived(stress(tmp_path, flags, 500, 64, settings=settings), 500)
 
 
 @pytest.mark.parametrize("end", [0, 1, 7, 40])
 @pytest.mark.parametrize("flags", BOTH)
-def test_a_run_that_ends_while_streams_wait(sanitized: Builder, tmp_path: Path, flags: Flags, end: int) -> None:
-    done = stress(sanitized, tmp_path, flags, 100, 64, end, settings=f"seed={end},queues=8,delay=50")
+def test_a_run_that_ends_while_streams_wait(tmp_path: Path, flags: Flags, end: int) -> None:
+    done = stress(tmp_path, flags, 100, 64, end, settings=f"seed={end},queues=8,delay=50")
     check(done)
     assert done.stdout.split()[2] == "2"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
-    ("messages", "words", "queues"),
-    [(25_000, 32, "queues=8"), (500, 100_000, "queues=8"), (500, 100_000, "queues=1,shared=1")],
-    ids=["small", "large", "large, one queue"],
-)
+    ("messages", "words", "queues"), sampled([
+        pytest.param(25_000, 32, "queues=8", id="small"),
+        pytest.param(500, 100_000, "queues=8", id="large"),
+        pytest.param(500, 100_000, "queues=1,shared=1", id="large, one queue"),
+    ], 1, name="messages of devices"),
+)  # fmt: skip
 @pytest.mark.parametrize("flags", BOTH)
-def test_many_messages(
-    sanitized: Builder, tmp_path: Path, flags: Flags, messages: int, words: int, queues: str
-) -> None:
+def test_many_messages(tmp_path: Path, flags: Flags, messages: int, words: int, queues: str) -> None:
     """So many each way."""
-    done = stress(sanitized, tmp_path, flags, messages, words, settings=f"seed=3,{queues},delay=5")
+    done = stress(tmp_path, flags, messages, words, settings=f"seed=3,{queues},delay=5")
     assert_all_arrived(done, messages)
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("first", sampled(range(0, 100, 10), 1, name="runs that end"))
 @pytest.mark.parametrize("flags", BOTH)
-def test_many_runs_that_end(sanitized: Builder, tmp_path: Path, flags: Flags) -> None:
-    for seed in range(100):
+def test_many_runs_that_end(tmp_path: Path, flags: Flags, first: int) -> None:
+    for seed in range(first, first + 10):
         settings = f"seed={seed},queues={1 + seed % 8},delay={20 * (seed % 7)}"
-        done = stress(sanitized, tmp_path, flags, 300, 64, seed, settings=settings)
+        done = stress(tmp_path, flags, 300, 64, seed, settings=settings)
         check(done)
         assert done.stdout.split()[2] == "2"
 
@@ -117,22 +120,20 @@ RACES = [
     pytest.param(TRAIL, LOCK, "", 5, id="a trail without a lock"),
     pytest.param(RING, f"use - 1, {ORDER}", f"0, {ORDER}", 1, id="a send that does not wait for its credit"),
     pytest.param(RING, f"messages, {ORDER}", f"messages - messages, {ORDER}", 1,
-                 id="a receive that does not wait for its data", marks=pytest.mark.long),
+                 id="a receive that does not wait for its data"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("source", "right", "wrong", "times"), RACES)
-def test_what_lacks_an_order_is_reported(
-    sanitized: Builder, tmp_path: Path, source: Path, right: str, wrong: str, times: int
-) -> None:
+def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: str, wrong: str, times: int) -> None:
     replace = broken(tmp_path, source, right, wrong, times=times)
-    done = stress(sanitized, tmp_path, THREADS, 200, 64, settings="seed=1,queues=8,delay=50", replace=replace)
+    done = stress(tmp_path, THREADS, 200, 64, settings="seed=1,queues=8,delay=50", replace=replace)
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
-def test_memory_that_is_freed_before_the_peer_is_done_is_reported(sanitized: Builder, tmp_path: Path) -> None:
+def test_memory_that_is_freed_before_the_peer_is_done_is_reported(tmp_path: Path) -> None:
     early = broken(tmp_path, RING, "rank_->retire(std::move(memory_))", "memory_.reset()")
-    done = stress(sanitized, tmp_path, MEMORY, 20, 64, settings="seed=1,queues=8,delay=50", replace=early)
+    done = stress(tmp_path, MEMORY, 20, 64, settings="seed=1,queues=8,delay=50", replace=early)
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer: heap-use-after-free" in done.stderr

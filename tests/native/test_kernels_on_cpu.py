@@ -7,11 +7,12 @@ the bound is the one of the sums' depth: n additions of unit roundoff 2^-24 err 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 
 import pytest
 import torch
+from built import shared_library
+from cases import case
 
 pytest.importorskip("pipex._cuda", reason="built without CUDA kernels")
 
@@ -20,7 +21,7 @@ CHUNK_ROWS, LANES, PARTIAL_LANES, WINDOW = 128, 8, 16, 32  # csrc/cuda/kernels
 
 
 @pytest.fixture(scope="module")
-def kernels(shared_library: Callable[..., Path]) -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     return ctypes.CDLL(str(shared_library("tests/native/kernels_on_cpu.cpp", "csrc/cuda/kernels/requirements.cpp")))
 
 
@@ -67,28 +68,30 @@ def add_partial_rows(kernels: ctypes.CDLL, parts: list[torch.Tensor], gradient: 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rows", [[1], [128], [129], [5, 0, 130, 7], [0, 1, 0], [64, 64, 200], [300] * 3])
-@pytest.mark.parametrize("columns", [1, 7, 8, 256, 264, 515])
-def test_every_row_is_counted_once(kernels: ctypes.CDLL, dtype: torch.dtype, rows: list[int], columns: int) -> None:
-    parts = [integers(count, columns, dtype) for count in rows]
-    whole = torch.cat(parts).double()
-    expected = torch.stack([chunk.sum(0) for chunk in whole.split(CHUNK_ROWS)])
-    for aligned in aligned_for(columns, dtype):
-        assert torch.equal(chunk_sums(kernels, parts, aligned).double(), expected)
+def test_every_row_is_counted_once(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    several_rows = [1], [128], [129], [5, 0, 130, 7], [0, 1, 0], [64, 64, 200], [300] * 3
+    for rows, columns in product(several_rows, (1, 7, 8, 256, 264, 515)):
+        parts = [integers(count, columns, dtype) for count in rows]
+        whole = torch.cat(parts).double()
+        expected = torch.stack([chunk.sum(0) for chunk in whole.split(CHUNK_ROWS)])
+        for aligned in aligned_for(columns, dtype):
+            with case(rows, columns, aligned):
+                assert torch.equal(chunk_sums(kernels, parts, aligned).double(), expected)
 
 
 @pytest.mark.parametrize("gradient_type", TYPES)
-@pytest.mark.parametrize("rows", [[1], [132, 132, 132], [3, 0, 31], [0, 0, 2], [1000]])
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 1000])
 def test_partial_rows_are_added_to_the_gradient_and_rounded_once(
-    kernels: ctypes.CDLL, gradient_type: torch.dtype, rows: list[int], columns: int
+    kernels: ctypes.CDLL, gradient_type: torch.dtype
 ) -> None:
-    parts = [integers(count, columns, torch.float32) / 8 for count in rows]
-    before = (integers(1, columns, torch.float32)[0] * 100.3).to(gradient_type)
-    gradient = before.clone()
-    add_partial_rows(kernels, parts, gradient)
-    total = torch.cat(parts).double().sum(0)  # exact in fp32 as well
-    assert torch.equal(gradient, (before.float() + total.float()).to(gradient_type))
+    several_rows = [1], [132, 132, 132], [3, 0, 31], [0, 0, 2], [1000]
+    for rows, columns in product(several_rows, (1, 31, 32, 33, 1000)):
+        parts = [integers(count, columns, torch.float32) / 8 for count in rows]
+        before = (integers(1, columns, torch.float32)[0] * 100.3).to(gradient_type)
+        gradient = before.clone()
+        add_partial_rows(kernels, parts, gradient)
+        total = torch.cat(parts).double().sum(0)  # exact in fp32 as well
+        with case(rows, columns):
+            assert torch.equal(gradient, (before.float() + total.float()).to(gradient_type))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -143,21 +146,20 @@ def some_ids(kind: str, count: int, vocabulary: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["uniform", "one", "frequent", "distinct"])
-@pytest.mark.parametrize("counts", [[1], [31], [32], [33], [64, 0, 64], [100, 7, 250]])
-@pytest.mark.parametrize("columns", [1, 12, 1032])
-def test_every_token_is_counted_once(
-    kernels: ctypes.CDLL, dtype: torch.dtype, kind: str, counts: list[int], columns: int
-) -> None:
+def test_every_token_is_counted_once(kernels: ctypes.CDLL, dtype: torch.dtype, kind: str) -> None:
     vocabulary = 50
-    ids = [some_ids(kind, count, vocabulary) for count in counts]
-    parts = [integers(count, columns, dtype) for count in counts]
-    for gradient_type in {dtype, torch.float32}:
-        before = integers(vocabulary, columns, gradient_type)
-        sums = torch.zeros(vocabulary, columns, dtype=torch.float64)
-        sums.index_add_(0, torch.cat(ids), torch.cat(parts).double())
-        for aligned in aligned_for(columns, dtype):
-            after = embedding(kernels, ids, parts, before, aligned)
-            assert torch.equal(after, (before.float() + sums.float()).to(gradient_type))
+    several_counts = [1], [31], [32], [33], [64, 0, 64], [100, 7, 250]
+    for counts, columns in product(several_counts, (1, 12, 1032)):
+        ids = [some_ids(kind, count, vocabulary) for count in counts]
+        parts = [integers(count, columns, dtype) for count in counts]
+        for gradient_type in {dtype, torch.float32}:
+            before = integers(vocabulary, columns, gradient_type)
+            sums = torch.zeros(vocabulary, columns, dtype=torch.float64)
+            sums.index_add_(0, torch.cat(ids), torch.cat(parts).double())
+            for aligned in aligned_for(columns, dtype):
+                with case(counts, columns, gradient_type, aligned):
+                    after = embedding(kernels, ids, parts, before, aligned)
+                    assert torch.equal(after, (before.float() + sums.float()).to(gradient_type))
 
 
 def test_padding_and_ids_outside_the_table_get_no_gradient(kernels: ctypes.CDLL) -> None:
@@ -184,11 +186,13 @@ def test_a_frequent_token_s_gradient_is_accurate(kernels: ctypes.CDLL, dtype: to
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("count", [1, 3, 4, 8, 9, 1000, 4097])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_casts_round_to_nearest_and_touch_nothing_else(
-    kernels: ctypes.CDLL, dtype: torch.dtype, count: int, aligned: bool
-) -> None:
+def test_casts_round_to_nearest_and_touch_nothing_else(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    for count, aligned in product((1, 3, 4, 8, 9, 1000, 4097), (False, True)):
+        with case(count, aligned):
+            check_casts(kernels, dtype, count, aligned)
+
+
+def check_casts(kernels: ctypes.CDLL, dtype: torch.dtype, count: int, aligned: bool) -> None:
     gradient, main = torch.randn(count + 8).to(dtype), torch.randn(count + 8)
     expected = main.clone()
     expected[:count] += gradient[:count].float()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built import shared_library
 
 from pipex.errors import CudaError, InputError, NativeUnavailable
 
@@ -60,7 +61,7 @@ class Fake:
 
 
 @pytest.fixture
-def fake(shared_library: Callable[..., Path], private_copy: Callable[[Path], Path]) -> Fake:
+def fake(private_copy: Callable[[Path], Path]) -> Fake:
     return Fake(private_copy(shared_library("tests/native/fake_libcuda.cpp")))
 
 

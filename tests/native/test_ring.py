@@ -91,7 +91,7 @@ def test_every_fixed_field_of_a_header_is_compared(ring: Ring, field: str, value
         with pytest.raises(_native.HeaderMismatch) as caught:
             ring.receive()
         with pytest.raises(MessageMismatch, match=named):
-            raise header.mismatch(SPEC, *caught.value.args)
+            raise header.mismatch(SPEC, *map(header.describe, caught.value.args))
 
 
 def test_header_fields_patched_by_the_ring_stand_where_the_format_says(ring: Ring) -> None:
@@ -140,7 +140,7 @@ def test_hostile_memory_gives_named_errors_only(queue: int) -> None:
                 ring.send()
             ring.receive()
         except _native.HeaderMismatch as error:
-            header.mismatch(SPEC, *error.args)  # whatever arrived can be described
+            header.mismatch(SPEC, *map(header.describe, error.args))  # whatever arrived can be described
         except (MessageMismatch, _native.Aborted):
             pass
     ring.memory.close()

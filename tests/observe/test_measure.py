@@ -9,12 +9,14 @@ import pytest
 
 from pipex.errors import InputError
 from pipex.observe import Event, Recorder, measure, write_trace
+from pipex.plan import Placement
 
 # Two ranks, one micro-batch, times in µs:
 #
 #   rank 0   F 0-10  send 10-11                 wait 11-34    B 34-54
 #   rank 1   wait 0-14          F 14-24  B 24-30  send 30-31
 US = 1000
+PLACEMENT = Placement("loop", 2)
 
 
 def event(kind: str, stage: int, begin: float, end: float, step: int = 1) -> Event:
@@ -26,7 +28,7 @@ RANK_1 = [event("RECV_F", 1, 0, 14), event("F", 1, 14, 24), event("B", 1, 24, 30
 
 
 def test_bubbles() -> None:
-    figures = measure([RANK_0, RANK_1])
+    figures = measure([RANK_0, RANK_1], PLACEMENT)
     assert figures.bubble_makespan == pytest.approx(1 - (30 + 16) / (2 * 54), abs=1e-12)
     assert figures.bubble_span == pytest.approx(1 - 30 / 54, abs=1e-12)
 
@@ -34,17 +36,17 @@ def test_bubbles() -> None:
 def test_action_and_stage_times_are_medians_over_steps() -> None:
     later = [event(e.kind, e.stage, e.begin / US + 100, e.end / US + 100 + 4 * (e.kind == "F"), 2) for e in RANK_0]
     same = [event(e.kind, e.stage, e.begin / US + 100, e.end / US + 100, 2) for e in RANK_1]
-    figures = measure([RANK_0 + later, RANK_1 + same])
+    figures = measure([RANK_0 + later, RANK_1 + same], PLACEMENT)
     assert figures.action["F", 0] == pytest.approx(12e-6)
     assert figures.stage == {0: pytest.approx(32e-6), 1: pytest.approx(16e-6)}
 
 
 def test_a_message_takes_from_both_ends_ready_to_usable() -> None:
-    assert sorted(measure([RANK_0, RANK_1]).messages) == [pytest.approx(4e-6), pytest.approx(4e-6)]
+    assert sorted(measure([RANK_0, RANK_1], PLACEMENT).messages) == [pytest.approx(4e-6), pytest.approx(4e-6)]
 
 
 def test_shares_add_up() -> None:
-    figures = measure([RANK_0, RANK_1])
+    figures = measure([RANK_0, RANK_1], PLACEMENT)
     assert figures.shares[0]["waiting"] == pytest.approx(23 / 54)
     assert figures.shares[0]["other"] == pytest.approx(0, abs=1e-12)
     for shares in figures.shares:
@@ -53,7 +55,7 @@ def test_shares_add_up() -> None:
 
 def test_an_incomplete_step_is_left_out() -> None:
     torn = [event("F", 0, 200, 210, step=2)]
-    assert measure([RANK_0 + torn, RANK_1]) == measure([RANK_0, RANK_1])
+    assert measure([RANK_0 + torn, RANK_1], PLACEMENT) == measure([RANK_0, RANK_1], PLACEMENT)
 
 
 def test_the_recorder_keeps_the_last_steps() -> None:
@@ -66,7 +68,7 @@ def test_the_recorder_keeps_the_last_steps() -> None:
 
 def test_trace_has_an_arrow_from_every_send_to_its_receive(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    write_trace(file, [RANK_0, RANK_1])
+    write_trace(file, [RANK_0, RANK_1], PLACEMENT)
     rows = json.loads(file.read_text())["traceEvents"]
     starts = {row["id"]: row for row in rows if row["ph"] == "s"}
     ends = {row["id"]: row for row in rows if row["ph"] == "f"}
@@ -77,6 +79,20 @@ def test_trace_has_an_arrow_from_every_send_to_its_receive(tmp_path: Path) -> No
     assert {"PP:0F0", "PP:1B0", "PP:1RECV_F0"} <= names
 
 
+def test_a_tensor_that_stays_on_its_rank_is_no_message(tmp_path: Path) -> None:
+    # Stages 0 and 3 on rank 0, 1 and 2 on rank 1: what stage 1 hands stage 2 is taken without a message.
+    ranks = [
+        [event("F", 0, 0, 10), event("SEND_F", 0, 10, 11), event("RECV_F", 3, 11, 34), event("F", 3, 34, 54)],
+        [event("RECV_F", 1, 0, 14), event("F", 1, 14, 20), event("RECV_F", 2, 20, 20), event("F", 2, 20, 28)],
+    ]
+    ranks[1].append(event("SEND_F", 2, 28, 31))
+    placement = Placement("v", 2, 2)
+    assert measure(ranks, placement).messages == [pytest.approx(6e-6), pytest.approx(4e-6)]
+    write_trace(tmp_path / "trace.json", ranks, placement)
+    rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [row["id"] for row in rows if row["ph"] in "sf"] == ["1/0F0", "1/2F0", "1/0F0", "1/2F0"]
+
+
 def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write the trace"):
-        write_trace(tmp_path / "no" / "trace.json", [])
+        write_trace(tmp_path / "no" / "trace.json", [], PLACEMENT)

@@ -10,6 +10,7 @@ import pytest
 
 from pipex.errors import InputError
 from pipex.observe import Event, read_trace, write_trace
+from pipex.plan import Placement
 
 # Clocks count from the start of the machine: three months of nanoseconds still come back to the last one.
 ZERO = 90 * 24 * 3600 * 10**9 + 123_456_789
@@ -31,7 +32,7 @@ RANKS = [
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    write_trace(tmp_path / "trace.json", RANKS)
+    write_trace(tmp_path / "trace.json", RANKS, Placement("loop", 2))
     assert read_trace(tmp_path / "trace.json") == RANKS
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from itertools import count, product
 
 import pytest
+from cases import sampled
 
 from pipex.errors import DeadlockError, PlanError
 from pipex.plan.actions import Kind
@@ -163,8 +164,9 @@ def refused_with_a_slot_less(plan: Plan, programs: list[Program], slots: dict[Ed
     return True
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"), sampled(product(FAMILIES, RANKS), 4, name="plans", stratum=lambda case: case[0])
+)
 def test_every_plan_runs_with_its_slots_and_holds_what_the_paper_says(family: str, ranks: int) -> None:
     for cell, plan in enumerate(plans(family, ranks)):
         chunks, ones = plan.placement.chunks, [1] * plan.placement.stages
@@ -246,8 +248,9 @@ def test_numbers_of_chunks_that_do_not_fit_are_refused_with_the_nearest_that_do(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"), sampled(product(FAMILIES, RANKS), 1, name="slots", stratum=lambda case: case[0])
+)
 def test_a_slot_less_on_any_edge_of_the_grid_is_refused_exactly_where_a_replay_stops(family: str, ranks: int) -> None:
     for plan in plans(family, ranks):
         check_slots(plan)

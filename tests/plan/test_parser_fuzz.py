@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import SEED
 
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan import Placement, Plan, build, parse_action, validate
@@ -54,13 +55,19 @@ def read_layout(data: bytes) -> None:
 
 READERS: dict[Callable[[bytes], None], list[str]] = {
     read_plan_text: [plan.to_text() for plan in (build("1f1b", 2, 2), build("zb-h1", 3, 3), INTERLEAVED)],
-    read_csv: [to_torch_csv(INTERLEAVED), to_torch_csv(INTERLEAVED, "compute_comms").replace("\r", ""), DUALPIPEV],
+    read_csv: [
+        to_torch_csv(INTERLEAVED),
+        to_torch_csv(INTERLEAVED, "compute_comms", "2.14").replace("\r", ""),
+        to_torch_csv(INTERLEAVED, "compute_comms", "2.15"),
+        DUALPIPEV,
+    ],
     read_csv_with_sidecar: [to_torch_csv(plan) + sidecar_text(plan) for plan in (build("1f1b", 2, 2), INTERLEAVED)],
-    read_action: ["2F0", "0SEND_B12", "3RESHARD", "(0F1;7B0)OVERLAP_F_B"],
+    read_action: ["2F0", "0WAIT_SEND_B12", "3RESHARD", "(0F1;7B0)OVERLAP_F_B"],
     read_layout: ["Et*3|(tt|)*29,m|L", "EtL", "E||t*2(|t)*3L"],
 }
 WORDS = """
-    0 -1 999999999 99999999999 1e999 , ; | * *999999999 ( ) { } " # F I W B 0F0 0SEND_F0 1RECV_B0 0UNSHARD )OVERLAP_F_B
+    0 -1 999999999 99999999999 1e999 , ; | * *999999999 ( ) { } " # F I W B 0F0 0SEND_F0 1RECV_B0 0UNSHARD
+    0WAIT_SEND_F0 )OVERLAP_F_B
     v wave bidirectional never true null NaN ranks=999999999 chunks=999999999 microbatches=999999999
     "chunks":999999999999,
 """
@@ -117,8 +124,9 @@ def test_inputs_out_of_thin_air_are_read_or_refused(read: Callable[[bytes], None
 
 
 @pytest.mark.long
-def test_a_minute_of_inputs_is_read_or_refused() -> None:
-    seed, end = 1500, time.monotonic() + 60
+@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.nightly)])
+def test_new_inputs_are_read_or_refused(seconds: float) -> None:
+    seed, end = 1500 + SEED * 100_000, time.monotonic() + seconds
     while time.monotonic() < end:
         for read in READERS:
             fuzz(read, seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import inspect
 import json
 import re
 from pathlib import Path
@@ -18,6 +20,7 @@ from pipex.plan.actions import Action, Kind, parse_action
 from pipex.plan.interop import from_torch_csv, read_plan, to_torch_csv, write_torch_csv
 from pipex.plan.interop.sidecar import sidecar_text
 from pipex.plan.interop.torch_csv import Format, parse_rows, rows_text
+from pipex.plan.interop.torch_versions import Versions
 from pipex.plan.placement import Placement
 
 FORMATS: tuple[Format, ...] = ("compute_only", "compute_comms")
@@ -27,6 +30,29 @@ COMMS = (
     "0UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,0REDUCE_GRAD,0RESHARD\r\n"
     "1UNSHARD,1RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1F1,1B1,1SEND_B1,1REDUCE_GRAD,1RESHARD\r\n"
 )
+"""The same in format compute_comms, as torch 2.11 to 2.14 dump it."""
+
+COMMS_2_15 = (
+    "0UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0WAIT_SEND_F0,0RECV_B1,0B1,0WAIT_SEND_F1,"
+    "0REDUCE_GRAD,0WAIT_REDUCE_GRAD,0RESHARD\r\n"
+    "1UNSHARD,1RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1F1,1B1,1SEND_B1,"
+    "1REDUCE_GRAD,1WAIT_REDUCE_GRAD,1RESHARD,1WAIT_SEND_B0,1WAIT_SEND_B1\r\n"
+)
+"""As torch 2.15 dumps it."""
+
+# Two stages per rank in a V, as torch 2.15 lowers them: what stages 1 and 2 hand each other stays on the rank, and a
+# pair's backward is followed by the wait for what its stage had sent.
+V_COMPUTE = "0F0,0F1,3F0,(3F1;3B0)OVERLAP_F_B,3B1,0I0,0W0,0B1\r\n1F0,2F0,1F1,2F1,2B0,1B0,2B1,1B1\r\n"
+V_COMMS_2_15 = (
+    "0UNSHARD,3UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,3RECV_F0,3F0,3RECV_F1,(3F1;3B0)OVERLAP_F_B,3SEND_B0,3B1,3SEND_B1,"
+    "0RECV_B0,3REDUCE_GRAD,3WAIT_REDUCE_GRAD,3RESHARD,0I0,0WAIT_SEND_F0,0W0,0RECV_B1,0B1,0WAIT_SEND_F1,"
+    "0REDUCE_GRAD,0WAIT_REDUCE_GRAD,0RESHARD,3WAIT_SEND_B0,3WAIT_SEND_B1\r\n"
+    "1UNSHARD,2UNSHARD,1RECV_F0,1F0,1RECV_F1,2F0,2SEND_F0,1F1,2F1,2SEND_F1,2RECV_B0,2B0,2WAIT_SEND_F0,2RECV_B1,"
+    "1B0,1SEND_B0,2B1,2WAIT_SEND_F1,2REDUCE_GRAD,2WAIT_REDUCE_GRAD,2RESHARD,1B1,1SEND_B1,"
+    "1REDUCE_GRAD,1WAIT_REDUCE_GRAD,1RESHARD,1WAIT_SEND_B0,1WAIT_SEND_B1\r\n"
+)
+
+INSTALLED_KNOWS_WAITS = "WAIT_SEND_F" in {kind.value for kind in schedules._ComputationType}
 
 
 def dumped(schedule: Any, path: Path, format: Format) -> str:
@@ -86,7 +112,7 @@ def test_torch_s_order_of_gpipe_is_read(ranks: int, microbatches: int, tmp_path:
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8)])
 def test_torch_s_order_of_1f1b_is_refused_for_its_last_rank(ranks: int, microbatches: int, tmp_path: Path) -> None:
-    # Schedule1F1B runs rightly, but not from this order, in which the last rank counts its F from 1 (torch 2.13).
+    # Schedule1F1B runs rightly, but not from this order, in which the last rank counts its F from 1 (to torch 2.15).
     text = order_of(schedules.Schedule1F1B(*stages_of_rank_0(ranks, 1), microbatches), tmp_path / "dump.csv")
     assert rows_text(parse_rows(text)) == text
     plan, ours = from_torch_csv(text), build("1f1b", ranks, microbatches)
@@ -97,6 +123,10 @@ def test_torch_s_order_of_1f1b_is_refused_for_its_last_rank(ranks: int, microbat
     assert tuple(right) == ours.orders[-1]
 
 
+@pytest.mark.skipif(
+    "defer_pp_recv" not in inspect.signature(schedules.ScheduleZBVZeroBubble).parameters,
+    reason="torch 2.11 has no defer_pp_recv",
+)
 def test_receives_that_torch_defers_out_of_the_order_sent_are_refused(tmp_path: Path) -> None:
     # Over Gloo, torch 2.13 runs this to its end with wrong gradients: rank 1 takes an activation for a gradient.
     schedule = schedules.ScheduleZBVZeroBubble(stages_of_rank_0(2, 2), 4, defer_pp_recv=True)
@@ -123,10 +153,59 @@ def test_torch_reads_what_is_written_and_adds_the_same(
             assert dumped(runtime, tmp_path / "theirs.csv", format) == to_torch_csv(plan)
 
 
-def test_the_two_formats() -> None:
+def test_the_two_formats_of_every_torch() -> None:
     plan = build("1f1b", 2, 2)
-    assert to_torch_csv(plan) == COMPUTE
-    assert to_torch_csv(plan, "compute_comms") == COMMS
+    texts = {
+        "2.10.0+cu128": COMMS,
+        "2.14.1": COMMS,
+        "2.15": COMMS_2_15,
+        "2.16.0.dev20261101": COMMS_2_15,
+        "3.0": COMMS_2_15,
+    }
+    for torch, text in texts.items():
+        assert to_torch_csv(plan, torch=torch) == COMPUTE
+        assert to_torch_csv(plan, "compute_comms", torch) == text
+        assert from_torch_csv(text, sidecar_text(plan)) == plan
+    assert to_torch_csv(from_torch_csv(V_COMPUTE), "compute_comms", "2.15") == V_COMMS_2_15
+    assert rows_text(from_torch_csv(V_COMMS_2_15).orders) == V_COMPUTE
+
+
+def test_a_csv_is_for_the_installed_torch_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = build("1f1b", 2, 2)
+    assert to_torch_csv(plan, "compute_comms") == (COMMS_2_15 if INSTALLED_KNOWS_WAITS else COMMS)
+    for found, text in {"2.14.1+cpu": COMMS, "2.15.0+cu132": COMMS_2_15}.items():
+        monkeypatch.setattr(importlib.metadata, "version", {"torch": found}.__getitem__)
+        assert to_torch_csv(plan, "compute_comms") == text
+        assert to_torch_csv(plan, "compute_comms", "2.13") == COMMS
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert to_torch_csv(plan, "compute_comms") == COMMS_2_15
+
+
+@pytest.mark.parametrize("torch", ["", "2", "newest", ">=2.15", "v2.15", "2.x"])
+def test_what_is_no_version_of_torch_is_refused(torch: str, tmp_path: Path) -> None:
+    problem = f"not a version of torch; got {torch!r}; needed one such as '2.15' or '2.14.1'"
+    for format in FORMATS:
+        with pytest.raises(InputError, match=re.escape(problem)):
+            write_torch_csv(build("1f1b", 2, 2), tmp_path / "a.csv", format, torch)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_loads_the_csv_of_its_version_and_no_other(tmp_path: Path) -> None:
+    # torch 2.14 takes the W of 0WAIT_SEND_F0 for a weight gradient; torch 2.15 misses the waits.
+    path = tmp_path / "plan.csv"
+    for torch in ("2.14", "2.15"):
+        write_torch_csv(build("zb-h1", 2, 4), path, "compute_comms", torch)
+        runtime = schedules._PipelineScheduleRuntime(stages_of_rank_0(2, 1), 4)  # type: ignore[no-untyped-call]
+        if (torch == "2.15") == INSTALLED_KNOWS_WAITS:
+            runtime._load_csv(str(path), format="compute_comms")
+            assert dumped(runtime, tmp_path / "theirs.csv", "compute_comms") == path.read_bytes().decode()
+        else:
+            with pytest.raises((AssertionError, ValueError), match=r"Backward Weight|WAIT_REDUCE_GRAD"):
+                runtime._load_csv(str(path), format="compute_comms")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -192,6 +271,7 @@ def test_the_placement_is_the_one_that_fits(rows: list[str], placement: Placemen
             re.escape("no placement fits the CSV; got stages [0, 2] on rank 0; needed 0, 2, 4"),
         ),
         ("0B0\n", "too few micro-batches; got 0"),
+        ("0F0,1WAIT_REDUCE_GRAD\n1F0\n", re.escape("(1WAIT_REDUCE_GRAD) is of a stage that the rank does not hold")),
         ("0F0,1UNSHARD\n1F0\n", re.escape("rank 0 at position 1 (1UNSHARD) is of a stage that the rank does not hold")),
         ("0F0,2RESHARD\n1F0\n", re.escape("(2RESHARD) is of a stage that the rank does not hold")),
     ],
@@ -222,6 +302,54 @@ def test_messages_that_do_not_fit_the_compute_actions_are_refused(old: str, new:
     assert changed != COMMS
     with pytest.raises(PlanError, match=re.escape(problem)):
         from_torch_csv(changed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("0WAIT_SEND_F1,", "", "rank 0 never waits for 0SEND_F1; needed one wait after it"),
+        (",1WAIT_SEND_B1", "", "rank 1 never waits for 1SEND_B1; needed one wait after it"),
+        ("1WAIT_REDUCE_GRAD,", "", "rank 1 never waits for 1REDUCE_GRAD; needed one wait after it"),
+        ("0WAIT_SEND_F1", "0WAIT_SEND_F0", "rank 0 at position 10 (0WAIT_SEND_F0) has nothing to wait for"),
+        (
+            "0WAIT_SEND_F1",
+            "0WAIT_SEND_B1",
+            "(0WAIT_SEND_B1) has nothing to wait for; needed 0SEND_B1 before it, and one",
+        ),
+        (
+            "0WAIT_SEND_F1",
+            "0WAIT_SEND_F2",
+            "(0WAIT_SEND_F2) has nothing to wait for; needed 0SEND_F2 before it, and one",
+        ),
+        ("0F0,0SEND_F0", "0F0,0WAIT_SEND_F0,0SEND_F0", "rank 0 at position 2 (0WAIT_SEND_F0) has nothing to wait for"),
+        ("0RESHARD", "0WAIT_SEND_F1,0RESHARD", "rank 0 at position 13 (0WAIT_SEND_F1) has nothing to wait for"),
+        ("0REDUCE_GRAD,", "", "(0WAIT_REDUCE_GRAD) has nothing to wait for; needed 0REDUCE_GRAD before it"),
+        ("0RESHARD", "0WAIT_REDUCE_GRAD", "(0WAIT_REDUCE_GRAD) has nothing to wait for; needed 0REDUCE_GRAD before it"),
+        ("0REDUCE_GRAD,0WAIT_REDUCE_GRAD", "0REDUCE_GRAD,0REDUCE_GRAD", "(0REDUCE_GRAD) comes while 0REDUCE_GRAD is"),
+    ],
+)
+def test_waits_that_do_not_fit_what_they_wait_for_are_refused(old: str, new: str, problem: str) -> None:
+    changed = COMMS_2_15.replace(old, new)
+    assert changed != COMMS_2_15
+    with pytest.raises(PlanError, match=re.escape(problem)) as caught:
+        from_torch_csv(changed)
+    assert str(caught.value).endswith(", since a CSV with WAIT actions is for torch>=2.15")
+
+
+def test_a_reduction_begins_when_the_one_before_was_waited_for() -> None:
+    # torch 2.15 refuses it too: "Rank 0 cannot start REDUCE_GRAD for stage 0 while stage 3 has a pending reduction".
+    changed = V_COMMS_2_15.replace("3WAIT_REDUCE_GRAD,", "").replace("0REDUCE_GRAD,", "0REDUCE_GRAD,3WAIT_REDUCE_GRAD,")
+    problem = "(0REDUCE_GRAD) comes while 3REDUCE_GRAD is under way; needed 3WAIT_REDUCE_GRAD before it, since a CSV"
+    with pytest.raises(PlanError, match=re.escape(problem)):
+        from_torch_csv(changed)
+
+
+def test_waits_may_stand_elsewhere_than_torch_puts_them_by_itself() -> None:
+    # As with max_outstanding_sends=1 and defer_reduce_grad_wait of torch 2.15.
+    text = V_COMMS_2_15.replace("3WAIT_REDUCE_GRAD,", "").replace("0REDUCE_GRAD,", "3WAIT_REDUCE_GRAD,0REDUCE_GRAD,")
+    text = text.replace(",3WAIT_SEND_B0", "").replace("3B1,3SEND_B1", "3B1,3WAIT_SEND_B0,3SEND_B1")
+    assert text.count("WAIT") == V_COMMS_2_15.count("WAIT")
+    assert from_torch_csv(text) == from_torch_csv(V_COMPUTE)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +423,13 @@ def test_files_carry_a_plan_and_its_sidecar(tmp_path: Path) -> None:
     (tmp_path / "plan").write_text(plan.to_text())
     assert read_plan(tmp_path / "plan") == plan
     csv = tmp_path / "plan.csv"
-    write_torch_csv(plan, csv, "compute_comms")
-    assert csv.read_bytes().decode() == to_torch_csv(plan, "compute_comms")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "plan.csv", "plan.csv.json"]
-    assert read_plan(str(csv)) == plan
+    for format, torch in [("compute_only", None), ("compute_comms", "2.14"), ("compute_comms", "2.15")]:
+        write_torch_csv(plan, csv, format, torch)
+        assert csv.read_bytes().decode() == to_torch_csv(plan, format, torch)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "plan.csv", "plan.csv.json"]
+        said = json.loads((tmp_path / "plan.csv.json").read_text())
+        assert said.get("torch") == {None: None, "2.14": "<2.15", "2.15": ">=2.15"}[torch]
+        assert read_plan(str(csv)) == plan
     (tmp_path / "plan.csv.json").unlink()
     assert read_plan(csv) == dataclasses.replace(plan, family="torch-csv")
 
@@ -340,6 +471,10 @@ def test_a_sidecar_of_another_plan_is_refused(tmp_path: Path) -> None:
         ({"ranks": None}, "cannot read 'ranks' of the sidecar; got None; needed int"),
         ({"peak_activations": [2, -1]}, "cannot read 'peak_activations' of the sidecar"),
         ({"peak_activations": [2, "1"]}, "cannot read 'peak_activations' of the sidecar"),
+        ({"torch": "2.15"}, "cannot read 'torch' of the sidecar; got '2.15'; needed one of >=2.15, <2.15"),
+        ({"torch": 2.15}, "cannot read 'torch' of the sidecar; got 2.15; needed one of >=2.15, <2.15"),
+        ({"torch": None}, "cannot read 'torch' of the sidecar; got None"),
+        ({"torch": ["<2.15"]}, "cannot read 'torch' of the sidecar"),
         ({"colour": 1}, "an object with the keys"),
     ],
 )
@@ -347,6 +482,21 @@ def test_metadata_that_do_not_fit_are_refused(changes: dict[str, Any], problem: 
     metadata = {**json.loads(sidecar_text(build("1f1b", 2, 2))), **changes}
     with pytest.raises(PlanError, match=problem):
         from_torch_csv(COMPUTE, json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("text", "actions", "said"), [(COMMS, "<2.15", ">=2.15"), (COMMS_2_15, ">=2.15", "<2.15")], ids=["2.14", "2.15"]
+)
+def test_a_sidecar_for_another_torch_is_refused(text: str, actions: str, said: Versions) -> None:
+    plan = build("1f1b", 2, 2)
+    with pytest.raises(PlanError) as caught:
+        from_torch_csv(text, sidecar_text(plan, said))
+    assert str(caught.value) == (
+        f"the CSV and its sidecar are for different versions of torch; got torch{actions} by the CSV's actions; "
+        f"needed torch{said}, as the sidecar says; write the CSV again for the torch that is to load it"
+    )
+    # Compute actions are for every torch, whatever the sidecar says of another form of the same plan.
+    assert from_torch_csv(COMPUTE, sidecar_text(plan, said)) == plan
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,9 @@ def test_micro_batches_rise_and_pass_one_pipe_each_and_the_promised_memory_is_he
             assert max(held) == promised
         halves = [sum(pipes == {pipe} for pipes in passes.values()) for pipe in (0, 1)]
         assert halves == [(microbatches + 1) // 2, microbatches // 2]
+        for m, pipes in passes.items():
+            assert {stage // ranks for stage in plan.pipe_of(m)} == pipes
+            assert len(plan.pipe_of(m)) == ranks
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do() -> None:

@@ -1,12 +1,14 @@
 """Bits through device memory under many seeds of the simulated driver, which decide what is fast and what is slow.
 
-One launch trains for many steps, each under a seed of its own, and every step's gradients are compared: the number of
-the step that is wrong is the seed that shows it.
+One launch trains for many steps, each under a seed of its own, and every step's gradients are compared: the step that
+is wrong tells the seed that shows it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import device_world
 import pytest
 import torch
+from cases import SEED
 from runnable_plans import runnable
 from simulated_cuda import Simulator
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 import pipex
 from pipex.runtime.reference import OneProcess
 
-SEEDS = 200
+SEEDS, A_FEW = 200, 20
 DELAYS = (0, 50, 200, 1000)
 """Longest pauses of the driver in µs, taken in turn."""
 QUEUES = ("queues=1", "queues=2,shared=1", "queues=3,shared=1", "queues=8")
@@ -90,12 +93,12 @@ class Witness:
         }
 
 
-def rank_run(library: Path, family: str, chunks: int, microbatches: int, seeds: int) -> dict[str, Any]:
+def rank_run(library: Path, family: str, chunks: int, microbatches: int, seeds: range) -> dict[str, Any]:
     world, simulator, witness = pipex.current_world(), Simulator(library), Witness()
     plan = pipex.build(family, world.ranks, microbatches, chunks=chunks)
     pipeline = pipex.Pipeline(layers(plan.placement.stages), plan, nn.functional.mse_loss, optimizer=witness)
     losses = []
-    for seed in range(seeds):
+    for seed in seeds:
         simulator.set("seed", seed * world.ranks + world.rank)
         simulator.set("delay", DELAYS[seed % len(DELAYS)])
         losses.append(pipeline.step(*batch(seed)))
@@ -103,10 +106,10 @@ def rank_run(library: Path, family: str, chunks: int, microbatches: int, seeds: 
 
 
 @cache
-def one_process(stages: int, microbatches: int, seeds: int) -> dict[str, Any]:
+def one_process(stages: int, microbatches: int, seeds: range) -> dict[str, Any]:
     witness = Witness()
     process = OneProcess(layers(stages), microbatches, nn.functional.mse_loss, optimizer=witness)
-    losses = [process.step(*batch(seed)) for seed in range(seeds)]
+    losses = [process.step(*batch(seed)) for seed in seeds]
     return witness.seen(losses, process.stages)
 
 
@@ -123,7 +126,7 @@ def cells() -> list[Cell]:
     return list(found.values())
 
 
-def disagreements(library: Path, settings: str, cell: Cell, seeds: int) -> list[str]:
+def disagreements(library: Path, settings: str, cell: Cell, seeds: range) -> list[str]:
     """Everything in which a pipeline and one process differ; a gradient or loss with the first seed that shows it."""
     family, ranks, chunks, microbatches = cell
     arguments = (library, family, chunks, microbatches, seeds)
@@ -135,8 +138,7 @@ def disagreements(library: Path, settings: str, cell: Cell, seeds: int) -> list[
         for name, gradients in result["gradients"].items():
             steps[f"the gradient of {name}"] = (gradients, expected["gradients"][name])
         for what, (seen, right) in steps.items():
-            assert len(seen) == len(right) == seeds
-            wrong = [seed for seed in range(seeds) if seen[seed] != right[seed]]
+            wrong = [seed for seed, ours, one in zip(seeds, seen, right, strict=True) if ours != one]
             if wrong:
                 found.append(f"rank {rank}: {what} under seed {wrong[0]}")
         found += [f"rank {rank}: {n}" for n, seen in result["parameters"].items() if seen != expected["parameters"][n]]
@@ -146,17 +148,28 @@ def disagreements(library: Path, settings: str, cell: Cell, seeds: int) -> list[
 
 @pytest.mark.parametrize("cell", [("1f1b", 2, 1, 4), ("zb-h1", 3, 1, 4), ("zbv", 2, 2, 4)], ids=str)
 def test_bits_are_those_of_one_process_under_a_few_seeds(simulated_cuda: Path, cell: Cell) -> None:
-    assert disagreements(simulated_cuda, QUEUES[cell[1] % 2], cell, 16) == []
+    assert disagreements(simulated_cuda, QUEUES[cell[1] % 2], cell, range(16)) == []
+
+
+def many_seeds() -> Iterator[Any]:
+    """Of every cell a few of its seeds, and for the nights all of them."""
+    for number, cell in enumerate(cells()):
+        queues = QUEUES[number % len(QUEUES)]
+        first = random.Random(f"{SEED} {cell}").randrange(SEEDS - A_FEW)
+        yield cell, queues, range(first, first + A_FEW)
+        yield pytest.param(cell, queues, range(SEEDS), marks=pytest.mark.nightly)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("cell", "queues"), [(cell, QUEUES[i % 4]) for i, cell in enumerate(cells())], ids=str)
-def test_bits_are_those_of_one_process_under_many_seeds(simulated_cuda: Path, cell: Cell, queues: str) -> None:
-    assert disagreements(simulated_cuda, queues, cell, SEEDS) == []
+@pytest.mark.parametrize(("cell", "queues", "seeds"), list(many_seeds()), ids=str)
+def test_bits_are_those_of_one_process_under_many_seeds(
+    simulated_cuda: Path, cell: Cell, queues: str, seeds: range
+) -> None:
+    assert disagreements(simulated_cuda, queues, cell, seeds) == []
 
 
 @pytest.mark.parametrize("bug", ["dropped-data-wait", "stale-lap", "flag-before-data", "source-free-at-once"])
 def test_a_seeded_bug_of_the_protocol_shows(simulated_cuda: Path, bug: str) -> None:
     """Some of tests/native/test_device_ring.py. Not all can: what is early for a compute stream only is not for the
     calling thread, which computes here."""
-    assert disagreements(simulated_cuda, f"queues=8,bug={bug}", ("1f1b", 2, 1, 4), 12)
+    assert disagreements(simulated_cuda, f"queues=8,bug={bug}", ("1f1b", 2, 1, 4), range(12))

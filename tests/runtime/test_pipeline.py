@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import host_world
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def test_batches_of_changing_size_and_buffers_in_between() -> None:
     expected = []
     for step, samples in enumerate(BATCHES):
         expected += [process.step(*data(samples, step)), process.evaluate(*data(samples + 1, 100 + step))]
-    assert pipex.launch(changing_batches, 2) == [expected, expected]
+    assert host_world.launch(changing_batches, 2) == [expected, expected]
 
 
 def save_and_go_on(directory: str) -> list[float]:
@@ -75,8 +76,8 @@ def load_and_go_on(directory: str) -> list[Any]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_checkpoint_goes_on_bit_for_bit_on_any_number_of_ranks(ranks: int, tmp_path: Path) -> None:
-    expected = pipex.launch(save_and_go_on, 2, args=(str(tmp_path),))[0]
-    for meta, steps, *losses in pipex.launch(load_and_go_on, ranks, args=(str(tmp_path),)):
+    expected = host_world.launch(save_and_go_on, 2, args=(str(tmp_path),))[0]
+    for meta, steps, *losses in host_world.launch(load_and_go_on, ranks, args=(str(tmp_path),)):
         assert meta == {"note": "three steps"}
         assert steps == 3
         assert losses == expected
@@ -94,7 +95,7 @@ def save_where_it_cannot(directory: str) -> str:
 def test_a_save_that_fails_fails_on_every_rank(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a directory")
-    messages = pipex.launch(save_where_it_cannot, 2, args=(str(file),))
+    messages = host_world.launch(save_where_it_cannot, 2, args=(str(file),))
     assert messages[0] == messages[1]
     assert "no checkpoint was saved" in messages[0]
 
@@ -107,7 +108,7 @@ def watched() -> dict[str, Any]:
 
 
 def test_events_follow_the_plan() -> None:
-    first, second = pipex.launch(watched, 2)
+    first, second = host_world.launch(watched, 2)
     tail = ["reduce", "optimizer"]
     assert first["names"] == ["0F0", "0SEND_F0", "0F1", "0SEND_F1", "0RECV_B0", "0B0", "0F2", "0SEND_F2",
                               "0RECV_B1", "0B1", "0RECV_B2", "0B2", *tail]  # fmt: skip
@@ -127,7 +128,7 @@ def everywhere() -> float:
 
 
 def test_batch_and_target_are_needed_only_where_they_are_read() -> None:
-    assert pipex.launch(only_where_needed, 3) == pipex.launch(everywhere, 3)
+    assert host_world.launch(only_where_needed, 3) == host_world.launch(everywhere, 3)
 
 
 def disagree(what: str) -> None:
@@ -159,7 +160,7 @@ def disagree(what: str) -> None:
 )
 def test_ranks_that_disagree_are_told_both_values(what: str, both: tuple[str, str]) -> None:
     with pytest.raises(PeerFailed) as error:
-        pipex.launch(disagree, 2, args=(what,))
+        host_world.launch(disagree, 2, args=(what,))
     assert ConfigMismatch.__name__ in str(error.value)
     for value in both:
         assert value in str(error.value)
@@ -184,7 +185,7 @@ def call_different_methods(directory: str) -> None:
 
 def test_ranks_that_call_different_methods_are_told_both(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match=r"ConfigMismatch: the ranks disagree about the call.*(save|evaluate)"):
-        pipex.launch(call_different_methods, 2, args=(str(tmp_path),))
+        host_world.launch(call_different_methods, 2, args=(str(tmp_path),))
 
 
 def solo(loss: Any) -> pipex.Pipeline:
@@ -244,7 +245,7 @@ def test_a_plan_with_more_than_one_set_of_weights_is_refused(plan: Plan, reason:
     with pytest.raises(
         PeerFailed, match=f"InputError: {plan.family} can be planned and simulated, .* got a plan with {reason}"
     ):
-        pipex.launch(run_plan, 2, args=(plan,))
+        host_world.launch(run_plan, 2, args=(plan,))
 
 
 def run_plan(plan: Plan) -> float:
@@ -263,7 +264,7 @@ FORWARD_ONLY = Plan(
 
 def test_a_plan_without_a_backward_evaluates() -> None:
     expected = OneProcess(pipex.split_model(layers(), 2), 3, LOSS).evaluate(*data(7, 1))
-    assert pipex.launch(evaluate_twice, 2) == [[expected, expected]] * 2
+    assert host_world.launch(evaluate_twice, 2) == [[expected, expected]] * 2
 
 
 def evaluate_twice() -> list[float]:
@@ -273,7 +274,7 @@ def evaluate_twice() -> list[float]:
 
 def test_a_plan_without_a_backward_does_not_train() -> None:
     with pytest.raises(PeerFailed, match="InputError: this pipeline cannot train; got forward-only, a plan without a"):
-        pipex.launch(run_plan, 2, args=(FORWARD_ONLY,))
+        host_world.launch(run_plan, 2, args=(FORWARD_ONLY,))
 
 
 class Adjacency(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import persistent
 import torch
 from forked import Forked
+from host_world import run_in
 from simulated_cuda import Simulator
 
-from pipex.runtime import worlds
 from pipex.transport import device
 from pipex.transport.device import DeviceWorld
 from pipex.transport.host import HostRun
@@ -23,21 +23,14 @@ from pipex.transport.host import HostRun
 Body = Callable[[DeviceWorld], Any]
 
 
-def rank_main(
-    run: HostRun, rank: int, body: Body, library: Path, settings: str, timeout: float, namer: Any
-) -> dict[str, Any]:
+def rank_main(join: Callable[..., DeviceWorld], body: Body, library: Path, settings: str) -> dict[str, Any]:
     os.environ["SIMULATED_CUDA"] = settings
-    worlds.set_threads(run.ranks)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        world = device.join(run, rank, torch.device("cpu"), timeout=timeout, library=str(library))
-        world.namer = namer
-        worlds.enter(world)
+        world = join(device=torch.device("cpu"), library=str(library))
         try:
-            result = body(world)
-            world.close()
-        except BaseException as error:
-            world.fail(error)
+            result = run_in(world, body, (world,))
+        except BaseException:
             world.close()
             raise
     gc.collect()  # a pipeline refers to itself
@@ -49,15 +42,15 @@ def rank_main(
 
 
 def start(
-    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0,
-    namer: Any = None,
-) -> Forked:  # fmt: skip
+    bodies: Sequence[Body], library: Path, settings: str | Sequence[str] = "", *, timeout: float = 30.0
+) -> Forked:
     """Forked ranks, each with its body and, if they differ, its settings of the simulator. A result comes with what the
     rank has warned of and left behind."""
     run = HostRun.create(len(bodies))
     each = [settings] * len(bodies) if isinstance(settings, str) else settings
     forked = Forked([
-        partial(rank_main, run, rank, body, library, each[rank], timeout, namer) for rank, body in enumerate(bodies)
+        partial(rank_main, partial(device.join, run, rank, timeout=timeout), body, library, each[rank])
+        for rank, body in enumerate(bodies)
     ])  # fmt: skip
     run.close()
     return forked
@@ -66,12 +59,28 @@ def start(
 def launch(
     fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = (), library: Path, settings: str = ""
 ) -> list[Any]:
-    """As ``pipex.launch``, through device memory; also that nothing is left of it."""
-    importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
-    with start([lambda _: fn(*args)] * ranks, library, settings) as forked:
-        outcomes = [forked.outcome(rank, seconds=100) for rank in range(ranks)]
+    """As ``pipex.launch``, through device memory, by ranks that stay."""
+    run = HostRun.create(ranks)
+    bodies = [partial(_rank, run.address, rank, fn, args, library, settings) for rank in range(ranks)]
+    try:
+        outcomes = persistent.ranks.outcomes(bodies)
+    finally:
+        run.close()
+    return results(outcomes)
+
+
+def results(outcomes: Sequence[dict[str, Any]]) -> list[Any]:
+    """What all ranks returned; also that they went through device memory, and that nothing is left of it."""
     for outcome in outcomes:
         assert "result" in outcome, outcomes
         seen = outcome["result"]
         assert (seen["staged"], seen["mappings"], seen["violations"], seen["warnings"]) == (None, 0, [], []), seen
     return [outcome["result"]["result"] for outcome in outcomes]
+
+
+def _rank(
+    address: bytes, rank: int, fn: Callable[..., Any], args: Sequence[Any], library: Path, settings: str
+) -> dict[str, Any]:
+    Simulator(library).forget()
+    join = partial(device.join, HostRun.open(address), rank, timeout=30.0)
+    return rank_main(join, lambda _: fn(*args), library, settings)

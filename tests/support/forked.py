@@ -27,7 +27,7 @@ class Forked:
                 pid = os.fork()
             if pid == 0:
                 try:
-                    os.write(writer, json.dumps(_outcome(body)).encode())
+                    os.write(writer, json.dumps(outcome_of(body)).encode())
                 finally:
                     os._exit(0)
             os.close(writer)
@@ -56,7 +56,8 @@ class Forked:
         return {"hung": True}
 
 
-def _outcome(body: Callable[[], Any]) -> dict[str, Any]:
+def outcome_of(body: Callable[[], Any]) -> dict[str, Any]:
+    """What ``Forked.outcome`` says of a body that was run to its end."""
     try:
         return {"result": body(), "at": time.monotonic()}
     except BaseException as error:

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forked import outcomes
+import persistent
+from host_world import run_in
 from torch.distributed import FileStore
 
-from pipex.runtime import worlds
 from pipex.transport.group import GroupWorld
 
 
 def launch(fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = ()) -> list[Any]:
-    """As ``pipex.launch``, through connections on the loopback address."""
-    importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
+    """As ``pipex.launch``, through connections on the loopback address, by ranks that stay."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        found = outcomes([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)], seconds=100)
-    assert all("result" in outcome for outcome in found), found
-    return [outcome["result"] for outcome in found]
+        return persistent.ranks.results([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)])
 
 
 def _rank(store: Path, rank: int, ranks: int, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
-    worlds.set_threads(ranks)
-    world = GroupWorld(FileStore(str(store), ranks), rank, ranks, timeout=30.0)
-    worlds.enter(world)
-    try:
-        result = fn(*args)
-        world.close()
-    except BaseException as error:
-        world.fail(error)
-        raise
-    return result
+    return run_in(GroupWorld(FileStore(str(store), ranks), rank, ranks, timeout=30.0), fn, args)

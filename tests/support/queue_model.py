@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipex.plan.actions import Action, Kind
-from pipex.plan.causality import RECEIVES, edge_of
+from pipex.plan.causality import RECEIVES
 from pipex.plan.communication import alive, slots_needed
 from pipex.plan.placement import Edge
 from pipex.plan.plan import Plan
@@ -210,7 +210,7 @@ class Run:
     def _act(self, rank: int, action: Action) -> Host:
         stage, kind, microbatch, _ = action
         if kind in (Kind.SEND_F, Kind.SEND_B):
-            yield from self._send(rank, edge_of(action), microbatch)
+            yield from self._send(rank, self.plan.placement.ends[stage, kind], microbatch)
         elif kind in (Kind.F, Kind.I, Kind.B, Kind.W):
             if kind is Kind.F:
                 yield from self._receive(rank, Edge(stage - 1, stage, "activation"), microbatch)
@@ -290,7 +290,7 @@ class EarlyReceives(Run):
     def _post(self, rank: int) -> Host:
         if self.unposted[rank]:
             action = self.unposted[rank].popleft()
-            message = (edge_of(action), action.microbatch)
+            message = (self.plan.placement.ends[action.stage, action.kind], action.microbatch)
             yield from self.device.enqueue(rank, RECEIVE, wait=("written", *message))
             yield from self.device.enqueue(rank, RECEIVE, signal=("arrived", *message))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from built import ROOT, compiled, together
 
-ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "tests/native/sanitized"
 SIMULATOR = ROOT / "tests/native/simulated_cuda"
 HOST = [
@@ -32,53 +31,32 @@ BOTH = [pytest.param(THREADS, id="threads"), pytest.param(MEMORY, id="memory")]
 Flags = tuple[str, ...]
 
 
-class Builder:
-    """Compiles nothing twice. A list of sources is compiled as one: most of the time goes into the headers."""
+OPTIONS = ["g++", "-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc", "-I", SIMULATOR]
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._numbers = folder, itertools.count()
-        self._made: dict[tuple[object, ...], Path] = {}
 
-    def program(self, flags: Flags, *parts: Path | Sequence[Path]) -> Path:
-        self._skip_without(flags)
-        with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(lambda part: self._object(flags, part), parts))
-        key = (flags, *objects)
-        if key not in self._made:
-            program = self._new(".exe")
-            subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
-            self._made[key] = program
-        return self._made[key]
+def program(flags: Flags, *parts: Path | Sequence[Path]) -> Path:
+    """A list of sources is compiled as one."""
+    skip_without(flags)
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(lambda part: _compiled([*flags, "-c"], part, ".o"), parts))
+    return compiled(["g++", *flags], objects, ".exe")
 
-    def shared_object(self, flags: Flags, sources: Sequence[Path]) -> Path:
-        self._skip_without(flags)
-        return self._object((*flags, "-fPIC", "-shared", "-Wl,-z,nodelete"), sources)
 
-    def _object(self, flags: Flags, part: Path | Sequence[Path]) -> Path:
-        key = (flags, part if isinstance(part, Path) else tuple(part))
-        if key not in self._made:
-            source, target = part, self._new(".so" if "-shared" in flags else ".o")
-            if not isinstance(source, Path):
-                source = self._new(".cpp")
-                source.write_text("".join(f'#include "{each}"\n' for each in part))
-            options = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc", "-I", SIMULATOR]
-            as_object = [] if "-shared" in flags else ["-c"]
-            subprocess.run(["g++", *options, *flags, *as_object, source, "-o", target], check=True)
-            self._made[key] = target
-        return self._made[key]
+def shared_object(flags: Flags, sources: Sequence[Path]) -> Path:
+    skip_without(flags)
+    return _compiled([*flags, "-fPIC", "-shared", "-Wl,-z,nodelete"], sources, ".so")
 
-    def _skip_without(self, flags: Flags) -> None:
-        if (flags, "works") in self._made:
-            return
-        probe, program = self._new(".cpp"), self._new(".exe")
-        probe.write_text("int main() {}\n")
-        made = subprocess.run(["g++", *flags, probe, "-o", program], capture_output=True, text=True)
-        if made.returncode != 0:
-            pytest.skip(f"g++ cannot build with {flags[0]}: {made.stderr.strip().splitlines()[-1]}")
-        self._made[flags, "works"] = program
 
-    def _new(self, suffix: str) -> Path:
-        return self._folder / f"{next(self._numbers)}{suffix}"
+def _compiled(flags: Sequence[str], part: Path | Sequence[Path], suffix: str) -> Path:
+    command = [*OPTIONS, *flags]
+    return compiled(command, [part], suffix) if isinstance(part, Path) else together(command, part, suffix)
+
+
+def skip_without(flags: Flags) -> None:
+    try:
+        compiled(["g++", *flags], [HARNESS / "nothing.cpp"], ".exe")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"g++ cannot build with {flags[0]}: {error.stderr.strip().splitlines()[-1]}")
 
 
 def run(program: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> (

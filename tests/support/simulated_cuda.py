@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from built import ROOT, compiled
+
 NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS = 1, 2, 1
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, NOT_READY, NOT_SUPPORTED = 1, 2, 201, 400, 600, 801
 POISON = 0xA5
@@ -18,13 +18,10 @@ BLOCK = 2 << 20
 """Memory that is exported is a multiple of it."""
 
 
-def build(folder: Path) -> Path:
-    library = folder / "simulated_cuda.so"
+def build() -> Path:
     sources = sorted((ROOT / "tests" / "native" / "simulated_cuda").glob("*.cpp"))
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wl,-z,nodelete"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *flags, "-I", ROOT / "csrc", "-o", library, *sources], check=True)
-    return library
+    return compiled([os.environ.get("CXX", "g++"), *flags, "-I", ROOT / "csrc"], sources, ".so")
 
 
 class Handle(ctypes.Structure):
@@ -68,6 +65,11 @@ class Simulator:
 
     def stop(self) -> None:
         self.functions.simulated_stop()
+
+    def forget(self) -> None:
+        """Stops; whoever calls the driver next in this process is the first one."""
+        self.stop()
+        self.functions.simulated_forget()
 
     def _made(self, function: str, *arguments: Any) -> int:
         made = ctypes.c_uint64()

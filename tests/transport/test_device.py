@@ -216,7 +216,7 @@ def test_a_message_other_than_announced_is_named_at_the_receiver(
 
 def test_calls_that_do_not_fit_the_edge_are_refused_before_anything_is_sent(gpus: Gpus) -> None:
     with gpus.edge(FORM) as (sender, receiver):
-        with pytest.raises(InputError, match="another number of tensors; got 2; needed 1"):
+        with pytest.raises(MessageMismatch, match="another number of tensors than announced; got 2; needed 1"):
             sender.send(1, 0, [torch.zeros(2, 3), torch.zeros(1)])
         with pytest.raises(InputError, match="is on cpu; got a tensor on meta; needed one on cpu"):
             sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
@@ -250,17 +250,16 @@ def test_edges_are_opened_anew_and_the_old_memory_is_freed(gpus: Gpus) -> None:
         assert gpus.simulator.mappings == 2  # the peer's are unmapped; the own ones wait until all have done so
 
 
-def test_edges_within_a_rank_and_of_every_kind_open_together(gpus: Gpus) -> None:
+def test_edges_of_every_kind_open_together(gpus: Gpus) -> None:
     form = (TensorForm((4,), torch.float32),)
     specs = [
         EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form),
         EdgeSpec(1, 0, "gradient", 1, 0, 1, 1, form),
-        EdgeSpec(1, 2, "activation", 1, 1, 1, 1, form),
         EdgeSpec(0, 2, "tied", 0, 1, 1, 1, form),
     ]
     first, second = each(gpus.worlds, lambda world: world.open(specs, DIGEST))
     assert set(first.senders) == {(0, 1, "activation"), (0, 2, "tied")}
-    assert set(second.senders) == {(1, 0, "gradient"), (1, 2, "activation")}
+    assert set(second.senders) == {(1, 0, "gradient")}
     for links in (first, second):
         for key, sender in links.senders.items():
             sent = torch.randn(4)
@@ -274,6 +273,7 @@ def test_a_missing_driver_is_named() -> None:
         device.join(HostRun.create(1), 0, CPU, library="no such library")
 
 
+@pytest.mark.timing  # no other process may come or go
 def test_a_run_leaves_no_descriptor_thread_or_name_behind(simulated_cuda: Path, tmp_path: Path) -> None:
     def held() -> tuple[int, int]:
         gc.collect()

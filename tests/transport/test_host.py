@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import case
 from threads_as_ranks import each
 from torch import Tensor
 
@@ -49,8 +50,13 @@ def bits(tensor: Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (0,), (4, 0, 3), (1, 1, 1, 1, 1, 1, 1, 3)], ids=str)
-def test_every_dtype_and_shape_arrives_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_every_dtype_and_shape_arrives_bit_for_bit(dtype: torch.dtype) -> None:
+    for shape in ((), (1,), (7,), (3, 5, 2), (0,), (4, 0, 3), (1, 1, 1, 1, 1, 1, 1, 3)):
+        with case(shape):
+            check_transfer(dtype, shape)
+
+
+def check_transfer(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     elements = TensorForm(shape, dtype).nbytes
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (elements,), dtype=torch.uint8)
     sent = raw.view(dtype).reshape(shape)
@@ -219,7 +225,7 @@ def test_a_message_other_than_announced_is_named_at_the_receiver(
 
 def test_calls_that_do_not_fit_the_edge_are_refused_before_anything_is_sent() -> None:
     with edge(FORM) as (sender, receiver):
-        with pytest.raises(InputError, match="another number of tensors; got 2; needed 1"):
+        with pytest.raises(MessageMismatch, match="another number of tensors than announced; got 2; needed 1"):
             sender.send(1, 0, [torch.zeros(2, 3), torch.zeros(1)])
         with pytest.raises(InputError, match="on meta; needed one on the CPU"):
             sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
@@ -241,20 +247,19 @@ def test_ranks_with_different_edges_or_plans_are_told_both_values() -> None:
         each(worlds, lambda world: world.open([edge_spec(FORM)] * (1 - world.rank), DIGEST))
 
 
-def test_edges_within_a_rank_and_of_every_kind_open_together() -> None:
+def test_edges_of_every_kind_open_together() -> None:
     form = (TensorForm((4,), torch.float32),)
     specs = [
         EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form),
         EdgeSpec(1, 0, "gradient", 1, 0, 1, 1, form),
-        EdgeSpec(1, 2, "activation", 1, 1, 1, 1, form),
         EdgeSpec(0, 2, "tied", 0, 1, 1, 1, form),
     ]
     with joined(2) as worlds:
         first, second = each(worlds, lambda world: world.open(specs, DIGEST))
         assert set(first.senders) == {(0, 1, "activation"), (0, 2, "tied")}
         assert set(first.receivers) == {(1, 0, "gradient")}
-        assert set(second.senders) == {(1, 0, "gradient"), (1, 2, "activation")}
-        assert set(second.receivers) == {(0, 1, "activation"), (0, 2, "tied"), (1, 2, "activation")}
+        assert set(second.senders) == {(1, 0, "gradient")}
+        assert set(second.receivers) == {(0, 1, "activation"), (0, 2, "tied")}
         for links in (first, second):
             for key, sender in links.senders.items():
                 sent = torch.randn(4)
@@ -294,6 +299,7 @@ def held() -> tuple[int, int, int]:
     return len(descriptors), sum("memfd:pipex" in name for name in descriptors), len(os.listdir("/proc/self/task"))
 
 
+@pytest.mark.timing  # no other process may come or go
 def test_a_run_leaves_no_descriptor_thread_or_name_behind() -> None:
     before, names = held(), os.listdir("/dev/shm")
     for _ in range(3):

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked
+from orders import forwards
 
 from pipex.errors import OutOfSharedMemory, PeerFailed, PeerLost, PeerStalled
 from pipex.transport.host import HostRun, HostWorld
 from pipex.transport.interface import EdgeSpec, Phase, TensorForm
+
+pytestmark = pytest.mark.timing
 
 FORM = (TensorForm((256,), torch.float32),)
 Body = Callable[[HostWorld], Any]
@@ -29,19 +32,14 @@ def ring_of(ranks: int) -> list[EdgeSpec]:
 
 def receive_from(world: HostWorld, ranks: int) -> None:
     """Waits for a message of the rank before this one, which never comes."""
-    links = world.open(ring_of(ranks), bytes(16))
+    links = world.open(ring_of(ranks), bytes(16), forwards(ranks))
     world.at(3, world.rank)
     (receiver,) = links.receivers.values()
     receiver.receive(3, 0, FORM)
 
 
-def name(rank: int, position: int) -> tuple[str, int | None, int | None]:
-    return f"{rank}F{position}", rank, position
-
-
 def rank_main(run: HostRun, rank: int, body: Body, timeout: float) -> Any:
     world = run.join(rank, timeout=timeout)
-    world.namer = name
     try:
         return body(world)
     except BaseException as error:
@@ -64,7 +62,7 @@ class Ranks(Forked):
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_is_named_by_all_others_within_a_second(victim: int) -> None:
     def die_at(world: HostWorld) -> float:
-        world.open(ring_of(3), bytes(16))
+        world.open(ring_of(3), bytes(16), forwards(3))
         world.at(3, 5)
         os.write(told, json.dumps(time.monotonic()).encode())
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,7 +136,7 @@ def test_the_first_failure_wins_when_all_ranks_fail_at_once() -> None:
 
 def test_a_rank_without_progress_is_named_through_a_chain_of_waits() -> None:
     def stop(world: HostWorld) -> None:
-        world.open(ring_of(4), bytes(16))
+        world.open(ring_of(4), bytes(16), forwards(4))
         world.at(3, 2)
         signal.pause()
 
@@ -190,6 +188,7 @@ def test_progress_of_the_awaited_rank_keeps_a_wait_alive() -> None:
 
 def test_ctrl_c_ends_a_wait() -> None:
     def wait(world: HostWorld) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
         os.write(told, b"!")
         world.exchange(b"")
 

@@ -15,11 +15,17 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent / "interpreted"
+LATER = {"test_norm.py", "test_trial.py"}
+FILES = [
+    pytest.param(path.name, marks=[pytest.mark.long] * (path.name in LATER))
+    for path in sorted(FOLDER.glob("test_*.py"))
+]
 
 
 @pytest.mark.timeout(400)
-def test_kernels_compute_what_their_references_do() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_compute_what_their_references_do(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     root = FOLDER.parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -6,7 +6,10 @@ feeds a matrix instruction in a way that its assembler gets wrong, or overwrites
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from cases import sampled
 
 pytest.importorskip("triton")
 
@@ -21,7 +24,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "capability"), CASES)
+def operation(case: Any) -> tuple[str, int]:
+    variant, capability = case.values
+    return variant.name.partition(",")[0], capability
+
+
+@pytest.mark.parametrize(
+    ("variant", "capability"), sampled(CASES, 1, name="gates", stratum=operation, others=pytest.mark.long)
+)
 def test_gates(variant: Variant, capability: int) -> None:
     row = measure(variant, capability)
     assert row.spills == row.stack == 0, row

@@ -14,9 +14,9 @@ from pipex.cli.plans.sizes import add_costs, add_json, check_no_costs, costs_of,
 from pipex.errors import InputError
 from pipex.observe import measure, read_trace
 from pipex.plan import bounds
+from pipex.plan.measured import measured_costs
 from pipex.plan.view.chrome import chrome_trace
 from pipex.plan.view.html import html_page
-from pipex.plan.view.measured import measured_costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if options.trace is not None:
         check_no_costs(options, "--trace")
         trace = read_trace(options.trace)
-        measured = measure(trace)
+        measured = measure(trace, plan.placement)
         costs = measured_costs(plan, measured.action, median(measured.messages) if measured.messages else 0.0)
     else:
         costs = costs_of(options, plan.placement.ranks).on(plan.placement)

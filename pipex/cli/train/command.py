@@ -25,8 +25,8 @@ def run(namespace: argparse.Namespace) -> int:
     options = option_module.read(namespace)
     from pipex.cli.train.data import load_bytes
     from pipex.cli.train.job import build_plan, build_stages, check_resume
+    from pipex.runtime.arguments import check_runnable
     from pipex.runtime.launch import launch
-    from pipex.runtime.pipeline import check_runnable
     from pipex.runtime.worlds import under_torchrun
 
     # What is wrong with the arguments is said once, here, before any rank is started.
@@ -66,11 +66,12 @@ def _rank(options: Options, text: Any) -> int:
         if options.json:
             print(json.dumps({"steps": 0}), flush=True)
         return 0
+    plan = build_plan(options, world.ranks)
     if options.trace is not None:
-        write_trace(options.trace, outcome.events)
+        write_trace(options.trace, outcome.events, plan.placement)
     different = None if process is None else differences(process, options, text, outcome)
-    figures = measure(outcome.events)
-    numbers = report.numbers(options, build_plan(options, world.ranks), outcome, figures, different)
+    figures = measure(outcome.events, plan.placement)
+    numbers = report.numbers(options, plan, outcome, figures, different)
     print(report.text(numbers, figures, different), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
         # JSON has no NaN: a loss that is not finite is null.

@@ -11,7 +11,7 @@ from pipex.cli.train.job import Outcome
 from pipex.cli.train.options import Options
 from pipex.observe import Figures
 from pipex.plan import Plan
-from pipex.plan.view.measured import measured_costs
+from pipex.plan.measured import measured_costs
 
 
 def numbers(

@@ -2,6 +2,7 @@
 
 files            a plan from whatever file holds it
 torch_csv        the CSV of torch.distributed.pipelining, in both of its formats
+torch_versions   for which versions of torch a CSV is
 torch_lowering   the actions that torch's runtime needs between the compute actions
 sidecar          what the CSV cannot say about a plan, in a JSON file beside it
 megatron_layout  Megatron-LM's layout string

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipex.errors import InputError, PlanSyntaxError
 from pipex.plan.interop.sidecar import sidecar_text
 from pipex.plan.interop.torch_csv import Format, from_torch_csv, to_torch_csv
+from pipex.plan.interop.torch_versions import versions_like
 from pipex.plan.plan import BYTE_ORDER_MARK, MAX_TEXT, Plan
 
 
@@ -28,16 +29,19 @@ def read_plan(path: str | PathLike[str]) -> Plan:
     return from_torch_csv(content, _content(sidecar) if sidecar.exists() else None)
 
 
-def write_torch_csv(plan: Plan, path: str | PathLike[str], format: Format = "compute_only") -> None:
-    """Writes the plan as torch's CSV, and its sidecar beside it.
+def write_torch_csv(
+    plan: Plan, path: str | PathLike[str], format: Format = "compute_only", torch: str | None = None
+) -> None:
+    """Writes the plan as torch's CSV, and its sidecar beside it; arguments as in ``to_torch_csv``.
 
     Raises:
         PlanError: the plan is not valid, or not for torch's runtime.
-        InputError: a file cannot be written.
+        InputError: a file cannot be written, or ``torch`` is no version.
     """
     path = Path(path)
-    text = to_torch_csv(plan, format)
-    for file, content in ((path, text), (_sidecar_of(path), sidecar_text(plan))):
+    text = to_torch_csv(plan, format, torch)
+    versions = versions_like(torch) if format == "compute_comms" else None
+    for file, content in ((path, text), (_sidecar_of(path), sidecar_text(plan, versions))):
         try:
             file.write_bytes(content.encode())
         except OSError as error:

@@ -7,6 +7,11 @@ that is in the file:
     SEND_F, RECV_F, SEND_B, RECV_B   all of them or none; checked against the compute actions, then dropped
     UNSHARD, RESHARD, REDUCE_GRAD    dropped: they say when FSDP gathers, frees and reduces, and when torch divides
                                      the gradients by the number of micro-batches. A pipex plan needs none of them
+    WAIT_SEND_F, WAIT_SEND_B,        all of them (torch 2.15 and later) or none (before); checked against what they
+    WAIT_REDUCE_GRAD                 wait for, then dropped
+
+Files for either kind of torch are read; written are those for the installed torch, or for the one that is named. A file
+of compute actions is for all of them.
 
 A plan has the compute actions only, so reading loses idle steps and the exact place of every other action; writing
 ``compute_comms`` puts them where torch does (``torch_lowering``). What the file cannot say (family, promise, ...) a
@@ -23,10 +28,11 @@ from typing import Literal
 
 from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, PER_STAGE, Action, Kind, parse_action, syntax_error
-from pipex.plan.causality import RECEIVES, SENDS, Event, edge_of
+from pipex.plan.causality import RECEIVES, SENDS, Event
 from pipex.plan.communication import communicate
 from pipex.plan.interop.sidecar import plan_with_metadata
 from pipex.plan.interop.torch_lowering import with_torch_actions
+from pipex.plan.interop.torch_versions import WAITS, versions_like, versions_of
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Placement, PlacementName
 from pipex.plan.plan import Orders, Plan, check_stages, plain_text
@@ -39,14 +45,19 @@ Rows = tuple[tuple[Action | None, ...], ...]
 """Per rank its cells; None is an idle step."""
 
 
-def to_torch_csv(plan: Plan, format: Format = "compute_only") -> str:
+def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None = None) -> str:
     """The plan for ``_PipelineScheduleRuntime._load_csv(path, format)``. torch refuses to load a
     plan without a backward, which can be written and read here all the same.
+
+    ``torch`` is the version that is to load it, ``"2.15"`` for example, where that is not the one installed here.
+    ``compute_only`` is the same for all.
 
     Raises:
         PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe and changes the weights
             after all micro-batches.
+        InputError: ``torch`` is no version.
     """
+    versions = versions_like(torch)
     validate(plan)
     fix = "keep such a plan in pipex's own text form"
     if len(plan.placement.pipes) > 1:
@@ -54,7 +65,7 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only") -> str:
     if plan.update not in ("step", "never"):
         got = f"update {plan.update!r}"
         raise PlanError("torch's runtime changes the weights after all micro-batches", got=got, fix=fix)
-    return rows_text(plan.orders if format == "compute_only" else with_torch_actions(plan))
+    return rows_text(plan.orders if format == "compute_only" else with_torch_actions(plan, versions))
 
 
 def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Plan:
@@ -66,16 +77,19 @@ def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Pl
 
     Raises:
         PlanSyntaxError: a cell or the metadata cannot be read; names the place.
-        PlanError: no placement fits the actions; the sends and receives do not fit them; the metadata are of another
-            plan.
+        PlanError: no placement fits the actions; the sends, receives and waits do not fit them; the metadata are of
+            another plan, or for another torch.
     """
     rows = parse_rows(text)
     orders = tuple(tuple(a for a in row if a and a.each[0].kind in COMPUTE) for row in rows)
-    plan = _inferred(orders) if metadata is None else plan_with_metadata(orders, metadata)
+    kinds = {a.kind for row in rows for a in row if a}
+    plan = _inferred(orders) if metadata is None else plan_with_metadata(orders, versions_of(kinds), metadata)
     check_stages(plan, len(text))
     _check_held(plan, rows)
-    if any(a.kind in SENDS | RECEIVES for row in rows for a in row if a):
+    if kinds & (SENDS | RECEIVES):
         _check_messages(plan, rows)
+    if kinds & WAITS:
+        _check_waits(rows)
     return plan
 
 
@@ -152,7 +166,7 @@ def _placement_of(stages_of: list[set[int]]) -> Placement:
 
 
 def _check_held(plan: Plan, rows: Rows) -> None:
-    """UNSHARD, RESHARD and REDUCE_GRAD must at least be of a stage that the rank holds."""
+    """What concerns a stage as a whole must at least be of one that the rank holds."""
     for rank, row in enumerate(rows):
         held = plan.placement.stages_of(rank)
         for position, action in enumerate(row):
@@ -163,6 +177,7 @@ def _check_held(plan: Plan, rows: Rows) -> None:
 def _check_messages(plan: Plan, rows: Rows) -> None:
     """Every message is sent once, after it is made, and received once, before it is used; and two ranks agree on the
     order of their messages, which carry no name on their way."""
+    ends = plan.placement.ends
     needed = [{a for a in order if a.kind in SENDS | RECEIVES} for order in communicate(plan)]
     way: dict[tuple[int, int], tuple[list[Event], list[Event]]] = {}
     for rank, row in enumerate(rows):
@@ -177,7 +192,7 @@ def _check_messages(plan: Plan, rows: Rows) -> None:
                 if action in seen:
                     raise PlanError(f"{event} was done before", needed="every message once")
                 _check_beside(event, seen)
-                edge = edge_of(action)
+                edge = ends[action.stage, action.kind]
                 ranks = plan.placement.rank_of(edge.source), plan.placement.rank_of(edge.destination)
                 way.setdefault(ranks, ([], []))[action.kind in RECEIVES].append(event)
             seen.update((action, *action.each))
@@ -185,7 +200,7 @@ def _check_messages(plan: Plan, rows: Rows) -> None:
             raise PlanError(f"rank {rank} never runs {min(missing, key=str)}", needed="every send and receive, or none")
     for sent, received in way.values():
         for send, receive in zip(sent, received, strict=True):
-            if edge_of(send.action) != edge_of(receive.action) or send.action.microbatch != receive.action.microbatch:
+            if ends[send.action[:2]] != ends[receive.action[:2]] or send.action.microbatch != receive.action.microbatch:
                 raise PlanError(
                     f"{receive} is out of order",
                     got=f"the message of {send} next",
@@ -204,3 +219,38 @@ def _check_beside(event: Event, seen: set[Action]) -> None:
         raise PlanError(f"{event} comes before what makes the message")
     if kind in RECEIVES and any(Action(stage, user, microbatch) in seen for user in _USERS[kind]):
         raise PlanError(f"{event} comes after what uses the message")
+
+
+_SENDS_OF = {Kind.WAIT_SEND_F: Kind.SEND_F, Kind.WAIT_SEND_B: Kind.SEND_B}
+
+
+def _check_waits(rows: Rows) -> None:
+    """Every send and every REDUCE_GRAD is waited for once, after it, and no two reductions of a rank are under way at
+    once: what torch 2.15 and later need of a file."""
+    for rank, row in enumerate(rows):
+        sent: set[Action] = set()
+        reducing: Action | None = None
+        for event in (Event(rank, position, action) for position, action in enumerate(row) if action):
+            stage, kind, microbatch, _ = event.action
+            if kind in SENDS:
+                sent.add(event.action)
+            elif kind in _SENDS_OF:
+                send = Action(stage, _SENDS_OF[kind], microbatch)
+                if send not in sent:
+                    raise _wait_error(f"{event} has nothing to wait for", f"{send} before it, and one wait for it")
+                sent.remove(send)
+            elif kind is Kind.REDUCE_GRAD:
+                if reducing:
+                    wait = Action(reducing.stage, Kind.WAIT_REDUCE_GRAD)
+                    raise _wait_error(f"{event} comes while {reducing} is under way", f"{wait} before it")
+                reducing = event.action
+            elif kind is Kind.WAIT_REDUCE_GRAD:
+                if reducing != (start := Action(stage, Kind.REDUCE_GRAD)):
+                    raise _wait_error(f"{event} has nothing to wait for", f"{start} before it, and one wait for it")
+                reducing = None
+        if left := min(sent, key=str, default=reducing):
+            raise _wait_error(f"rank {rank} never waits for {left}", "one wait after it")
+
+
+def _wait_error(problem: str, needed: str) -> PlanError:
+    return PlanError(problem, needed=f"{needed}, since a CSV with WAIT actions is for torch>=2.15")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipex.plan.list_scheduler.problem import FORWARD, INPUT_GRADIENT, Packed, Problem, rows
+from pipex.plan.list_scheduler.problem import FORWARD, INPUT_GRADIENT, Packed, Problem, code, rows
 
 
 class Replay(NamedTuple):
@@ -59,10 +59,11 @@ class Execution:
         """The action whose message a packed action needs, None where it needs none; and the hop of the message."""
         problem = self.problem
         kind, stage = meaning(problem, action)
-        if kind == FORWARD and stage > 0:
-            return action - problem.microbatches, problem.activation_hop[stage - 1]
-        if kind == INPUT_GRADIENT and stage < problem.placement.stages - 1:
-            return action + problem.microbatches, problem.gradient_hop[stage]
+        microbatch = action % problem.microbatches
+        if kind == FORWARD and (before := problem.placement.before(stage)) is not None:
+            return code(problem, kind, before, microbatch), problem.activation_hop[before]
+        if kind == INPUT_GRADIENT and (after := problem.placement.after(stage)) is not None:
+            return code(problem, kind, after, microbatch), problem.gradient_hop[stage]
         return None, 0
 
     def run(self, orders: Sequence[Sequence[int]]) -> bool:

@@ -30,11 +30,12 @@ class Problem:
     """Sizes, times and memory of one pipeline. Times are whole numbers of one unit, memory of another.
 
     Attributes:
-        placement: which rank holds which stage; one pipe.
+        placement: which rank holds which stage; one pipe, whose stages the native twin takes to follow each other by
+            number.
         microbatches: micro-batches per step.
         forward, input_gradient, weight_gradient: per stage.
-        activation_hop, gradient_hop: per stage s but the last, the time of a message from s to s+1, and from s+1 to s;
-            0 where both stand on one rank.
+        activation_hop, gradient_hop: per stage but the last, the time of a message from it to the stage after it, and
+            back; 0 where both stand on one rank.
         activation: per stage what one micro-batch holds from the start of its F to the end of its I.
         deferred: per stage what it holds from the end of its I to the end of its W.
         limit: per rank the most that it may hold.

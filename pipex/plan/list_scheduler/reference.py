@@ -45,7 +45,7 @@ class Scheduler:
 
     def __init__(self, problem: Problem, due: DueDates) -> None:
         placement = problem.placement
-        self.problem, self.due, self.last = problem, due, placement.stages - 1
+        self.problem, self.due = problem, due
         self.next = [[0] * placement.stages for _ in problem.durations]
         self.end: list[list[list[int]]] = [[[] for _ in range(placement.stages)] for _ in problem.durations]
         self.held = [0] * placement.stages
@@ -72,26 +72,27 @@ class Scheduler:
     def _candidates(self, rank: int, now: int) -> list[_Candidate]:
         """Per stage and kind the next micro-batch, where it is known when it will be ready and where there is memory.
         An F that lacks memory lends its due date to the most urgent W, which will free some."""
-        problem, due, last = self.problem, self.due, self.last
+        problem, due, placement = self.problem, self.due, self.problem.placement
         next_f, next_i, next_w = self.next
         end_f, end_i, _ = self.end
         candidates: list[_Candidate] = []
         blocked = _NEVER
         first_w: _Candidate | None = None
         for stage, room in zip(self.problem.stages_of[rank], self._rooms(rank), strict=True):
+            before, after = placement.before(stage), placement.after(stage)
             m = next_f[stage]
-            if m < (problem.microbatches if stage == 0 else next_f[stage - 1]):
-                ready = due.release[m] if stage == 0 else end_f[stage - 1][m] + problem.activation_hop[stage - 1]
+            if m < (problem.microbatches if before is None else next_f[before]):
+                ready = due.release[m] if before is None else end_f[before][m] + problem.activation_hop[before]
                 date = due.start[m] + due.offset[FORWARD][stage]
                 if problem.charge[stage] <= room:
                     candidates.append(_Candidate(date, FORWARD, stage, ready))
                 elif ready - now <= due.look:
                     blocked = min(blocked, date)
             m = next_i[stage]
-            if m < (next_f[stage] if stage == last else min(next_f[stage], next_i[stage + 1])):
+            if m < (next_f[stage] if after is None else min(next_f[stage], next_i[after])):
                 ready = end_f[stage][m]
-                if stage < last:
-                    ready = max(ready, end_i[stage + 1][m] + problem.gradient_hop[stage])
+                if after is not None:
+                    ready = max(ready, end_i[after][m] + problem.gradient_hop[stage])
                 date = due.start[m] + due.offset[INPUT_GRADIENT][stage]
                 candidates.append(_Candidate(date, INPUT_GRADIENT, stage, ready))
             m = next_w[stage]
@@ -141,13 +142,13 @@ class Scheduler:
         self.idle[rank] = False
         if kind == FORWARD:
             self.held[stage] += problem.charge[stage]
-            user = stage + 1
+            user = problem.placement.after(stage)
         elif kind == INPUT_GRADIENT:
             self.held[stage] += problem.deferred[stage] - problem.charge[stage]
-            user = stage - 1
+            user = problem.placement.before(stage)
         else:
             self.held[stage] -= problem.deferred[stage]
             return
         # A rank that waits decides again when it learns of another action that will be ready.
-        if 0 <= user <= self.last and self.idle[problem.rank_of[user]]:
+        if user is not None and self.idle[problem.rank_of[user]]:
             self.wake[problem.rank_of[user]] = min(self.wake[problem.rank_of[user]], now)

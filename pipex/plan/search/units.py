@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
 
+from pipex.plan.actions import Kind
 from pipex.plan.bounds import SLACK
 from pipex.plan.costs import Costs
 from pipex.plan.list_scheduler import Problem
-from pipex.plan.placement import Edge, Placement
+from pipex.plan.placement import Placement
 
 _WHOLE = 840_000
 """A unit is one over a power of two times this: costs of up to 3 decimals, shared by up to 8 chunks, stay exact."""
@@ -58,18 +59,17 @@ class Units:
 
     def problem(self, placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None) -> Problem:
         """What is to be scheduled."""
-        crossing = set(placement.edges)  # between stages of one rank there is no hop, whatever the costs say of it
-        neighbours = [(s, s + 1) for s in range(placement.stages - 1)]
-        ahead = [Edge(s, t, "activation") for s, t in neighbours]
-        back = [Edge(t, s, "gradient") for s, t in neighbours]
+        (pipe,) = placement.pipes
+        ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in pipe[:-1]]
+        back = [placement.ends.get((stage, Kind.RECV_B)) for stage in pipe[:-1]]
         return Problem(
             placement,
             microbatches,
             forward=self.times(costs.forward),
             input_gradient=self.times(costs.input_gradient),
             weight_gradient=self.times(costs.weight_gradient),
-            activation_hop=self.times(costs.hop[edge] if edge in crossing else 0.0 for edge in ahead),
-            gradient_hop=self.times(costs.hop[edge] if edge in crossing else 0.0 for edge in back),
+            activation_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in ahead),
+            gradient_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in back),
             activation=self.memories(costs.activation),
             deferred=self.memories(costs.deferred),
             limit=self.limits(placement, microbatches, costs, limit),

@@ -1,8 +1,9 @@
 """A simulated plan as one page for a browser. It holds its script, its style and its data, and asks no network.
 
 The page draws what can be seen of its data as SVG. Where actions are too narrow to be told apart it draws the share of
-each kind per column, so that 100,000 actions stay quick to zoom. Its parts are ``page.css``, ``timeline.js`` (drawing)
-and ``pointing.js`` (mouse and keyboard).
+each kind per column, so that 100,000 actions stay quick to zoom. Its style is ``page.css``; its script is ``data.js``
+(what is shown, and of what time), ``elements.js`` (what stands round the timeline), ``drawing.js`` and ``pointing.js``
+(mouse and keyboard), in this order.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from html import escape
 from typing import Any
 
 from pipex.errors import InputError
+from pipex.events import Event
 from pipex.plan.costs import Costs
 from pipex.plan.critical_path import critical_path
+from pipex.plan.measured import MeasuredStep, typical_step
 from pipex.plan.messages import messages
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
 from pipex.plan.view.course import memory_curve, waits
-from pipex.plan.view.measured import MeasuredEvent, MeasuredStep, typical_step
 from pipex.plan.view.text import simulation_view
 
 
@@ -29,7 +31,7 @@ def html_page(
     *,
     bound: tuple[float, str] | None = None,
     limit: Sequence[float] | None = None,
-    trace: Sequence[Iterable[MeasuredEvent]] | None = None,
+    trace: Sequence[Iterable[Event]] | None = None,
 ) -> str:
     """The page as text.
 
@@ -74,7 +76,7 @@ def html_page(
         text=escape(simulation_view(simulation)),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         style=_file("page.css"),
-        script=_file("timeline.js") + "\n" + _file("pointing.js"),
+        script="\n".join(map(_file, ("data.js", "elements.js", "drawing.js", "pointing.js"))),
     )
 
 

@@ -1,9 +1,10 @@
 """The two ends of an edge over torch.distributed.
 
-A tensor is two messages: its header (128 bytes, always through CPU memory) and its bytes. The backends do not check
-sizes: Gloo takes a shorter message in silence and aborts the process on a longer one, and NCCL hangs. So the bytes are
-always as many as the edge was opened for, the last of them unused where a micro-batch is smaller; of a larger tensor
-only the header goes, which is enough for the receiver to name the mistake.
+A tensor is two messages: its header (128 bytes, always through CPU memory) and its bytes. Both ends of a message must
+agree on its size, which no backend checks (measured: a longer one than Gloo expects ends the process, a shorter one
+passes in silence, and NCCL hangs). So the bytes are always as many as the edge was opened for, the last of them unused
+where a micro-batch is smaller. Of a message with a larger tensor, and of all behind it, only the headers go: the
+receiver names the mistake by them, and takes no other tensor's bytes for those that are missing.
 
 Nothing moves before its receive is posted, so a receiver has one posted for each of the edge's slots, from the opening
 on. With Gloo that holds for header and bytes, which arrive while the stage computes. With NCCL a posted receive is a
@@ -21,11 +22,20 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from pipex.errors import MessageMismatch
 from pipex.transport import header
 from pipex.transport.group.watch import Watch
 from pipex.transport.header import Header
-from pipex.transport.interface import EdgeKind, EdgeSpec, Form, Receiver, Sender, TensorForm, check_fits, form_of
+from pipex.transport.interface import (
+    EdgeKind,
+    EdgeSpec,
+    Form,
+    Receiver,
+    Sender,
+    TensorForm,
+    check_fits,
+    check_number,
+    form_of,
+)
 
 
 class Group(Protocol):
@@ -74,29 +84,28 @@ class GroupSender:
     def __init__(self, spec: EdgeSpec, digest: bytes, lane: Lane, watch: Watch) -> None:
         self._spec, self._digest, self._lane, self._watch = spec, digest, lane, watch
         self._sequence = 0
+        self._fits = True  # no message yet was larger than the edge was opened for
         self._under_way: deque[list[tuple[Work, Work | None, Tensor | None]]] = deque()
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         spec, lane = self._spec, self._lane
-        if len(tensors) != len(spec.form):
-            raise MessageMismatch(
-                f"stage {spec.source} returned another number of tensors than announced",
-                got=len(tensors), needed=len(spec.form), fix="return the same number for every micro-batch",
-            )  # fmt: skip
+        check_number(spec, tensors)
         while len(self._under_way) >= spec.slots:
             self._wait_oldest()
         message = []
-        for index, (tensor, form, most) in enumerate(zip(tensors, form_of(tensors), spec.form, strict=True)):
+        forms = form_of(tensors)
+        self._fits = self._fits and all(form.nbytes <= most.nbytes for form, most in zip(forms, spec.form, strict=True))
+        for index, (tensor, form, most) in enumerate(zip(tensors, forms, spec.form, strict=True)):
             raw = Header(
                 self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._sequence, form
             ).pack()
             announcement = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-            payload = self._payload(tensor, most.nbytes) if 0 < most.nbytes >= form.nbytes else None
+            payload = self._payload(tensor, most.nbytes) if self._fits and most.nbytes else None
             with self._watch.waiting(lane.peer, spec):
                 announced = lane.headers.send([announcement], lane.peer, lane.tag)
                 sent = None if payload is None else lane.payload.send([payload], lane.payload_peer, lane.tag + 1)
             message.append((announced, sent, payload))
-            self._sequence += 1
+        self._sequence += 1
         self._under_way.append(message)
 
     def _payload(self, tensor: Tensor, nbytes: int) -> Tensor:
@@ -156,14 +165,14 @@ class GroupReceiver:
             needed = Header(
                 self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._sequence,
                 expected,
-            ).pack()  # fmt: skip
+            )  # fmt: skip
             with self._watch.waiting(lane.peer, spec):
                 arrival.announced.wait()
-            if arrival.header != needed:
-                raise header.mismatch(spec, bytes(arrival.header), needed)
-            self._sequence += 1
+            if arrival.header != needed.pack():
+                raise header.mismatch(spec, header.describe(bytes(arrival.header)), str(needed))
             if not lane.ahead:
                 self._post_payload(arrival, spec.form[index].nbytes)
+        self._sequence += 1
         with self._watch.waiting(lane.peer, spec):
             for arrival in message:
                 if arrival.arrived is not None:
@@ -203,7 +212,8 @@ class GroupReceiver:
 class GroupLinks:
     """This rank's ends of the opened edges."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_position: int) -> None:
+        self.first_position = first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
         self._sending: list[GroupSender] = []

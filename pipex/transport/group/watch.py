@@ -24,12 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch.distributed import Store, Work
 
-from pipex.errors import PeerError, PeerFailed, PeerLost, PeerStalled, headline
+from pipex.errors import Ending, PeerError, headline
 from pipex.transport.interface import Phase, World
+from pipex.transport.places import Places
 
 VERDICT, ROLL_CALL = "verdict", "roll-call"
 POLL_SECONDS = 0.1
@@ -37,33 +38,21 @@ ANSWER_SECONDS = 0.5  # five polls: a live rank has answered a roll call by then
 STORE_SECONDS = 10.0  # a store that takes longer is on a stopped host
 FOREVER = timedelta(days=365)
 EVERYBODY = -1
-MAX_TEXT = 500
+
+
+def joined_key(rank: int) -> str:
+    """The key that a rank sets when it joins."""
+    return f"joined/{rank}"
 
 
 class Verdict(NamedTuple):
     """What ended the run; ``step`` and ``position`` as in ``World.at``, None where unknown."""
 
-    kind: Literal["lost", "stalled", "failed"]
+    kind: Ending
     rank: int
     step: int | None
     position: int | None
     text: str
-
-    def error(self, world: World) -> PeerError:
-        """The error that every rank raises for it."""
-        action, stage, microbatch = None, None, None
-        if self.position is not None:
-            if self.position < 0:
-                action = Phase(self.position).name.lower()
-            elif world.namer is not None:
-                action, stage, microbatch = world.namer(self.rank, self.position)
-        step = self.step or None
-        if self.kind == "failed":
-            return PeerFailed(
-                "raised", remote=self.text, rank=self.rank, step=step, stage=stage, action=action, microbatch=microbatch
-            )
-        kind = PeerLost if self.kind == "lost" else PeerStalled
-        return kind(self.text, rank=self.rank, step=step, stage=stage, action=action, microbatch=microbatch)
 
 
 STORE_GONE = Verdict("lost", 0, None, None, "or the launcher, whichever hosts the run's store, is gone or stopped")
@@ -97,6 +86,7 @@ class Watch:
 
     def __init__(self, world: World, store: Store, timeout: float, abort: Callable[[], None]) -> None:
         self.place: tuple[int, int] = (0, Phase.SETUP)
+        self.places = Places()
         self._world, self._store, self._timeout, self._abort = world, store, timeout, abort
         self._wait: Wait | None = None
         self._proposal: Verdict | None = None
@@ -140,7 +130,7 @@ class Watch:
 
     def report_failure(self, error: BaseException) -> None:
         """Reports that this rank ends with ``error``, at the place that it published last."""
-        self._report(Verdict("failed", self._world.rank, *self.place, headline(error)[:MAX_TEXT]))
+        self._report(Verdict("failed", self._world.rank, *self.place, headline(error)))
 
     def wait_for_goodbye(self) -> None:
         """Waits until the next rank has left in order."""
@@ -157,7 +147,8 @@ class Watch:
 
     def _error(self) -> PeerError:
         assert self._verdict is not None
-        return self._verdict.error(self._world)
+        kind, rank, step, position, text = self._verdict
+        return self.places.error(kind, text, rank, step, position)
 
     def _report(self, verdict: Verdict) -> None:
         """Makes ``verdict`` the run's, unless there is one already; returns when this rank knows which it is."""
@@ -218,8 +209,15 @@ class Watch:
         answers = [Answer(*json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
         rank = culprit(wait.peer, answers)
         answer = answers[rank]
-        state = "does not answer: it is stopped or was never there" if answer is None else "is alive, without progress"
-        text = f"{state}; rank {self._world.rank} has waited {self._timeout:g} s for {wait.subject}"
+        if answer is not None and (circle := circle_from(rank, answers)):
+            state = f"is in a circle of waiting ranks ({circle}) for {self._timeout:.1f} s"
+        elif answer is not None:
+            state = f"is alive but made no progress for {self._timeout:.1f} s"
+        elif self._store.check([joined_key(rank)]):
+            state = f"is stopped: no answer within {ANSWER_SECONDS:g} s"
+        else:
+            state = f"has not joined within {self._timeout:.1f} s"
+        text = f"{state}; rank {self._world.rank} waited for {wait.subject}"
         step, position = (None, None) if answer is None else (answer.step, answer.position)
         return Verdict("stalled", rank, step, position, text)
 
@@ -228,7 +226,7 @@ def culprit(peer: int, answers: list[Answer | None]) -> int:
     """The rank that holds up a wait for ``peer`` (or ``EVERYBODY``), from all ranks' answers; None is no answer.
 
     Follows the chain of waits to a rank that waits for nobody or did not answer. Where ranks wait in a circle, which a
-    validated plan excludes, it is the first one that the chain meets again.
+    validated plan excludes, it is the first rank of the circle.
     """
     chain: list[int] = []
     while peer != EVERYBODY and peer not in chain:
@@ -238,10 +236,22 @@ def culprit(peer: int, answers: list[Answer | None]) -> int:
             return peer
         peer = answer.peer
     if peer != EVERYBODY:
-        return peer
+        return min(chain[chain.index(peer) :])
     silent = [rank for rank, answer in enumerate(answers) if answer is None]
     busy = [rank for rank, answer in enumerate(answers) if answer is not None and answer.peer is None]
     return (silent + busy + chain + [0])[0]
+
+
+def circle_from(rank: int, answers: list[Answer | None]) -> str:
+    """The circle of waits that begins and ends at ``rank``, such as "0 → 2 → 0"; empty if there is none."""
+    chain = [rank]
+    while (answer := answers[chain[-1]]) is not None and (peer := answer.peer) is not None:
+        chain.append(peer)
+        if peer == rank:
+            return " → ".join(map(str, chain))
+        if peer == EVERYBODY or peer in chain[:-1]:
+            break
+    return ""
 
 
 def _verdict(raw: bytes) -> Verdict:

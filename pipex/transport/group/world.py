@@ -27,13 +27,15 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pipex.errors import InputError, NativeUnavailable, PeerError, PipexError
+from pipex.torch_internals import gloo_options
 from pipex.transport.group.edges import Group, GroupLinks, GroupReceiver, GroupSender, Lane
-from pipex.transport.group.watch import EVERYBODY, FOREVER, STORE_SECONDS, Watch
-from pipex.transport.interface import ActionNamer, EdgeSpec, Phase
+from pipex.transport.group.watch import EVERYBODY, FOREVER, STORE_SECONDS, Watch, joined_key
+from pipex.transport.interface import EdgeSpec, Orders, Phase
+from pipex.transport.opening import exchange_offers
 
 CPU = torch.device("cpu")
 LENGTH = struct.Struct("<Q")
-MAX_EXCHANGE = 1 << 28  # bytes; bounds what a corrupt length can make a rank allocate
+MAX_EXCHANGE = 64 << 20  # bytes, as between the ranks of a host; bounds what a corrupt length makes a rank allocate
 LIFELINE_TAG, ABORT_TAG, LENGTH_TAG, PAYLOAD_TAG, FIRST_EDGE_TAG = range(5)
 LOOK_SECONDS = 0.01  # between two looks at the store while ranks join
 
@@ -72,7 +74,6 @@ class GroupWorld:
             if not dist.is_nccl_available():
                 raise NativeUnavailable(f"torch {torch.__version__} was built without NCCL", fix='use backend="gloo"')
         self.rank, self.ranks, self.device = rank, ranks, device
-        self.namer: ActionNamer | None = None
         self._store, self._timeout = store, timeout
         self._staging = device if backend == "nccl" else CPU
         self._group: Group | None = None  # None before all ranks have joined, and after the end
@@ -93,7 +94,8 @@ class GroupWorld:
     def exchange(self, payload: bytes) -> list[bytes]:
         # Point to point rather than a collective, so that a rank knows, and can say, which other it waits for.
         if len(payload) > MAX_EXCHANGE:
-            raise InputError("too much to exchange", got=f"{len(payload)} bytes", needed=f"at most {MAX_EXCHANGE}")
+            raise InputError("a payload between ranks is too long", got=f"{len(payload)} bytes",
+                             needed=f"at most {MAX_EXCHANGE}")  # fmt: skip
         group, subject = self._joined(), "an exchange among all ranks"
         parts = [bytearray(payload) if rank == self.rank else bytearray() for rank in range(self.ranks)]
         peers = [rank for rank in range(self.ranks) if rank != self.rank]
@@ -126,9 +128,11 @@ class GroupWorld:
     def at(self, step: int, position: int) -> None:
         self._watch.place = (step, position)
 
-    def open(self, specs: Sequence[EdgeSpec], digest: bytes) -> GroupLinks:
+    def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> GroupLinks:
+        first_position = self._watch.places.add(digest, orders)
+        exchange_offers(self, specs, digest)
         group = self._joined()
-        links = GroupLinks()
+        links = GroupLinks(first_position)
         self._links.append(links)
         for spec in specs:
             tag, self._next_tag = self._next_tag, self._next_tag + 2
@@ -166,18 +170,17 @@ class GroupWorld:
 
     def _join(self) -> Group:
         store, rank, ranks = self._store, self.rank, self.ranks
-        store.set(f"host/{rank}", _host_identity())
-        hosts = [f"host/{rank}" for rank in range(ranks)]
+        store.set(joined_key(rank), _host_identity())
+        hosts = [joined_key(rank) for rank in range(ranks)]
         while not store.check(hosts):
             self._watch.check()
             time.sleep(LOOK_SECONDS)
         one_host = len({store.get(host) for host in hosts}) == 1
 
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [_gloo_device(one_host)]
-        options._threads = 1  # they serve collectives, and there are none
-        # Gloo's own limit is only for the case that the watch cannot speak, because the store's host is stopped.
-        options._timeout = timedelta(seconds=2 * self._timeout + STORE_SECONDS)
+        # One thread: they serve collectives, and there are none. Gloo's own limit is only for the case that the watch
+        # cannot speak, because the store's host is stopped.
+        limit = timedelta(seconds=2 * self._timeout + STORE_SECONDS)
+        options = gloo_options(_gloo_device(one_host), threads=1, timeout=limit)
         return cast(Group, ProcessGroupGloo(PrefixStore("gloo", store), rank, ranks, options))
 
     def _joined(self) -> Group:
@@ -236,7 +239,7 @@ def _gloo_device(one_host: bool) -> ProcessGroupGloo.Device:
 def _nccl_group(store: Store, rank: int, device: torch.device) -> Group:
     """A communicator of two ranks, connected at once: one made at first use could wait for a peer that is elsewhere."""
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = FOREVER  # NCCL's own watchdog ends the process
+    options._timeout = FOREVER  # the watch says who holds up a wait; NCCL's own watchdog would only end the process
     group = dist.ProcessGroupNCCL(store, rank, 2, options)
     group.eager_connect_single_device(device)
     return cast(Group, group)

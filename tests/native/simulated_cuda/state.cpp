@@ -184,6 +184,12 @@ SIMULATED void simulated_set(const char* key, const char* value) {
   state().settings.set(key, value);
 }
 
+SIMULATED void simulated_forget() {
+  const std::lock_guard lock(making);
+  current = nullptr;  // left alone, as whoever still holds memory of it may look at it
+  contexts.clear();
+}
+
 SIMULATED std::uint64_t simulated_operations() {
   const std::lock_guard lock(state().mutex);
   return state().operations;

@@ -39,7 +39,6 @@ Body = Callable[[GroupWorld], Any]
 def _child(report: Connection, path: Path, rank: int, ranks: int, timeout: float, body: Body) -> None:
     try:
         world = GroupWorld(FileStore(str(path), ranks), rank, ranks, timeout=timeout)
-        world.namer = lambda rank, position: (f"{rank}F{position}", rank, position)
         try:
             outcome = Outcome(body(world))
             world.close()

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from orders import forwards
 from torch.distributed import TCPStore
 
 from pipex.transport.group import GroupWorld
-from pipex.transport.group.watch import EVERYBODY, Answer, culprit
+from pipex.transport.group.watch import EVERYBODY, Answer, circle_from, culprit
 from pipex.transport.interface import EdgeSpec, form_of
+
+pytestmark = pytest.mark.timing
 
 LIKE = [torch.zeros(100)]
 CHAIN = [EdgeSpec(s, s + 1, "activation", s, s + 1, 1, 1, form_of(LIKE)) for s in range(3)]
@@ -26,7 +29,7 @@ RANKS = 4
 
 def wait_down_the_chain(world: GroupWorld) -> None:
     """Every rank waits for the one before it, rank 0 for all in an exchange."""
-    links = world.open(CHAIN, bytes(16))
+    links = world.open(CHAIN, bytes(16), forwards(RANKS))
     if world.rank == 0:
         world.exchange(b"")
     else:
@@ -69,6 +72,7 @@ def test_an_exception_reaches_all_ranks_with_its_place(start: Callable[..., Any]
         (tmp_path / f"waiting{world.rank}").touch()
         if world.rank != victim:
             return wait_down_the_chain(world)
+        world.open(CHAIN, bytes(16), forwards(RANKS))
         world.at(3, 7)
         all_waiting(tmp_path)
         raise ValueError("the loss is not finite\nsecond line")
@@ -78,7 +82,7 @@ def test_an_exception_reaches_all_ranks_with_its_place(start: Callable[..., Any]
     for outcome in (outcome for rank, outcome in enumerate(outcomes) if rank != victim):
         assert outcome.error == "PeerFailed"
         assert outcome.place == (victim, 3, victim, f"{victim}F7", 7)
-        assert f"rank {victim} raised: ValueError: the loss is not finite (step 3" in outcome.text
+        assert f"rank {victim} failed: ValueError: the loss is not finite (step 3" in outcome.text
         assert outcome.at - outcomes[victim].at < 1.0
 
 
@@ -134,19 +138,20 @@ def test_a_stopped_process_is_named_through_the_chain_of_waits(start: Callable[.
 
     for outcome in start(body, RANKS, timeout=1.0).outcomes(skip=(0,))[1:]:
         assert (outcome.error, outcome.place[0]) == ("PeerStalled", 0)
-        assert "does not answer" in outcome.text
+        assert "is stopped: no answer within 0.5 s" in outcome.text
 
 
 def test_a_rank_without_progress_is_named_with_what_it_does(start: Callable[..., Any], tmp_path: Path) -> None:
     def body(world: GroupWorld) -> None:
         if world.rank == 0:
+            world.open(CHAIN, bytes(16), forwards(RANKS))
             world.at(2, 5)
             until_verdict(world)
         wait_down_the_chain(world)
 
     for outcome in start(body, RANKS, timeout=1.0).outcomes():
         assert (outcome.error, outcome.place) == ("PeerStalled", (0, 2, 0, "0F5", 5))
-        assert "is alive, without progress" in outcome.text
+        assert "is alive but made no progress for 1.0 s" in outcome.text
 
 
 def test_a_rank_that_never_joins_is_named(start: Callable[..., Any]) -> None:
@@ -155,6 +160,7 @@ def test_a_rank_that_never_joins_is_named(start: Callable[..., Any]) -> None:
 
     for outcome in start(body, 3, timeout=1.0, absent=1).outcomes():
         assert (outcome.error, outcome.place[0], outcome.place[3]) == ("PeerStalled", 2, None)
+        assert "has not joined within 1.0 s" in outcome.text
         assert "all ranks to join" in outcome.text
 
 
@@ -213,6 +219,7 @@ BUSY, ALL = waits(None), waits(EVERYBODY)
         (2, [BUSY, waits(0), waits(1), waits(2)], 0),
         (2, [BUSY, None, waits(1), waits(2)], 1),
         (1, [waits(1), waits(2), waits(3), waits(2)], 2),
+        (3, [waits(1), waits(2), waits(3), waits(2)], 2),
         (EVERYBODY, [ALL, ALL, None, ALL], 2),
         (EVERYBODY, [ALL, BUSY, ALL, waits(1)], 1),
         (2, [ALL, waits(0), waits(1), None], 3),
@@ -223,3 +230,18 @@ def test_the_culprit_of_a_stall_is_at_the_end_of_the_chain(
     peer: int, answers: list[Answer | None], expected: int
 ) -> None:
     assert culprit(peer, answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([waits(1), waits(0)], "0 → 1 → 0"),
+        ([waits(2), waits(0), waits(1)], "0 → 2 → 1 → 0"),
+        ([BUSY, waits(0)], ""),
+        ([ALL, ALL], ""),
+        ([waits(1), None], ""),
+        ([waits(1), waits(2), waits(1)], ""),  # a circle that rank 0 only waits for
+    ],
+)
+def test_a_circle_of_waits_is_told_from_its_beginning(answers: list[Answer | None], expected: str) -> None:
+    assert circle_from(0, answers) == expected

@@ -95,8 +95,8 @@ def test_four_ranks_leave_together_however_they_are_scheduled(run: Callable[...,
 
 def test_too_much_to_exchange_is_refused(run: Callable[..., list[Any]]) -> None:
     def body(world: GroupWorld) -> None:
-        with pytest.raises(InputError, match="got 268435457 bytes; needed at most 268435456"):
-            world.exchange(bytes((1 << 28) + 1))
+        with pytest.raises(InputError, match="got 67108865 bytes; needed at most 67108864"):
+            world.exchange(bytes((64 << 20) + 1))
 
     run(body, 1)
 

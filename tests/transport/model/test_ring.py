@@ -7,10 +7,11 @@ go on until both hosts are done. After an end before time: the survivor's host e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import pytest
+from cases import sampled
 from explore import Course, explore
 from ring_model import Ring
 from ring_order import first
@@ -64,6 +65,8 @@ ONE_ORDER_OF_EACH_LONG = {
     (1, 2, 3, FAIL): 397_562,
 }
 
+MOST_BY_DAY = 2_000_000  # states; a minute for each million
+
 Size = tuple[int, int, int, tuple[str, ...]]
 
 
@@ -79,9 +82,12 @@ def sizes(short: dict[Size, int], long: dict[Size, int]) -> list[object]:
     def name(size: Size) -> str:
         return f"{size[0]}+{size[1]} slots-{size[2]} messages-{' or '.join(size[3]) or 'no end'}"
 
-    return [pytest.param(*item, id=name(item[0])) for item in short.items()] + [
-        pytest.param(*item, id=name(item[0]), marks=pytest.mark.long) for item in long.items()
-    ]
+    def params(items: Iterable[tuple[Size, int]], *marks: pytest.MarkDecorator) -> list[object]:
+        return [pytest.param(*item, id=name(item[0]), marks=marks) for item in items]
+
+    lengthy = params((item for item in long.items() if item[1] < MOST_BY_DAY), pytest.mark.long)
+    largest = params((item for item in long.items() if item[1] >= MOST_BY_DAY), pytest.mark.long, pytest.mark.nightly)
+    return params(short.items()) + sampled(lengthy, 2, name="ring model") + largest
 
 
 @pytest.mark.parametrize(("size", "states"), sizes(ALL_ORDERS, ALL_ORDERS_LONG))

@@ -17,8 +17,9 @@ NUMPY_WARNINGS = ("ignore:Conversion of an array:DeprecationWarning", "ignore:ov
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = f"{Path(__file__).parent}/"
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if str(item.path).startswith(here):
             for warning in NUMPY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 

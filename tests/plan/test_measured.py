@@ -9,10 +9,10 @@ from pipex.observe import Event
 from pipex.plan.actions import Action, Kind, parse_action
 from pipex.plan.costs import Costs
 from pipex.plan.families import build
+from pipex.plan.measured import measured_costs, typical_step
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction, simulate
-from pipex.plan.view.measured import measured_costs, typical_step
 
 PLAN = build("1f1b", 2, 1)
 SECOND = 10**9

@@ -1,4 +1,4 @@
-"""One step of a real run, in the terms of a simulated one."""
+"""A real run in the terms of a simulated one: one of its steps, and what its actions cost."""
 
 from __future__ import annotations
 
@@ -6,34 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Protocol
 
 from pipex.errors import InputError
+from pipex.events import Event
 from pipex.plan.actions import COMPUTE, Action, Kind
+from pipex.plan.bubbles import bubbles
 from pipex.plan.communication import unfused
 from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction
 
 _COMPUTE = {kind.value for kind in COMPUTE}
-
-
-class MeasuredEvent(Protocol):
-    """What a run recorded of one action, as ``pipex.observe.Event`` has it: begin and end in nanoseconds of one clock
-    for all ranks."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def stage(self) -> int: ...
-    @property
-    def microbatch(self) -> int: ...
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +27,7 @@ class MeasuredStep:
         number: which step it was.
         of: how many were measured.
         timeline: as in ``Simulation``.
-        makespan, span, bubble_span, bubble_makespan: as in ``Simulation``.
+        makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
     """
 
     number: int
@@ -56,7 +39,7 @@ class MeasuredStep:
     bubble_makespan: float
 
 
-def typical_step(plan: Plan, ranks: Sequence[Iterable[MeasuredEvent]]) -> MeasuredStep:
+def typical_step(plan: Plan, ranks: Sequence[Iterable[Event]]) -> MeasuredStep:
     """The measured step whose makespan is the median (the lower one of an even number).
 
     Args:
@@ -76,14 +59,13 @@ def typical_step(plan: Plan, ranks: Sequence[Iterable[MeasuredEvent]]) -> Measur
     if not steps:
         raise InputError("the trace holds no step", needed="one made by pipex train --trace")
     orders = unfused(plan).orders
-    makespans = {}
+    measured = []
     for number, rows in steps.items():
         for rank, (row, order) in enumerate(zip(rows, orders, strict=True)):
             _check_order(number, rank, [timed.action for timed in row], order)
-        makespans[number] = max(row[-1].end for row in rows) - min(row[0].start for row in rows)
-    typical = median_low(makespans.values())
-    number = next(number for number, makespan in makespans.items() if makespan == typical)
-    return _measured(number, len(steps), steps[number])
+        measured.append(_measured(number, len(steps), rows))
+    typical = median_low(step.makespan for step in measured)
+    return next(step for step in measured if step.makespan == typical)
 
 
 def _check_order(step: int, rank: int, ran: list[Action], order: Sequence[Action]) -> None:
@@ -99,22 +81,12 @@ def _check_order(step: int, rank: int, ran: list[Action], order: Sequence[Action
 def _measured(number: int, of: int, rows: list[list[TimedAction]]) -> MeasuredStep:
     zero = min(row[0].start for row in rows)
     timeline = tuple(tuple(TimedAction(a, start - zero, end - zero) for a, start, end in row) for row in rows)
-    busy = [sum(end - start for _, start, end in row) for row in timeline]
-    spans = [row[-1].end - row[0].start for row in timeline]
-    makespan = max(row[-1].end for row in timeline)
     return MeasuredStep(
         number=number,
         of=of,
         timeline=timeline,
-        makespan=makespan,
-        span=max(spans),
-        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, spans, strict=True)),
-        bubble_makespan=_idle_share(sum(busy), len(busy) * makespan),
+        **bubbles([[(start, end) for _, start, end in row] for row in timeline])._asdict(),
     )
-
-
-def _idle_share(busy: float, total: float) -> float:
-    return 1 - busy / total if total else 0.0
 
 
 def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: float) -> Costs:
@@ -122,7 +94,7 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
 
     Args:
         action: time of one action by (kind, stage), as ``pipex.observe.Figures.action`` has it. A B whose parts were
-            never measured apart counts as I.
+            never measured apart counts as I, and so does a W that was made with its I.
         hop: time of one message, the same on all edges.
 
     Raises:

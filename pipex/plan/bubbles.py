@@ -1,0 +1,43 @@
+"""How long a step takes, and for which share of it the ranks are idle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Bubbles(NamedTuple):
+    """The length of a step, and its bubble, under both meanings of each.
+
+    Attributes:
+        makespan: last end minus first start over all ranks. What a step costs that ends with a barrier: a gradient
+            norm, a loss that every rank learns.
+        span: last end minus first start of a rank; the largest over the ranks. What a step costs without a barrier,
+            as every rank then starts the next step when it has ended this one.
+        bubble_span: per rank the idle share between its first start and last end; the largest over the ranks (arXiv
+            2401.10241, section 5.3). The bubble of a step without a barrier.
+        bubble_makespan: idle share of all ranks over the whole makespan. The bubble of a step with a barrier.
+    """
+
+    makespan: float
+    span: float
+    bubble_span: float
+    bubble_makespan: float
+
+
+def bubbles(ranks: Sequence[Sequence[tuple[float, float]]]) -> Bubbles:
+    """Of a step in which every rank ran something. ``ranks``: per rank the start and end of its compute actions, in
+    the order in which it ran them."""
+    busy = [sum(end - start for start, end in rank) for rank in ranks]
+    spans = [rank[-1][1] - rank[0][0] for rank in ranks]
+    makespan = max(rank[-1][1] for rank in ranks) - min(rank[0][0] for rank in ranks)
+    return Bubbles(
+        makespan=makespan,
+        span=max(spans),
+        bubble_span=max(_idle_share(b, s) for b, s in zip(busy, spans, strict=True)),
+        bubble_makespan=_idle_share(sum(busy), len(busy) * makespan),
+    )
+
+
+def _idle_share(busy: float, total: float) -> float:
+    return 1 - busy / total if total else 0.0

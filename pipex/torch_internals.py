@@ -1,0 +1,266 @@
+"""Every private name of torch that pipex uses, and why: nothing else in pipex touches one (tests/test_house.py).
+
+All of these are in every torch of the range below, where ``make test-torch`` has run (docs/torch-versions.md); a name
+that only newer ones have says so. What a torch lacks is not missed before it is needed: ``import pipex`` and plans work
+with any torch, training with every one that has the first part of this file, ``drop_in()`` with one that has all of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
+from operator import attrgetter, methodcaller
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees operations, not modules
+from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors of what they return
+
+from pipex.errors import UnsupportedModule
+
+OLDEST, NEWEST = "2.11", "2.15"
+"""The range of torch that pipex is tested with; pyproject.toml asks for the same."""
+
+
+class Name(NamedTuple):
+    """A private name: where it stands, what for, and for what is replaced its first parameters."""
+
+    path: str
+    why: str
+    parameters: tuple[str, ...] = ()
+
+
+def find(path: str) -> Any:
+    """What this torch has under the dotted name.
+
+    Raises:
+        AttributeError: nothing.
+    """
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise AttributeError(path)
+
+
+def differences(names: Iterable[Name]) -> list[str]:
+    """What this torch lacks of these, or has with other parameters."""
+    found = []
+    for path, _, parameters in names:
+        try:
+            here = find(path)
+        except AttributeError:
+            found.append(f"no {path}")
+            continue
+        if parameters:
+            has = tuple(inspect.signature(here).parameters)
+            if has[: len(parameters)] != parameters:
+                found.append(f"{path}({', '.join(has)}) in place of ({', '.join(parameters)})")
+    return found
+
+
+def refusal(what: str, cause: str, fix: str) -> UnsupportedModule:
+    """The error for something that does not work with this torch; says version, range and what differs."""
+    return UnsupportedModule(
+        f"{what} does not work with torch {torch.__version__}", got=cause,
+        needed=f"torch {OLDEST} to {NEWEST}, the range that pipex is tested with", fix=fix,
+    )  # fmt: skip
+
+
+_AUTOGRAD: list[Name] = []
+
+
+def _autograd(path: str, why: str) -> Any:
+    """The object of that name; where this torch has none, a function that refuses to be called."""
+
+    def refuse(*_: object) -> Any:
+        raise _refusal_of_split(f"no {path}")
+
+    _AUTOGRAD.append(Name(path, why))
+    try:
+        return find(path)
+    except AttributeError:
+        return refuse
+
+
+def _attribute(owner: str, name: str, why: str) -> Callable[[Any], Any]:
+    """A function that reads this attribute of an object of class ``owner``."""
+    _AUTOGRAD.append(Name(f"{owner}.{name}", why))
+    return attrgetter(name)  # in C: a third of the time of a function of ours
+
+
+def require_autograd() -> None:
+    """Called before the first prepared forward.
+
+    Raises:
+        UnsupportedModule: this torch lacks what a split backward needs of autograd.
+    """
+    if _lacking is not None:
+        raise _refusal_of_split(_lacking)
+
+
+def _refusal_of_split(cause: str) -> UnsupportedModule:
+    return refusal("the split backward", cause, "install a torch of that range")
+
+
+# Autograd: which pass is running, and what it comes to.
+
+current_pass: Callable[[], int] = _autograd(
+    "torch._C._current_graph_task_id", "which backward pass this is; -1 outside of any"
+)
+current_node: Callable[[], Any] = _autograd("torch._C._current_autograd_node", "the operation that a pass is at")
+will_execute: Callable[[Any], bool] = _autograd(
+    "torch._C._will_engine_execute_node", "whether the running pass adds to .grad of a leaf"
+)
+next_sequence_number: Callable[[], int] = _autograd(
+    "torch.autograd._get_sequence_nr", "to know later which nodes were made since"
+)
+engine: Any = _autograd(
+    "torch.autograd.Variable._execution_engine",
+    "work at the end of a pass (queue_callback), and accumulators as roots without autograd.backward's checks of "
+    "gradients that are right by construction (run_backward): 7 instead of 18 µs for a small parameter",
+)
+
+# What stands around an operation, asked before it is recorded.
+
+any_autocast: Callable[[], bool] = _autograd("torch._C._is_any_autocast_enabled", "for any device; no public one is")
+top_saved_tensors_hooks: Callable[[bool], Any] = _autograd(
+    "torch._C._autograd._top_saved_tensors_default_hooks", "whether saved tensors are packed (checkpointing, offload)"
+)
+functorch_active: Callable[[], bool] = _autograd("torch._C._are_functorch_transforms_active", "torch.func is at work")
+_autograd("torch.autograd.forward_ad._current_level", "forward-mode derivatives are at work; -1 if not")
+forward_derivatives_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
+_compiled_call: Callable[[nn.Module], Any] = _attribute(
+    "torch.nn.Module", "_compiled_call_impl", "what module.compile() leaves"
+)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module itself, not one within it, was compiled by torch.compile or by its own ``compile``."""
+    dynamo = sys.modules.get("torch._dynamo")  # without which nothing is; it takes a second to import
+    return _compiled_call(module) is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+
+
+# Tensors and nodes.
+
+version: Callable[[Tensor], int] = _attribute("torch.Tensor", "_version", "autograd's own check for in-place changes")
+base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base", "what a view is of")
+is_view: Callable[[Tensor], bool] = _autograd("torch.Tensor._is_view", "views must not be detached in place")
+hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute(
+    "torch.Tensor", "_backward_hooks", "whether somebody waits for a gradient"
+)
+post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | None] = _attribute(
+    "torch.Tensor", "_post_accumulate_grad_hooks", "who waits for .grad"
+)
+_autograd("torch.autograd.graph.Node._sequence_nr", "which of two nodes is older")
+sequence_number: Callable[[Any], int] = methodcaller("_sequence_nr")
+
+
+def set_hooks(tensor: Tensor, hooks: dict[Any, Any] | None) -> None:
+    """Replaces the hooks that autograd has been told of (``Tensor._backward_hooks``)."""
+    tensor._backward_hooks = hooks
+
+
+def add_hooks(tensor: Tensor, hooks: dict[Any, Any]) -> None:
+    """Puts the first hooks on a tensor with a graph. This is Tensor.register_hook without a handle to remove them,
+    which takes as long as ten such dicts."""
+    tensor._backward_hooks = hooks
+    tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
+
+
+def hook_dict(tensor: Tensor) -> dict[Any, Any]:
+    """The hooks on a tensor with a graph, to add to and to take from."""
+    hooks: dict[Any, Any] | None = hooks_of(tensor)
+    if hooks is None:
+        hooks = OrderedDict()
+        add_hooks(tensor, hooks)
+    return hooks
+
+
+# What nodes have saved: each is there on the nodes of that name only, and on none if the name is another's.
+
+raw_self: Callable[[Any], Any] = attrgetter("_raw_saved_self")
+raw_other: Callable[[Any], Any] = attrgetter("_raw_saved_other")
+saved_self: Callable[[Any], Any] = attrgetter("_saved_self")
+saved_other: Callable[[Any], Any] = attrgetter("_saved_other")
+saved_approximate: Callable[[Any], str] = attrgetter("_saved_approximate")
+
+# Many tensors in one call, and tensors from and to other rooms.
+
+foreach_add: Callable[[list[Tensor], list[Tensor]], None] = _autograd("torch._foreach_add_", "one call for many sums")
+foreach_norm: Callable[[list[Tensor]], Iterable[Tensor]] = _autograd("torch._foreach_norm", "one call for many norms")
+from_dlpack: Callable[[object], Tensor] = _autograd(
+    "torch._C._from_dlpack", "torch.from_dlpack does this after 150 ns of asking what kind of object it was given"
+)
+storage_id: Callable[[Any], int] = _attribute(
+    "torch.UntypedStorage", "_cdata", "the same for all views; a tensor subclass that wraps others has no address"
+)
+
+gpu_sleep: Callable[[int], None] = _autograd("torch.cuda._sleep", "keeps a GPU busy for so many of its cycles")
+
+
+def gloo_options(device: Any, *, threads: int, timeout: timedelta) -> Any:
+    """Of a ``ProcessGroupGloo`` made without torch's default group, which no public name makes with options."""
+    options = torch.distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices, options._threads, options._timeout = [device], threads, timeout
+    return options
+
+
+def import_compiler() -> None:
+    """Imports what the first optimizer of a process imports, and what takes it a second."""
+    importlib.import_module("torch._dynamo")
+
+
+_lacking: str | None = "; ".join(differences(_AUTOGRAD)) or None
+
+
+# torch.distributed.pipelining, for ``drop_in()``. Public in name, but not documented, are also the attributes of stages
+# (submod, stage_index, has_backward, dw_builder, dw_runner, chunks) and of schedules (rank, pipeline_order,
+# pipeline_order_with_comms): whether those of stages still mean the same, the trial of drop_in() finds out.
+
+STAGE = "torch.distributed.pipelining.stage"
+SCHEDULES = "torch.distributed.pipelining.schedules"
+
+REPLACED = (
+    Name(f"{STAGE}._PipelineStageBase.forward_one_chunk", "F", ("self", "fwd_chunk_id", "args", "kwargs")),
+    Name(
+        f"{STAGE}._PipelineStageBase.backward_one_chunk", "I and B",
+        ("self", "bwd_chunk_id", "loss", "full_backward", "last_backward"),
+    ),
+    Name(f"{STAGE}._PipelineStageBase.backward_weight_one_chunk", "W", ("self", "bwd_chunk_id", "last_backward")),
+    Name(f"{STAGE}._PipelineStageBase.scale_grads", "a tied parameter is divided once", ("self", "grad_scale_factor")),
+    Name(f"{SCHEDULES}.PipelineScheduleMulti._step_microbatches", "which micro-batches are split", ("self",)),
+    Name(f"{SCHEDULES}._PipelineScheduleRuntime._step_microbatches", "the same", ("self",)),
+    Name(
+        f"{SCHEDULES}._check_torch_compile_compatibility", "compiled stages are right", ("stages", "schedule_name")
+    ),
+    Name(f"{STAGE}.stage_backward", "B", ("stage_output", "output_grads", "input_values")),
+    Name(
+        f"{STAGE}.stage_backward_input", "I", ("stage_outputs_or_loss", "output_grads", "input_values", "weights")
+    ),
+    Name(f"{STAGE}.stage_backward_weight", "W", ("weights", "param_groups")),
+)  # fmt: skip
+"""What ``drop_in()`` replaces; a new function must be called as the old one was."""
+
+stages_of: Callable[[Any], list[Any]] = attrgetter("_stages")
+"""The stages of a schedule on this rank."""
+
+
+def prepare_alone(stage: Any) -> None:
+    """Does for a stage without neighbours, made with ``input_args`` and ``output_args``, what a schedule does before
+    the first forward."""
+    if hasattr(stage, "_stage_meta"):  # torch 2.13 on
+        stage._stage_meta.inputs = ()
+    else:
+        stage._prepare_forward_infra(1, ())

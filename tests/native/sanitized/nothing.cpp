@@ -1,0 +1,2 @@
+// Whether this compiler can build with a sanitizer.
+int main() {}

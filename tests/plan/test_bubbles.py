@@ -1,0 +1,17 @@
+"""Both lengths of a step, and the bubble under both meanings."""
+
+from __future__ import annotations
+
+from pipex.plan.bubbles import Bubbles, bubbles
+
+
+def test_both_bubbles_of_a_step() -> None:
+    #   rank 0   ██····██        4 of 8, and of the step's 10
+    #   rank 1     ██·█████      7 of 8
+    assert bubbles([[(5, 7), (11, 13)], [(7, 9), (10, 15)]]) == Bubbles(
+        makespan=10, span=8, bubble_span=0.5, bubble_makespan=1 - 11 / 20
+    )
+
+
+def test_a_step_without_length_has_no_bubble() -> None:
+    assert bubbles([[(3, 3)], [(3, 3)]]) == Bubbles(0, 0, 0, 0)
