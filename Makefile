@@ -70,8 +70,9 @@ $(VENV)/installed: $(BUILD_INPUTS)
 	touch $@
 
 # Tests ask for the CUDA kernels for all GPUs, wherever CMake finds an nvcc. Whoever needs no more than the above has it.
+FOR_TESTS = $(or $(PIPEX_CUDA),$(if $(CUDACXX)$(shell command -v nvcc),ON,OFF))
 $(VENV)/installed-for-tests: $(BUILD_INPUTS)
-	$(call INSTALL,$(or $(PIPEX_CUDA),$(if $(CUDACXX)$(shell command -v nvcc),ON,OFF)))
+	$(call INSTALL,$(FOR_TESTS))
 	touch $(VENV)/installed $@
 
 $(VENV)/tested: $(VENV)/installed-for-tests tests/requirements.txt
@@ -84,10 +85,11 @@ $(VENV)-triton36/installed: Makefile constraints.txt
 	$(VENV)-triton36/bin/pip install --quiet $$(grep ^torch constraints.txt) triton==3.6.0 'numpy<2.4' pytest pytest-timeout
 	touch $@
 
-# Gigabytes, where the version has no build for the CPU alone. torch's own wish decides about Triton.
+# Gigabytes, where the version has no build for the CPU alone. torch's own wish decides about Triton. The native modules
+# stand in this folder, so those of $(VENV) are made anew: the same ones, or its tests would miss some.
 $(VENV)-torch%/installed: $(BUILD_INPUTS) tests/requirements.txt
 	test -x $(VENV)-torch$*/bin/python || $(PYTHON) -m venv $(VENV)-torch$*
-	PIPEX_CUDA=OFF $(VENV)-torch$*/bin/pip install --quiet torch==$* --requirement tests/requirements.txt --editable .
+	PIPEX_CUDA=$(FOR_TESTS) $(VENV)-torch$*/bin/pip install --quiet torch==$* --requirement tests/requirements.txt --editable .
 	touch $@
 
 $(VENV)/linted: $(VENV)/tested
