@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
 # Only where nvcc was found; asked when a recipe runs, after the build.
 CUDA_MODULE = $(shell ls pipex/_cuda.*.so >/dev/null 2>&1 && echo pipex._cuda)
@@ -60,12 +60,21 @@ clean:
 	rm -rf $(VENV) build *.egg-info pipex/*.so
 
 # An editable install, since the package stands in the folder from which tests run.
+define INSTALL
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+PIPEX_CUDA=$(1) $(BIN)/pip install --quiet --constraint constraints.txt --editable .
+endef
+
 $(VENV)/installed: $(BUILD_INPUTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(call INSTALL,$(or $(PIPEX_CUDA),AUTO))
 	touch $@
 
-$(VENV)/tested: $(VENV)/installed tests/requirements.txt
+# Tests ask for the CUDA kernels for all GPUs, wherever CMake finds an nvcc. Whoever needs no more than the above has it.
+$(VENV)/installed-for-tests: $(BUILD_INPUTS)
+	$(call INSTALL,$(or $(PIPEX_CUDA),$(if $(CUDACXX)$(shell command -v nvcc),ON,OFF)))
+	touch $(VENV)/installed $@
+
+$(VENV)/tested: $(VENV)/installed-for-tests tests/requirements.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement tests/requirements.txt
 	touch $@
 

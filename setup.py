@@ -1,14 +1,16 @@
 """Builds the native modules by driving CMakeLists.txt; everything else is in pyproject.toml.
 
-Needs a C++20 compiler only. PIPEX_CUDA=AUTO|ON|OFF decides about the CUDA kernels, PIPEX_STRICT=ON makes compiler
-warnings errors (see CMakeLists.txt).
+Needs a C++20 compiler only. PIPEX_CUDA=AUTO|ON|OFF and CUDAARCHS decide about the CUDA kernels (see
+cmake/cuda_targets.cmake), PIPEX_STRICT=ON makes compiler warnings errors; CMAKE_ARGS go to CMake as they are.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,6 +27,8 @@ class CMakeBuild(build_ext):
 
         target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "pipex"
         build = Path(self.build_temp).resolve()
+        # One of an earlier build is not of these sources, and this build may make none.
+        (target / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         subprocess.run(
             [
                 "cmake", "--fresh",  # the last build's tools may be gone: pip deletes its build environments
@@ -35,6 +39,7 @@ class CMakeBuild(build_ext):
                 f"-DPIPEX_STRICT={os.environ.get('PIPEX_STRICT', 'OFF')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The CUDA part of pipex (csrc/cuda). Built where nvcc is found; loads without a driver.
+"""The CUDA part of pipex (csrc/cuda). Built for the GPUs that PIPEX_CUDA says; loads without a driver.
 
 Addresses and streams are integers (``tensor.data_ptr()``, ``torch.cuda.current_stream().cuda_stream``). Whoever calls
 keeps the memory alive until the stream has passed the call. Raises errors of pipex.errors: NativeUnavailable where

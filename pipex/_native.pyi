@@ -6,6 +6,9 @@ Errors that people see are raised as classes of pipex.errors; the two below are 
 
 from collections.abc import Sequence
 
+without_cuda: str
+"""Why ``pipex._cuda`` was not built; empty where it was."""
+
 class Aborted(Exception):
     """The run has ended; args are (kind "lost" | "stalled" | "failed", culprit, step, position, text)."""
 

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_native, module) {
       "The part of pipex in C++ that needs no CUDA toolkit: shared memory, rings, the watch over peers, plans. Knows "
       "no "
       "torch.";
+  module.attr("without_cuda") = PIPEX_WITHOUT_CUDA;
   pipex::bind_errors(module);
   pipex::bind_control(module);
   pipex::bind_member(module);

@@ -11,7 +11,7 @@ from pipex.errors import NativeUnavailable
 
 try:
     from pipex import _cuda
-except ImportError:  # built without nvcc
+except ImportError:  # built without CUDA kernels
     _cuda = None  # type: ignore[assignment]
 
 PARTS = 128
@@ -40,7 +40,7 @@ def add_embedding_gradient(
         NativeUnavailable: built without CUDA kernels.
     """
     if _cuda is None:
-        raise NativeUnavailable("pipex was built without CUDA kernels", needed="nvcc at install time")
+        raise NativeUnavailable("pipex was built without CUDA kernels", fix="pipex info says why")
     vocabulary, columns = weight_grad.shape
     for start in range(0, len(dys), PARTS):
         parts = dys[start : start + PARTS]

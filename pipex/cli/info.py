@@ -64,9 +64,17 @@ def _host_transport() -> str:
 def _cuda_kernels() -> str:
     try:
         from pipex import _cuda
-    except ImportError:
-        return "not built (no nvcc was found, or PIPEX_CUDA=OFF)"
+    except ImportError as error:
+        return _without_cuda_kernels(error)
     return f"built with CUDA {_cuda.toolkit} for {_cuda.architectures}"
+
+
+def _without_cuda_kernels(error: ImportError) -> str:
+    try:
+        from pipex import _native
+    except ImportError:
+        return "not available: nothing was built"
+    return f"not built: {_native.without_cuda}" if _native.without_cuda else f"built, but not available: {error}"
 
 
 def _gpus() -> int | str:
