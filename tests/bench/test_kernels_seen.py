@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_gpu import FakeGpu
 
+from pipex.bench import kernels_seen
 from pipex.bench.kernels_seen import KernelWatch, largest_grids
 
 DEVICE = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_calls_are_watched_between_known_kernels(monkeypatch: pytest.MonkeyPatch
     FakeGpu(monkeypatch)
     profiler = FakeProfiler()
     monkeypatch.setattr(torch.profiler, "profile", lambda: profiler)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: profiler.launch("spin_kernel(long)", 1, 1, 1))
+    monkeypatch.setattr(kernels_seen, "gpu_sleep", lambda cycles: profiler.launch("spin_kernel(long)", 1, 1, 1))
     with KernelWatch(DEVICE) as watch:
         watch.watch(lambda: profiler.launch(SEND, 32, 1, 1))
         profiler.launch("fill", 4096, 1, 1)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from built import shared_library
 
 pytest.importorskip("pipex._cuda", reason="built without CUDA kernels")
 
 NO_DEVICE, INVALID_VALUE, NO_KERNEL_IMAGE = 100, 1, 209  # cudaError_t
 
 
-def test_kernels_for_other_gpus_are_named_as_such(shared_library: Callable[..., Path]) -> None:
+def test_kernels_for_other_gpus_are_named_as_such() -> None:
     library = ctypes.CDLL(str(shared_library("tests/native/no_kernel_image.cpp", "csrc/cuda/runtime.cpp")))
 
     def thrown_for(error: int) -> str:

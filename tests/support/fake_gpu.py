@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipex.bench import beside
+from pipex.bench import beside, gpu, kernels_seen
 
 
 class Stream:
@@ -47,10 +47,12 @@ class FakeGpu:
         self.current = Stream()
         for name, fake in {
             "Stream": self._stream, "stream": self._choose, "Event": lambda enable_timing: Event(self),
-            "synchronize": self.synchronize, "device_count": lambda: 1, "_sleep": lambda cycles: None,
+            "synchronize": self.synchronize, "device_count": lambda: 1,
             "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, fake)
+        for module in (gpu, kernels_seen):
+            monkeypatch.setattr(module, "gpu_sleep", lambda cycles: None)
         monkeypatch.setattr(torch, "mm", self._multiply)
         monkeypatch.setattr(beside, "SIDE", 1)
         monkeypatch.setattr(beside, "synchronize", self.synchronize)
