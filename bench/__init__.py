@@ -1,5 +1,6 @@
 """Benchmarks: pipex beside its peers, in the same run, on this machine.
 
+    options          what the options of all have in common
     sizes            message sizes as nccl-tests writes them
     driver           interleaved measurements and their quantiles
     environment      what was measured, and on what
@@ -17,9 +18,10 @@
     drop_in          torch.distributed.pipelining with and without pipex.drop_in()
     backward         the split backward of one stage
     gpu              times on a GPU, and its ceilings
+    products         which matrix products are measured
     gemm             the matrix products of the backward, on a GPU
     gpu_check        builds, tests and measures on a machine with a GPU
 
-Every benchmark is a function that returns rows; ``pipex bench`` (pipex/cli/bench.py) runs and reports them. How a
-number is measured and what it means is said at the top of the benchmark's file.
+A benchmark is a file with ``add_arguments`` and ``run``; ``pipex bench`` (pipex/cli/bench.py) has a line for each. How
+a number is measured and what it means is said at the top of the file.
 """

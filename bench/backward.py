@@ -22,6 +22,7 @@ neither.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining.stage import stage_backward_input, stage_backward_weight
 
 from pipex.backward import Splitter, Tape
+from pipex.bench import gpu
 from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.environment import environment
 from pipex.bench.held import Storages
-from pipex.bench.report import Row
-from pipex.cli.train.model import Block, ModelConfig
+from pipex.bench.options import add_common, floors_of, rounds_of
+from pipex.bench.report import Row, finish
+from pipex.models.transformer import Block, ModelConfig
 
 PROVIDER, PEER, WHOLE = "pipex", "torch", "whole"
 TOLERANCE = 1e-5
@@ -84,6 +88,29 @@ CASES = {
     "cuda": tuple(_gpu_case(*sizes) for sizes in ((1024, 1024, 4), (4096, 1024, 4), (4096, 2048, 4), (4096, 4096, 1))),
 }
 """By the type of the device."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench backward``."""
+    parser.description = "The backward of one stage, I and W together: pipex, torch's split, and one whole backward."
+    add_common(parser, samples=20, floor="how many times faster than torch's split, such as mlp=2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="where; larger stages in bfloat16 on cuda (default: cpu)")  # fmt: skip
+    parser.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
+                        help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
+    parser.add_argument("--max-forward-over-whole", metavar="CASE=RATIO,...",
+                        help="most that the prepared forward may cost, in plain ones, such as block=1.1")  # fmt: skip
+    parser.add_argument("--max-held-share", metavar="CASE=SHARE,...",
+                        help="most bytes that may wait for W, over a plain forward's, such as block=1")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    rounds, cases = rounds_of(options), CASES[options.device]
+    floors = floors_of(options, PROVIDER, [case.name for case in cases])
+    device, facts = gpu.chosen(options.device, "pipex bench backward")
+    torch.set_num_threads(1)
+    return finish(environment(1) | facts, measure(cases, rounds, device), floors, as_json=options.json)
 
 
 def measure(cases: Sequence[Case], rounds: Rounds, device: torch.device) -> list[Row]:

@@ -14,6 +14,7 @@ by bit, torch's within ``TOLERANCE``.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,10 +31,12 @@ from torch.distributed.pipelining.schedules import (
 from pipex.backward.drop_in import drop_in
 from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
-from pipex.bench.report import Row
+from pipex.bench.environment import environment
+from pipex.bench.options import add_common, floors_of, rounds_of
+from pipex.bench.report import Row, finish
 from pipex.bench.step import TimedStep
-from pipex.cli.train.model import Block, ModelConfig
 from pipex.errors import InputError
+from pipex.models.transformer import Block, ModelConfig
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 from pipex.transport.interface import World
@@ -51,6 +54,22 @@ SCHEDULES: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved-zb": ScheduleInterleavedZeroBubble,
 }
 """pipex's name of a schedule -> torch's class."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench drop-in``."""
+    parser.description = "A training step of torch.distributed.pipelining (Gloo), with and without pipex.drop_in()."
+    parser.add_argument("--schedules", default="zbv,interleaved-zb", help="of zbv and interleaved-zb (default: both)")
+    parser.add_argument("--ranks", metavar="COUNT,...", default="2,4",
+                        help="of two chunks each; a case is SCHEDULE/RANKS (default: 2,4)")  # fmt: skip
+    add_common(parser, samples=20, floor="how many times faster drop_in() must make a step, such as zbv/2=1.4")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    rounds, chosen = rounds_of(options), cases(options.schedules, options.ranks)
+    floors = floors_of(options, PROVIDER, [case.name for case in chosen])
+    return finish(environment(THREADS), measure(chosen, rounds), floors, as_json=options.json)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ Results are compared with float64 first. torch's own error is the measure: ours 
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,87 +29,54 @@ import torch
 from torch import Tensor
 
 from pipex.backward.products import add_by_torch, input_gradient_by_torch, swiglu_input_gradient_by_torch
+from pipex.bench import gpu
 from pipex.bench.driver import Rounds, quantiles
-from pipex.bench.gpu import Clock
-from pipex.bench.report import Row
-from pipex.errors import InputError, NativeUnavailable
+from pipex.bench.environment import environment
+from pipex.bench.options import add_common, floors_of, rounds_of
+from pipex.bench.products import ACTIVATIONS, WEIGHTS, Case, add_products, products_of
+from pipex.bench.report import Row, finish, say
+from pipex.errors import NativeUnavailable
 
 PROVIDER, PEER, SLAB = "pipex", "cublas", "cublas-slab"
 SANE = 2.0**-6
 
-ACTIVATIONS = {"dX": None, "dX+relu": "relu", "dX+silu": "silu", "dX+gelu": "gelu", "dX+gelu_tanh": "gelu_tanh",
-               "dX+swiglu": "swiglu"}  # fmt: skip
-WEIGHTS = ("dW", "dW+db")
-KINDS = (*ACTIVATIONS, *WEIGHTS)
-LAYERS = {"square": (1, 1), "up": (4, 1), "down": (1, 4)}
-"""[N, K] in units of the hidden width."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench gemm``."""
+    parser.description = (
+        "The matrix products of the backward on a GPU: pipex's Triton kernels and cuBLAS through torch. Measured are "
+        "all combinations of the sizes."
+    )
+    add_products(parser)
+    add_common(parser, samples=15, floor="how many times faster than cublas, such as dW/4096x4096/512x8=1.15")
+    parser.add_argument("--compile-only", action="store_true",
+                        help="compile the kernels and print what they cost; needs no GPU; exit 1 on a "
+                        "spill")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """One product: of dY [T, N] and W [N, K], or of n dYᵀ [N, T] and X [T, K]."""
-
-    kind: str
-    tokens: int
-    n: int
-    k: int
-    micro_batches: int
-    dtype: torch.dtype
-    gradient_dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """Such as ``dX+gelu/4096x16384/512`` (kind, N x K, T) or ``dW/4096x4096/512x8`` (n micro-batches)."""
-        batches = f"x{self.micro_batches}" if self.kind in WEIGHTS else ""
-        return f"{self.kind}/{self.n}x{self.k}/{self.tokens}{batches}"
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.tokens * self.n * self.k * self.micro_batches
-
-    @property
-    def nbytes(self) -> int:
-        """Each operand read and each result written once."""
-        tokens = self.tokens * self.micro_batches
-        if self.kind in WEIGHTS:
-            gradient = 2 * self.n * (self.k + (self.kind == "dW+db")) * self.gradient_dtype.itemsize
-            return tokens * (self.n + self.k) * self.dtype.itemsize + gradient
-        maps = {"dX": 1, "dX+swiglu": 4}.get(self.kind, 2)  # of [T, K]: read for the activation, and written
-        return (tokens * (self.n + maps * self.k) + self.n * self.k) * self.dtype.itemsize
+def run(options: argparse.Namespace) -> int:
+    """Measures, or compiles, and reports; returns the exit code."""
+    rounds, chosen = rounds_of(options), products_of(options)
+    floors = floors_of(options, PROVIDER, [case.name for case in chosen])
+    if options.compile_only:
+        require_triton()
+        lines = compiled_lines()
+        sentences = [f"{line['case']}: spills, or does not fit its GPU" for line in lines if not line["correct"]]
+        return say(environment(1) | triton_version(), lines, sentences, as_json=options.json)
+    device = gpu.require_gpu("pipex bench gemm", "--compile-only says what the kernels cost without one")
+    require_triton()
+    clock = gpu.Clock(device)
+    ceilings = clock.ceilings(dtype_of(chosen[0].dtype), rounds)
+    rows = measure(chosen, rounds, clock, ceilings)
+    found = {"ceiling_tflop_per_s": round(ceilings[0], 1), "ceiling_gb_per_s": round(ceilings[1], 1)}
+    facts = triton_version() | gpu.describe_gpu(device) | found
+    return finish(environment(1) | facts, rows, floors, as_json=options.json)
 
 
-def cases(
-    kinds: Sequence[str],
-    layers: Sequence[str],
-    hidden: Sequence[int],
-    tokens: Sequence[int],
-    micro_batches: Sequence[int],
-    dtype: str,
-    gradient: str,
-) -> list[Case]:
-    """All combinations. An activation stands before a ``down`` projection, so these kinds have that layer only.
-
-    Raises:
-        InputError: an unknown name, or a size below 1.
-    """
-    for given, known in ((kinds, KINDS), (layers, LAYERS), ([dtype], DTYPES), ([gradient], DTYPES)):
-        for name in given:
-            if name not in known:
-                raise InputError("an unknown choice", got=repr(name), needed=f"one of {', '.join(known)}")
-    if min(*hidden, *tokens, *micro_batches) < 1:
-        raise InputError("a size is below 1", got=f"{hidden}, {tokens}, {micro_batches}", needed="1 or more")
-    if gradient not in ("float32", dtype):
-        raise InputError("no such gradient", got=gradient, needed=f"float32 or the operands' {dtype}")
-    found = []
-    for kind in kinds:
-        for layer in layers if kind in ("dX", *WEIGHTS) else ("down",):
-            for width in hidden:
-                n, k = (factor * width for factor in LAYERS[layer])
-                for t in tokens:
-                    for count in micro_batches if kind in WEIGHTS else (1,):
-                        found.append(Case(kind, t, n, k, count, DTYPES[dtype], DTYPES[gradient]))
-    return list(dict.fromkeys(found))
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a product's."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def require_triton() -> None:
@@ -130,12 +97,12 @@ def triton_version() -> dict[str, str]:
     return {"triton": importlib.metadata.version("triton")}
 
 
-def measure(chosen: Sequence[Case], rounds: Rounds, clock: Clock, ceilings: tuple[float, float]) -> list[Row]:
+def measure(chosen: Sequence[Case], rounds: Rounds, clock: gpu.Clock, ceilings: tuple[float, float]) -> list[Row]:
     """Two rows per case, or three for a weight gradient of several micro-batches."""
     return [row for case in chosen for row in _measure_case(case, rounds, clock, ceilings)]
 
 
-def _measure_case(case: Case, rounds: Rounds, clock: Clock, ceilings: tuple[float, float]) -> list[Row]:
+def _measure_case(case: Case, rounds: Rounds, clock: gpu.Clock, ceilings: tuple[float, float]) -> list[Row]:
     torch.manual_seed(0)
     product = (_WeightGradient if case.kind in WEIGHTS else _InputGradient)(case, clock.device)
     providers = product.providers
@@ -184,12 +151,13 @@ class _InputGradient:
     def __init__(self, case: Case, device: torch.device) -> None:
         from pipex.triton_kernels import input_gradient as kernels
 
-        normal = partial(_normal, dtype=case.dtype, device=device)
+        dtype = dtype_of(case.dtype)
+        normal = partial(_normal, dtype=dtype, device=device)
         self._kernels, self._activation = kernels, ACTIVATIONS[case.kind]
         self._dy, self._weight = normal(case.tokens, case.n), normal(case.n, case.k)
         self._weight /= case.n**0.5  # as trained weights do, it keeps the size of a gradient
         self._saved = [normal(case.tokens, case.k) for _ in range({"dX": 0, "dX+swiglu": 2}.get(case.kind, 1))]
-        self._out = [torch.empty(case.tokens, case.k, dtype=case.dtype, device=device) for _ in self._saved or (0,)]
+        self._out = [torch.empty(case.tokens, case.k, dtype=dtype, device=device) for _ in self._saved or (0,)]
         self.providers: dict[str, Callable[[], object]] = {PROVIDER: self._pipex, PEER: self._cublas}
 
     def reset(self) -> None:
@@ -231,10 +199,10 @@ class _WeightGradient:
 
         count, rows = case.micro_batches, case.tokens
         self._kernel = weight_gradient
-        slabs = [_normal(count, rows, width, dtype=case.dtype, device=device) for width in (case.n, case.k)]
+        slabs = [_normal(count, rows, width, dtype=dtype_of(case.dtype), device=device) for width in (case.n, case.k)]
         self._dys, self._xs = (list(slab) for slab in slabs)
         self._all_dy, self._all_x = (slab.flatten(0, 1) for slab in slabs)
-        normal = partial(_normal, dtype=case.gradient_dtype, device=device)
+        normal = partial(_normal, dtype=dtype_of(case.gradient_dtype), device=device)
         self._start = [normal(case.n, case.k), normal(case.n)][: 1 + (case.kind == "dW+db")]
         self._gradients = [start.clone() for start in self._start]
         self.providers: dict[str, Callable[[], object]] = {PROVIDER: self._pipex, PEER: self._cublas}

@@ -51,6 +51,18 @@ def check_gpu(command: str, fix: str | None = None) -> None:
         )
 
 
+def chosen(device: str, command: str) -> tuple[torch.device, dict[str, str]]:
+    """What the command's ``--device`` names, and what a report says of that.
+
+    Raises:
+        NativeUnavailable: a GPU, and torch finds none.
+    """
+    if device == "cpu":
+        return torch.device("cpu"), {}
+    found = require_gpu(f"{command} --device {device}")
+    return found, describe_gpu(found)
+
+
 class Clock:
     """Measures calls on one GPU."""
 

@@ -20,24 +20,44 @@ are compared with those of one process: pipex's bit by bit on the CPU, within ``
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from pipex import observe
 from pipex.bench import torch_group, training
 from pipex.bench.driver import Rounds, quantiles
+from pipex.bench.options import add_common
 from pipex.bench.report import Row
 from pipex.bench.step_providers import TorchStep
 from pipex.bench.torch_schedules import torch_plan
 from pipex.bench.torch_staging import over_host_memory
 from pipex.bench.training import Case, Training
-from pipex.observe import Event, measure
+from pipex.observe import Event
 from pipex.observe.measure import COMPUTE, message_waits
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 from pipex.transport.interface import World
 
 PROVIDER, PEER, FREE = "pipex", "torch", "free"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench overlap``."""
+    parser.description = (
+        "How much of a step of a transformer is communication that computing does not hide, for each schedule, beside "
+        "a step of torch.distributed.pipelining (Gloo)."
+    )
+    training.add_arguments(parser)
+    add_common(parser, samples=20, floor="how many times faster than torch's a step must be, such as 1f1b/128x64=1")
+    parser.add_argument("--max-exposed-share", metavar="CASE=SHARE,...",
+                        help="most of a step, such as 1f1b/128x64=0.1")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    return training.run(options, cases, measure, PROVIDER)
 
 
 def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Case]:
@@ -53,7 +73,7 @@ def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Ca
     return found
 
 
-def run(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
+def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
     """Three rows per case; the cases differ in their schedules alone."""
     answers = launch(_rank, cases[0].ranks, args=(list(cases), rounds), device=cases[0].device)
     wanted = answers[0]["wanted"]
@@ -68,7 +88,7 @@ def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]
     """``answers[r]`` is what ``_measure_case`` returned on rank r."""
     events = [training.events_of(answer["events"]) for answer in answers]
     placement = case.plan().placement
-    figures = measure(events, placement)
+    figures = observe.measure(events, placement)
     spans, exposed, waiting = [], [], []
     for step in sorted({event.step for event in events[0]}):
         ranks = [[event for event in rank if event.step == step] for rank in events]

@@ -39,10 +39,11 @@ only that. The profiler slows what comes after it, so it comes last, with bursts
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -50,16 +51,18 @@ from typing import Any, Literal
 import torch
 from torch.distributed import FileStore, PrefixStore
 
-from pipex.bench import torch_group
+from pipex.bench import gpu, torch_group
 from pipex.bench.beside import Beside, Products
 from pipex.bench.bursts import Bursts
 from pipex.bench.driver import Rounds, quantiles
-from pipex.bench.gpu import check_gpu
+from pipex.bench.environment import environment
 from pipex.bench.kernels_seen import KernelWatch
+from pipex.bench.options import add_common, floors_of, rounds_of
 from pipex.bench.p2p_ends import Copies, End, RoundTrips, TorchExchange, TorchReceiver, TorchSender
-from pipex.bench.report import Row
-from pipex.bench.sizes import format_size
-from pipex.errors import NativeUnavailable
+from pipex.bench.report import Row, finish
+from pipex.bench.sizes import format_size, parse_size, size_range
+from pipex.bench.virtual_devices import shared_among
+from pipex.errors import InputError, NativeUnavailable
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 from pipex.transport.group import GroupWorld
@@ -89,13 +92,79 @@ TRANSPORTS = {
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench p2p``."""
+    parser.description = (
+        "Half a round trip between two ranks, by one of pipex's transports, by torch.distributed's Gloo or NCCL, and a "
+        "plain copy in one process."
+    )
+    parser.add_argument("--transport", choices=("host", "device", "gloo", "nccl"), default="host",
+                        help="host: shared memory; device: the GPUs'; gloo, nccl: pipex over torch.distributed's "
+                        "backends; device and nccl need a GPU, nccl two (default: host)")  # fmt: skip
+    parser.add_argument("--bidirectional", action="store_true", help="both ranks send at the same time")
+    parser.add_argument("--virtual-devices", action="store_true",
+                        help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
+    parser.add_argument("-b", "--minbytes", dest="b", metavar="SIZE", default="4K",
+                        help="smallest message: bytes, or with K, M, G (default: 4K)")  # fmt: skip
+    parser.add_argument("-e", "--maxbytes", dest="e", metavar="SIZE", default="64M", help="largest (default: 64M)")
+    parser.add_argument("-f", "--stepfactor", dest="f", metavar="FACTOR", type=int,
+                        help="from one size to the next (default: 4)")  # fmt: skip
+    parser.add_argument("-i", "--stepbytes", dest="i", metavar="SIZE",
+                        help="from one size to the next, in place of a factor")  # fmt: skip
+    add_common(parser, samples=50, floor="how many times faster than torch pipex must be, such as 4K=20,256K=8")
+    parser.add_argument("--min-copy-share", metavar="CASE=SHARE,...",
+                        help="bandwidth over the copy's that pipex must reach, such as 4M=0.75")  # fmt: skip
+    parser.add_argument("--max-us", dest="max_p50_us", metavar="CASE=US,...",
+                        help="most microseconds that a message may take in the median, such as 64K=10")  # fmt: skip
+    parser.add_argument("--max-send-us", metavar="CASE=US,...",
+                        help="most microseconds that the host may need for a send, such as 64K=5")  # fmt: skip
+    parser.add_argument("--max-sms", metavar="CASE=COUNT,...",
+                        help="most multiprocessors that pipex's kernels may take, such as 64M=0")  # fmt: skip
+    parser.add_argument("--max-gemm-slowdown", metavar="CASE=SHARE,...",
+                        help="most by which messages may slow a matrix product, such as 64M=0.03; of ranks that share "
+                        "a GPU it is measured with --virtual-devices only")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    rounds, sizes = rounds_of(options), _sizes(options)
+    transport = TRANSPORTS[options.transport]
+    floors = floors_of(options, transport.provider, [format_size(size) for size in sizes])
+    on_gpu = transport.device == "cuda"
+    if on_gpu:
+        check_gpus(options.transport)
+    with shared_among(RANKS) if options.virtual_devices else nullcontext():
+        rows = measure(
+            sizes, rounds, options.transport, both_ways=options.bidirectional, virtual_devices=options.virtual_devices
+        )
+    # Afterwards: CUDA must not start in this process before its ranks have.
+    facts: dict[str, Any] = {"virtual_devices": options.virtual_devices} if on_gpu else {}
+    facts |= gpu.describe_gpu(gpu.require_gpu("pipex bench p2p")) if on_gpu else {}
+    return finish(environment(THREADS) | facts, rows, floors, as_json=options.json)
+
+
+def _sizes(options: argparse.Namespace) -> list[int]:
+    """
+    Raises:
+        InputError: two options exclude each other, or a size is none.
+    """
+    if options.f is not None and options.i is not None:
+        raise InputError("two ways from one size to the next", got=f"-f {options.f} and -i {options.i}", needed="one")
+    if options.virtual_devices and options.transport != "device":
+        raise InputError("only ranks that share a GPU get shares of it", got=f"--transport {options.transport}",
+                         needed="--transport device", fix="leave --virtual-devices out")  # fmt: skip
+    step = 0 if options.i is None else parse_size(options.i)
+    factor = options.f if options.f is not None else 1 if step else 4
+    return size_range(parse_size(options.b), parse_size(options.e), factor, step)
+
+
 def check_gpus(name: str) -> None:
     """Looks whether there are enough GPUs for the transport, without starting CUDA in this process.
 
     Raises:
         NativeUnavailable: there are too few.
     """
-    check_gpu(f"pipex bench p2p --transport {name}")
+    gpu.check_gpu(f"pipex bench p2p --transport {name}")
     needed = RANKS if name == "nccl" else 1
     if torch.cuda.device_count() < needed:
         raise NativeUnavailable(

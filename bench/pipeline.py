@@ -23,24 +23,46 @@ there must be a core for each rank, or bubbles cannot be seen; on one GPU, --vir
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pipex import observe
 from pipex.bench import training
 from pipex.bench.driver import Quantiles, Rounds
+from pipex.bench.options import add_common
 from pipex.bench.report import Row
 from pipex.bench.torch_schedules import TORCH_NAMES, torch_plan
 from pipex.bench.training import Case, Training
 from pipex.errors import InputError
-from pipex.observe import measure
 from pipex.plan import Plan
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 
 PROVIDER, PEER = "pipex", "torch-order"
 BASELINE = "1f1b"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench pipeline``."""
+    parser.description = (
+        "Whole training steps of a transformer, schedule beside schedule, each with pipex's order and with "
+        "torch.distributed.pipelining's, and what the simulator says of them."
+    )
+    training.add_arguments(parser)
+    add_common(parser, samples=20, floor="how many times faster than with torch's order, such as zb-h1/128x64=1.05")
+    parser.add_argument("--min-speedup", metavar="CASE=RATIO,...",
+                        help="how many times faster than 1f1b a step must be, such as zb-h1/128x64=1.1")  # fmt: skip
+    parser.add_argument("--max-misprediction", metavar="CASE=SHARE,...",
+                        help="most that the speedup may differ from the simulated one, as a share of that, such as "
+                        "zb-h1/128x64=0.1")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    return training.run(options, cases, measure, PROVIDER)
 
 
 def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Case]:
@@ -60,7 +82,7 @@ def cases(schedules: str, ranks: int, microbatches: int, device: str) -> list[Ca
     return found
 
 
-def run(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
+def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
     """Two rows per case; the cases differ in their schedules alone."""
     return _rows(cases, launch(_rank, cases[0].ranks, args=(list(cases), rounds), device=cases[0].device))
 
@@ -131,7 +153,7 @@ def _rows(cases: Sequence[Case], answers: Sequence[dict[str, Any]]) -> list[Row]
 
 def _measured(name: str, plan: Plan, answers: Sequence[dict[str, Any]], tolerance: float) -> _Measured:
     events = [training.events_of(answer["events"][name]) for answer in answers]
-    figures = measure(events, plan.placement)
+    figures = observe.measure(events, plan.placement)
     simulation = training.simulated(plan, events, figures)
     return _Measured(
         time=training.slowest([answer["times"][name] for answer in answers]),

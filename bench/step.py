@@ -18,6 +18,7 @@ leaves idle at the ends of a step too, which is the same for both.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -29,12 +30,14 @@ from torch import Tensor, nn
 from pipex import plan as plans
 from pipex.bench import torch_group
 from pipex.bench.driver import Rounds, quantiles
-from pipex.bench.report import Row
+from pipex.bench.environment import environment
+from pipex.bench.options import add_common, floors_of, rounds_of
+from pipex.bench.report import Row, finish
 from pipex.bench.step_providers import ComputeAlone, PipexStep, TorchStep
 from pipex.errors import InputError
 from pipex.runtime.launch import launch
 from pipex.runtime.reference import OneProcess
-from pipex.runtime.worlds import current_world
+from pipex.runtime.worlds import current_world, threads_per_rank
 from pipex.transport.interface import World
 
 PROVIDER, PEER, COMPUTE = "pipex", "torch", "compute"
@@ -43,6 +46,25 @@ RANKS = 2
 LAYERS = 8
 TOLERANCE = 1e-5
 """Largest error of torch's gradients, relative to the tensor's largest element: it sums in another order."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``pipex bench step``."""
+    parser.description = "A training step of a two-rank pipeline: pipex and torch.distributed.pipelining (Gloo)."
+    parser.add_argument("--schedules", default="gpipe,1f1b", help="of gpipe and 1f1b (default: both)")
+    parser.add_argument("--shapes", metavar="WIDTHxBATCH,...", default="64x4,1024x64",
+                        help="width of the layers and samples per micro-batch (default: 64x4,1024x64)")  # fmt: skip
+    parser.add_argument("-m", metavar="COUNT", type=int, default=16, help="micro-batches per step (default: 16)")
+    add_common(parser, samples=20, floor="how many times faster than torch's a step must be, such as 1f1b/1024x64=1")
+    parser.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
+                        help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit code."""
+    rounds, chosen = rounds_of(options), cases(options.schedules, options.shapes, options.m)
+    floors = floors_of(options, PROVIDER, [case.name for case in chosen])
+    return finish(environment(threads_per_rank(RANKS)), measure(chosen, rounds), floors, as_json=options.json)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,13 @@ the GPU's work, loss and optimizer included.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import perf_counter
@@ -24,14 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from pipex import plan as plans
-from pipex.bench.driver import Quantiles, quantiles
-from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.bench import gpu
+from pipex.bench.driver import Quantiles, Rounds, quantiles
+from pipex.bench.environment import environment
+from pipex.bench.options import floors_of, rounds_of
+from pipex.bench.report import Row, finish
+from pipex.bench.virtual_devices import shared_among
+from pipex.errors import InputError
+from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
 from pipex.observe.measure import COMPUTE, Figures
 from pipex.partition import Stage, split_model
 from pipex.plan.measured import measured_costs
 from pipex.runtime.pipeline import Pipeline
 from pipex.runtime.reference import OneProcess
+from pipex.runtime.worlds import threads_per_rank
 from pipex.transport.interface import World
 
 BLOCKS = 2
@@ -55,6 +64,44 @@ TOLERANCE = {"cpu": 0.0, "cuda": 1e-3}
 
 TORCH_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 """The same for torch, which sums in another order."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what is trained, and where."""
+    parser.add_argument("--schedules", default="gpipe,1f1b,zb-h1,zbv", help="default: gpipe,1f1b,zb-h1,zbv")
+    parser.add_argument("--ranks", metavar="COUNT", type=int, default=None,
+                        help="default: 2; with --virtual-devices 4")  # fmt: skip
+    parser.add_argument("-m", metavar="COUNT", type=int, default=8, help="micro-batches per step (default: 8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="where; a larger model, in bfloat16, on cuda (default: cpu)")  # fmt: skip
+    parser.add_argument("--virtual-devices", action="store_true",
+                        help="ranks that share a GPU compute at once, with an equal share of it each")  # fmt: skip
+
+
+def run(
+    options: argparse.Namespace,
+    cases: Callable[[str, int, int, str], list[Case]],
+    measure: Callable[[Sequence[Case], Rounds], list[Row]],
+    provider: str,
+) -> int:
+    """Measures and reports the chosen cases; returns the exit code.
+
+    Args:
+        cases: makes them of schedules, ranks, micro-batches and device; raises what does not fit.
+        provider: floors are for its rows.
+    """
+    rounds = rounds_of(options)
+    if options.virtual_devices and options.device == "cpu":
+        raise InputError("CPUs are not shared out", got="--virtual-devices", needed="--device cuda with it")
+    ranks = options.ranks if options.ranks is not None else 4 if options.virtual_devices else 2
+    chosen = cases(options.schedules, ranks, options.m, options.device)
+    floors = floors_of(options, provider, [case.name for case in chosen])
+    with shared_among(ranks) if options.virtual_devices else nullcontext():
+        rows = measure(chosen, rounds)
+    # Afterwards: CUDA must not start in this process before its ranks have.
+    _, gpu_facts = gpu.chosen(options.device, f"pipex bench {options.bench}")
+    facts = {"ranks": ranks, "virtual_devices": options.virtual_devices, **gpu_facts}
+    return finish(environment(threads_per_rank(ranks)) | facts, rows, floors, as_json=options.json)
 
 
 @dataclass(frozen=True)

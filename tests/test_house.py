@@ -38,19 +38,7 @@ MAY_IMPORT = {
         "state",
         "observe",
     },
-    "cli": {
-        "errors",
-        "plan",
-        "backward",
-        "partition",
-        "state",
-        "observe",
-        "runtime",
-        "transport",
-        "bench",
-        "_cuda",
-        "_native",
-    },
+    "models": {"errors"},
     "bench": {
         "errors",
         "torch_internals",
@@ -61,7 +49,21 @@ MAY_IMPORT = {
         "observe",
         "runtime",
         "transport",
-        "cli",
+        "models",
+    },
+    # Commands know no transport and no Triton kernel.
+    "cli": {
+        "errors",
+        "plan",
+        "backward",
+        "partition",
+        "state",
+        "observe",
+        "runtime",
+        "models",
+        "bench",
+        "_cuda",
+        "_native",
     },
 }
 

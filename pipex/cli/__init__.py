@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pipex.errors import PipexError
 
@@ -30,6 +31,18 @@ FAILED = 1
 INTERRUPTED = 130
 
 
+class Command(argparse.ArgumentParser):
+    """Imports the module that declares its options when it is chosen, as the others' may import torch."""
+
+    def __init__(self, *, module: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._module = module
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        importlib.import_module(self._module).add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # numpy, which torch imports, would start threads that pipex never uses and that forbid forking the ranks.
@@ -41,13 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="pipex", description="Pipeline parallelism for PyTorch with a split backward."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    wanted = list(sys.argv[1:] if arguments is None else arguments)
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Command)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name in wanted[:1]:
-            importlib.import_module(module).add_arguments(command)
-    options = parser.parse_args(wanted)
+        commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", module=module)
+    options = parser.parse_args(arguments)
     if options.version:
         from pipex import __version__
 

@@ -93,7 +93,7 @@ def _built_in(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     sizes.check_values()
     import torch
 
-    from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+    from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 
     model = Transformer(ModelConfig(width=sizes.width, heads=sizes.heads, layers=sizes.layers, context=sizes.context,
                                     dropout=sizes.dropout, tied=sizes.tied))  # fmt: skip

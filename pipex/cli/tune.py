@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipex.cli.bench import add_products, add_rounds, check_rounds, products
+from pipex.bench.options import add_rounds, rounds_of
+from pipex.bench.products import WEIGHTS, Case, add_products, products_of
 
 if TYPE_CHECKING:
     from pipex.backward.tuning import Conditions, Gpu, Product, Times
-    from pipex.bench.gemm import Case
     from pipex.bench.report import Row
 
 EPILOG = """\
@@ -32,13 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and writes; returns the exit code: 1 after a wrong result."""
-    check_rounds(options)
-    chosen = products(options)
+    rounds, chosen = rounds_of(options), products_of(options)
     from pipex.backward.choice import gpu_of
     from pipex.backward.tuning import Conditions
     from pipex.backward.tuning_files import update
     from pipex.bench import gemm, gpu
-    from pipex.bench.driver import Rounds
     from pipex.bench.environment import environment
     from pipex.bench.report import failures, say
 
@@ -46,12 +44,12 @@ def run(options: argparse.Namespace) -> int:
     gemm.require_triton()
     this = gpu_of(device)
     assert this is not None
-    conditions, facts, rounds = Conditions.here(this), gpu.describe_gpu(device), Rounds(options.n, options.w)
+    conditions, facts = Conditions.here(this), gpu.describe_gpu(device)
     file = _user_file(this) if options.output is None else _output(options.output, conditions)
     keep = partial(update, file, conditions, facts["driver_version"], private=options.output is None)
     table = keep({})  # what cannot be written is found out before anything is measured
     clock = gpu.Clock(device)
-    ceilings = clock.ceilings(chosen[0].dtype, rounds)
+    ceilings = clock.ceilings(gemm.dtype_of(chosen[0].dtype), rounds)
     rows, lines = [], []
     for case in chosen:
         measured = gemm.measure([case], rounds, clock, ceilings)
@@ -95,11 +93,9 @@ def _output(path: str, conditions: Conditions) -> Path:
 
 def _product(case: Case) -> Product:
     from pipex.backward.tuning import Product
-    from pipex.bench.gemm import WEIGHTS
 
-    dtypes = case.dtype, case.gradient_dtype if case.kind in WEIGHTS else case.dtype
-    names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return Product(case.kind, case.tokens, case.n, case.k, case.micro_batches, *names)
+    gradient = case.gradient_dtype if case.kind in WEIGHTS else case.dtype
+    return Product(case.kind, case.tokens, case.n, case.k, case.micro_batches, case.dtype, gradient)
 
 
 def _times(rows: Sequence[Row]) -> Times | None:

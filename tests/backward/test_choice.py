@@ -15,7 +15,7 @@ from tables import GPU, forget, made_up_gpu, write_table
 from pipex.backward import choice, products, tuning
 from pipex.backward.choice import PEAKS, explain, guess, provider
 from pipex.backward.tuning import Gpu, Product, Times
-from pipex.bench import gemm
+from pipex.bench import products as measured
 
 __all__ = ["made_up_gpu"]
 
@@ -204,8 +204,8 @@ def test_without_a_table_nothing_is_said(made_up_gpu: Path) -> None:
 
 
 def test_kinds_are_the_benchmark_s() -> None:
-    assert set(tuning.KINDS) == set(gemm.KINDS) == {*products._INPUT_KINDS.values(), "dW", "dW+db"}
-    assert {kind: activation for activation, kind in products._INPUT_KINDS.items()} == gemm.ACTIVATIONS
+    assert set(tuning.KINDS) == set(measured.KINDS) == {*products._INPUT_KINDS.values(), "dW", "dW+db"}
+    assert {kind: activation for activation, kind in products._INPUT_KINDS.items()} == measured.ACTIVATIONS
 
 
 # ------------------------------------------------------------------------------------------------------- for people

@@ -61,7 +61,7 @@ def answers(losses: list[Any]) -> list[dict[str, Any]]:
 
 def test_waiting_for_a_peer_that_computes_is_not_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "launch", lambda *_, **__: answers([2.0, 2.0, 2.0]))
-    ours, theirs, free = overlap.run([CASE], Rounds(1, 0))
+    ours, theirs, free = overlap.measure([CASE], Rounds(1, 0))
     assert ours.figures["exposed_share"] == pytest.approx((100 + 10) / 1000)  # rank 0: 40 + 50
     assert ours.figures["waiting_share"] == pytest.approx(600 / 1000)
     assert (ours.time.p50, theirs.time.p50) == (5.0, 10.0)  # of the slower rank
@@ -80,14 +80,14 @@ def test_waiting_for_a_peer_that_computes_is_not_communication(monkeypatch: pyte
 )
 def test_wrong_losses_are_seen(losses: list[float], right: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "launch", lambda *_, **__: answers(losses))
-    assert [row.correct for row in overlap.run([CASE], Rounds(1, 0))] == [*right, True]
+    assert [row.correct for row in overlap.measure([CASE], Rounds(1, 0))] == [*right, True]
 
 
 def test_losses_that_torch_does_not_give_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     found = answers([2.0, 2.0, 2.0])
     found[1]["cases"][0]["losses"]["torch"] = []
     monkeypatch.setattr(overlap, "launch", lambda *_, **__: found)
-    assert [row.correct for row in overlap.run([CASE], Rounds(1, 0))] == [True, False, True]
+    assert [row.correct for row in overlap.measure([CASE], Rounds(1, 0))] == [True, False, True]
 
 
 @pytest.mark.parametrize(

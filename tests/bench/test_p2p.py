@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fake_gpu import FakeGpu
 from torch import Tensor
 
-from pipex.bench import beside, bursts, gpu, p2p, virtual_devices
+from pipex.bench import beside, bursts, gpu, p2p
 from pipex.bench.driver import Quantiles, Rounds
 from pipex.bench.p2p_ends import Copies, RoundTrips
 from pipex.bench.report import Row
@@ -250,7 +250,7 @@ def test_virtual_devices_are_there_while_ranks_run_and_cuda_starts_afterwards(
         events.append(options)
         return rows(sizes, "device")
 
-    monkeypatch.setattr(virtual_devices, "shared_among", shared_among)
+    monkeypatch.setattr(p2p, "shared_among", shared_among)
     monkeypatch.setattr(p2p, "check_gpus", lambda name: events.append(name))
     monkeypatch.setattr(p2p, "measure", measure)
     monkeypatch.setattr(gpu, "require_gpu", lambda command: events.append("CUDA"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipex.bench import pipeline, virtual_devices
+from pipex.bench import pipeline, training
 from pipex.bench.driver import Rounds
 from pipex.bench.report import Row
 from pipex.bench.training import Case
@@ -57,7 +57,7 @@ def test_a_missed_floor_fails(
     option: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [replace(row, case=row.case.replace("8x4", "128x64")) for row in literal_rows(monkeypatch)]
-    monkeypatch.setattr(pipeline, "run", lambda *_: rows)
+    monkeypatch.setattr(pipeline, "measure", lambda *_: rows)
     assert main([*TINY, *TWO]) == 0
     capsys.readouterr()
     assert main([*TINY, *TWO, option]) == 1
@@ -100,7 +100,7 @@ def literal_rows(monkeypatch: pytest.MonkeyPatch, **losses: float) -> list[Row]:
     found = answers({name.replace("_", " "): loss for name, loss in losses.items()})
     monkeypatch.setattr(pipeline, "launch", lambda *_, **__: found)
     monkeypatch.setattr(pipeline, "torch_plan", lambda *_: CASES[0].plan())  # torch's own wants more micro-batches
-    return pipeline.run(CASES, Rounds(1, 0))
+    return pipeline.measure(CASES, Rounds(1, 0))
 
 
 def test_schedules_are_compared_with_1f1b_and_with_what_the_simulator_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +172,6 @@ def test_virtual_devices_are_four(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def not_there(ranks: int) -> None:
         raise NativeUnavailable(f"no service for {ranks} ranks")
 
-    monkeypatch.setattr(virtual_devices, "shared_among", not_there)
+    monkeypatch.setattr(training, "shared_among", not_there)
     assert main([*TINY, *TWO, "-m", "4", "--device", "cuda", "--virtual-devices"]) == 1
     assert "no service for 4 ranks" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from pipex.backward.tuning import Conditions, Product, Times
 from pipex.backward.tuning_files import find, update
 from pipex.bench import gemm, gpu
 from pipex.bench.driver import Rounds
+from pipex.bench.products import Case
 from pipex.cli import main
 
 __all__ = ["made_up_gpu"]
@@ -153,7 +154,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(
 ) -> None:
     measure = gemm.measure
 
-    def interrupted(chosen: list[gemm.Case], *rest: Any) -> Any:
+    def interrupted(chosen: list[Case], *rest: Any) -> Any:
         if chosen[0].kind == "dW":
             raise KeyboardInterrupt
         return measure(chosen, *rest)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pipex
 from pipex.backward import Splitter, choice
-from pipex.cli.train.model import Block, ModelConfig
+from pipex.models.transformer import Block, ModelConfig
 
 pytestmark = pytest.mark.gpu
 

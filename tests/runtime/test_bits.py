@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import pipex
 import pipex.plan as plans
-from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
+from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.plan import Action, Kind, Placement, Plan
 from pipex.runtime.reference import OneProcess
 

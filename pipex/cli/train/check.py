@@ -9,8 +9,8 @@ from torch import Tensor
 from pipex import state
 from pipex.cli.train.data import ByteText
 from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stages, digest
-from pipex.cli.train.model import next_token_loss
 from pipex.cli.train.options import Options
+from pipex.models.transformer import next_token_loss
 from pipex.runtime.reference import OneProcess
 from pipex.runtime.worlds import current_world
 

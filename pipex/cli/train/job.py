@@ -19,9 +19,9 @@ import pipex.plan as plans
 from pipex import state
 from pipex.cli.plans.files import read_plan
 from pipex.cli.train.data import ByteText
-from pipex.cli.train.model import ModelConfig, Transformer, next_token_loss
 from pipex.cli.train.options import Options
 from pipex.errors import CheckpointError
+from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
 from pipex.partition import Stage, split_model
 from pipex.plan import Plan

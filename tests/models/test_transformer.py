@@ -1,4 +1,4 @@
-"""The transformer that ``pipex train`` trains."""
+"""The transformer that ``pipex train`` trains and the benchmarks measure."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipex.cli.train.model import Block, ModelConfig, Transformer, next_token_loss
 from pipex.errors import InputError
+from pipex.models.transformer import Block, ModelConfig, Transformer, next_token_loss
 from pipex.partition.split import split_model
 from pipex.partition.stage import tied
 

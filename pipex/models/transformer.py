@@ -1,4 +1,4 @@
-"""The model that ``pipex train`` trains: a decoder-only transformer."""
+"""A decoder-only transformer: what ``pipex train`` trains and the benchmarks measure."""
 
 from __future__ import annotations
 

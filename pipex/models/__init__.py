@@ -1,0 +1,1 @@
+"""Models of pipex's own: ``transformer``, which ``pipex train`` trains and the benchmarks measure."""
