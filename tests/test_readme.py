@@ -35,7 +35,10 @@ def test_the_drop_in_s_example_learns() -> None:
     assert "examples/drop_in.py" in README
 
 
-@pytest.mark.parametrize("starter", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]])
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize("starter", [[], pytest.param(TORCHRUN, marks=pytest.mark.long)])
 def test_the_example_learns(starter: list[str]) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, *starter, str(EXAMPLE)], capture_output=True, text=True, env=environment)

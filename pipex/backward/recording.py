@@ -69,12 +69,13 @@ def stop(outer: Recorder | None) -> None:
 
 def _tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
+    if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread
+        return None
     tape = _local.tape
     if (
         tape is None
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
         or not _grad_enabled()
-        or _compiling()
         or any_autocast()  # the gradient would have to repeat autocast's own casts
         # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
         or top_saved_tensors_hooks(False) is not None

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import sampled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -337,7 +336,8 @@ def test_data_parallel_stages_are_reduced_under_a_split_schedule(
                 torch.testing.assert_close(torch.from_numpy(gradient), mean, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("compiled", sampled(["in place", "wrapped"], 1, name="compiled"))
+@pytest.mark.long
+@pytest.mark.parametrize("compiled", ["in place", "wrapped"])
 def test_compiled_stages_get_their_gradients_once(run: Callable[[Job], list[Answer]], compiled: str) -> None:
     job = Job("ZBVZeroBubble", 2, 2, microbatches=4, compiled=compiled)
     answers = run(job)

@@ -197,6 +197,7 @@ def test_the_make_recipe_starts_it(more: list[str], said: str) -> None:
     )  # make inside make says more
 
 
+@pytest.mark.long
 def test_each_test_of_the_gpu_is_in_one_step_and_loads_without_the_project_s_settings(tmp_path: Path) -> None:
     collected: dict[str, set[str]] = {}
     for step in steps(tmp_path):

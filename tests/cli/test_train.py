@@ -200,6 +200,7 @@ def test_ranks_of_several_agents_join_through_torch_distributed() -> None:
     train_on_two_hosts("127.0.0.1", [(), ()], 1)
 
 
+@pytest.mark.long
 def test_the_ranks_of_a_killed_agent_die_with_it_and_the_others_say_so() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -65,9 +65,12 @@ def test_a_killed_rank_is_named_within_a_second(run: Run, simulated_cuda: Path, 
 
 @pytest.mark.parametrize(
     ("victim", "place"),
-    [(0, ("at", STEPS, 3)), (3, ("backward", 2, 3)), (1, ("between", 1))],
+    sampled(
+        [(0, ("at", STEPS, 3)), (3, ("backward", 2, 3)), (1, ("between", 1))], 1,
+        name="stop on devices", others=pytest.mark.long,
+    ),
     ids=str,
-)
+)  # fmt: skip
 def test_a_stopped_rank_is_named_after_the_limit(
     run: Run, monkeypatch: pytest.MonkeyPatch, simulated_cuda: Path, victim: int, place: Place
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cases import sampled
 
 from pipex.errors import PeerFailed, PeerLost
 from pipex.runtime.pipeline import Pipeline
@@ -32,7 +33,11 @@ EVERYWHERE = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "victim", "place"), EVERYWHERE, ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "victim", "place"),
+    sampled(EVERYWHERE, 2, name="raise", stratum=lambda case: (case[0], case[2]), others=pytest.mark.long),
+    ids=str,
+)
 def test_reaches_all_ranks(
     run: Run, capfd: pytest.CaptureFixture[str], schedule: str, victim: int, place: Place
 ) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import sampled
 
 from pipex.errors import PeerStalled
 from tests.faults.conftest import MICROBATCHES, RANKS, STEPS, Aftermath, Place, expected, sigstop
@@ -25,17 +26,20 @@ def hang() -> None:
     threading.Event().wait()
 
 
+STOPPED = "is stopped: no heartbeat for"
+STOPS = [
+    # Rank 3 waits for 2, 2 for 1, 1 for 0.
+    pytest.param(0, ("at", 2, 0), sigstop, STOPPED, id="first"),
+    # Rank 0 waits for 1, 1 for 2, 2 for 3.
+    pytest.param(3, ("backward", 2, MICROBATCHES - 1), sigstop, STOPPED, id="last"),
+    pytest.param(1, ("between", 1), sigstop, STOPPED, id="between steps"),
+    pytest.param(2, ("forward", 2, 1), hang, "is alive but made no progress for 1.0 s", id="hangs"),
+]
+
+
 @pytest.mark.parametrize(
     ("victim", "place", "deed", "state"),
-    [
-        # Rank 3 waits for 2, 2 for 1, 1 for 0.
-        (0, ("at", 2, 0), sigstop, "is stopped: no heartbeat for"),
-        # Rank 0 waits for 1, 1 for 2, 2 for 3.
-        (3, ("backward", 2, MICROBATCHES - 1), sigstop, "is stopped: no heartbeat for"),
-        (1, ("between", 1), sigstop, "is stopped: no heartbeat for"),
-        (2, ("forward", 2, 1), hang, "is alive but made no progress for 1.0 s"),
-    ],
-    ids=["first", "last", "between steps", "hangs"],
+    sampled(STOPS, 1, name="stop", stratum=lambda case: case.values[2], others=pytest.mark.long),
 )
 def test_is_named_though_the_others_wait_for_each_other(
     run: Run, monkeypatch: pytest.MonkeyPatch, victim: int, place: Place, deed: Callable[[], None], state: str

@@ -84,7 +84,10 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-@pytest.fixture(scope="module", params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("simulated", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
 def site(request: pytest.FixtureRequest) -> Site:
     return Site(str(request.getfixturevalue("simulated_cuda")) if request.param == "simulated" else None)
 

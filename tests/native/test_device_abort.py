@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import sampled
 from device_ring import End, Traffic
 from forked import Forked
 from simulated_cuda import word
@@ -101,7 +102,10 @@ def test_a_killed_peer_frees_a_stream_that_waits_for_it(
     assert seen["at"] - killed < 1.0
 
 
-@pytest.mark.parametrize(("owner", "then"), [(0, flush), (1, synchronize_with_the_lock)])
+@pytest.mark.parametrize(
+    ("owner", "then"),
+    sampled([(0, flush), (1, synchronize_with_the_lock)], 1, name="no progress", others=pytest.mark.long),
+)
 @pytest.mark.parametrize(("number", "how"), [(signal.SIGSTOP, "is stopped: no heartbeat"), (0, "is alive but made no")])
 def test_a_peer_without_progress_ends_the_run_though_no_host_waits_for_it(
     simulated_cuda: Path, owner: int, then: Callable[..., None], number: int, how: str
@@ -122,7 +126,7 @@ def test_a_peer_that_failed_frees_it_too(simulated_cuda: Path) -> None:
     assert "ZeroDivisionError" in seen["text"]
 
 
-@pytest.mark.parametrize("bug", ["dropped-abort", "equal-wait"])
+@pytest.mark.parametrize("bug", sampled(["dropped-abort", "equal-wait"], 1, name="no release", others=pytest.mark.long))
 def test_without_the_release_of_all_waits_it_would_hang(simulated_cuda: Path, bug: str) -> None:
     """Two seeded bugs, which the tests above catch."""
     with Stuck(simulated_cuda, synchronize_with_the_lock, settings=f"bug={bug}") as stuck:

@@ -31,7 +31,7 @@ from sanitizers import (
     shared_object,
 )
 
-pytestmark = pytest.mark.long  # to compile it takes longer than all other tests of this folder
+pytestmark = pytest.mark.long  # as in test_sanitizers.py
 
 STRESS = [
     ROOT / "csrc/common/driver_library.cpp",

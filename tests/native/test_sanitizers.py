@@ -12,6 +12,8 @@ import pytest
 from cases import sampled
 from sanitizers import BOTH, HARNESS, HOST, LAYOUT, MEMORY, THREADS, Flags, broken, check, program, run
 
+pytestmark = pytest.mark.long  # to compile them takes longer than all other tests of this folder
+
 STRESS, HOSTILE = HARNESS / "ring_stress.cpp", HARNESS / "ring_hostile.cpp"
 
 
@@ -27,7 +29,6 @@ def test_messages_of_up_to_4_kib(flags: Flags) -> None:
     assert int(done.stdout) > 20_000 * (1 << 10)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("messages", "most"), sampled([
         pytest.param(1_000_000, 4 << 10, id="small"), pytest.param(2_000, 16 << 20, id="large"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipex.bench import beside, kernels_seen
+from pipex.bench import beside, gpu, kernels_seen
 
 
 class Stream:
@@ -51,8 +51,9 @@ class FakeGpu:
             "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, fake)
+        for module in (gpu, kernels_seen):
+            monkeypatch.setattr(module, "gpu_sleep", lambda cycles: None)
         monkeypatch.setattr(torch, "mm", self._multiply)
-        monkeypatch.setattr(kernels_seen, "gpu_sleep", lambda cycles: None)
         monkeypatch.setattr(beside, "SIDE", 1)
         monkeypatch.setattr(beside, "synchronize", self.synchronize)
         monkeypatch.setattr(beside, "perf_counter", lambda: self.now / 1e3)

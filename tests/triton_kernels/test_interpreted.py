@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent / "interpreted"
-LATER = {"test_norm.py", "test_trial.py"}
+LATER = {"test_norm.py", "test_products.py", "test_trial.py"}
 FILES = [
     pytest.param(path.name, marks=[pytest.mark.long] * (path.name in LATER))
     for path in sorted(FOLDER.glob("test_*.py"))
