@@ -101,3 +101,4 @@ def test_the_range_is_the_package_s() -> None:
     assert {f"Programming Language :: Python :: {python}" for python in pythons} == {
         name for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)
     }
+    assert torch.__version__.split("+")[0].rsplit(".", 1)[0] in {version for version, *_ in rows}
