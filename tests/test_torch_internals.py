@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipex import torch_internals
 from pipex.errors import UnsupportedModule
