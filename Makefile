@@ -23,11 +23,12 @@ test: $(VENV)/tested ## all tests but the long sweeps; needs no GPU
 	$(BIN)/python -m pytest -m "not long and not nightly and not timing" $(WORKERS)
 	$(BIN)/python -m pytest -m "not long and not nightly and timing"
 
-test-long: $(VENV)/tested ## the long sweeps, sampled; PIPEX_TEST_SEED=... draws the samples of an earlier run
+test-long: $(VENV)/tested ## the long sweeps, sampled; PIPEX_TEST_SEED=... draws other samples
 	$(BIN)/python -m pytest -m "long and not nightly and not timing" --timeout 1200 $(WORKERS)
 	$(BIN)/python -m pytest -m "long and not nightly and timing" --timeout 1200
 
-test-nightly: $(VENV)/tested ## all tests, and every case of every sweep; takes hours
+test-nightly: export PIPEX_TEST_SEED ?= $(shell date +%s)
+test-nightly: $(VENV)/tested ## all tests, every case of every sweep, and new random inputs; takes hours
 	$(BIN)/python -m pytest -m "not timing" --timeout 1200 $(WORKERS)
 	$(BIN)/python -m pytest -m timing --timeout 1200
 

@@ -295,6 +295,8 @@ def test_orders_that_fit_no_placement_are_refused_with_the_reason(text: str, pro
         ("0RECV_B0,0B0", "0B0,0RECV_B0", "rank 0 at position 6 (0RECV_B0) comes after what uses the message"),
         ("1RECV_F0,1F0", "1F0,1RECV_F0", "(1RECV_F0) comes after what uses the message"),
         ("0RECV_B0,0B0,0RECV_B1,", "0RECV_B1,0RECV_B0,0B0,", "rank 0 at position 5 (0RECV_B1) is out of order"),
+        ("0RECV_B1,0B1,", "", "rank 1 at position 8 (1SEND_B1) has no other end"),
+        ("1SEND_B0,1F1,1B1,1SEND_B1,", "1SEND_B0,1F1,", "rank 0 at position 7 (0RECV_B1) has no other end"),
     ],
 )
 def test_messages_that_do_not_fit_the_compute_actions_are_refused(old: str, new: str, problem: str) -> None:

@@ -199,13 +199,15 @@ def _check_messages(plan: Plan, rows: Rows) -> None:
         if missing := needed[rank] - seen:
             raise PlanError(f"rank {rank} never runs {min(missing, key=str)}", needed="every send and receive, or none")
     for sent, received in way.values():
-        for send, receive in zip(sent, received, strict=True):
+        for send, receive in zip(sent, received, strict=False):
             if ends[send.action[:2]] != ends[receive.action[:2]] or send.action.microbatch != receive.action.microbatch:
                 raise PlanError(
                     f"{receive} is out of order",
                     got=f"the message of {send} next",
                     needed="the order sent: a message between two ranks carries no name",
                 )
+        if alone := sent[len(received) :] or received[len(sent) :]:
+            raise PlanError(f"{alone[0]} has no other end", needed="both a send and a receive of every message")
 
 
 _MAKERS = {Kind.SEND_F: (Kind.F,), Kind.SEND_B: (Kind.I, Kind.B)}
