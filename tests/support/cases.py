@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 SEED = int(os.environ.get("PIPEX_TEST_SEED", "0"))
-"""Of all samples of a run. The same in every run, so that a commit fails by what it changed; the nightly run draws anew."""
+"""Of all samples of a run: the same in every one, so that a commit fails by its own change; drawn anew at night."""
 
 
 def sampled(
