@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "host/message.hpp"
 #include "host/segment.hpp"
 
 namespace pipex {
@@ -21,5 +22,7 @@ pybind11::bytes to_bytes(const Address& address);
 
 /// Throws InputError for bytes of another length.
 Address to_address(const pybind11::bytes& raw);
+
+MessageHeader to_header(const pybind11::bytes& raw);
 
 }  // namespace pipex

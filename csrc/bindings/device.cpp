@@ -6,7 +6,7 @@
 #include "bindings/capsule.hpp"
 #include "device/rank.hpp"
 #include "device/ring.hpp"
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 
 namespace py = pybind11;
 
