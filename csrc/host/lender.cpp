@@ -62,8 +62,9 @@ const Segment& Lender::memory(std::uint32_t slot) {
   auto& cell = *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot));
   const std::uint64_t generation = cell.generation.load();
   if (!memories_[slot] || mapped_[slot] != generation) {
+    const Address address = cell.address;  // copied: it lies in shared memory
     memories_[slot].reset();
-    memories_[slot].emplace(Segment::open(cell.address));
+    memories_[slot].emplace(Segment::open(address));
     memories_[slot]->close_descriptor();
     mapped_[slot] = generation;
     cell.opened.store(generation);

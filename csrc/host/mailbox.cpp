@@ -57,8 +57,15 @@ std::byte* Outbox::memory(std::uint32_t slot, std::size_t bytes) {
       room_ = std::max(bytes, room_ + room_ / 2);
     }
     if (memory) bytes_ -= memory->size();
+    std::erase(unopened_, slot);
     memory.reset();  // before there is more: the consumer has let go of the slot, and maps the new one next
-    memory.emplace(Segment::create(room_));
+    try {
+      memory.emplace(Segment::create(room_));
+    } catch (...) {
+      away_[slot] = false;  // not taken after all
+      stack_.push_back(slot);
+      throw;
+    }
     bytes_ += memory->size();
     cell(slot).address = memory->address();
     cell(slot).generation.fetch_add(1);
@@ -115,9 +122,19 @@ std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
   return *slot;
 }
 
+/// A slot's memory is mapped when its message is read, and may have gone with its producer by then.
+const Segment& Inbox::memory(std::uint32_t slot) const {
+  try {
+    return lender_.memory(slot);
+  } catch (const NamedError&) {
+    member_->raise_if_ending();
+    throw;
+  }
+}
+
 /// Everything is copied before it is looked at: the memory is shared.
 void Inbox::read(std::uint32_t slot) {
-  const Segment& memory = lender_.memory(slot);
+  const Segment& memory = this->memory(slot);
   const auto impossible = [](std::uint64_t bytes, const std::string& needed) {
     return corrupt_ring("a message of " + std::to_string(bytes) + " bytes", needed);
   };
@@ -143,7 +160,6 @@ void Inbox::read(std::uint32_t slot) {
 void Inbox::pop() {
   ready_.pop();
   ++needed_.sequence;
-  new_form_ = false;
 }
 
 }  // namespace pipex

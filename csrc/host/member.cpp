@@ -13,6 +13,7 @@ namespace pipex {
 namespace {
 
 constexpr std::uint64_t kMaxPayload = 64 << 20;
+constexpr auto kDying = std::chrono::milliseconds(300);  // three beats of the watch
 
 std::string seconds(double value) {
   char text[32];
@@ -78,6 +79,13 @@ Member::Member(std::shared_ptr<Control> control, int rank, std::chrono::nanoseco
   part_.heartbeat.store(now_ns());
   part_.presence.store(Presence::joined);
   watch_.emplace(control_, rank);
+}
+
+void Member::raise_if_ending() const {
+  for (const auto until = std::chrono::steady_clock::now() + kDying; std::chrono::steady_clock::now() < until;) {
+    control_->raise_if_aborted();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 }
 
 void Member::leave() {
