@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "host/copy.hpp"
@@ -126,7 +127,8 @@ std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
 const Segment& Inbox::memory(std::uint32_t slot) {
   try {
     return lender_.memory(slot);
-  } catch (const NamedError&) {
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) != "InputError") throw;
     const std::int64_t until = now_ns() + std::chrono::nanoseconds(kEndIsKnownWithin).count();
     member_->wait_polling(peer_, [until] { return now_ns() > until; });
     throw;
