@@ -13,7 +13,7 @@ class Aborted(Exception):
     """The run has ended; args are (kind "lost" | "stalled" | "failed", culprit, step, position, text)."""
 
 class HeaderMismatch(Exception):
-    """Another tensor arrived; args are both headers (got, needed)."""
+    """Another message arrived; args are both headers (got, needed)."""
 
 class Control:
     """The control page of a run, as the launcher and every rank hold it."""
@@ -47,28 +47,25 @@ class Member:
     def leave(self) -> None: ...
 
 class MessageForm:
-    """What the tensors of a message are: its table (pipex/transport/header.py), and the bytes of the tensors with what
-    lies between them."""
+    """What the tensors of a message are: a table of pipex.transport.header, proven to lie within ``payload_bytes``."""
 
     def __init__(self, table: bytes, payload_bytes: int) -> None: ...
 
 class RingSender:
-    """The producer's end of a ring. ``header`` is that of the edge's first message."""
+    """The producer's end of a ring; ``header`` is that of the edge's first message."""
 
-    def __init__(
-        self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes
-    ) -> None: ...
+    def __init__(self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes) -> None: ...
     @property
     def grown(self) -> int:
-        """How often a message was larger than all before it."""
+        """How often a message was larger than all before it, the first one not counted."""
     @property
     def bytes(self) -> int:
         """Of all slots now."""
     def send(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None:
-        """Copies the tensors at these addresses."""
+        """Copies from the addresses ``tensors``."""
 
 class RingReceiver:
-    """The consumer's end: ``under_way`` + ``alive`` slots, whose memory the producer makes."""
+    """The consumer's end: ``under_way`` + ``alive`` slots."""
 
     def __init__(self, member: Member, peer: int, under_way: int, alive: int, header: bytes) -> None: ...
     @property
@@ -78,8 +75,8 @@ class RingReceiver:
         """Slots that received tensors occupy now."""
     def close_descriptor(self) -> None: ...
     def receive(self, step: int, microbatch: int) -> tuple[tuple[bytes, int] | None, tuple[object, ...]]:
-        """Table and payload bytes, where they are others than of the message before, and a DLPack capsule for each
-        tensor; the slot is free again with the last reference to torch's storages."""
+        """Table and bytes of the message's tensors, None where they are those of the message before it; and a DLPack
+        capsule for each. The slot is free again with the last reference to torch's storages."""
 
 class DeviceRank:
     """This process as a rank with a GPU, whose driver is the library at a path. ``device_type``: DLPack's, of the
@@ -104,16 +101,14 @@ class DeviceRingSender:
     def offer(self) -> bytes: ...
     @property
     def grown(self) -> int:
-        """How often the consumer has made larger payloads."""
+        """How often the consumer has made larger payloads, the first ones not counted."""
     @property
     def bytes(self) -> int:
         """Of all payloads and slots now."""
     def connect(self, address: bytes, offer: bytes) -> None: ...
     def fits(self, form: MessageForm) -> bool:
-        """Whether ``send`` can take it now; else its tensors go from host memory."""
-    def send(
-        self, form: MessageForm, tensors: Sequence[int], stream: int, step: int, microbatch: int
-    ) -> None: ...
+        """Whether such a message goes from device to device; else its tensors are sent from host memory."""
+    def send(self, form: MessageForm, tensors: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
     def send_from_host(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None: ...
     def close(self) -> None: ...
 
@@ -133,8 +128,8 @@ class DeviceRingReceiver:
     def receive(
         self, stream: int, step: int, microbatch: int
     ) -> tuple[tuple[bytes, int] | None, tuple[object, ...] | None]:
-        """As ``RingReceiver.receive``, in host memory where the message came through it. No capsules, and nothing done,
-        where ``alive`` slots are lent: call ``receive_into`` then."""
+        """As of ``RingReceiver``; no capsules, and nothing done, where ``alive`` slots are lent: call ``receive_into``
+        then."""
     def receive_into(self, to: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
     def close(self) -> None: ...
 

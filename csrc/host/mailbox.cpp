@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "host/copy.hpp"
 
 namespace pipex {
-
 Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
                const MessageHeader& edge)
     : member_(std::move(member)),
@@ -126,8 +126,8 @@ std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
 const Segment& Inbox::memory(std::uint32_t slot) const {
   try {
     return lender_.memory(slot);
-  } catch (const NamedError&) {
-    member_->raise_if_ending();
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) == "InputError") member_->raise_if_ending();
     throw;
   }
 }

@@ -13,7 +13,7 @@ namespace pipex {
 namespace {
 
 constexpr std::uint64_t kMaxPayload = 64 << 20;
-constexpr auto kDying = std::chrono::milliseconds(300);  // three beats of the watch
+constexpr std::chrono::seconds kEndIsKnownWithin{2};
 
 std::string seconds(double value) {
   char text[32];
@@ -81,11 +81,9 @@ Member::Member(std::shared_ptr<Control> control, int rank, std::chrono::nanoseco
   watch_.emplace(control_, rank);
 }
 
-void Member::raise_if_ending() const {
-  for (const auto until = std::chrono::steady_clock::now() + kDying; std::chrono::steady_clock::now() < until;) {
-    control_->raise_if_aborted();
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+void Member::raise_if_ending() {
+  const std::int64_t until = now_ns() + std::chrono::nanoseconds(kEndIsKnownWithin).count();
+  wait_polling(kNobody, [until] { return now_ns() > until; });
 }
 
 void Member::leave() {
