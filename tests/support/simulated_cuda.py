@@ -10,7 +10,7 @@ from typing import Any
 
 from built import ROOT, compiled
 
-NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS = 1, 2, 1
+NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS, LEGACY_IPC_CAPABLE = 1, 2, 1, 10
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, NOT_READY, NOT_SUPPORTED = 1, 2, 201, 400, 600, 801
 POISON = 0xA5
 """What every byte of new device memory is."""
@@ -101,6 +101,14 @@ class Simulator:
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         self.call("cuMemcpyDtoDAsync_v2", to, source, size, stream)
+
+    def is_device(self, address: int) -> bool:
+        """Whether it is memory of this driver, rather than the host's own."""
+        try:
+            self.call("cuPointerGetAttribute", ctypes.byref(ctypes.c_int()), LEGACY_IPC_CAPABLE, address)
+        except CallFailed:
+            return False
+        return True
 
     def fill(self, stream: int, to: int, words: int, message: int) -> None:
         self.call("simulated_fill", stream, to, words, message)
