@@ -54,14 +54,6 @@ def test_edges_grow_in_the_middle_of_traffic(simulated_cuda: Path, seed: int) ->
         assert rank["on device"] > 10
 
 
-def test_a_first_message_smaller_than_all_others_leaves_no_edge_on_host_memory(simulated_cuda: Path) -> None:
-    """What the consumer offers for it is too small for the second one, but that is no reason to stop offering."""
-    traffic = Traffic(messages=30, words=200, varied=True, tensors=1, seed=3)
-    assert sum(map(bool, (traffic.sizes(rank, 0) for rank in range(2)))) < 2 or traffic.sizes(0, 0)[0] < 8
-    for rank in assert_all_well(simulated_cuda, traffic):
-        assert rank["on device"] > 5
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("seed", sampled(range(100), 10, name="device ring"))
 def test_messages_cross_at_length(simulated_cuda: Path, seed: int) -> None:

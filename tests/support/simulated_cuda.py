@@ -44,7 +44,7 @@ class Simulator:
         self.path = str(library)
         self.functions = ctypes.CDLL(self.path)
         self.holding_the_lock = ctypes.PyDLL(self.path)  # Python's, unlike the other
-        for name in ("operations", "mismatches", "drawn", "mappings", "contexts", "violations"):
+        for name in ("operations", "mismatches", "drawn", "mappings", "contexts", "violations", "waited"):
             getattr(self.functions, f"simulated_{name}").restype = ctypes.c_size_t
         for setting in filter(None, settings.split(",")):
             self.set(*setting.split("=", 1))
@@ -151,6 +151,11 @@ class Simulator:
     def mappings(self) -> int:
         """Allocations and mappings that are open."""
         return self.functions.simulated_mappings()
+
+    @property
+    def waited(self) -> int:
+        """Where the word is that a stream which sends nothing was last told to wait for."""
+        return self.functions.simulated_waited()
 
     @property
     def contexts(self) -> int:
