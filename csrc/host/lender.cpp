@@ -12,7 +12,7 @@ namespace pipex {
 namespace {
 
 constexpr dlpack::Device kHost{dlpack::kCpu, 0};
-constexpr std::size_t kAlignment = 64;  // what torch's own allocator gives
+Loan nothing;  // of a message without tensors, whose slot is back before it is looked at
 
 void let_go(dlpack::ManagedTensor* managed) { static_cast<LentTensor*>(managed->context)->loan->give_back(); }
 
@@ -89,7 +89,7 @@ Received Lender::receive(std::uint32_t slot, const MessageForm& form) {
 Received Lender::lend(std::uint32_t slot, const MessageForm& form, std::byte* payload, dlpack::Device device) {
   if (form.count() == 0) {  // nothing that could be held
     give_back(slot);
-    return hand_over(loans_[slot], nullptr, form, device);
+    return Received(&nothing);
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -121,7 +121,7 @@ Received Lender::hand_over(Loan& loan, std::byte* payload, const MessageForm& fo
     tensor.managed.context = &tensor;
     tensor.managed.deleter = let_go;
   }
-  if (form.count() > 0) loan.lender = shared_from_this();
+  loan.lender = shared_from_this();
   loan.in_use.store(form.count());
   return Received(&loan);
 }
@@ -133,8 +133,8 @@ std::uint32_t Lender::lent() {
 
 Received Lender::copy_out(std::uint32_t slot, const MessageForm& form) {
   auto loan = std::make_unique<Loan>();
-  const std::size_t rounded = std::max<std::size_t>(1, (form.payload_bytes() + kAlignment - 1) / kAlignment) * kAlignment;
-  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded)));
+  const std::size_t rounded = std::max<std::size_t>(1, (form.payload_bytes() + kTensorAlignment - 1) / kTensorAlignment) * kTensorAlignment;
+  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kTensorAlignment, rounded)));
   if (loan->copy == nullptr) throw std::bad_alloc();
   std::memcpy(loan->copy.get(), memories_[slot]->data() + form.payload(), form.payload_bytes());
   give_back(slot);

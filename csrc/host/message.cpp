@@ -9,8 +9,6 @@
 namespace pipex {
 namespace {
 
-constexpr std::size_t kAlignment = 64;  // of every tensor, as torch's own allocator gives
-
 NamedError impossible(const std::string& what) {
   return {"MessageMismatch", "a message between two ranks says what cannot be", what, "a tensor within its message",
           "use one version of pipex on all ranks; if it is one, some code writes out of bounds"};
@@ -48,7 +46,7 @@ std::size_t span_of(const TensorRecord& record) {
 
 std::size_t MessageForm::payload_of(std::size_t count) {
   const std::size_t bytes = sizeof(MessageHeader) + count * sizeof(TensorRecord);
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return (bytes + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
 }
 
 MessageForm::MessageForm(std::string table, std::uint64_t payload_bytes)
@@ -58,7 +56,7 @@ MessageForm::MessageForm(std::string table, std::uint64_t payload_bytes)
   if (!records_.empty()) std::memcpy(records_.data(), table_.data(), table_.size());
   for (const TensorRecord& record : records_) {
     const std::size_t span = span_of(record);
-    if (record.offset % kAlignment != 0 || record.offset > payload_bytes || span > payload_bytes - record.offset)
+    if (record.offset % kTensorAlignment != 0 || record.offset > payload_bytes || span > payload_bytes - record.offset)
       throw impossible(std::to_string(span) + " bytes at " + std::to_string(record.offset) + " of " +
                        std::to_string(payload_bytes));
     spans_.push_back(span);
