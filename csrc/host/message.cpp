@@ -17,22 +17,23 @@ NamedError impossible(const std::string& what) {
 /// Throws if the tensor's bytes cannot be counted.
 std::size_t span_of(const TensorRecord& record) {
   if (record.dimensions > kMaxDimensions) throw impossible(std::to_string(record.dimensions) + " dimensions");
-  if (record.bits == 0 || record.bits % 8 != 0) throw impossible("elements of " + std::to_string(record.bits) + " bits");
+  if (record.bits == 0 || record.bits % 8 != 0)
+    throw impossible("elements of " + std::to_string(record.bits) + " bits");
   const auto is_set = [](auto value) { return value != 0; };
   if (std::any_of(std::begin(record.unused), std::end(record.unused), is_set) ||
       std::any_of(record.shape + record.dimensions, std::end(record.shape), is_set) ||
       std::any_of(record.strides + record.dimensions, std::end(record.strides), is_set) || record.wants_gradient > 1)
     throw impossible("something where nothing may stand");
-  std::int64_t last = 0;  // element
+  std::int64_t last = 0;      // element
   std::int64_t elements = 1;  // an expanded tensor has more of them than bytes
   bool empty = false;
   for (int i = 0; i < record.dimensions; ++i) {
     std::int64_t reach;
     if (record.shape[i] < 0 || record.strides[i] < 0) throw impossible("a size or stride below 0");
     empty = empty || record.shape[i] == 0;
-    if (record.shape[i] > 0 && (__builtin_mul_overflow(record.shape[i] - 1, record.strides[i], &reach) ||
-                                __builtin_add_overflow(last, reach, &last) ||
-                                __builtin_mul_overflow(elements, record.shape[i], &elements)))
+    if (record.shape[i] > 0 &&
+        (__builtin_mul_overflow(record.shape[i] - 1, record.strides[i], &reach) ||
+         __builtin_add_overflow(last, reach, &last) || __builtin_mul_overflow(elements, record.shape[i], &elements)))
       throw impossible("a tensor larger than any memory");
   }
   std::int64_t bytes;

@@ -3,10 +3,11 @@
 //
 //   device_stress LIBRARY LIBRARY MESSAGES WORDS [END]
 //
-// LIBRARY is a copy of the simulated driver for each rank. A message has up to three tensors, each of up to so many words
-// of 8 bytes, on the way ever larger ones with smaller ones between them. At message END rank 1 fails, once streams of
-// rank 0 wait for it; then the rings have grown before the first message. Prints how many messages were lent, how many
-// were copied out, how many went through host memory, and how many ranks saw the run end before its time.
+// LIBRARY is a copy of the simulated driver for each rank. A message has up to three tensors, each of up to so many
+// words of 8 bytes, on the way ever larger ones with smaller ones between them. At message END rank 1 fails, once
+// streams of rank 0 wait for it; then the rings have grown before the first message. Prints how many messages were
+// lent, how many were copied out, how many went through host memory, and how many ranks saw the run end before its
+// time.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -30,9 +31,9 @@ namespace {
 
 using namespace pipex::device;
 constexpr std::uint32_t kUnderWay = 2, kAlive = 2;
-constexpr std::uint64_t kSources = 3;    // that a rank fills in turn
+constexpr std::uint64_t kSources = 3;  // that a rank fills in turn
 constexpr std::size_t kTensors = 3;
-constexpr std::int32_t kDevice = 2;  // DLPack's CUDA, so that a tensor tells which memory it is in
+constexpr std::int32_t kDevice = 2;      // DLPack's CUDA, so that a tensor tells which memory it is in
 constexpr std::uint64_t kScribble = ~1;  // what a slot holds once it is given back
 
 struct Traffic {

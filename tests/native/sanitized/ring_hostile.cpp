@@ -1,5 +1,5 @@
-// A ring whose memory holds what no pipex writes: every call works or throws a named error, and what arrives lies within
-// memory.
+// A ring whose memory holds what no pipex writes: every call works or throws a named error, and what arrives lies
+// within memory.
 //
 //   ring_hostile ATTEMPTS   damages the memory before each send and receive; after half of them, also during the rest
 #include <atomic>
@@ -22,7 +22,8 @@ namespace {
 constexpr pipex::RingSize kSize{2, 2};
 constexpr std::size_t kCells = 128;  // a queue's cells stand after its bell (csrc/host/ring_layout.cpp)
 constexpr std::size_t kSmall = 64, kLarge = 1 << 16;
-constexpr std::uint64_t kEdges[] = {0, 1, 2, 7, 8, 9, 63, 64, 65, 255, 1u << 31, 0xffffffff, 1ull << 62, 1ull << 63, ~0ull};
+constexpr std::uint64_t kEdges[] = {0,  1,   2,        7,          8,          9,          63,   64,
+                                    65, 255, 1u << 31, 0xffffffff, 1ull << 62, 1ull << 63, ~0ull};
 
 pipex::MessageHeader edge() {
   pipex::MessageHeader header{};

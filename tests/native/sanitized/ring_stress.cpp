@@ -1,8 +1,9 @@
 // One ring between threads: a producer, a consumer, and one that gives back what the consumer has received.
 //
-//   ring_stress MESSAGES BYTES   sends so many messages of up to three tensors, each of at most so many bytes, on the way
-//                                ever larger ones with smaller ones between them; prints how many bytes arrived, and how
-//                                often the ring has grown
+//   ring_stress MESSAGES BYTES   sends so many messages of up to three tensors, each of at most so many bytes, on the
+//   way
+//                                ever larger ones with smaller ones between them; prints how many bytes arrived, and
+//                                how often the ring has grown
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
