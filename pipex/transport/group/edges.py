@@ -32,8 +32,6 @@ from pipex.transport.interface import (
     Receiver,
     Sender,
     TensorForm,
-    check_fits,
-    check_number,
     form_of,
 )
 
