@@ -32,9 +32,7 @@ class End(Protocol):
 class RoundTrips:
     """Messages to the other rank and back; or, ``both_ways``, to each other at the same time."""
 
-    def __init__(
-        self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, both_ways: bool
-    ) -> None:
+    def __init__(self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, both_ways: bool) -> None:
         self._rank, self._device, self._both_ways = rank, device, both_ways
         self._sender, self._receiver = sender, receiver
         self.send_seconds: list[float] = []

@@ -80,8 +80,8 @@ void RingSender::send(const MessageForm& form, const std::vector<std::uintptr_t>
   outbox_->publish(slot, form, static_cast<std::uint8_t>(payloads_.size()), step, microbatch);
 }
 
-void RingSender::send_from_host(const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
-                                std::uint64_t step, std::uint32_t microbatch) {
+void RingSender::send_from_host(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+                                std::uint32_t microbatch) {
   outbox_->send(form, tensors, step, microbatch);
 }
 
@@ -126,9 +126,9 @@ void DeviceLender::grow(std::size_t bytes) {
 
 void DeviceLender::check_place(std::uint8_t place, const MessageForm& form) {
   if (place > payloads_.size() || form.payload_bytes() > payloads_[place - 1].bytes)
-    throw corrupt_ring(std::to_string(form.payload_bytes()) + " bytes in device memory of generation " +
-                           std::to_string(place),
-                       "a payload within memory that was offered");
+    throw corrupt_ring(
+        std::to_string(form.payload_bytes()) + " bytes in device memory of generation " + std::to_string(place),
+        "a payload within memory that was offered");
   taken_ = std::max<std::size_t>(taken_, place);
 }
 

@@ -119,8 +119,7 @@ class DeviceLender final : public Lender {
   Received lend_payload(std::uint32_t slot, std::uint8_t place, const MessageForm& form);
 
   /// Copies the tensors of a slot that was awaited to where the caller wants them, and gives it back.
-  void copy_out(std::uint32_t slot, std::uint8_t place, const MessageForm& form,
-                const std::vector<std::uintptr_t>& to);
+  void copy_out(std::uint32_t slot, std::uint8_t place, const MessageForm& form, const std::vector<std::uintptr_t>& to);
 
   /// Throws what went wrong when a slot was given back, where nothing can be thrown.
   void raise_failure();

@@ -115,8 +115,9 @@ Received Lender::hand_over(Loan& loan, std::byte* payload, const MessageForm& fo
     std::copy_n(record.shape, record.dimensions, tensor.shape);
     std::copy_n(record.strides, record.dimensions, tensor.strides);
     tensor.loan = &loan;
-    tensor.managed.tensor = {payload + record.offset, device, record.dimensions, {record.code, record.bits, 1},
-                             tensor.shape, tensor.strides, 0};
+    tensor.managed.tensor = {
+        payload + record.offset, device, record.dimensions, {record.code, record.bits, 1}, tensor.shape,
+        tensor.strides,          0};
     tensor.managed.context = &tensor;
     tensor.managed.deleter = let_go;
   }
@@ -132,7 +133,8 @@ std::uint32_t Lender::lent() {
 
 Received Lender::copy_out(std::uint32_t slot, const MessageForm& form) {
   auto loan = std::make_unique<Loan>();
-  const std::size_t rounded = std::max<std::size_t>(1, (form.payload_bytes() + kAlignment - 1) / kAlignment) * kAlignment;
+  const std::size_t rounded =
+      std::max<std::size_t>(1, (form.payload_bytes() + kAlignment - 1) / kAlignment) * kAlignment;
   loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded)));
   if (loan->copy == nullptr) throw std::bad_alloc();
   std::memcpy(loan->copy.get(), memories_[slot]->data() + form.payload(), form.payload_bytes());

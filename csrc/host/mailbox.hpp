@@ -56,9 +56,7 @@ class Outbox {
  private:
   bool collect();
   void close_descriptors();
-  SlotCell& cell(std::uint32_t slot) const {
-    return *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot));
-  }
+  SlotCell& cell(std::uint32_t slot) const { return *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot)); }
 
   const std::shared_ptr<Member> member_;
   const int peer_;

@@ -19,7 +19,8 @@ NamedError impossible(const std::string& what) {
 /// Throws if the tensor's bytes cannot be counted.
 std::size_t span_of(const TensorRecord& record) {
   if (record.dimensions > kMaxDimensions) throw impossible(std::to_string(record.dimensions) + " dimensions");
-  if (record.bits == 0 || record.bits % 8 != 0) throw impossible("elements of " + std::to_string(record.bits) + " bits");
+  if (record.bits == 0 || record.bits % 8 != 0)
+    throw impossible("elements of " + std::to_string(record.bits) + " bits");
   const auto is_set = [](auto value) { return value != 0; };
   if (std::any_of(std::begin(record.unused), std::end(record.unused), is_set) ||
       std::any_of(record.shape + record.dimensions, std::end(record.shape), is_set) ||

@@ -36,7 +36,7 @@ struct TensorRecord {
   std::uint8_t dtype, dimensions, wants_gradient;
   std::uint8_t code, bits;  // DLPack's
   std::uint8_t unused[3];
-  std::uint64_t offset;  // from the first tensor's beginning
+  std::uint64_t offset;                                         // from the first tensor's beginning
   std::int64_t shape[kMaxDimensions], strides[kMaxDimensions];  // in elements
 };
 static_assert(sizeof(TensorRecord) == 144);

@@ -42,6 +42,7 @@ TIMEOUT = 300.0
 
 MAX_TIMEOUT = 1e9
 
+
 class HostRun:
     """The control page of a run on one host: who is there, who does what, and how the run ended."""
 

@@ -84,9 +84,7 @@ def open_with(spec: EdgeSpec, digest: bytes) -> Callable[[Any], None]:
 
 
 def header(microbatch: int = 5, step: int = 2) -> str:
-    return (
-        f"micro-batch {microbatch} of step {step}, activation 0→1, message 0, plan 00010203 (2 tensors, 96 bytes)"
-    )
+    return f"micro-batch {microbatch} of step {step}, activation 0→1, message 0, plan 00010203 (2 tensors, 96 bytes)"
 
 
 def mismatch(got: str) -> str:
