@@ -106,7 +106,7 @@ class DeviceRingSender:
         """How often the consumer has made larger payloads, the first ones not counted."""
     @property
     def bytes(self) -> int:
-        """Of the newest payloads."""
+        """Of all payloads and slots now."""
     def connect(self, address: bytes, offer: bytes) -> None: ...
     def fits(self, form: MessageForm) -> bool:
         """Whether such a message goes from device to device; else its tensors are sent from host memory."""

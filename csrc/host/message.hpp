@@ -15,7 +15,8 @@
 namespace pipex {
 
 constexpr int kMaxDimensions = 8;
-constexpr std::size_t kMaxTensors = 4096;  // of one message: a bound for what another process may claim
+constexpr std::size_t kTensorAlignment = 64;  // of every tensor, as torch's own allocator gives
+constexpr std::size_t kMaxTensors = 4096;     // of one message: a bound for what another process may claim
 
 /// Where a message's bytes lie.
 enum : std::uint8_t { kInSlot = 0 };  // else in the consumer's device memory of this generation
