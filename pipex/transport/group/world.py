@@ -73,6 +73,8 @@ class GroupWorld:
                 raise InputError("NCCL moves GPU memory only", got=f"device {device}", fix='use backend="gloo"')
             if not dist.is_nccl_available():
                 raise NativeUnavailable(f"torch {torch.__version__} was built without NCCL", fix='use backend="gloo"')
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.rank, self.ranks, self.device = rank, ranks, device
         self._store, self._timeout = store, timeout
         self._staging = device if backend == "nccl" else CPU
@@ -135,7 +137,7 @@ class GroupWorld:
         links = GroupLinks(first_position)
         self._links.append(links)
         for spec in specs:
-            tag, self._next_tag = self._next_tag, self._next_tag + 2
+            tag, self._next_tag = self._next_tag, self._next_tag + Lane.TAGS
             if self.rank == spec.source_rank:
                 links.add(spec, GroupSender(spec, digest, self._lane(group, spec, tag), self._watch))
             elif self.rank == spec.destination_rank:
@@ -193,10 +195,10 @@ class GroupWorld:
         sends = self.rank == spec.source_rank
         peer = spec.destination_rank if sends else spec.source_rank
         if self._staging == CPU:
-            return Lane(control, tag, peer, control, peer, CPU, self.device)
+            return Lane(control, peer, tag, control, peer, CPU, self.device)
         group = _nccl_group(PrefixStore(f"edge/{tag}", self._store), 0 if sends else 1, self.device)
         self._edge_groups.append(group)
-        return Lane(control, tag, peer, group, 1 if sends else 0, self._staging, self.device)
+        return Lane(control, peer, tag, group, 1 if sends else 0, self._staging, self.device)
 
     def _abort(self) -> None:
         """Breaks all connections of this rank; peers notice at once. From any thread."""
