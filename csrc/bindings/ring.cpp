@@ -19,9 +19,13 @@ MessageHeader to_header(const py::bytes& raw) {
   return header;
 }
 
+void check_number(const MessageForm& form, const std::vector<std::uintptr_t>& tensors) {
+  if (tensors.size() != form.count()) throw std::invalid_argument("a form of another number of tensors");
+}
+
 namespace {
 
-py::tuple receive(RingReceiver& ring, std::uint64_t step, std::uint32_t microbatch) {
+py::tuple receive_message(RingReceiver& ring, std::uint64_t step, std::uint32_t microbatch) {
   Received received;
   const MessageForm* form = nullptr;
   {
@@ -40,21 +44,21 @@ void bind_ring(py::module_& module) {
            }),
            py::arg("table"), py::arg("payload_bytes"));
 
-  py::class_<RingSender>(module, "RingSender", plain_type())
+  py::class_<Outbox>(module, "RingSender", plain_type())
       .def(py::init([](std::shared_ptr<Member> member, int peer, const py::bytes& address, std::uint32_t under_way,
                        std::uint32_t alive, const py::bytes& header) {
-             return std::make_unique<RingSender>(std::move(member), peer, to_address(address),
+             return std::make_unique<Outbox>(std::move(member), peer, to_address(address),
                                                  RingSize{under_way, alive}, to_header(header));
            }),
            py::arg("member"), py::arg("peer"), py::arg("address"), py::arg("under_way"), py::arg("alive"),
            py::arg("header"))
-      .def_property_readonly("grown", &RingSender::grown)
-      .def_property_readonly("bytes", &RingSender::bytes)
+      .def_property_readonly("grown", &Outbox::grown)
+      .def_property_readonly("bytes", &Outbox::bytes)
       .def(
           "send",
-          [](RingSender& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
+          [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
              std::uint64_t step, std::uint32_t microbatch) {
-            if (tensors.size() != form.count()) throw std::invalid_argument("a form of another number of tensors");
+            check_number(form, tensors);
             const py::gil_scoped_release no_gil;
             ring.send(form, tensors, step, microbatch);
           },
@@ -70,7 +74,7 @@ void bind_ring(py::module_& module) {
       .def_property_readonly("address", [](const RingReceiver& ring) { return to_bytes(ring.address()); })
       .def_property_readonly("lent", &RingReceiver::lent)
       .def("close_descriptor", &RingReceiver::close_descriptor)
-      .def("receive", &receive, py::arg("step"), py::arg("microbatch"));
+      .def("receive", &receive_message, py::arg("step"), py::arg("microbatch"));
 }
 
 }  // namespace pipex

@@ -11,6 +11,7 @@
 namespace pipex {
 namespace {
 
+constexpr dlpack::Device kHost{dlpack::kCpu, 0};
 constexpr std::size_t kAlignment = 64;  // what torch's own allocator gives
 
 void let_go(dlpack::ManagedTensor* managed) { static_cast<LentTensor*>(managed->context)->loan->give_back(); }
@@ -42,11 +43,10 @@ dlpack::ManagedTensor* Received::release() {
   return &tensor.managed;
 }
 
-Lender::Lender(const RingLayout& layout, std::uint32_t alive, dlpack::Device device)
+Lender::Lender(const RingLayout& layout, std::uint32_t alive)
     : layout_(layout),
       ring_(Segment::create(layout.total())),
       alive_(alive),
-      device_(device),
       generation_(fork_generation()),
       loans_(layout.slots),
       memories_(layout.slots),
@@ -80,10 +80,15 @@ void Lender::check_free(std::uint32_t slot) const {
   if (is_lent_[slot]) throw corrupt_ring("slot " + std::to_string(slot) + " filled while in use", "a free slot");
 }
 
-Received Lender::lend(std::uint32_t slot, const MessageForm& form) {
+Received Lender::receive(std::uint32_t slot, const MessageForm& form) {
+  Received received = lend(slot, form, memories_[slot]->data() + form.payload(), kHost);
+  return received.empty() ? copy_out(slot, form) : std::move(received);
+}
+
+Received Lender::lend(std::uint32_t slot, const MessageForm& form, std::byte* payload, dlpack::Device device) {
   if (form.count() == 0) {  // nothing that could be held
     give_back(slot);
-    return hand_over(loans_[slot], nullptr, form, device_);
+    return hand_over(loans_[slot], nullptr, form, device);
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -93,7 +98,7 @@ Received Lender::lend(std::uint32_t slot, const MessageForm& form) {
     is_lent_[slot] = true;
   }
   loans_[slot].slot = slot;
-  return hand_over(loans_[slot], payload(slot, form), form, device_);
+  return hand_over(loans_[slot], payload, form, device);
 }
 
 void Lender::give_back(std::uint32_t slot) {
@@ -133,11 +138,7 @@ Received Lender::copy_out(std::uint32_t slot, const MessageForm& form) {
   std::memcpy(loan->copy.get(), memories_[slot]->data() + form.payload(), form.payload_bytes());
   give_back(slot);
   std::byte* const data = loan->copy.get();
-  return hand_over(*loan.release(), data, form, {dlpack::kCpu, 0});
-}
-
-std::byte* Lender::payload(std::uint32_t slot, const MessageForm& form) const {
-  return memories_[slot]->data() + form.payload();
+  return hand_over(*loan.release(), data, form, kHost);
 }
 
 }  // namespace pipex

@@ -74,7 +74,7 @@ class Received {
 class Lender : public std::enable_shared_from_this<Lender> {
  public:
   /// Lends at most `alive` slots at once, so that the others stay for messages under way. Throws OutOfSharedMemory.
-  Lender(const RingLayout& layout, std::uint32_t alive, dlpack::Device device);
+  Lender(const RingLayout& layout, std::uint32_t alive);
   virtual ~Lender() = default;
 
   Segment& ring() { return ring_; }
@@ -87,19 +87,16 @@ class Lender : public std::enable_shared_from_this<Lender> {
   /// Whether fewer than `alive` slots are lent. Holds until the next loan: slots only come back by themselves.
   bool may_lend();
 
-  /// Makes a filled slot the tensors of its message; empty where it may not.
+  /// Makes a message in its slot's memory tensors; in memory of their own where `alive` slots are lent already.
   /// Throws MessageMismatch if the producer has filled a slot that it does not own.
-  Received lend(std::uint32_t slot, const MessageForm& form);
-
-  /// The tensors in memory of their own instead of a loan.
-  Received copy_out(std::uint32_t slot, const MessageForm& form);
+  Received receive(std::uint32_t slot, const MessageForm& form);
 
   /// Slots lent now.
   std::uint32_t lent();
 
  protected:
-  /// Where a slot's tensors lie.
-  virtual std::byte* payload(std::uint32_t slot, const MessageForm& form) const;
+  /// Lends a slot whose tensors begin at `payload` on `device`; empty where it may not. Throws as `receive`.
+  Received lend(std::uint32_t slot, const MessageForm& form, std::byte* payload, dlpack::Device device);
 
   /// What must happen before the producer may fill a slot again; false if it must not any more. The lock is held.
   virtual bool release(std::uint32_t) noexcept { return true; }
@@ -117,10 +114,10 @@ class Lender : public std::enable_shared_from_this<Lender> {
  private:
   friend struct Loan;
 
+  Received copy_out(std::uint32_t slot, const MessageForm& form);
   Received hand_over(Loan& loan, std::byte* payload, const MessageForm& form, dlpack::Device device);
 
   const std::uint32_t alive_;
-  const dlpack::Device device_;
   const int generation_;
   std::vector<Loan> loans_;  // by slot
   std::vector<std::optional<Segment>> memories_;

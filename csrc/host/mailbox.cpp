@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "host/copy.hpp"
+
 namespace pipex {
 
 Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
@@ -71,6 +73,16 @@ void Outbox::close_descriptors() {
     memories_[slot]->close_descriptor();
     return true;
   });
+}
+
+void Outbox::send(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+                  std::uint32_t microbatch) {
+  const std::uint32_t slot = take();
+  std::byte* const payload = memory(slot, form.total()) + form.payload();
+  for (std::size_t i = 0; i < form.count(); ++i)
+    if (form.span(i) > 0)
+      copy_message(payload + form.tensor(i).offset, reinterpret_cast<const std::byte*>(tensors[i]), form.span(i));
+  publish(slot, form, kInSlot, step, microbatch);
 }
 
 void Outbox::publish(std::uint32_t slot, const MessageForm& form, std::uint8_t place, std::uint64_t step,

@@ -38,6 +38,11 @@ class Outbox {
   /// The memory of a taken slot, of at least so many bytes. Throws OutOfSharedMemory.
   std::byte* memory(std::uint32_t slot, std::size_t bytes);
 
+  /// Copies a message in and announces it; `tensors` has the addresses of as many as the form has. Throws as `take` and
+  /// `memory`.
+  void send(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+            std::uint32_t microbatch);
+
   /// Announces the message in a taken slot, whose memory has room for its table.
   void publish(std::uint32_t slot, const MessageForm& form, std::uint8_t place, std::uint64_t step,
                std::uint32_t microbatch);

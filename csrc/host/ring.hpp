@@ -24,26 +24,6 @@
 
 namespace pipex {
 
-/// The producer's end.
-class RingSender {
- public:
-  /// Opens the ring of the consumer `peer`. Throws InputError if there is none of this size.
-  RingSender(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
-             const MessageHeader& edge)
-      : outbox_(std::move(member), peer, address, size, edge) {}
-
-  /// Copies a message in; `tensors` has the addresses of as many as the form has. Waits only if more than the planned messages are under
-  /// way. Throws Aborted, OutOfSharedMemory, or MessageMismatch if the consumer's memory holds what no pipex writes.
-  void send(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
-            std::uint32_t microbatch);
-
-  std::uint64_t grown() const { return outbox_.grown(); }
-  std::size_t bytes() const { return outbox_.bytes(); }
-
- private:
-  Outbox outbox_;
-};
-
 /// The consumer's end; makes the ring, but not the memory of its slots.
 class RingReceiver {
  public:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
 from pipex.torch_internals import foreach_norm
-from pipex.transport.interface import EdgeSpec, Links, World, form_of
+from pipex.transport.interface import EdgeSpec, Links, World
 
 
 class Gradients:
@@ -42,15 +42,14 @@ class Gradients:
 
     def edges(self) -> list[EdgeSpec]:
         """The edges over which tied accumulators travel: from every holder to every holder on another rank."""
-        together: dict[tuple[int, int], list[Tensor]] = {}
+        together = set()
         for tie in self._ties:
             for source in tie.stages:
                 for destination in tie.stages:
                     if self._rank_of[source] != self._rank_of[destination]:
-                        together.setdefault((source, destination), []).append(tie.replicas[0])
+                        together.add((source, destination))
         return [
-            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1, form=form_of(tensors))
-            for (s, d), tensors in sorted(together.items())
+            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1) for s, d in sorted(together)
         ]
 
     def reduce_ties(self, step: int, links: Links) -> None:
@@ -68,7 +67,7 @@ class Gradients:
         for edge in edges:
             if edge.destination_rank == self._world.rank:
                 receiver = links.receivers[edge.source, edge.destination, "tied"]
-                incoming = receiver.receive(step, 0, edge.form)
+                incoming = receiver.receive(step, 0)
                 received.update(
                     {(name, edge.source): t for name, t in zip(self._names_between(edge), incoming, strict=True)}
                 )

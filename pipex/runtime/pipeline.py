@@ -24,7 +24,7 @@ from pipex.runtime.arguments import check_arguments
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
-from pipex.runtime.wiring import Wiring
+from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
 from pipex.transport.interface import Phase
 
@@ -103,10 +103,10 @@ class Pipeline:
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             orders = plans.communicate(runnable)
-            tied_edges = self._gradients.edges()
-            self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)
+            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
             self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
+            self._executor.connect(self._links)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -127,7 +127,7 @@ class Pipeline:
 
         Raises:
             InputError: the batch cannot be cut, or has no loss; ConfigMismatch: the ranks were given other batches.
-            MessageMismatch: a stage returned another shape or dtype than announced.
+            MessageMismatch: the ranks do not run one plan.
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
         with self._together():
@@ -141,8 +141,8 @@ class Pipeline:
             data = self._begin(step, batch, target, training=True)
             self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
-            self._gradients.reduce_ties(step, self._wiring.links)
-            self._wiring.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+            self._gradients.reduce_ties(step, self._links)
+            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._times.finish()
             self._done(begin, step, Phase.REDUCE)
@@ -166,7 +166,7 @@ class Pipeline:
                 data = self._begin(self.steps + 1, batch, target, training=False)
                 self.world.at(self.steps + 1, Phase.EVALUATING)
                 self._executor.evaluate(data)
-                self._wiring.links.flush()
+                self._links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
                 self.world.at(self.steps, Phase.IDLE)
@@ -206,7 +206,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
-        self._wiring.close()
+        self._links.close()
 
     # The start of a step.
 
@@ -235,10 +235,7 @@ class Pipeline:
         if last and targets:
             cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
             target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
-        samples_of = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
-        forms = self._wiring.forms(f"{training} {json.dumps(agreed['batch'])}", samples_of)
-        self._executor.connect(self._wiring.links)
-        return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
+        return StepData(step, pieces, target_pieces, [n / samples for n in sizes])
 
     # Agreement, failure, progress.
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.errors import InputError, UnsupportedModule
+from pipex.errors import InputError, MessageMismatch, UnsupportedModule
 from pipex.partition.stage import NOTHING, Stage
 from pipex.plan import Placement
 from pipex.runtime import seeding
 from pipex.torch_internals import storage_id
+from pipex.transport.interface import form_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -43,18 +44,12 @@ def _memory(tensor: Tensor) -> int:
     return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
-def differentiable(tensor: Tensor) -> bool:
-    """Whether a gradient of it travels back; says for a tensor what ``TensorForm.differentiable`` says for its form."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 @dataclass(slots=True)
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
     inputs: tuple[Tensor, ...]
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
-    gradient_of: tuple[bool, ...]  # which differentiable outputs have a root
     tape: Tape | None  # None where the backward is not split
 
 
@@ -83,7 +78,7 @@ class StageRunner:
         self.index = stage.index
         self.first = placement.before(stage.index) is None
         self.last = placement.after(stage.index) is None
-        self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
+        self.random_layers: frozenset[int] = frozenset(range(len(stage.layers)))  # positions in stage.layers
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
         self._loss_fn = loss_fn
@@ -111,10 +106,6 @@ class StageRunner:
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
-        if not self.first:
-            for tensor in inputs:
-                if differentiable(tensor):
-                    tensor.requires_grad_()
         if split:
             with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
@@ -125,11 +116,10 @@ class StageRunner:
             loss = self.loss(output, target, weight)
             self.losses[microbatch] = loss.detach()
             roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
-            self.live[microbatch] = _Live(inputs, roots, (), tape)
+            self.live[microbatch] = _Live(inputs, roots, tape)
             return ()
         outputs = self.message(output)
-        mask = tuple(t.requires_grad for t in outputs if differentiable(t))
-        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
+        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -158,7 +148,11 @@ class StageRunner:
         return loss.reshape(()) * weight
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""
+        """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.
+
+        Raises:
+            MessageMismatch: the gradients are not those of the outputs.
+        """
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
         inputs = [t for t in live.inputs if t.requires_grad]
@@ -188,12 +182,23 @@ class StageRunner:
         self.losses.clear()
         self._splitter.fused.clear()
 
-    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if self.last:
             return [None]
-        return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
+        got, needed = [(t.shape, t.dtype) for t in gradients], [(t.shape, t.dtype) for t in live.roots]
+        if got != needed:
+            raise MessageMismatch(
+                f"stage {self.index} received other gradients than its outputs need",
+                got=_words(gradients), needed=_words(live.roots),
+                fix="use one version of pipex, and the same model, on all ranks",
+            )  # fmt: skip
+        return gradients
+
+
+def _words(tensors: Sequence[Tensor]) -> str:
+    return f"{len(tensors)} tensors: {', '.join(map(str, form_of(tensors)))}" if tensors else "no tensors"
 
 
 def _dense(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients to send: an input that no output depends on gets zeros, since every announced message must go."""
+    """Gradients to send: an input that no output depends on gets zeros, since its sender waits for them."""
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))

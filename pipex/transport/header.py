@@ -29,6 +29,7 @@ it is proven to lie within its message.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def edge_header(spec: EdgeSpec, digest: bytes) -> bytes:
     return Header(digest, spec.source, spec.destination, spec.kind, 0, 0, 0, 0, 0).pack()
 
 
-def pack_table(form: Form) -> tuple[bytes, int]:
+def pack_table(form: Sequence[TensorForm]) -> tuple[bytes, int]:
     """The table of a message, and the bytes of its tensors.
 
     Raises:
@@ -130,15 +131,17 @@ def read_table(table: bytes) -> tuple[Form, tuple[int, ...]]:
     return tuple(form), tuple(offsets)
 
 
-def as_sent(tensor: Tensor) -> Tensor:
-    """The tensor whose bytes can cross: nothing is left for the reader to do, and not more lies between its elements
-    than they take themselves.
+def is_spread(tensor: Tensor) -> bool:
+    """Whether more lies between a tensor's elements than they take themselves. Only then are they packed: all other
+    strides are kept, those of expanded and of transposed tensors too."""
+    between = TensorForm(tuple(tensor.shape), tensor.dtype, tensor.stride()).nbytes
+    return between > 2 * tensor.numel() * tensor.itemsize
 
-    Strides are kept, those of expanded and sliced tensors too; only a few elements out of many are packed.
-    """
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    spread = TensorForm(tuple(tensor.shape), tensor.dtype, tensor.stride()).nbytes
-    return tensor if spread <= 2 * tensor.numel() * tensor.itemsize else tensor.contiguous()
+
+def as_sent(tensor: Tensor) -> Tensor:
+    """The same values, without a graph, in memory whose bytes can cross as they are."""
+    found = tensor.detach().resolve_conj().resolve_neg()
+    return found.contiguous() if is_spread(found) else found
 
 
 def describe(raw: bytes) -> str:
