@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipex.errors import InputError
 from pipex.transport.group import GroupWorld
-from pipex.transport.interface import EdgeSpec, form_of
+from pipex.transport.interface import EdgeSpec
 
 
 def payload(rank: int, turn: int) -> bytes:
@@ -55,7 +55,7 @@ def test_ranks_of_one_host_listen_on_the_loopback_address_only(run: Callable[...
 
 def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: Path, run: Callable[..., Any]) -> None:
     like = [torch.zeros(10)]
-    spec = EdgeSpec(0, 1, "activation", 0, 1, 2, 1, form_of(like))
+    spec = EdgeSpec(0, 1, "activation", 0, 1, 2, 1)
 
     def counts() -> tuple[int, int]:
         return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
@@ -69,7 +69,7 @@ def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: P
             if world.rank == 0:
                 links.senders[0, 1, "activation"].send(1, 0, like)
             else:
-                links.receivers[0, 1, "activation"].receive(1, 0, form_of(like))
+                links.receivers[0, 1, "activation"].receive(1, 0)
             links.flush()
             world.close()
             world.close()
