@@ -17,6 +17,8 @@ the table, which tells how long the body is.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,8 +221,7 @@ class GroupReceiver:
         if raw != needed:
             raise header.mismatch(spec, header.describe(raw), header.describe(needed))
         if count > MAX_TENSORS:
-            raise MessageMismatch("a message between two ranks has too many tensors", got=count,
-                                  needed=f"at most {MAX_TENSORS}", fix="use one version of pipex on all ranks")  # fmt: skip
+            raise _impossible(f"{count} tensors", f"at most {MAX_TENSORS}")
         rows = count * header.RECORD.size
         table = head[header.SIZE :][:rows]
         if len(table) < rows:
@@ -271,11 +272,20 @@ def proven(table: bytes, nbytes: int) -> tuple[Form, tuple[int, ...]]:
     """
     _native.MessageForm(table, nbytes)
     form, offsets = header.read_table(table)
+    for tensor in form:
+        if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            raise _impossible(f"{tensor} that wants a gradient", "one of floats or complex numbers")
+        if math.prod(filter(None, tensor.shape)) * tensor.dtype.itemsize > sys.maxsize:
+            raise _impossible(tensor, "one whose elements can be counted")
     needed = max((begin + tensor.nbytes for tensor, begin in zip(form, offsets, strict=True)), default=0)
     if nbytes != needed:
-        raise MessageMismatch("a message between two ranks says what cannot be", got=f"{nbytes} bytes",
-                              needed=f"{needed}, as its tensors take", fix="use one version of pipex on all ranks")  # fmt: skip
+        raise _impossible(f"{nbytes} bytes", f"{needed}, as its tensors take")
     return form, offsets
+
+
+def _impossible(got: object, needed: str) -> MessageMismatch:
+    return MessageMismatch("a message between two ranks says what cannot be", got=got, needed=needed,
+                           fix="use one version of pipex on all ranks")  # fmt: skip
 
 
 def _body(sent: Sequence[Tensor], form: Form, table: bytes, nbytes: int, device: torch.device) -> Tensor:
