@@ -1,13 +1,20 @@
 #include "host/mailbox.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "host/copy.hpp"
 
 namespace pipex {
+namespace {
+
+constexpr std::chrono::seconds kEndIsKnownWithin{2};
+
+}  // namespace
 
 Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
                const MessageHeader& edge)
@@ -115,9 +122,22 @@ std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
   return *slot;
 }
 
+/// The memory of a filled slot. One that cannot be mapped may be of a producer that has ended since: then it is that
+/// which all ranks are told.
+const Segment& Inbox::memory(std::uint32_t slot) {
+  try {
+    return lender_.memory(slot);
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) != "InputError") throw;
+    const std::int64_t until = now_ns() + std::chrono::nanoseconds(kEndIsKnownWithin).count();
+    member_->wait_polling(peer_, [until] { return now_ns() > until; });
+    throw;
+  }
+}
+
 /// Everything is copied before it is looked at: the memory is shared.
 void Inbox::read(std::uint32_t slot) {
-  const Segment& memory = lender_.memory(slot);
+  const Segment& memory = this->memory(slot);
   const auto impossible = [](std::uint64_t bytes, const std::string& needed) {
     return corrupt_ring("a message of " + std::to_string(bytes) + " bytes", needed);
   };

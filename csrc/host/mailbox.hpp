@@ -90,6 +90,7 @@ class Inbox {
   bool is_new_form() const { return new_form_; }
 
  private:
+  const Segment& memory(std::uint32_t slot);
   void read(std::uint32_t slot);
 
   const std::shared_ptr<Member> member_;

@@ -1,5 +1,9 @@
 #include "host/message.hpp"
 
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
 #include "common/named_error.hpp"
 
 namespace pipex {
@@ -16,6 +20,11 @@ NamedError impossible(const std::string& what) {
 std::size_t span_of(const TensorRecord& record) {
   if (record.dimensions > kMaxDimensions) throw impossible(std::to_string(record.dimensions) + " dimensions");
   if (record.bits == 0 || record.bits % 8 != 0) throw impossible("elements of " + std::to_string(record.bits) + " bits");
+  const auto is_set = [](auto value) { return value != 0; };
+  if (std::any_of(std::begin(record.unused), std::end(record.unused), is_set) ||
+      std::any_of(record.shape + record.dimensions, std::end(record.shape), is_set) ||
+      std::any_of(record.strides + record.dimensions, std::end(record.strides), is_set) || record.wants_gradient > 1)
+    throw impossible("something where nothing may stand");
   std::int64_t last = 0;  // element
   bool empty = false;
   for (int i = 0; i < record.dimensions; ++i) {

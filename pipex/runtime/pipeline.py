@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import Phase
+from pipex.transport.interface import Buffers, Phase
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -117,6 +116,11 @@ class Pipeline:
     def peak_activations(self) -> int:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._executor.peak_live
+
+    @property
+    def buffers(self) -> dict[str, Buffers]:
+        """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
+        return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._links.senders.items()}
 
     def step(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
         """One training step: the plan, clipping, the optimizer. Returns the batch's mean loss, the same on every rank.

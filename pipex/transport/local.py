@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipex.transport.header import Header, describe, mismatch
-from pipex.transport.interface import Buffers, EdgeSpec
+from pipex.transport.header import Header, describe, mismatch, pack_table
+from pipex.transport.interface import Buffers, EdgeSpec, form_of
 
 
 class LocalEdge:
@@ -36,7 +36,8 @@ class LocalEdge:
         return tensors
 
     def _words(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> str:
-        spec, nbytes = self._spec, sum(t.nbytes for t in tensors)
+        spec = self._spec
+        _, nbytes = pack_table(form_of(tensors))
         return describe(Header(
             self._digest, spec.source, spec.destination, spec.kind, len(tensors), microbatch, step, self._received,
             nbytes,
