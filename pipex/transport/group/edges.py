@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from pipex import _native
-from pipex.errors import InputError, MessageMismatch, OutOfDeviceMemory, OutOfSharedMemory
+from pipex.errors import InputError, MessageMismatch, OutOfDeviceMemory, OutOfSharedMemory, PipexError
 from pipex.transport import header
 from pipex.transport.group.watch import Watch
 from pipex.transport.header import Header
@@ -52,7 +52,18 @@ class Group(Protocol):
     def abort(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+class Ended:
+    """In place of a group that is gone."""
+
+    def send(self, *_: object) -> Work:
+        raise PipexError("the world is closed")
+
+    recv = recv_anysource = send
+
+    def abort(self) -> None: ...
+
+
+@dataclass(slots=True)
 class Lane:
     """What an end of an edge sends through.
 
@@ -74,6 +85,10 @@ class Lane:
     payload_peer: int
     staging: torch.device
     device: torch.device
+
+    def end(self) -> None:
+        """Lets go of the groups, which end with their last reference."""
+        self.control = self.payload = Ended()
 
     @property
     def ahead(self) -> bool:
@@ -158,6 +173,10 @@ class GroupSender:
         while self._under_way:
             self._wait_oldest()
 
+    def close(self) -> None:
+        self._lane.end()
+        self._under_way.clear()
+
     def _wait_oldest(self) -> None:
         with self._watch.waiting(self._lane.peer, self._spec):
             for work, _ in self._under_way[0]:
@@ -193,8 +212,10 @@ class GroupReceiver:
 
     def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         lane = self._lane
-        arrival = self._posted.popleft()
         with self._watch.waiting(lane.peer, self._spec):
+            if not self._posted:
+                raise PipexError("the world is closed")
+            arrival = self._posted.popleft()
             arrival.announced.wait()
         table, nbytes = self._table(bytes(arrival.head), step, microbatch)
         form, offsets = proven(table, nbytes)
@@ -246,6 +267,10 @@ class GroupReceiver:
                 # With NCCL it is the current stream that waits.
                 lane.payload.recv([body], lane.payload_peer, lane.late_tag).wait()
         return body
+
+    def close(self) -> None:
+        self._lane.end()
+        self._posted.clear()
 
     def _post(self) -> None:
         """Starts to receive one more message.
@@ -331,21 +356,23 @@ class GroupLinks:
         self.first_position = first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
-        self._sending: list[GroupSender] = []
+        self._ends: list[GroupSender | GroupReceiver] = []
 
     def add(self, spec: EdgeSpec, end: GroupSender | GroupReceiver) -> None:
         key = (spec.source, spec.destination, spec.kind)
         if isinstance(end, GroupSender):
             self.senders[key] = end
-            self._sending.append(end)
         else:
             self.receivers[key] = end
+        self._ends.append(end)
 
     def flush(self) -> None:
-        for sender in self._sending:
-            sender.flush()
+        for end in self._ends:
+            if isinstance(end, GroupSender):
+                end.flush()
 
     def close(self) -> None:
-        self.senders.clear()
-        self.receivers.clear()
-        self._sending.clear()
+        for end in self._ends:
+            end.close()
+        for ends in (self.senders, self.receivers, self._ends):
+            ends.clear()

@@ -78,7 +78,7 @@ def test_every_dtype_and_layout_arrives_bit_for_bit(run: Callable[..., list[Any]
                     assert (got.shape, got.dtype, got.is_leaf) == (sent.shape, sent.dtype, True)
                     assert got.requires_grad == sent.requires_grad
                     assert torch.equal(bits(got), bits(sent))
-                    assert not (got.is_conj() or got.is_neg())
+                    assert (got.is_conj(), got.is_neg()) == (False, False)
                 if microbatch < len(cases):
                     assert received[0].stride() == cases[microbatch][1]
                 elif received and len(received) == len(cases):

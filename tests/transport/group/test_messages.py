@@ -255,4 +255,4 @@ def test_random_heads_raise_nothing_but_named_errors(seed: int) -> None:
             assert tensor.untyped_storage().nbytes() <= nbytes
             if tensor.numel() < 1 << 20:  # else it is expanded
                 tensor.clone()  # reads it all
-    assert 1_000 < accepted < 9_000
+    assert 100 < accepted < 9_000
