@@ -54,7 +54,9 @@ class MessageForm:
 class RingSender:
     """The producer's end of a ring; ``header`` is that of the edge's first message."""
 
-    def __init__(self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes) -> None: ...
+    def __init__(
+        self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes
+    ) -> None: ...
     @property
     def grown(self) -> int:
         """How often a message was larger than all before it, the first one not counted."""

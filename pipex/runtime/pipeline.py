@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,13 @@ from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import Phase
+from pipex.transport.interface import Buffers, Phase, World
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+_made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
+"""How many pipelines each world has. All ranks make them in the same order, so the number says which one it is."""
 
 
 class Pipeline:
@@ -69,6 +73,7 @@ class Pipeline:
         exact: bool | None = None,
     ) -> None:
         self.world = current_world()
+        self._number = _made[self.world] = _made.get(self.world, 0) + 1
         self.plan = plan
         self.steps = 0  # optimizer steps done
         self._clip_norm = clip_norm
@@ -117,6 +122,11 @@ class Pipeline:
     def peak_activations(self) -> int:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._executor.peak_live
+
+    @property
+    def buffers(self) -> dict[str, Buffers]:
+        """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
+        return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._links.senders.items()}
 
     def step(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
         """One training step: the plan, clipping, the optimizer. Returns the batch's mean loss, the same on every rank.
@@ -219,7 +229,12 @@ class Pipeline:
         for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
             if needed and not value:
                 raise InputError(f"rank {self.world.rank} holds the {end} stage and needs the {name}", got=value)
-        said = {"step": step, "batch": _describe(inputs), "target": _describe(targets)}
+        said = {
+            "the pipeline, counted as they were made": self._number,
+            "step": step,
+            "batch": _describe(inputs),
+            "target": _describe(targets),
+        }
         agreed = agree(self.world, "step" if training else "evaluate", said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:

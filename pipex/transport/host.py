@@ -149,10 +149,9 @@ class HostWorld:
                 links.receivers[edge] = HostReceiver(self, spec, incoming[str(spec)])
             elif spec.source_rank == self.rank:
                 address = bytes.fromhex(offers[spec.destination_rank][str(spec)])
-                ring = _native.RingSender(
+                links.senders[edge] = HostSender(self, spec, _native.RingSender(
                     self._member, spec.destination_rank, address, spec.slots, spec.alive, edge_header(spec, digest)
-                )
-                links.senders[edge] = HostSender(self, spec, ring)
+                ))  # fmt: skip
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
         for ring in incoming.values():
             ring.close_descriptor()

@@ -152,8 +152,8 @@ FAILURES = {
     "another plan": Failure(
         open_with(SPEC, DIGEST), open_with(SPEC, b"\xff" * 16),
         {0: ("ConfigMismatch", f"rank 0 and rank 1 were started with different plans; got on rank 1: plan "
-                               f"{'ff' * 16}; needed as on rank 0: plan {DIGEST.hex()}; give all ranks the same plan and "
-                               "model")},
+                               f"{'ff' * 16}; needed as on rank 0: plan {DIGEST.hex()}; give all ranks the same plan "
+                               "and model")},
     ),
     "is killed": Failure(wait, kill(signal.SIGKILL), {0: ("PeerLost", "rank 1 is gone: …")}),
     "is stopped": Failure(wait, kill(signal.SIGSTOP), {0: ("PeerStalled", "rank 1 is stopped: no …")}, timeout=1.5),
