@@ -5,8 +5,8 @@ operations go into the hardware queue that the stream is mapped to, in the order
 works on its first operation alone. Who goes on next, of the hosts and queues that can, is the scheduler's choice.
 
 A message that does not fit goes through host memory: its sender's host waits for what computes it, its receiver's for
-its own stream, which copies it. Then the receiver makes memory, and the sender maps it when it sends the next time; each
-of their hosts waits for that on the stream that is also the abort's.
+its own stream, which copies it. Then the receiver makes memory, and the sender maps it when it sends the next time;
+each of their hosts waits for that on the stream that is also the abort's.
 """
 
 from __future__ import annotations

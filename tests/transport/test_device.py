@@ -49,7 +49,7 @@ class Gpus:
 
     @contextmanager
     def edge(self, *first: Tensor, slots: int = 2, alive: int = 2) -> Iterator[tuple[DeviceSender, DeviceReceiver]]:
-        """Through ``first``, a message in step 0, the edge has grown: others that are no larger go through device memory."""
+        """Through ``first``, a message in step 0, the edge has grown: no larger one goes through host memory."""
         spec = spec_of(slots, alive)
         links = each(self.worlds, lambda world: world.open([spec], DIGEST))
         sender, receiver = links[0].senders[0, 1, "activation"], links[1].receivers[0, 1, "activation"]
