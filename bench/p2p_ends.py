@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-
 class End(Protocol):
     """One rank's part in the bursts of a provider."""
 

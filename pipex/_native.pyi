@@ -61,7 +61,7 @@ class RingSender:
     def grown(self) -> int:
         """How often a message was larger than all before it, the first one not counted."""
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of all slots now."""
     def send(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None:
         """Copies from the addresses ``tensors``."""
@@ -106,7 +106,7 @@ class DeviceRingSender:
     def grown(self) -> int:
         """How often the consumer has made larger payloads, the first ones not counted."""
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of all payloads and slots now."""
     def fits(self, form: MessageForm) -> bool:
         """Whether such a message goes from device to device; else its tensors are sent from host memory."""

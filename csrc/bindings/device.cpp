@@ -72,7 +72,7 @@ void bind_device(py::module_& module) {
            py::arg("rank"), py::arg("peer"), py::arg("under_way"), py::arg("alive"), py::arg("header"))
       .def_property_readonly("offer", [](const device::RingSender& ring) { return to_bytes(ring.offer()); })
       .def_property_readonly("grown", &device::RingSender::grown)
-      .def_property_readonly("bytes", &device::RingSender::bytes)
+      .def_property_readonly("nbytes", &device::RingSender::bytes)
       .def(
           "connect",
           [](device::RingSender& ring, const py::bytes& address, const py::bytes& offer) {

@@ -53,7 +53,7 @@ void bind_ring(py::module_& module) {
            py::arg("member"), py::arg("peer"), py::arg("address"), py::arg("under_way"), py::arg("alive"),
            py::arg("header"))
       .def_property_readonly("grown", &Outbox::grown)
-      .def_property_readonly("bytes", &Outbox::bytes)
+      .def_property_readonly("nbytes", &Outbox::bytes)
       .def(
           "send",
           [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,

@@ -216,7 +216,7 @@ class DeviceSender:
 
     @property
     def buffers(self) -> Buffers:
-        return Buffers(self._ring.bytes, self._ring.grown)
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         world, ring = self._world, self._ring

@@ -246,7 +246,7 @@ class HostSender:
 
     @property
     def buffers(self) -> Buffers:
-        return Buffers(self._ring.bytes, self._ring.grown)
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         form, sent = self._forms.of(tensors)
