@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipex.transport.interface import Buffers, Receiver, Sender
-
 
 class End(Protocol):
     """One rank's part in the bursts of a provider."""
@@ -29,12 +27,18 @@ class End(Protocol):
         """The same until the GPU has done them, timed: seconds per message, and the last one received."""
 
 
+class Sends(Protocol):
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None: ...
+
+
+class Receives(Protocol):
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]: ...
+
+
 class RoundTrips:
     """Messages to the other rank and back; or, ``both_ways``, to each other at the same time."""
 
-    def __init__(
-        self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, both_ways: bool
-    ) -> None:
+    def __init__(self, rank: int, device: torch.device, sender: Sends, receiver: Receives, both_ways: bool) -> None:
         self._rank, self._device, self._both_ways = rank, device, both_ways
         self._sender, self._receiver = sender, receiver
         self.send_seconds: list[float] = []
@@ -95,8 +99,6 @@ class Copies:
 
 class TorchSender:
     """The producer's end of an edge over torch.distributed. Gloo takes tensors by way of host memory."""
-
-    buffers = Buffers(0, 0)
 
     def __init__(self, peer: int, staged: bool) -> None:
         self._peer, self._staged = peer, staged

@@ -54,12 +54,14 @@ class MessageForm:
 class RingSender:
     """The producer's end of a ring; ``header`` is that of the edge's first message."""
 
-    def __init__(self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes) -> None: ...
+    def __init__(
+        self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes
+    ) -> None: ...
     @property
     def grown(self) -> int:
         """How often a message was larger than all before it, the first one not counted."""
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of all slots now."""
     def send(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None:
         """Copies from the addresses ``tensors``."""
@@ -103,8 +105,8 @@ class DeviceRingSender:
     def grown(self) -> int:
         """How often the consumer has made larger payloads, the first ones not counted."""
     @property
-    def bytes(self) -> int:
-        """Of the newest payloads."""
+    def nbytes(self) -> int:
+        """Of all payloads and slots now."""
     def connect(self, address: bytes, offer: bytes) -> None: ...
     def fits(self, form: MessageForm) -> bool:
         """Whether such a message goes from device to device; else its tensors are sent from host memory."""

@@ -88,9 +88,9 @@ class ConfigMismatch(PipexError):
 
 
 class MessageMismatch(PipexError):
-    """What a stage received is not what comes next in its plan: of another plan, edge, step or micro-batch, gradients of
-    another number, shape or dtype than the outputs, or bytes that no pipex writes. Raised at the receiver before user
-    code sees data."""
+    """What a stage received is not what comes next in its plan: of another plan, edge, step or micro-batch, gradients
+    of another number, shape or dtype than the outputs, or bytes that no pipex writes. Raised at the receiver before
+    user code sees data."""
 
 
 Ending = Literal["lost", "stalled", "failed"]

@@ -6,9 +6,9 @@
 
 #include "bindings/bindings.hpp"
 #include "bindings/capsule.hpp"
+#include "common/named_error.hpp"
 #include "device/rank.hpp"
 #include "device/ring.hpp"
-#include "common/named_error.hpp"
 
 namespace py = pybind11;
 
@@ -33,7 +33,8 @@ MemoryOffer to_offer(const py::bytes& raw) {
 
 StreamHandle to_stream(std::uintptr_t stream) { return reinterpret_cast<StreamHandle>(stream); }
 
-py::tuple receive_on_device(device::RingReceiver& ring, std::uintptr_t stream, std::uint64_t step, std::uint32_t microbatch) {
+py::tuple receive_on_device(device::RingReceiver& ring, std::uintptr_t stream, std::uint64_t step,
+                            std::uint32_t microbatch) {
   Received received;
   const MessageForm* form = nullptr;
   {
@@ -71,7 +72,7 @@ void bind_device(py::module_& module) {
            py::arg("rank"), py::arg("peer"), py::arg("under_way"), py::arg("alive"), py::arg("header"))
       .def_property_readonly("offer", [](const device::RingSender& ring) { return to_bytes(ring.offer()); })
       .def_property_readonly("grown", &device::RingSender::grown)
-      .def_property_readonly("bytes", &device::RingSender::bytes)
+      .def_property_readonly("nbytes", &device::RingSender::bytes)
       .def(
           "connect",
           [](device::RingSender& ring, const py::bytes& address, const py::bytes& offer) {

@@ -1,10 +1,9 @@
-#include "host/message.hpp"
-
 #include <string>
 
 #include "bindings/bindings.hpp"
 #include "bindings/named_error.hpp"
 #include "host/control.hpp"
+#include "host/message.hpp"
 
 namespace py = pybind11;
 

@@ -47,17 +47,17 @@ void bind_ring(py::module_& module) {
   py::class_<Outbox>(module, "RingSender", plain_type())
       .def(py::init([](std::shared_ptr<Member> member, int peer, const py::bytes& address, std::uint32_t under_way,
                        std::uint32_t alive, const py::bytes& header) {
-             return std::make_unique<Outbox>(std::move(member), peer, to_address(address),
-                                                 RingSize{under_way, alive}, to_header(header));
+             return std::make_unique<Outbox>(std::move(member), peer, to_address(address), RingSize{under_way, alive},
+                                             to_header(header));
            }),
            py::arg("member"), py::arg("peer"), py::arg("address"), py::arg("under_way"), py::arg("alive"),
            py::arg("header"))
       .def_property_readonly("grown", &Outbox::grown)
-      .def_property_readonly("bytes", &Outbox::bytes)
+      .def_property_readonly("nbytes", &Outbox::bytes)
       .def(
           "send",
-          [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
-             std::uint64_t step, std::uint32_t microbatch) {
+          [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+             std::uint32_t microbatch) {
             check_number(form, tensors);
             const py::gil_scoped_release no_gil;
             ring.send(form, tensors, step, microbatch);

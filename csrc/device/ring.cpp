@@ -17,11 +17,11 @@ MemoryLayout flags_of(const RingSize& size) { return {0, size.slots()}; }
 
 std::shared_ptr<OwnMemory> allocate(const Rank& rank, const MemoryLayout& layout) {
   const std::shared_ptr<const Control> control(rank.shared_member(), &rank.member().control());
-  return std::make_shared<OwnMemory>(rank.gpu(), control, layout, rank.send_stream());
+  return std::make_shared<OwnMemory>(rank.gpu(), control, layout, rank.ready_stream());
 }
 
 std::unique_ptr<PeerMemory> map(const Rank& rank, const MemoryOffer& offer, const MemoryLayout& layout, int peer) {
-  return std::make_unique<PeerMemory>(rank.gpu(), offer, layout, rank.send_stream(), rank.member().rank(), peer);
+  return std::make_unique<PeerMemory>(rank.gpu(), offer, layout, rank.ready_stream(), rank.member().rank(), peer);
 }
 
 }  // namespace
@@ -41,17 +41,25 @@ void RingSender::connect(const Address& address, const MemoryOffer& written) {
 }
 
 bool RingSender::fits(std::size_t payload_bytes) {
-  const auto& offer = *reinterpret_cast<const PayloadOffer*>(outbox_->offer());
+  auto& offer = *reinterpret_cast<PayloadOffer*>(outbox_->offer());
   const std::uint32_t generation = offer.generation.load();
   if (generation != payloads_.size()) {
     if (generation != payloads_.size() + 1)  // the consumer waits until its last offer was taken
       throw corrupt_ring("device memory of generation " + std::to_string(generation),
                          std::to_string(payloads_.size() + 1));
-    const std::uint64_t bytes = offer.bytes;
-    payloads_.push_back(map(*rank_, offer.memory, {bytes, size_.slots()}, peer_));
+    const std::uint64_t bytes = offer.bytes;  // copied, as all of it: it lies in shared memory
+    const MemoryOffer memory = offer.memory;
+    try {
+      payloads_.push_back(map(*rank_, memory, {bytes, size_.slots()}, peer_));
+    } catch (const NamedError&) {
+      rank_->member().raise_if_ending();
+      throw;
+    }
     payload_bytes_ = bytes;
+    mapped_bytes_ += bytes * size_.slots();
+    offer.taken.store(generation);
   }
-  return payload_bytes <= payload_bytes_;
+  return !payloads_.empty() && payload_bytes <= payload_bytes_;
 }
 
 void RingSender::send(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, StreamHandle compute,
@@ -80,8 +88,8 @@ void RingSender::send(const MessageForm& form, const std::vector<std::uintptr_t>
   outbox_->publish(slot, form, static_cast<std::uint8_t>(payloads_.size()), step, microbatch);
 }
 
-void RingSender::send_from_host(const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
-                                std::uint64_t step, std::uint32_t microbatch) {
+void RingSender::send_from_host(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+                                std::uint32_t microbatch) {
   outbox_->send(form, tensors, step, microbatch);
 }
 
@@ -116,7 +124,8 @@ void DeviceLender::connect(const MemoryOffer& released, int peer) {
 
 void DeviceLender::grow(std::size_t bytes) {
   const std::size_t before = payloads_.empty() ? 0 : payloads_.back().bytes;
-  if (bytes <= before || taken_ != payloads_.size() || payloads_.size() == kMostGenerations) return;
+  const bool taken = offer().taken.load() == payloads_.size();
+  if (bytes <= before || !taken || payloads_.size() == kMostGenerations) return;
   bytes = std::max(bytes, before + before / 2);
   payloads_.push_back({bytes, allocate(*rank_, {bytes, slots_})});
   offer().bytes = bytes;
@@ -124,12 +133,11 @@ void DeviceLender::grow(std::size_t bytes) {
   offer().generation.store(static_cast<std::uint32_t>(payloads_.size()));
 }
 
-void DeviceLender::check_place(std::uint8_t place, const MessageForm& form) {
+void DeviceLender::check_place(std::uint8_t place, const MessageForm& form) const {
   if (place > payloads_.size() || form.payload_bytes() > payloads_[place - 1].bytes)
-    throw corrupt_ring(std::to_string(form.payload_bytes()) + " bytes in device memory of generation " +
-                           std::to_string(place),
-                       "a payload within memory that was offered");
-  taken_ = std::max<std::size_t>(taken_, place);
+    throw corrupt_ring(
+        std::to_string(form.payload_bytes()) + " bytes in device memory of generation " + std::to_string(place),
+        "a payload within memory that was offered");
 }
 
 void DeviceLender::await(std::uint32_t slot, StreamHandle stream, int peer) {
@@ -223,17 +231,16 @@ Received RingReceiver::receive(StreamHandle compute, std::uint64_t step, std::ui
                                const MessageForm*& form) {
   const Current current(*rank_->gpu());
   const std::uint32_t slot = front(compute, step, microbatch);
-  form = inbox_.is_new_form() ? &inbox_.form() : nullptr;
   Received received;
   if (inbox_.place() == kInSlot) {
     lender_->grow(inbox_.form().payload_bytes());
     received = lender_->receive(slot, inbox_.form());
-  } else {
-    if (!lender_->may_lend()) return {};
+  } else if (lender_->may_lend()) {
     lender_->await(slot, compute, peer_);
     received = lender_->lend_payload(slot, inbox_.place(), inbox_.form());
   }
-  pop();
+  form = inbox_.news();
+  if (!received.empty()) pop();
   return received;
 }
 
@@ -241,6 +248,9 @@ void RingReceiver::receive_into(const std::vector<std::uintptr_t>& to, StreamHan
                                 std::uint32_t microbatch) {
   const Current current(*rank_->gpu());
   const std::uint32_t slot = front(compute, step, microbatch);
+  // It was read before, for the caller to make memory for it.
+  if (inbox_.news() != nullptr || inbox_.place() == kInSlot || to.size() != inbox_.form().count())
+    throw corrupt_ring("a message that changes", "one that stays as it was sent");
   lender_->await(slot, compute, peer_);
   lender_->copy_out(slot, inbox_.place(), inbox_.form(), to);
   pop();

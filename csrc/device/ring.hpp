@@ -45,6 +45,7 @@ namespace pipex::device {
 /// What the consumer offers in the ring: payloads of so many bytes.
 struct PayloadOffer {
   std::atomic<std::uint32_t> generation;  // from 1; 0: none yet
+  std::atomic<std::uint32_t> taken;       // the generation that the producer has mapped
   std::uint64_t bytes;
   MemoryOffer memory;
 };
@@ -65,7 +66,8 @@ class RingSender {
   void connect(const Address& address, const MemoryOffer& written);
 
   /// Whether a message of so many bytes goes from device to device now; else its tensors must be sent from host memory.
-  /// Throws NamedError (NativeUnavailable) where what the consumer has offered since cannot be mapped.
+  /// Throws NamedError where what the consumer has offered since cannot be mapped: NativeUnavailable, MessageMismatch.
+  /// Throws Aborted.
   bool fits(std::size_t payload_bytes);
 
   /// Enqueues copies behind what `compute` holds now. The sources must stay until Rank::sent() counts the message.
@@ -78,7 +80,7 @@ class RingSender {
                       std::uint32_t microbatch);
 
   std::uint64_t grown() const { return payloads_.empty() ? 0 : payloads_.size() - 1; }
-  std::size_t bytes() const { return payload_bytes_ * size_.slots(); }
+  std::size_t bytes() const { return mapped_bytes_ + (outbox_ ? outbox_->bytes() : 0); }
 
   /// Waits until the send stream is done, and lets go of the peer's memory. Safe to repeat.
   void close() noexcept;
@@ -94,6 +96,7 @@ class RingSender {
   std::unique_ptr<PeerMemory> written_;
   std::vector<std::unique_ptr<PeerMemory>> payloads_;  // by generation
   std::size_t payload_bytes_ = 0;                      // of each in the newest
+  std::size_t mapped_bytes_ = 0;                       // of all
   std::vector<std::uint64_t> uses_;                    // by slot
 };
 
@@ -110,7 +113,7 @@ class DeviceLender final : public Lender {
   void grow(std::size_t bytes);
 
   /// Throws MessageMismatch if the payload of a slot's message cannot be there.
-  void check_place(std::uint8_t place, const MessageForm& form);
+  void check_place(std::uint8_t place, const MessageForm& form) const;
 
   /// Lets `stream` wait for a slot's next message. Throws NamedError (MessageMismatch, CudaError).
   void await(std::uint32_t slot, StreamHandle stream, int peer);
@@ -119,8 +122,7 @@ class DeviceLender final : public Lender {
   Received lend_payload(std::uint32_t slot, std::uint8_t place, const MessageForm& form);
 
   /// Copies the tensors of a slot that was awaited to where the caller wants them, and gives it back.
-  void copy_out(std::uint32_t slot, std::uint8_t place, const MessageForm& form,
-                const std::vector<std::uintptr_t>& to);
+  void copy_out(std::uint32_t slot, std::uint8_t place, const MessageForm& form, const std::vector<std::uintptr_t>& to);
 
   /// Throws what went wrong when a slot was given back, where nothing can be thrown.
   void raise_failure();
@@ -147,7 +149,6 @@ class DeviceLender final : public Lender {
   const std::uint32_t slots_;
   const std::shared_ptr<OwnMemory> written_;  // flags
   std::vector<Payloads> payloads_;            // by generation
-  std::size_t taken_ = 0;                     // generations that the producer is known to have mapped
   std::unique_ptr<PeerMemory> released_;      // null: not connected yet, or closed
   std::vector<Use> uses_;                     // by slot
   std::vector<bool> on_device_;               // by slot: whether it was awaited, so that a flag gives it back
@@ -177,7 +178,7 @@ class RingReceiver {
   /// NamedError (MessageMismatch, InputError, CudaError, OutOfDeviceMemory), Aborted.
   Received receive(StreamHandle compute, std::uint64_t step, std::uint32_t microbatch, const MessageForm*& form);
 
-  /// The same, into memory of the caller's.
+  /// The same, into memory of the caller's. Throws as receive().
   void receive_into(const std::vector<std::uintptr_t>& to, StreamHandle compute, std::uint64_t step,
                     std::uint32_t microbatch);
 

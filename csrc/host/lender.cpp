@@ -12,7 +12,7 @@ namespace pipex {
 namespace {
 
 constexpr dlpack::Device kHost{dlpack::kCpu, 0};
-constexpr std::size_t kAlignment = 64;  // what torch's own allocator gives
+Loan nothing;  // of a message without tensors, whose slot is back before it is looked at
 
 void let_go(dlpack::ManagedTensor* managed) { static_cast<LentTensor*>(managed->context)->loan->give_back(); }
 
@@ -62,8 +62,9 @@ const Segment& Lender::memory(std::uint32_t slot) {
   auto& cell = *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot));
   const std::uint64_t generation = cell.generation.load();
   if (!memories_[slot] || mapped_[slot] != generation) {
+    const Address address = cell.address;  // copied: it lies in shared memory
     memories_[slot].reset();
-    memories_[slot].emplace(Segment::open(cell.address));
+    memories_[slot].emplace(Segment::open(address));
     memories_[slot]->close_descriptor();
     mapped_[slot] = generation;
     cell.opened.store(generation);
@@ -88,7 +89,7 @@ Received Lender::receive(std::uint32_t slot, const MessageForm& form) {
 Received Lender::lend(std::uint32_t slot, const MessageForm& form, std::byte* payload, dlpack::Device device) {
   if (form.count() == 0) {  // nothing that could be held
     give_back(slot);
-    return hand_over(loans_[slot], nullptr, form, device);
+    return Received(&nothing);
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -115,12 +116,13 @@ Received Lender::hand_over(Loan& loan, std::byte* payload, const MessageForm& fo
     std::copy_n(record.shape, record.dimensions, tensor.shape);
     std::copy_n(record.strides, record.dimensions, tensor.strides);
     tensor.loan = &loan;
-    tensor.managed.tensor = {payload + record.offset, device, record.dimensions, {record.code, record.bits, 1},
-                             tensor.shape, tensor.strides, 0};
+    tensor.managed.tensor = {
+        payload + record.offset, device, record.dimensions, {record.code, record.bits, 1}, tensor.shape,
+        tensor.strides,          0};
     tensor.managed.context = &tensor;
     tensor.managed.deleter = let_go;
   }
-  if (form.count() > 0) loan.lender = shared_from_this();
+  loan.lender = shared_from_this();
   loan.in_use.store(form.count());
   return Received(&loan);
 }
@@ -132,8 +134,9 @@ std::uint32_t Lender::lent() {
 
 Received Lender::copy_out(std::uint32_t slot, const MessageForm& form) {
   auto loan = std::make_unique<Loan>();
-  const std::size_t rounded = std::max<std::size_t>(1, (form.payload_bytes() + kAlignment - 1) / kAlignment) * kAlignment;
-  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded)));
+  const std::size_t rounded =
+      std::max<std::size_t>(1, (form.payload_bytes() + kTensorAlignment - 1) / kTensorAlignment) * kTensorAlignment;
+  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kTensorAlignment, rounded)));
   if (loan->copy == nullptr) throw std::bad_alloc();
   std::memcpy(loan->copy.get(), memories_[slot]->data() + form.payload(), form.payload_bytes());
   give_back(slot);

@@ -1,7 +1,6 @@
 #include "host/mailbox.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <string>
 #include <string_view>
@@ -10,12 +9,6 @@
 #include "host/copy.hpp"
 
 namespace pipex {
-namespace {
-
-constexpr std::chrono::seconds kEndIsKnownWithin{2};
-
-}  // namespace
-
 Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
                const MessageHeader& edge)
     : member_(std::move(member)),
@@ -64,8 +57,15 @@ std::byte* Outbox::memory(std::uint32_t slot, std::size_t bytes) {
       room_ = std::max(bytes, room_ + room_ / 2);
     }
     if (memory) bytes_ -= memory->size();
+    std::erase(unopened_, slot);
     memory.reset();  // before there is more: the consumer has let go of the slot, and maps the new one next
-    memory.emplace(Segment::create(room_));
+    try {
+      memory.emplace(Segment::create(room_));
+    } catch (...) {
+      away_[slot] = false;  // not taken after all
+      stack_.push_back(slot);
+      throw;
+    }
     bytes_ += memory->size();
     cell(slot).address = memory->address();
     cell(slot).generation.fetch_add(1);
@@ -122,15 +122,12 @@ std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
   return *slot;
 }
 
-/// The memory of a filled slot. One that cannot be mapped may be of a producer that has ended since: then it is that
-/// which all ranks are told.
-const Segment& Inbox::memory(std::uint32_t slot) {
+/// A slot's memory is mapped when its message is read, and may have gone with its producer by then.
+const Segment& Inbox::memory(std::uint32_t slot) const {
   try {
     return lender_.memory(slot);
   } catch (const NamedError& error) {
-    if (std::string_view(error.python_class) != "InputError") throw;
-    const std::int64_t until = now_ns() + std::chrono::nanoseconds(kEndIsKnownWithin).count();
-    member_->wait_polling(peer_, [until] { return now_ns() > until; });
+    if (std::string_view(error.python_class) == "InputError") member_->raise_if_ending();
     throw;
   }
 }
@@ -163,7 +160,6 @@ void Inbox::read(std::uint32_t slot) {
 void Inbox::pop() {
   ready_.pop();
   ++needed_.sequence;
-  new_form_ = false;
 }
 
 }  // namespace pipex

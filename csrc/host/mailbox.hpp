@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "host/lender.hpp"
@@ -47,7 +48,7 @@ class Outbox {
   void publish(std::uint32_t slot, const MessageForm& form, std::uint8_t place, std::uint64_t step,
                std::uint32_t microbatch);
 
-  const std::byte* offer() const { return ring_.data() + layout_.offer(); }
+  std::byte* offer() const { return ring_.data() + layout_.offer(); }
 
   /// How often a message was larger than all before it, and the bytes of all slots now.
   std::uint64_t grown() const { return grown_; }
@@ -56,9 +57,7 @@ class Outbox {
  private:
   bool collect();
   void close_descriptors();
-  SlotCell& cell(std::uint32_t slot) const {
-    return *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot));
-  }
+  SlotCell& cell(std::uint32_t slot) const { return *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot)); }
 
   const std::shared_ptr<Member> member_;
   const int peer_;
@@ -84,13 +83,15 @@ class Inbox {
   std::uint32_t front(std::uint64_t step, std::uint32_t microbatch);
   void pop();
 
-  /// Of the message at the front: what it is, where it lies, and whether it is another form than the one before it.
+  /// Of the message at the front: what it is, and where it lies.
   const MessageForm& form() const { return *form_; }
   std::uint8_t place() const { return place_; }
-  bool is_new_form() const { return new_form_; }
+
+  /// The form, where the caller has not been told of it; else null.
+  const MessageForm* news() { return std::exchange(new_form_, false) ? &*form_ : nullptr; }
 
  private:
-  const Segment& memory(std::uint32_t slot);
+  const Segment& memory(std::uint32_t slot) const;
   void read(std::uint32_t slot);
 
   const std::shared_ptr<Member> member_;
@@ -101,7 +102,7 @@ class Inbox {
   std::optional<MessageForm> form_;
   std::string table_;  // of the message at the front
   std::uint8_t place_ = kInSlot;
-  bool new_form_ = false;
+  bool new_form_ = false;  // since the last news()
 };
 
 }  // namespace pipex

@@ -9,8 +9,6 @@
 namespace pipex {
 namespace {
 
-constexpr std::size_t kAlignment = 64;  // of every tensor, as torch's own allocator gives
-
 NamedError impossible(const std::string& what) {
   return {"MessageMismatch", "a message between two ranks says what cannot be", what, "a tensor within its message",
           "use one version of pipex on all ranks; if it is one, some code writes out of bounds"};
@@ -19,20 +17,23 @@ NamedError impossible(const std::string& what) {
 /// Throws if the tensor's bytes cannot be counted.
 std::size_t span_of(const TensorRecord& record) {
   if (record.dimensions > kMaxDimensions) throw impossible(std::to_string(record.dimensions) + " dimensions");
-  if (record.bits == 0 || record.bits % 8 != 0) throw impossible("elements of " + std::to_string(record.bits) + " bits");
+  if (record.bits == 0 || record.bits % 8 != 0)
+    throw impossible("elements of " + std::to_string(record.bits) + " bits");
   const auto is_set = [](auto value) { return value != 0; };
   if (std::any_of(std::begin(record.unused), std::end(record.unused), is_set) ||
       std::any_of(record.shape + record.dimensions, std::end(record.shape), is_set) ||
       std::any_of(record.strides + record.dimensions, std::end(record.strides), is_set) || record.wants_gradient > 1)
     throw impossible("something where nothing may stand");
-  std::int64_t last = 0;  // element
+  std::int64_t last = 0;      // element
+  std::int64_t elements = 1;  // an expanded tensor has more of them than bytes
   bool empty = false;
   for (int i = 0; i < record.dimensions; ++i) {
     std::int64_t reach;
     if (record.shape[i] < 0 || record.strides[i] < 0) throw impossible("a size or stride below 0");
     empty = empty || record.shape[i] == 0;
-    if (record.shape[i] > 0 && (__builtin_mul_overflow(record.shape[i] - 1, record.strides[i], &reach) ||
-                                __builtin_add_overflow(last, reach, &last)))
+    if (record.shape[i] > 0 &&
+        (__builtin_mul_overflow(record.shape[i] - 1, record.strides[i], &reach) ||
+         __builtin_add_overflow(last, reach, &last) || __builtin_mul_overflow(elements, record.shape[i], &elements)))
       throw impossible("a tensor larger than any memory");
   }
   std::int64_t bytes;
@@ -46,7 +47,7 @@ std::size_t span_of(const TensorRecord& record) {
 
 std::size_t MessageForm::payload_of(std::size_t count) {
   const std::size_t bytes = sizeof(MessageHeader) + count * sizeof(TensorRecord);
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return (bytes + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
 }
 
 MessageForm::MessageForm(std::string table, std::uint64_t payload_bytes)
@@ -56,7 +57,7 @@ MessageForm::MessageForm(std::string table, std::uint64_t payload_bytes)
   if (!records_.empty()) std::memcpy(records_.data(), table_.data(), table_.size());
   for (const TensorRecord& record : records_) {
     const std::size_t span = span_of(record);
-    if (record.offset % kAlignment != 0 || record.offset > payload_bytes || span > payload_bytes - record.offset)
+    if (record.offset % kTensorAlignment != 0 || record.offset > payload_bytes || span > payload_bytes - record.offset)
       throw impossible(std::to_string(span) + " bytes at " + std::to_string(record.offset) + " of " +
                        std::to_string(payload_bytes));
     spans_.push_back(span);

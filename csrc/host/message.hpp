@@ -15,7 +15,8 @@
 namespace pipex {
 
 constexpr int kMaxDimensions = 8;
-constexpr std::size_t kMaxTensors = 4096;  // of one message: a bound for what another process may claim
+constexpr std::size_t kTensorAlignment = 64;  // of every tensor, as torch's own allocator gives
+constexpr std::size_t kMaxTensors = 4096;     // of one message: a bound for what another process may claim
 
 /// Where a message's bytes lie.
 enum : std::uint8_t { kInSlot = 0 };  // else in the consumer's device memory of this generation
@@ -36,7 +37,7 @@ struct TensorRecord {
   std::uint8_t dtype, dimensions, wants_gradient;
   std::uint8_t code, bits;  // DLPack's
   std::uint8_t unused[3];
-  std::uint64_t offset;  // from the first tensor's beginning
+  std::uint64_t offset;                                         // from the first tensor's beginning
   std::int64_t shape[kMaxDimensions], strides[kMaxDimensions];  // in elements
 };
 static_assert(sizeof(TensorRecord) == 144);

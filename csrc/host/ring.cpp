@@ -10,9 +10,9 @@ RingReceiver::RingReceiver(std::shared_ptr<Member> member, int peer, const RingS
 
 Received RingReceiver::receive(std::uint64_t step, std::uint32_t microbatch, const MessageForm*& form) {
   const std::uint32_t slot = inbox_.front(step, microbatch);
-  form = inbox_.is_new_form() ? &inbox_.form() : nullptr;
   if (inbox_.place() != kInSlot) throw corrupt_ring("a message in device memory", "one in host memory");
   Received received = lender_->receive(slot, inbox_.form());
+  form = inbox_.news();
   inbox_.pop();
   return received;
 }

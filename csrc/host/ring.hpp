@@ -38,6 +38,9 @@ class RingReceiver {
   /// HeaderMismatch, MessageMismatch, InputError, Aborted.
   Received receive(std::uint64_t step, std::uint32_t microbatch, const MessageForm*& form);
 
+  /// Of the last message.
+  const MessageForm& form() const { return inbox_.form(); }
+
   std::uint32_t lent() { return lender_->lent(); }
 
  private:

@@ -4,9 +4,9 @@
     world = join(run, rank, torch.device("cuda", rank))
 
 The host part is that of ``pipex.transport.host``: the same control page, the same watch over peers. Tensors are copied
-by the GPU's copy engine from where the producer computed them into a slot of the consumer's memory, where they are used;
-streams wait for them, no host does. A message larger than all before it goes through host memory, and the consumer makes
-larger slots. Where the GPUs cannot do that, all ranks go over host memory instead and say why.
+by the GPU's copy engine from where the producer computed them into a slot of the consumer's memory, where they are
+used; streams wait for them, no host does. A message larger than all before it goes through host memory, and the
+consumer makes larger slots. Where the GPUs cannot do that, all ranks go over host memory instead and say why.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class DeviceSender:
 
     @property
     def buffers(self) -> Buffers:
-        return Buffers(self._ring.bytes, self._ring.grown)
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         world, ring = self._world, self._ring

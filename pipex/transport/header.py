@@ -70,7 +70,7 @@ class Header(NamedTuple):
     source: int
     destination: int
     kind: str
-    count: int
+    tensors: int
     microbatch: int
     step: int
     sequence: int
@@ -78,7 +78,7 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         return LAYOUT.pack(
-            MAGIC, VERSION, self.digest, self.source, self.destination, KINDS.index(self.kind), 0, self.count,
+            MAGIC, VERSION, self.digest, self.source, self.destination, KINDS.index(self.kind), 0, self.tensors,
             self.microbatch, self.step, self.sequence, self.nbytes,
         )  # fmt: skip
 

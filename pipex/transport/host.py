@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import InputError, PeerError, headline
+from pipex.errors import InputError, MessageMismatch, PeerError, headline
 from pipex.torch_internals import from_dlpack
 from pipex.transport.header import AS_BYTES, as_sent, describe, edge_header, is_spread, mismatch, pack_table, read_table
 from pipex.transport.interface import (
@@ -41,6 +41,7 @@ TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
 
 MAX_TIMEOUT = 1e9
+
 
 class HostRun:
     """The control page of a run on one host: who is there, who does what, and how the run ended."""
@@ -148,10 +149,9 @@ class HostWorld:
                 links.receivers[edge] = HostReceiver(self, spec, incoming[str(spec)])
             elif spec.source_rank == self.rank:
                 address = bytes.fromhex(offers[spec.destination_rank][str(spec)])
-                ring = _native.RingSender(
+                links.senders[edge] = HostSender(self, spec, _native.RingSender(
                     self._member, spec.destination_rank, address, spec.slots, spec.alive, edge_header(spec, digest)
-                )
-                links.senders[edge] = HostSender(self, spec, ring)
+                ))  # fmt: skip
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
         for ring in incoming.values():
             ring.close_descriptor()
@@ -246,7 +246,7 @@ class HostSender:
 
     @property
     def buffers(self) -> Buffers:
-        return Buffers(self._ring.bytes, self._ring.grown)
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         form, sent = self._forms.of(tensors)
@@ -266,12 +266,24 @@ class Tables:
     def __init__(self) -> None:
         self.form: Form = ()
         self._finish: list[tuple[torch.dtype | None, bool]] = []
+        self._problem: MessageMismatch | None = None  # of the last table: it is told only once
 
     def learn(self, seen: tuple[bytes, int] | None) -> None:
-        """Takes the table of a message, where it is another than that of the message before it."""
+        """Takes the table of a message, where it is another than that of the message before it.
+
+        Raises:
+            MessageMismatch: no pipex writes such a table.
+        """
         if seen is not None:
-            self.form, _ = read_table(seen[0])
+            try:
+                self.form, _ = read_table(seen[0])
+                check_gradients(self.form)
+                self._problem = None
+            except MessageMismatch as error:
+                self._problem = error
             self._finish = [(t.dtype if t.dtype in AS_BYTES else None, t.wants_gradient) for t in self.form]
+        if self._problem is not None:
+            raise self._problem
 
     def tensors(self, capsules: Sequence[object]) -> tuple[Tensor, ...]:
         """The tensors of a message of the learned form."""
@@ -282,6 +294,13 @@ class Tables:
                 tensor = tensor.view(view)
             tensors.append(tensor.requires_grad_() if wanted else tensor)
         return tuple(tensors)
+
+
+def check_gradients(form: Form) -> None:
+    for tensor in form:
+        if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            raise MessageMismatch(f"a gradient is wanted of a tensor of dtype {tensor.dtype}",
+                                  fix="use one version of pipex on all ranks")  # fmt: skip
 
 
 class HostReceiver:

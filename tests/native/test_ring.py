@@ -116,7 +116,7 @@ def test_header_fields_patched_by_the_ring_stand_where_the_format_says(ring: Rin
         with pytest.raises(_native.HeaderMismatch) as caught:
             ring.receiver.receive(5, 6)
         got, needed = caught.value.args
-        of = HEADER._replace(sequence=message, count=1, nbytes=BYTES)
+        of = HEADER._replace(sequence=message, tensors=1, nbytes=BYTES)
         assert got == of._replace(microbatch=70_000 + message, step=2**40 + message).pack()
         assert needed == of._replace(microbatch=6, step=5).pack()
         ring.receiver.receive(2**40 + message, 70_000 + message)

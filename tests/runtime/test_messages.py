@@ -147,8 +147,10 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 
 def gradient_bytes() -> dict[str, int]:
-    pipe = pipex.Pipeline([Masked(), First()], pipex.build("1f1b", 2, 2), F.mse_loss,
-                          optimizer=lambda parameters: torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.1))  # fmt: skip
+    pipe = pipex.Pipeline(
+        [Masked(), First()], pipex.build("1f1b", 2, 2), F.mse_loss,
+        optimizer=lambda parameters: torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.1),
+    )  # fmt: skip
     pipe.step((torch.randn(4, 4), torch.randn(4, 1000)), torch.randn(4, 4))
     return {edge: buffers.nbytes for edge, buffers in pipe.buffers.items()}
 

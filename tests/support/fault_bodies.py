@@ -31,9 +31,7 @@ def stand_still(fate: str, notes: str, library: str | None) -> None:
     """
     world: Any = pipex.current_world()
     gpu = machine_of(world, library)
-    specs = [
-        EdgeSpec(source, to, "activation", source, to, 2, 1) for source, to in [(1, 0), (1, 2), (0, 1), (2, 1)]
-    ]
+    specs = [EdgeSpec(source, to, "activation", source, to, 2, 1) for source, to in [(1, 0), (1, 2), (0, 1), (2, 1)]]
     links = world.open(specs, DIGEST)
     ones = torch.ones(256, 256, device=world.device)
     for message in range(2):  # the first one makes room for what comes after it

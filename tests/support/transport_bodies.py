@@ -165,6 +165,7 @@ def messages_are_right_while_streams_change(world: DeviceWorld, gpu: Machine) ->
 
 def tensors_that_autograd_saved_stay_right(world: DeviceWorld, gpu: Machine) -> None:
     """A wrong gradient means that a slot was filled again while a graph still held it."""
+
     def values(message: int, rank: int) -> Tensor:  # whole numbers: every sum is exact
         places = torch.arange(64 * 64, device=world.device)
         return ((places * 7 + 3 * message + rank) % 17).double().reshape(64, 64)

@@ -273,7 +273,7 @@ def test_ranks_with_different_edges_or_plans_are_told_both_values() -> None:
     def open_differently(world: HostWorld) -> HostLinks:
         return world.open([edge_spec(slots=3 + world.rank)], DIGEST)
 
-    with joined(2) as worlds, pytest.raises(ConfigMismatch, match="4 slots.*3 slots"):
+    with joined(2) as worlds, pytest.raises(ConfigMismatch, match=r"4 slots.*3 slots"):
         each(worlds, open_differently)
     with joined(2) as worlds, pytest.raises(ConfigMismatch, match=r"plan 0101.*plan 0000"):
         each(worlds, lambda world: world.open([], bytes([world.rank] * 16)))

@@ -84,9 +84,7 @@ def open_with(spec: EdgeSpec, digest: bytes) -> Callable[[Any], None]:
 
 
 def header(microbatch: int = 5, step: int = 2) -> str:
-    return (
-        f"micro-batch {microbatch} of step {step}, activation 0→1, message 0, plan 00010203 (2 tensors, 96 bytes)"
-    )
+    return f"micro-batch {microbatch} of step {step}, activation 0→1, message 0, plan 00010203 (2 tensors, 96 bytes)"
 
 
 def mismatch(got: str) -> str:
@@ -154,8 +152,8 @@ FAILURES = {
     "another plan": Failure(
         open_with(SPEC, DIGEST), open_with(SPEC, b"\xff" * 16),
         {0: ("ConfigMismatch", f"rank 0 and rank 1 were started with different plans; got on rank 1: plan "
-                               f"{'ff' * 16}; needed as on rank 0: plan {DIGEST.hex()}; give all ranks the same plan and "
-                               "model")},
+                               f"{'ff' * 16}; needed as on rank 0: plan {DIGEST.hex()}; give all ranks the same plan "
+                               "and model")},
     ),
     "is killed": Failure(wait, kill(signal.SIGKILL), {0: ("PeerLost", "rank 1 is gone: …")}),
     "is stopped": Failure(wait, kill(signal.SIGSTOP), {0: ("PeerStalled", "rank 1 is stopped: no …")}, timeout=1.5),

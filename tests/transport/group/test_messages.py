@@ -218,7 +218,7 @@ def test_a_number_or_size_that_is_not_its_table_s_is_refused(changes: dict[str, 
 
 
 def test_what_no_memory_holds_is_refused_by_name() -> None:
-    header, _ = head_of(TENSORS, count=1, nbytes=1 << 60)
+    header, _ = head_of(TENSORS, tensors=1, nbytes=1 << 60)
     with pytest.raises(OutOfSharedMemory, match=f"got {1 << 60} bytes"):
         received(header + row(size0=1, size1=1 << 58), BODY)
 
