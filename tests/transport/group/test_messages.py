@@ -223,6 +223,12 @@ def test_what_no_memory_holds_is_refused_by_name() -> None:
         received(header + row(size0=1, size1=1 << 58), BODY)
 
 
+def test_a_tensor_is_read_from_where_its_table_says() -> None:
+    header, _ = head_of(TENSORS, count=1, nbytes=64 + 24)
+    body = torch.cat([torch.zeros(64, dtype=torch.uint8), TENSORS[0].view(torch.uint8).reshape(-1)])
+    assert torch.equal(received(header + row(begin=64), body)[0], TENSORS[0])
+
+
 @pytest.mark.parametrize("change", [place for place in range(BYTES) if place not in (COUNT, COUNT + 1)])
 def test_no_byte_of_a_header_may_be_another_one(change: int) -> None:
     header, table = head_of(TENSORS)
