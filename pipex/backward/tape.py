@@ -62,7 +62,7 @@ class Splitter:
     """Makes tapes for one stage.
 
     Args:
-        parameters: the stage's parameters; frozen ones are skipped, repeated ones (tied) are counted once.
+        parameters: the stage's parameters; frozen ones are skipped while they are, repeated ones (tied) count once.
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
 
@@ -72,7 +72,7 @@ class Splitter:
 
     def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
         require_autograd()
-        self._recordable = {id(p): p for p in parameters if p.requires_grad}
+        self._recordable = {id(p): p for p in parameters}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
         self.fused = FusedProducts(self.accumulators)
@@ -89,6 +89,12 @@ class Splitter:
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
         return Splitter(module.parameters(), exact)
+
+    def close(self) -> None:
+        """Lets go of the parameters; another one takes over."""
+        for handle in self._unproven:
+            handle.remove()
+        self._unproven.clear()
 
     def fuses(self, dy: Tensor) -> bool:
         """Whether the contract ``fused`` holds for an operation with this gradient."""
@@ -112,7 +118,7 @@ class Splitter:
             return known
         fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
         if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
-            return None  # not ours, frozen when the tapes' owner was made, or not recorded everywhere
+            return None  # not ours, or not recorded everywhere
         self._watch(parameter)
         self._aliases[id(parameter)] = alias = parameter.detach()
         return alias

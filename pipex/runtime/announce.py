@@ -1,8 +1,7 @@
 """Finds out what will travel between the stages, before the first message does.
 
 Every stage in turn runs one forward without gradients, on zeros of the announced form (stage 0: on the real
-micro-batch), for each size that a micro-batch has. Buffers and random numbers are put back afterwards. The same run
-shows which layers draw random numbers.
+micro-batch), for each size that a micro-batch has. Buffers and random numbers are put back afterwards.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def announce(
                 inputs = sample if runners[stage].first else _zeros(result[size].activation[stage], device)
                 assert inputs is not None
                 own[size] = _encode(_probe(runners[stage], inputs, device))
-        if after is None:  # nothing to announce, but its random layers had to be found too
+        if after is None:  # nothing to announce
             break
         for size, encoded in share(world, "the announcement", own)[rank].items():
             form = _decode(encoded)
@@ -68,20 +67,9 @@ def announce(
 
 
 def _probe(runner: StageRunner, inputs: tuple[Tensor, ...], device: torch.device) -> Form:
-    """One forward, layer by layer; returns the form of its output and notes the layers that draw random numbers."""
-    generator = seeding.generator(device)
-    drawing = set()
-
-    @contextmanager
-    def watched(position: int) -> Iterator[None]:
-        before = generator.get_state()
-        yield
-        if not torch.equal(before, generator.get_state()):
-            drawing.add(position)
-
-    with torch.no_grad(), _buffers_kept(runner.stage), seeding.seeded(device, 0):
-        output = runner.stage.run(inputs, watched)
-    runner.random_layers |= drawing
+    """One forward; returns the form of its output."""
+    with torch.no_grad(), _buffers_kept(runner.stage), seeding.Seeds(device, 0).apart(0, 0):
+        output = runner.stage(*inputs)
     return () if runner.last else form_of(output_tensors(runner.stage, output))
 
 

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, UnsupportedModule
-from pipex.partition.stage import NOTHING, Stage
+from pipex.partition import Stage
 from pipex.plan import Placement
-from pipex.runtime import seeding
+from pipex.runtime.received import Received, apart
+from pipex.runtime.seeding import Seeds
+from pipex.runtime.survey import survey
+from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -26,7 +29,7 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
         UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
     """
     tensors = output if isinstance(output, tuple) else (output,)
-    for tensor in tensors:
+    for tensor in tensors or [()]:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise UnsupportedModule(
                 f"stage {stage.index} cannot hand its output to the next stage",
@@ -52,7 +55,7 @@ def differentiable(tensor: Tensor) -> bool:
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
-    inputs: tuple[Tensor, ...]
+    received: Received
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
     gradient_of: tuple[bool, ...]  # which differentiable outputs have a root
     tape: Tape | None  # None where the backward is not split
@@ -65,9 +68,9 @@ class StageRunner:
         stage: the stage; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
         loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
-        device: where the stage lives.
-        seed: seed of all random layers.
+        seeds: of the random layers, and of the loss.
         exact: as of ``Splitter``.
+        accumulators: of the parameters that other stages of this process hold too.
     """
 
     def __init__(
@@ -75,29 +78,46 @@ class StageRunner:
         stage: Stage,
         placement: Placement,
         loss_fn: LossFunction,
-        device: torch.device,
-        seed: int,
+        seeds: Seeds,
         exact: bool | None,
+        accumulators: Accumulators,
     ) -> None:
         self.stage = stage
         self.index = stage.index
         self.first = placement.before(stage.index) is None
         self.last = placement.after(stage.index) is None
-        self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
         self._loss_fn = loss_fn
-        self._device = device
-        self._seed = seed
+        # None of torch's functions that are losses does.
+        self._loss_draws = self.last and getattr(loss_fn, "__module__", None) != "torch.nn.functional"
+        self._seeds = seeds
+        self._exact = exact
+        self._accumulators = accumulators
         self._splitter = Splitter.of(stage, exact)
-        self._buffers = {_memory(buffer) for buffer in stage.buffers()} - {0}
+        self.survey = survey(stage)
+
+    def look(self) -> None:
+        """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
+        before, self.survey = self.survey.parameters, survey(self.stage)
+        if list(map(id, before)) != list(map(id, self.survey.parameters)):
+            self._splitter.close()
+            self._splitter = Splitter.of(self.stage, self._exact)
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
-        """The stage's output, with its random layers seeded while it trains."""
-        if not self.random_layers or not self.stage.training:
-            return self.stage(*inputs)
-        seeds = seeding.of_layers(self._device, self._seed, step, microbatch, self.stage.first_layer)
-        return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
+        """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
+        stage, drawing = self.stage, self.survey.drawing
+        if not drawing and not self._loss_draws:
+            return stage(*inputs)
+        seed, first = self._seeds.of(step, microbatch), stage.first_layer
+        stage.before_layer = lambda position: seed(first + position) if position in drawing else None
+        try:
+            output = stage(*inputs)
+        finally:
+            stage.before_layer = None
+        if self._loss_draws:
+            seed(first + len(stage.layers))
+        return output
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
@@ -111,25 +131,31 @@ class StageRunner:
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
-        if not self.first:
+        received = _NOTHING
+        if self.first:
+            inputs = apart(inputs)
+        else:
             for tensor in inputs:
                 if differentiable(tensor):
                     tensor.requires_grad_()
+            received = Received(inputs, self.survey.plain)
+            inputs = received.handed
         if split:
             with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
             output = self.compute(step, microbatch, inputs)
+        received.check_use()
         if self.last:
             loss = self.loss(output, target, weight)
             self.losses[microbatch] = loss.detach()
             roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
-            self.live[microbatch] = _Live(inputs, roots, (), tape)
+            self.live[microbatch] = _Live(received, roots, (), tape)
             return ()
         outputs = self.message(output)
         mask = tuple(t.requires_grad for t in outputs if differentiable(t))
-        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
+        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], mask, tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -140,7 +166,11 @@ class StageRunner:
             UnsupportedModule: as ``output_tensors``.
         """
         tensors = output_tensors(self.stage, output)
-        return tuple(t.clone() if _memory(t) in self._buffers else t for t in tensors) if self._buffers else tensors
+        if not self.survey.buffers:
+            return tensors
+        # As they are now: a forward may put another tensor in a buffer's place.
+        buffers = {_memory(b) for kept in self.survey.buffers for b in kept.values() if b is not None} - {0}
+        return tuple(t.clone() if _memory(t) in buffers else t for t in tensors)
 
     def loss(self, output: Any, target: Any, weight: float) -> Tensor:
         """The weighted mean loss of one micro-batch.
@@ -161,26 +191,27 @@ class StageRunner:
         """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
-        inputs = [t for t in live.inputs if t.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(inputs)
         if live.roots:
-            found = live.tape.backward_input(live.roots, self._seeds_of(live, gradients), inputs)
-        live.roots, live.inputs = (), ()
-        return _dense(found, inputs)
+            with self._accumulators.during(self.index):
+                live.tape.backward_input(live.roots, self._seeds_of(live, gradients), ())
+        found = live.received.gradients()
+        live.roots, live.received = (), _NOTHING
+        return found
 
     def backward_weight(self, microbatch: int, more: bool) -> None:
         """W. ``more`` says that the rank's next action is the stage's next W (``Tape.backward_weight``)."""
         tape = self.live.pop(microbatch).tape
         assert tape is not None, "the plan said B for this micro-batch"
-        tape.backward_weight(more)
+        with self._accumulators.during(self.index):
+            tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
-        inputs = [t for t in live.inputs if t.requires_grad]
         if live.roots:
-            torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
-        return _dense([t.grad for t in inputs], inputs)
+            with self._accumulators.during(self.index):
+                torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
+        return live.received.gradients()
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
@@ -194,6 +225,4 @@ class StageRunner:
         return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
 
 
-def _dense(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients to send: an input that no output depends on gets zeros, since every announced message must go."""
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
+_NOTHING = Received((), plain=True)

@@ -1,0 +1,81 @@
+"""What a stage gets to work on, so that it may do with it what it may do in one process.
+
+In one process the input of a layer is what the layer before it made, and no leaf of the graph. So a layer may work in
+place on it, and its gradient keeps the strides in which autograd makes it. What arrives from another stage is a leaf, of
+which neither is true: autograd refuses in-place operations on leaves that require grad, and gives their gradients the
+leaf's strides. Hence
+
+    leaf ──unsafe_view──► handed ──► stage          handed has the leaf's memory and strides, is no view of it, and has
+                             └─ hook                a version counter of its own; the hook takes the gradient as it is
+
+The micro-batches of the first stage are views of one batch, which share one version counter: a layer that works in
+place on one of them would seem to have changed them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from pipex.torch_internals import add_hooks, unsafe_view, version
+
+
+class Received:
+    """The tensors of one message, in use by a stage for one micro-batch.
+
+    Args:
+        tensors: leaves; a gradient is wanted of those that require grad.
+        plain: whether the stage begins with a layer that does not work in place and whose gradient has its input's
+            strides, where that is contiguous: the leaves will do then, which takes 5 µs less.
+
+    Attributes:
+        handed: for the stage.
+    """
+
+    __slots__ = ("_gradients", "_leaves", "_plain", "handed")
+
+    def __init__(self, tensors: Sequence[Tensor], plain: bool) -> None:
+        self._leaves = tensors
+        self._plain = plain and all(t.is_contiguous() for t in tensors)
+        self._gradients: dict[int, Tensor] = {}
+        self.handed = tuple(tensors) if self._plain else tuple(self._hand(n, t) for n, t in enumerate(tensors))
+
+    def _hand(self, number: int, leaf: Tensor) -> Tensor:
+        if not leaf.requires_grad:
+            return leaf
+        gradients, handed = self._gradients, unsafe_view(leaf, leaf.shape)
+        if handed.stride() != leaf.stride():  # of a dimension of one element it makes its own
+            handed.data = leaf.data
+
+        def take(gradient: Tensor) -> None:
+            gradients[number] = gradient
+
+        add_hooks(handed, {0: take})
+        return handed
+
+    def check_use(self) -> None:
+        """Called after the forward. Where a tensor was changed in place, so was its leaf, which on one rank may be in
+        the graph of the stage before: autograd's own check must see that there."""
+        if not self._plain:
+            for leaf, handed in zip(self._leaves, self.handed, strict=True):
+                if handed is not leaf and version(handed):
+                    increment_version(leaf)
+        self.handed = ()  # it refers to the graph, and this is kept until the backward
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """After the backward: one for each tensor that requires grad; zeros where nothing depends on it, since its
+        sender waits for it."""
+        found = []
+        for number, leaf in enumerate(self._leaves):
+            if leaf.requires_grad:
+                gradient = leaf.grad if self._plain else self._gradients.get(number)
+                found.append(torch.zeros_like(leaf) if gradient is None else gradient)
+        return tuple(found)
+
+
+def apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A micro-batch of the first stage, whose tensors share memory with the batch, but no version counter."""
+    return tuple(t if t.requires_grad else t.data for t in tensors)
