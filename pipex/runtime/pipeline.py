@@ -24,6 +24,7 @@ from pipex.runtime.arguments import check_arguments
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.trainable import Trainables
 from pipex.runtime.wiring import Wiring
@@ -94,16 +95,19 @@ class Pipeline:
             agree(self.world, "Pipeline(...)", said)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
+            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
             self._runners = {
-                s: StageRunner(self.stages[s].to(device), placement, loss_fn, self._seeds, exact, accumulators)
+                s: StageRunner(
+                    self.stages[s].to(device), placement, loss_fn, self._seeds, exact, accumulators,
+                    watch(self.stages, runnable, s),
+                )
                 for s in placement.stages_of(rank)
-            }
+            }  # fmt: skip
             self._trainables = Trainables(self.stages, self._runners, accumulators)
             self._gradients = Gradients(self.world, self._rank_of, self._trainables)
             parameters = self._trainables.trained
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
-            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             orders = plans.communicate(runnable)
             tied_edges = self._gradients.edges()
             self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)

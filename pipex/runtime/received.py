@@ -1,9 +1,9 @@
 """What a stage gets to work on, so that it may do with it what it may do in one process.
 
 In one process the input of a layer is what the layer before it made, and no leaf of the graph. So a layer may work in
-place on it, and its gradient keeps the strides in which autograd makes it. What arrives from another stage is a leaf, of
-which neither is true: autograd refuses in-place operations on leaves that require grad, and gives their gradients the
-leaf's strides. Hence
+place on it, and its gradient has the strides in which autograd makes it. What arrives from another stage is a leaf, and
+neither is so: autograd refuses in-place operations on leaves that require grad, and gives their gradients the strides
+of the leaf. Hence
 
     leaf ──unsafe_view──► handed ──► stage          handed has the leaf's memory and strides, is no view of it, and has
                              └─ hook                a version counter of its own; the hook takes the gradient as it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime.received import Received, apart
 from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import Watch
 from pipex.runtime.survey import survey
 from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
@@ -71,6 +73,7 @@ class StageRunner:
         seeds: of the random layers, and of the loss.
         exact: as of ``Splitter``.
         accumulators: of the parameters that other stages of this process hold too.
+        watch: over what other stages keep too.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class StageRunner:
         seeds: Seeds,
         exact: bool | None,
         accumulators: Accumulators,
+        watch: Watch | None,
     ) -> None:
         self.stage = stage
         self.index = stage.index
@@ -94,6 +98,7 @@ class StageRunner:
         self._seeds = seeds
         self._exact = exact
         self._accumulators = accumulators
+        self._watch = watch
         self._splitter = Splitter.of(stage, exact)
         self.survey = survey(stage)
 
@@ -107,12 +112,13 @@ class StageRunner:
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
         stage, drawing = self.stage, self.survey.drawing
-        if not drawing and not self._loss_draws:
+        if not drawing and not self._loss_draws and self._watch is None:
             return stage(*inputs)
         seed, first = self._seeds.of(step, microbatch), stage.first_layer
         stage.before_layer = lambda position: seed(first + position) if position in drawing else None
         try:
-            output = stage(*inputs)
+            with self._watch.forward() if self._watch is not None else nullcontext():
+                output = stage(*inputs)
         finally:
             stage.before_layer = None
         if self._loss_draws:
