@@ -157,7 +157,7 @@ def is_compiled(module: nn.Module) -> bool:
 version: Callable[[Tensor], int] = _attribute("torch.Tensor", "_version", "autograd's own check for in-place changes")
 base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base", "what a view is of")
 unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _autograd(
-    "torch.ops.aten._unsafe_view.default", "the memory of another tensor without being a view of it"
+    "torch.ops.aten._unsafe_view.default._op", "the memory of another tensor without being a view of it"
 )
 is_view: Callable[[Tensor], bool] = _autograd("torch.Tensor._is_view", "views must not be detached in place")
 hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute(

@@ -29,41 +29,29 @@ class Received:
     Args:
         tensors: leaves; a gradient is wanted of those that require grad.
         plain: whether the stage begins with a layer that does not work in place and whose gradient has its input's
-            strides, where that is contiguous: the leaves will do then, which takes 5 µs less.
+            strides, where that is contiguous: the leaves will do then, which takes half of the time.
 
     Attributes:
         handed: for the stage.
     """
 
-    __slots__ = ("_gradients", "_leaves", "_plain", "handed")
+    __slots__ = ("_gradients", "_leaves", "handed")
 
     def __init__(self, tensors: Sequence[Tensor], plain: bool) -> None:
-        self._leaves = tensors
-        self._plain = plain and all(t.is_contiguous() for t in tensors)
-        self._gradients: dict[int, Tensor] = {}
-        self.handed = tuple(tensors) if self._plain else tuple(self._hand(n, t) for n, t in enumerate(tensors))
-
-    def _hand(self, number: int, leaf: Tensor) -> Tensor:
-        if not leaf.requires_grad:
-            return leaf
-        gradients, handed = self._gradients, unsafe_view(leaf, leaf.shape)
-        if handed.stride() != leaf.stride():  # of a dimension of one element it makes its own
-            handed.data = leaf.data
-
-        def take(gradient: Tensor) -> None:
-            gradients[number] = gradient
-
-        add_hooks(handed, {0: take})
-        return handed
+        self._leaves = self.handed = tuple(tensors)
+        self._gradients: list[list[Tensor]] | None = None  # per tensor what the hook has got: one or nothing
+        if not (plain and all(t.is_contiguous() for t in tensors)):
+            self._gradients = [[] for _ in tensors]
+            self.handed = tuple(map(_hand, tensors, self._gradients))
 
     def check_use(self) -> None:
         """Called after the forward. Where a tensor was changed in place, so was its leaf, which on one rank may be in
         the graph of the stage before: autograd's own check must see that there."""
-        if not self._plain:
+        if self._gradients is not None:
             for leaf, handed in zip(self._leaves, self.handed, strict=True):
                 if handed is not leaf and version(handed):
                     increment_version(leaf)
-        self.handed = ()  # it refers to the graph, and this is kept until the backward
+            self.handed = ()  # it refers to the graph, and this is kept until the backward
 
     def gradients(self) -> tuple[Tensor, ...]:
         """After the backward: one for each tensor that requires grad; zeros where nothing depends on it, since its
@@ -71,9 +59,19 @@ class Received:
         found = []
         for number, leaf in enumerate(self._leaves):
             if leaf.requires_grad:
-                gradient = leaf.grad if self._plain else self._gradients.get(number)
-                found.append(torch.zeros_like(leaf) if gradient is None else gradient)
+                taken = [leaf.grad] if self._gradients is None else self._gradients[number]
+                found.append(taken[0] if taken and taken[0] is not None else torch.zeros_like(leaf))
         return tuple(found)
+
+
+def _hand(leaf: Tensor, gradients: list[Tensor]) -> Tensor:
+    if not leaf.requires_grad:
+        return leaf
+    handed = unsafe_view(leaf, leaf.shape)
+    if handed.stride() != leaf.stride():  # of a dimension of one element it makes its own
+        handed.data = leaf.data
+    add_hooks(handed, {0: gradients.append})
+    return handed
 
 
 def apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

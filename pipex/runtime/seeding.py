@@ -23,14 +23,18 @@ def generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator]
 
 
-def mix(seed: int, step: int, microbatch: int, layer: int) -> int:
-    """A 63-bit seed; unrelated for any two different arguments."""
-    packed = struct.pack("<4q", seed, step, microbatch, layer)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+def mix(seed: int, step: int, microbatch: int) -> int:
+    """64 bits; unrelated for any two different arguments."""
+    packed = struct.pack("<3q", seed, step, microbatch)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of two layers, modulo 2⁶⁴: that of SplitMix64, whose multiples are far from each other."""
 
 
 class Seeds:
-    """Seeds layers, on one device."""
+    """Seeds layers, on one device: layer l by ``mix`` + l × ``STRIDE``, modulo 2⁶⁴."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._seed = seed
@@ -38,10 +42,11 @@ class Seeds:
 
     def of(self, step: int, microbatch: int) -> Callable[[int], None]:
         """A function that seeds a layer of the model, by its number, for one forward."""
+        base, sources = mix(self._seed, step, microbatch), self._generators
 
         def seed(layer: int) -> None:
-            value = mix(self._seed, step, microbatch, layer)
-            for generator in self._generators:
+            value = base + layer * STRIDE & 0xFFFFFFFFFFFFFFFF
+            for generator in sources:
                 generator.manual_seed(value)
 
         return seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,7 @@ class StageRunner:
         # None of torch's functions that are losses does.
         self._loss_draws = self.last and getattr(loss_fn, "__module__", None) != "torch.nn.functional"
         self._seeds = seeds
+        self._seed: Callable[[int], None] = lambda layer: None  # of the micro-batch at hand
         self._exact = exact
         self._accumulators = accumulators
         self._watch = watch
@@ -108,22 +109,21 @@ class StageRunner:
         if list(map(id, before)) != list(map(id, self.survey.parameters)):
             self._splitter.close()
             self._splitter = Splitter.of(self.stage, self._exact)
+        self.stage.before_layer = self._before_layer if self.survey.drawing else None
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
-        stage, drawing = self.stage, self.survey.drawing
-        if not drawing and not self._loss_draws and self._watch is None:
-            return stage(*inputs)
-        seed, first = self._seeds.of(step, microbatch), stage.first_layer
-        stage.before_layer = lambda position: seed(first + position) if position in drawing else None
-        try:
-            with self._watch.forward() if self._watch is not None else nullcontext():
-                output = stage(*inputs)
-        finally:
-            stage.before_layer = None
+        if self.survey.drawing or self._loss_draws:
+            self._seed = self._seeds.of(step, microbatch)
+        with _UNWATCHED if self._watch is None else self._watch.forward():
+            output = self.stage(*inputs)
         if self._loss_draws:
-            seed(first + len(stage.layers))
+            self._seed(self.stage.first_layer + len(self.stage.layers))
         return output
+
+    def _before_layer(self, position: int) -> None:
+        if position in self.survey.drawing:
+            self._seed(self.stage.first_layer + position)
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
@@ -224,11 +224,14 @@ class StageRunner:
         self.live.clear()
         self.losses.clear()
         self._splitter.fused.clear()
+        self.stage.before_layer = None
 
     def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         if self.last:
             return [None]
         return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
 
+
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 _NOTHING = Received((), plain=True)
