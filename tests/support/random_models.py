@@ -147,7 +147,9 @@ class Plain:
 
     def losses(self, step: int) -> Iterator[Tensor]:
         batch, target = self.model.batch(step)
-        pieces = zip(batch.tensor_split(self.model.microbatches), target.tensor_split(self.model.microbatches))
+        pieces = zip(
+            batch.tensor_split(self.model.microbatches), target.tensor_split(self.model.microbatches), strict=True
+        )
         for microbatch, (values, wanted) in enumerate(pieces):
             samples, base = len(values), base_of(step, microbatch)
             values = values.data  # a version counter of its own
