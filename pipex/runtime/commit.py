@@ -15,7 +15,7 @@ from pipex.runtime import tied
 from pipex.runtime.agreement import share
 from pipex.runtime.trainable import Trainables
 from pipex.torch_internals import foreach_norm
-from pipex.transport.interface import EdgeSpec, Links, World, form_of
+from pipex.transport.interface import EdgeSpec, Links, World
 
 
 class Gradients:
@@ -41,15 +41,13 @@ class Gradients:
                     if self._rank_of[source] != self._rank_of[destination]:
                         together.add((source, destination))
         return [
-            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1,
-                     form=form_of([parameter for _, parameter in self._between(s, d)]))
-            for s, d in sorted(together)
-        ]  # fmt: skip
+            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1) for s, d in sorted(together)
+        ]
 
     def reduce_ties(self, step: int, links: Links) -> None:
         """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder."""
         rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
-        edges = [edge for edge in self.edges() if edge.form]
+        edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
         for edge in edges:
             if edge.source_rank == rank:
                 tensors = [own(edge.source, p) for _, p in self._between(edge.source, edge.destination)]
@@ -57,7 +55,7 @@ class Gradients:
         received: dict[tuple[str, int], Tensor] = {}
         for edge in edges:
             if edge.destination_rank == rank:
-                incoming = links.receivers[edge.source, edge.destination, "tied"].receive(step, 0, edge.form)
+                incoming = links.receivers[edge.source, edge.destination, "tied"].receive(step, 0)
                 between = self._between(edge.source, edge.destination)
                 received.update({(tie.name, edge.source): t for (tie, _), t in zip(between, incoming, strict=True)})
         for tie, p in self._trainables.tied:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,15 @@ from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.trainable import Trainables
-from pipex.runtime.wiring import Wiring
+from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import Phase
+from pipex.transport.interface import Buffers, Phase, World
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+_made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
+"""How many pipelines each world has. All ranks make them in the same order, so the number says which one it is."""
 
 
 class Pipeline:
@@ -72,6 +76,7 @@ class Pipeline:
         exact: bool | None = None,
     ) -> None:
         self.world = current_world()
+        self._number = _made[self.world] = _made.get(self.world, 0) + 1
         self.plan = plan
         self.steps = 0  # optimizer steps done
         self._clip_norm = clip_norm
@@ -109,10 +114,10 @@ class Pipeline:
             parameters = self._trainables.trained
             self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
             orders = plans.communicate(runnable)
-            tied_edges = self._gradients.edges()
-            self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)
+            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
             self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
+            self._executor.connect(self._links)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -124,6 +129,11 @@ class Pipeline:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._executor.peak_live
 
+    @property
+    def buffers(self) -> dict[str, Buffers]:
+        """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
+        return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._links.senders.items()}
+
     def step(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
         """One training step: the plan, clipping, the optimizer. Returns the batch's mean loss, the same on every rank.
 
@@ -133,7 +143,7 @@ class Pipeline:
 
         Raises:
             InputError: the batch cannot be cut, or has no loss; ConfigMismatch: the ranks were given other batches.
-            MessageMismatch: a stage returned another shape or dtype than announced.
+            MessageMismatch: the ranks do not run one plan.
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
         with self._together():
@@ -148,8 +158,8 @@ class Pipeline:
             with self._seeds.apart(step, self.world.rank):
                 self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
-            self._gradients.reduce_ties(step, self._wiring.links)
-            self._wiring.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+            self._gradients.reduce_ties(step, self._links)
+            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
             loss = self._gradients.exchange(self._loss(), self._clip_norm)
             self._times.finish()
             self._done(begin, step, Phase.REDUCE)
@@ -174,7 +184,7 @@ class Pipeline:
                 self.world.at(self.steps + 1, Phase.EVALUATING)
                 with self._seeds.apart(self.steps + 1, self.world.rank):
                     self._executor.evaluate(data)
-                self._wiring.links.flush()
+                self._links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
                 self.world.at(self.steps, Phase.IDLE)
@@ -214,7 +224,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
-        self._wiring.close()
+        self._links.close()
 
     # The start of a step.
 
@@ -228,7 +238,12 @@ class Pipeline:
         for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
             if needed and not value:
                 raise InputError(f"rank {self.world.rank} holds the {end} stage and needs the {name}", got=value)
-        said = {"step": step, "batch": _describe(inputs), "target": _describe(targets)}
+        said = {
+            "the pipeline, counted as they were made": self._number,
+            "step": step,
+            "batch": _describe(inputs),
+            "target": _describe(targets),
+        }
         agreed = agree(self.world, "step" if training else "evaluate", said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:
@@ -244,10 +259,7 @@ class Pipeline:
         if last and targets:
             cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
             target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
-        samples_of = {n: pieces[sizes.index(n)] if pieces else None for n in sorted(set(sizes), reverse=True)}
-        forms = self._wiring.forms(f"{training} {json.dumps(agreed['batch'])}", samples_of)
-        self._executor.connect(self._wiring.links)
-        return StepData(step, pieces, target_pieces, [n / samples for n in sizes], [forms[n] for n in sizes])
+        return StepData(step, pieces, target_pieces, [n / samples for n in sizes])
 
     # Agreement, failure, progress.
 

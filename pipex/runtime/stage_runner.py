@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.errors import InputError, UnsupportedModule
+from pipex.errors import InputError, MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime.received import Received, apart
@@ -20,6 +20,7 @@ from pipex.runtime.shared_state import Watch
 from pipex.runtime.survey import survey
 from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
+from pipex.transport.interface import form_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -48,18 +49,12 @@ def _memory(tensor: Tensor) -> int:
     return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
-def differentiable(tensor: Tensor) -> bool:
-    """Whether a gradient of it travels back; says for a tensor what ``TensorForm.differentiable`` says for its form."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 @dataclass(slots=True)
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
     received: Received
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
-    gradient_of: tuple[bool, ...]  # which differentiable outputs have a root
     tape: Tape | None  # None where the backward is not split
 
 
@@ -141,9 +136,6 @@ class StageRunner:
         if self.first:
             inputs = apart(inputs)
         else:
-            for tensor in inputs:
-                if differentiable(tensor):
-                    tensor.requires_grad_()
             received = Received(inputs, self.survey.plain)
             inputs = received.handed
         if split:
@@ -157,11 +149,10 @@ class StageRunner:
             loss = self.loss(output, target, weight)
             self.losses[microbatch] = loss.detach()
             roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
-            self.live[microbatch] = _Live(received, roots, (), tape)
+            self.live[microbatch] = _Live(received, roots, tape)
             return ()
         outputs = self.message(output)
-        mask = tuple(t.requires_grad for t in outputs if differentiable(t))
-        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], mask, tape)
+        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -194,7 +185,11 @@ class StageRunner:
         return loss.reshape(()) * weight
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""
+        """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.
+
+        Raises:
+            MessageMismatch: the gradients are not those of the outputs.
+        """
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
         if live.roots:
@@ -226,10 +221,21 @@ class StageRunner:
         self._splitter.fused.clear()
         self.stage.before_layer = None
 
-    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if self.last:
             return [None]
-        return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
+        got, needed = [(t.shape, t.dtype) for t in gradients], [(t.shape, t.dtype) for t in live.roots]
+        if got != needed:
+            raise MessageMismatch(
+                f"stage {self.index} received other gradients than its outputs need",
+                got=_words(gradients), needed=_words(live.roots),
+                fix="use one version of pipex, and the same model, on all ranks",
+            )  # fmt: skip
+        return gradients
+
+
+def _words(tensors: Sequence[Tensor]) -> str:
+    return f"{len(tensors)} tensors: {', '.join(map(str, form_of(tensors)))}" if tensors else "no tensors"
 
 
 _UNWATCHED: AbstractContextManager[None] = nullcontext()
