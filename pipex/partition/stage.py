@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 from pipex.errors import InputError
 from pipex.partition.layers import canonical_names
 
-NOTHING = nullcontext()
-"""Around a layer that needs nothing around it."""
-
 
 class Stage(nn.Module):
     """Layers ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, as stage ``index`` of ``count``.
 
     The layers are the model's own modules, not copies: a parameter that is tied across layers stays one object.
     """
+
+    before_layer: Callable[[int], object] | None = None
+    """called in a forward ahead of each layer, with the layer's position in here"""
 
     def __init__(
         self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], canonical: Mapping[int, str]
@@ -44,16 +43,18 @@ class Stage(nn.Module):
         tensors = _tensors(self.layers)
         return {name: tensors[path] for name, path in self._paths.items()}
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter that the unsplit model calls so."""
+        return self.layers.get_parameter(self._paths[name])
+
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
-        return self.run(inputs, lambda position: NOTHING)
-
-    def run(self, inputs: tuple[Any, ...], around: Callable[[int], AbstractContextManager[object]]) -> Any:
-        """``forward`` with each layer inside of a context, which ``around`` makes from the layer's position in here."""
         outputs: Any = inputs
+        before = self.before_layer
         for position, layer in enumerate(self.layers):
-            with around(position):
-                outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
+            if before is not None:
+                before(position)
+            outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
         return outputs
 
     def extra_repr(self) -> str:

@@ -23,7 +23,10 @@ from pipex.runtime.agreement import agree
 from pipex.runtime.arguments import check_arguments
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
+from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import LossFunction, StageRunner
+from pipex.runtime.trainable import Trainables
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
 from pipex.transport.interface import Buffers, Phase, World
@@ -95,18 +98,21 @@ class Pipeline:
             self.stages = as_stages(stages)
             said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
             agree(self.world, "Pipeline(...)", said)
-            self._ties = tied.separate(self.stages)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
-            self._runners = {
-                s: StageRunner(self.stages[s].to(device), placement, loss_fn, device, seed, exact)
-                for s in placement.stages_of(rank)
-            }
-            trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
-            self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
-            parameters = self._gradients.optimized
-            self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
+            self._runners = {
+                s: StageRunner(
+                    self.stages[s].to(device), placement, loss_fn, self._seeds, exact, accumulators,
+                    watch(self.stages, runnable, s),
+                )
+                for s in placement.stages_of(rank)
+            }  # fmt: skip
+            self._trainables = Trainables(self.stages, self._runners, accumulators)
+            self._gradients = Gradients(self.world, self._rank_of, self._trainables)
+            parameters = self._trainables.trained
+            self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
             orders = plans.communicate(runnable)
             self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
@@ -144,12 +150,13 @@ class Pipeline:
             if self.plan.update == "never":
                 raise InputError("this pipeline cannot train", got=f"{self.plan.family}, a plan without a backward",
                                  needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
-            if self.optimizer is None and self._gradients.optimized:
+            if self.optimizer is None and self._trainables.trained:
                 raise InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory", fix=
                                  "pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
             step = self.steps + 1
             data = self._begin(step, batch, target, training=True)
-            self._executor.train(data)
+            with self._seeds.apart(step, self.world.rank):
+                self._executor.train(data)
             begin = self._phase(step, Phase.REDUCE)
             self._gradients.reduce_ties(step, self._links)
             self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
@@ -175,7 +182,8 @@ class Pipeline:
             try:
                 data = self._begin(self.steps + 1, batch, target, training=False)
                 self.world.at(self.steps + 1, Phase.EVALUATING)
-                self._executor.evaluate(data)
+                with self._seeds.apart(self.steps + 1, self.world.rank):
+                    self._executor.evaluate(data)
                 self._links.flush()
                 loss = self._gradients.exchange(self._loss(), None)
                 self._executor.reset()
@@ -222,6 +230,7 @@ class Pipeline:
 
     def _begin(self, step: int, batch: Any, target: Any, *, training: bool) -> StepData:
         self.world.at(step, Phase.START)
+        self._trainables.look()
         runners = self._runners.values()
         first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
         inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
@@ -283,10 +292,6 @@ class Pipeline:
     def _done(self, begin: int, step: int, phase: Phase) -> None:
         if self._observer is not None:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
-
-
-def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
-    return list(dict.fromkeys(parameters))
 
 
 def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from pipex.backward import Splitter, Tape
 from pipex.errors import InputError, MessageMismatch, UnsupportedModule
-from pipex.partition.stage import NOTHING, Stage
+from pipex.partition import Stage
 from pipex.plan import Placement
-from pipex.runtime import seeding
+from pipex.runtime.received import Received, apart
+from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import Watch
+from pipex.runtime.survey import survey
+from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
 from pipex.transport.interface import form_of
 
@@ -27,7 +32,7 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
         UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
     """
     tensors = output if isinstance(output, tuple) else (output,)
-    for tensor in tensors:
+    for tensor in tensors or [()]:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise UnsupportedModule(
                 f"stage {stage.index} cannot hand its output to the next stage",
@@ -48,7 +53,7 @@ def _memory(tensor: Tensor) -> int:
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
-    inputs: tuple[Tensor, ...]
+    received: Received
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
     tape: Tape | None  # None where the backward is not split
 
@@ -60,9 +65,10 @@ class StageRunner:
         stage: the stage; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
         loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
-        device: where the stage lives.
-        seed: seed of all random layers.
+        seeds: of the random layers, and of the loss.
         exact: as of ``Splitter``.
+        accumulators: of the parameters that other stages of this process hold too.
+        watch: over what other stages keep too.
     """
 
     def __init__(
@@ -70,29 +76,49 @@ class StageRunner:
         stage: Stage,
         placement: Placement,
         loss_fn: LossFunction,
-        device: torch.device,
-        seed: int,
+        seeds: Seeds,
         exact: bool | None,
+        accumulators: Accumulators,
+        watch: Watch | None,
     ) -> None:
         self.stage = stage
         self.index = stage.index
         self.first = placement.before(stage.index) is None
         self.last = placement.after(stage.index) is None
-        self.random_layers: frozenset[int] = frozenset(range(len(stage.layers)))  # positions in stage.layers
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
         self._loss_fn = loss_fn
-        self._device = device
-        self._seed = seed
+        # None of torch's functions that are losses does.
+        self._loss_draws = self.last and getattr(loss_fn, "__module__", None) != "torch.nn.functional"
+        self._seeds = seeds
+        self._seed: Callable[[int], None] = lambda layer: None  # of the micro-batch at hand
+        self._exact = exact
+        self._accumulators = accumulators
+        self._watch = watch
         self._splitter = Splitter.of(stage, exact)
-        self._buffers = {_memory(buffer) for buffer in stage.buffers()} - {0}
+        self.survey = survey(stage)
+
+    def look(self) -> None:
+        """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
+        before, self.survey = self.survey.parameters, survey(self.stage)
+        if list(map(id, before)) != list(map(id, self.survey.parameters)):
+            self._splitter.close()
+            self._splitter = Splitter.of(self.stage, self._exact)
+        self.stage.before_layer = self._before_layer if self.survey.drawing else None
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
-        """The stage's output, with its random layers seeded while it trains."""
-        if not self.random_layers or not self.stage.training:
-            return self.stage(*inputs)
-        seeds = seeding.of_layers(self._device, self._seed, step, microbatch, self.stage.first_layer)
-        return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
+        """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
+        if self.survey.drawing or self._loss_draws:
+            self._seed = self._seeds.of(step, microbatch)
+        with _UNWATCHED if self._watch is None else self._watch.forward():
+            output = self.stage(*inputs)
+        if self._loss_draws:
+            self._seed(self.stage.first_layer + len(self.stage.layers))
+        return output
+
+    def _before_layer(self, position: int) -> None:
+        if position in self.survey.drawing:
+            self._seed(self.stage.first_layer + position)
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
@@ -106,20 +132,27 @@ class StageRunner:
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
+        received = _NOTHING
+        if self.first:
+            inputs = apart(inputs)
+        else:
+            received = Received(inputs, self.survey.plain)
+            inputs = received.handed
         if split:
             with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
             output = self.compute(step, microbatch, inputs)
+        received.check_use()
         if self.last:
             loss = self.loss(output, target, weight)
             self.losses[microbatch] = loss.detach()
             roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
-            self.live[microbatch] = _Live(inputs, roots, tape)
+            self.live[microbatch] = _Live(received, roots, tape)
             return ()
         outputs = self.message(output)
-        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], tape)
+        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -130,7 +163,11 @@ class StageRunner:
             UnsupportedModule: as ``output_tensors``.
         """
         tensors = output_tensors(self.stage, output)
-        return tuple(t.clone() if _memory(t) in self._buffers else t for t in tensors) if self._buffers else tensors
+        if not self.survey.buffers:
+            return tensors
+        # As they are now: a forward may put another tensor in a buffer's place.
+        buffers = {_memory(b) for kept in self.survey.buffers for b in kept.values() if b is not None} - {0}
+        return tuple(t.clone() if _memory(t) in buffers else t for t in tensors)
 
     def loss(self, output: Any, target: Any, weight: float) -> Tensor:
         """The weighted mean loss of one micro-batch.
@@ -155,32 +192,34 @@ class StageRunner:
         """
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
-        inputs = [t for t in live.inputs if t.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(inputs)
         if live.roots:
-            found = live.tape.backward_input(live.roots, self._seeds_of(live, gradients), inputs)
-        live.roots, live.inputs = (), ()
-        return _dense(found, inputs)
+            with self._accumulators.during(self.index):
+                live.tape.backward_input(live.roots, self._seeds_of(live, gradients), ())
+        found = live.received.gradients()
+        live.roots, live.received = (), _NOTHING
+        return found
 
     def backward_weight(self, microbatch: int, more: bool) -> None:
         """W. ``more`` says that the rank's next action is the stage's next W (``Tape.backward_weight``)."""
         tape = self.live.pop(microbatch).tape
         assert tape is not None, "the plan said B for this micro-batch"
-        tape.backward_weight(more)
+        with self._accumulators.during(self.index):
+            tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
-        inputs = [t for t in live.inputs if t.requires_grad]
         if live.roots:
-            torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
-        return _dense([t.grad for t in inputs], inputs)
+            with self._accumulators.during(self.index):
+                torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
+        return live.received.gradients()
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
         self.live.clear()
         self.losses.clear()
         self._splitter.fused.clear()
+        self.stage.before_layer = None
 
     def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if self.last:
@@ -199,6 +238,6 @@ def _words(tensors: Sequence[Tensor]) -> str:
     return f"{len(tensors)} tensors: {', '.join(map(str, form_of(tensors)))}" if tensors else "no tensors"
 
 
-def _dense(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients to send: an input that no output depends on gets zeros, since its sender waits for them."""
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
+
+_NOTHING = Received((), plain=True)
