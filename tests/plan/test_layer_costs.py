@@ -120,7 +120,7 @@ def lacking(index: int, key: str) -> dict[str, Any]:
         (with_layer(2, name=None), "layer 2 in x.json has no name"),
         (lacking(1, "deferred"), "layer 1 (block) in x.json lacks deferred"),
         (with_layer(3, flops=1), "layer 3 (head) in x.json has an unknown key; got flops"),
-        (with_layer(3, forward=-1.0), "forward of layer 3 (head); got -1.0; needed a finite number, at least 0"),
+        (with_layer(3, forward=-1.0), "forward of layer 3 (head); got -1.0; needed 0, or a number from 1e-100"),
         (with_layer(0, output="7"), "bad cost: output of layer 0 (embed); got '7'"),
         (with_layer(0, output=None), "bad cost: output of layer 0 (embed); got None"),
         (with_layer(0, output=True), "bad cost: output of layer 0 (embed); got True"),
