@@ -14,10 +14,11 @@ from torch import Tensor
 from pipex.errors import CheckpointError
 from pipex.reading import open_file
 from pipex.state.files import first_few
-from pipex.state.manifest import Manifest, ShardInfo
+from pipex.state.manifest import MANIFEST, SHARD_NAME, Manifest, ShardInfo, shown
 from pipex.state.serialize import form
 
 CHUNK = 1 << 20
+_SHARD_NAME = "step00000012-rank0003-5f1c09aa.safetensors"
 
 Restore = Callable[[], None]
 """Puts in place what was read. All is read, and so every fault of the files found, before anything is changed."""
@@ -80,9 +81,12 @@ class Checkpoint:
         return found
 
     def _open(self, shard: ShardInfo) -> BinaryIO:
+        if not SHARD_NAME.fullmatch(shard["file"]):
+            raise _damaged(self.directory / MANIFEST, f"a shard {shown(shard['file'])}", f"names such as {_SHARD_NAME}")
         path = self.directory / shard["file"]
         try:
-            file = open_file(path, follow=False)  # a link could lead out of the directory
+            # Neither the name nor, as a link, the file leads out of the directory.
+            file = open_file(path, follow=False)
         except FileNotFoundError:
             raise _damaged(path, "no such file", f"a file of {shard['bytes']} bytes") from None
         except OSError as error:
