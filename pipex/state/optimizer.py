@@ -156,12 +156,14 @@ def _check_options(checkpoint: Checkpoint, group: dict[str, Any], values: dict[s
 
 
 def _is_like(value: Any, current: Any) -> bool:
-    """Whether an optimizer that has ``current`` can have ``value``. None and a flag stand for each other, as a flag of
-    torch that is not given is chosen by it; a number may have come from a tensor of one element, and become one."""
+    """Whether an optimizer that has ``current`` can have ``value``. None stands for what torch chooses by itself, mostly
+    a flag; a number may have come from a tensor of one element, and become one."""
     if isinstance(current, (list, tuple)):
         return isinstance(value, list) and len(value) == len(current) and all(map(_is_like, value, current))
-    if current is None or isinstance(current, bool):
-        return value is None or isinstance(value, (bool, int, float))
+    if current is None:
+        return not isinstance(value, list)
+    if isinstance(current, bool):
+        return value is None or isinstance(value, bool)
     if isinstance(current, (int, float, Tensor)):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(current)
