@@ -42,6 +42,8 @@ def save(
     shard = None
     error = ""
     try:
+        if not isinstance(meta, Mapping):
+            raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
         tensors = state.model_state(names)
         values: dict[str, Any] = {}
         if optimizer is not None:

@@ -210,7 +210,8 @@ class Pipeline:
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model. Then nothing has changed on any
-                rank: the pipeline can go on, or load another.
+                rank: the pipeline can go on, or load another. Only where a ``load_state_dict`` fails, this rank's
+                pipeline is at an end.
         """
         with self._together():
             own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)

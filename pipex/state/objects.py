@@ -68,7 +68,13 @@ def read_object_state(checkpoint: Checkpoint, objects: Mapping[str, Stateful], r
 
     def restore() -> None:
         for name, thing in objects.items():
-            thing.load_state_dict(states[name])
+            try:
+                thing.load_state_dict(states[name])
+            except Exception as error:
+                raise CheckpointError(
+                    f"{type(thing).__name__} does not take the state {name!r} in {checkpoint.directory}",
+                    got=f"{type(error).__name__}: {error}", fix="load without it",
+                ) from error  # fmt: skip
 
     return restore
 

@@ -156,8 +156,8 @@ def _check_options(checkpoint: Checkpoint, group: dict[str, Any], values: dict[s
 
 
 def _is_like(value: Any, current: Any) -> bool:
-    """Whether an optimizer that has ``current`` can have ``value``. None stands for what torch chooses by itself, mostly
-    a flag; a number may have come from a tensor of one element, and become one."""
+    """Whether an optimizer that has ``current`` can have ``value``. None stands for what torch chooses by itself,
+    mostly a flag; a number may have come from a tensor of one element, and become one."""
     if isinstance(current, (list, tuple)):
         return isinstance(value, list) and len(value) == len(current) and all(map(_is_like, value, current))
     if current is None:
