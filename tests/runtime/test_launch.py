@@ -270,53 +270,42 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("options", "said"),
     [
-        ("file", "[0, 1]"),
         (
-            "stdin",
+            ["-"],
             "got a program from <stdin>, which each rank would run again; needed a function at the top of a module",
         ),
-        ("-c", "got rank of an interactive session; needed a function at the top of a module"),
+        (["-c", PROGRAM], "got rank of an interactive session; needed a function at the top of a module"),
     ],
+    ids=["stdin", "-c"],
 )
-def test_a_program_that_is_no_file_is_told_so(how: str, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "program.py"
-    file.write_text(PROGRAM)
-    command = {"file": [str(file)], "stdin": ["-"], "-c": ["-c", PROGRAM]}[how]
+def test_a_program_that_is_no_file_is_told_so(options: list[str], said: str) -> None:
     ran = subprocess.run(
-        [sys.executable, *command], input=PROGRAM, capture_output=True, text=True, timeout=100,
+        [sys.executable, *options], input=PROGRAM, capture_output=True, text=True, timeout=100,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert ran.stdout.startswith("launch has to start its ranks afresh, since this process has other threads (a loader")
     assert said in ran.stdout
-    assert "a loader" in ran.stdout or how == "file"
-    assert "Traceback" not in ran.stderr
+    assert ran.stderr == ""
 
 
 # Limits of the system.
 
 
-@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4, 5, 7, 9, 12])
+@pytest.mark.parametrize("spare", [0, 1, 2, 7, 12])
 def test_too_few_descriptors_are_named(spare: int) -> None:
     """In a process of its own, which may have so many more than it has."""
 
     def body() -> Any:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3 + len(os.listdir("/proc/self/fd")) + spare,) * 2)
-        try:
-            return pipex.launch(place, 4, timeout=10)
-        except InputError as error:
-            return str(error)
-        except PeerFailed as error:
-            assert error.remote.startswith("InputError: ")
-            return error.remote
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1 + spare,) * 2)
+        return pipex.launch(place, 4, timeout=10)
 
     importlib.import_module("torch._dynamo")  # opens files; launch does it before it forks
     (outcome,) = outcomes([body])
-    said = outcome["result"]
-    assert (
-        said == [[rank, 4] for rank in range(4)] or "no file descriptor left" in said or "Too many open files" in said
-    )
-    assert spare > 0 or "open files" in said
+    assert outcome["error"] == "InputError"
+    assert "4 ranks cannot be started; got Too many open files; " in outcome["text"]
+    assert "ulimit -n" in outcome["text"]
 
 
 def stop_here() -> None:
