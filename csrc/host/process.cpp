@@ -42,7 +42,8 @@ NamedError system_failure(const std::string& problem, int error) {
   rlimit limit{};
   ::getrlimit(RLIMIT_NOFILE, &limit);
   return {"InputError", problem, "no file descriptor left: " + std::string(std::strerror(error)),
-          "more than the " + std::to_string(limit.rlim_cur) + " that this process may have", "raise the limit (ulimit -n)"};
+          "more than the " + std::to_string(limit.rlim_cur) + " that this process may have",
+          "raise the limit (ulimit -n)"};
 }
 
 std::int64_t now_ns() {

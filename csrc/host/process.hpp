@@ -12,7 +12,8 @@
 namespace pipex {
 
 /// Start time of a running process in clock ticks since boot (proc(5), field 22 of stat); 0 if it is gone or a zombie.
-/// Nothing where that cannot be told, as by a process that has no file descriptor left: no sign that anything has ended.
+/// Nothing where that cannot be told, as by a process that has no file descriptor left: no sign that anything has
+/// ended.
 std::optional<std::uint64_t> start_time(pid_t pid);
 
 /// That of this process; throws where it cannot be told.
