@@ -3,7 +3,6 @@ changed, and the pipeline goes on."""
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SEED, case
+from mutated import mutate
 from torch import Tensor, nn
 
 import pipex
@@ -116,49 +116,14 @@ def _the_good_one_still_loads(saved: Saved) -> Iterator[None]:
 # Random changes.
 
 JUNK: list[Any] = [
-    None, True, -1, 0, 1, 2**31, 2**70, 1.5, float("nan"), float("inf"), "", "x", "x" * 5000, "a\0b", "\ud800",
-    [], [1], [[]], {}, {"a": 1}, {"tensor": 0}, {"tensor": 10**9}, {"tuple": 3}, {"dict": [[[], 1]]}, {"Counter": "ab"},
-    {"params": []}, "../outside", "/etc/passwd", "step00000001-rank0000-00000000.safetensors",
+    {"tensor": 0}, {"tensor": 10**9}, {"tuple": 3}, {"dict": [[[], 1]]}, {"Counter": "ab"}, {"params": []},
+    "../outside", "/etc/passwd", "step00000001-rank0000-00000000.safetensors", "optimizer/0.weight",
 ]  # fmt: skip
-
-
-def nested(depth: int) -> Any:
-    value: Any = []
-    for level in range(depth):
-        value = [value] if level % 2 else {"a": value}
-    return value
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) in a JSON value."""
-    found: list[tuple[Any, Any]] = []
-    containers = [value]
-    while containers:
-        inner = containers.pop()
-        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner))) if isinstance(inner, list) else []
-        found += [(inner, key) for key in keys]
-        containers += [inner[key] for key in keys]
-    return found
 
 
 def with_structure_changed(rng: random.Random, saved: Saved) -> None:
     checkpoint = saved.checkpoint()
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        container, key = rng.choice(places(checkpoint) or [([0], 0)])
-        other, there = rng.choice(places(checkpoint) or [([0], 0)])
-        match rng.randrange(6):
-            case 0:
-                container[key] = nested(rng.choice((3, 90, 200, 300))) if rng.random() < 0.1 else rng.choice(JUNK)
-            case 1:
-                del container[key]
-            case 2:
-                container[key] = copy.deepcopy(other[there])
-            case 3 if isinstance(container, dict):
-                container[rng.choice(["", "x", "meta", "file", "optimizer/0.weight"])] = container.pop(key)
-            case 4 if isinstance(container, list):
-                container += copy.deepcopy(container[key:]) * rng.choice((1, 3))
-            case _ if isinstance(container[key], (int, float)):
-                container[key] += rng.choice((-1, 1, 0.5, 1 << 32))
+    mutate(rng, checkpoint, JUNK)
     saved.write(checkpoint)
 
 
@@ -212,6 +177,13 @@ def test_what_is_changed_is_refused_by_name_or_harmless(saved: Saved, change: st
 
 
 # Each check of the structure, by its words.
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def at(*path: Any) -> Callable[[Any], Any]:
