@@ -19,14 +19,15 @@ ROOT = Path(pipex.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "events": set(),
+    "reading": set(),
     "torch_internals": {"errors"},
-    "plan": {"errors", "events", "_native"},
-    "backward": {"errors", "torch_internals", "triton_kernels", "_cuda"},
+    "plan": {"errors", "events", "reading", "_native"},
+    "backward": {"errors", "reading", "torch_internals", "triton_kernels", "_cuda"},
     "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "partition": {"errors", "backward", "plan"},
-    "state": {"errors"},
-    "observe": {"errors", "events", "plan"},
+    "state": {"errors", "reading"},
+    "observe": {"errors", "events", "reading", "plan"},
     "runtime": {
         "errors",
         "events",
@@ -54,6 +55,7 @@ MAY_IMPORT = {
     # Commands know no transport and no Triton kernel.
     "cli": {
         "errors",
+        "reading",
         "plan",
         "backward",
         "partition",
@@ -103,7 +105,28 @@ def test_no_file_holds_two_ideas() -> None:
 
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages == set(MAY_IMPORT) - {"errors", "events", "torch_internals"}
+    assert packages == set(MAY_IMPORT) - {"errors", "events", "reading", "torch_internals"}
+
+
+def test_files_that_users_name_are_opened_in_one_place() -> None:
+    """A path may lead to a pipe, at whose opening a program waits for ever. What is left opens what pipex writes, or
+    what is its own, Python's or the kernel's."""
+    opened = set()
+    for package in set(MAY_IMPORT) - {"reading", "bench"}:  # benchmarks read what they have written, and /proc
+        for path in sources(package):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = ast.unparse(node.func)
+                mode = next((a.value for a in node.args[1:2] if isinstance(a, ast.Constant)), "r")
+                if name.endswith(("read_text", "read_bytes")) or (name == "open" and "r" in str(mode)):
+                    opened.add(str(path.relative_to(ROOT)))
+    assert opened <= {
+        "backward/tuning.py",  # its own sources
+        "cli/train/data.py",  # the standard library
+        "plan/view/html.py",  # its own style
+        "transport/group/world.py",  # /proc
+    }
 
 
 def test_plan_imports_the_standard_library_only() -> None:

@@ -17,12 +17,16 @@ A plan has the compute actions only, so reading loses idle steps and the exact p
 ``compute_comms`` puts them where torch does (``torch_lowering``). What the file cannot say (family, promise, ...) a
 ``sidecar`` beside it can; without one it is inferred.
 
-Lines end in CR LF, as torch writes them, or all in LF.
+What an editor or a spreadsheet does to a file is read as torch reads it: lines that end in CR LF (as torch writes
+them), LF or CR, the last one perhaps in nothing; cells in quotes, or with blanks around them. Empty lines at the end,
+to torch ranks without actions, are left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -96,25 +100,36 @@ def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Pl
 
 
 def parse_rows(text: str | bytes) -> Rows:
-    """The cells of a CSV, idle steps and all: ``rows_text(parse_rows(text)) == text`` for lines that end in CR LF.
+    """The cells of a CSV, idle steps and all: ``rows_text(parse_rows(text)) == text`` for what torch has written.
 
     Raises:
         PlanSyntaxError: names line and column of the first wrong character.
     """
-    text = plain_text(text)
-    end = "\r\n" if "\r\n" in text else "\n"
-    lines = text.split(end)
-    rows = []
-    for line, row in enumerate(lines, start=1):
-        cells: list[Action | None] = []
-        column = 1
-        for cell in row.split(",") if row else ():
-            cells.append(parse_action(cell, line=line, column=column) if cell else None)
-            column += len(cell) + 1
-        rows.append(tuple(cells))
-    if lines[-1] or len(lines) == 1:
-        raise syntax_error(len(lines), len(lines[-1]) + 1, lines[-1], "the end of a line")
-    return tuple(rows[:-1])
+    lines = _LINE_END.split(plain_text(text))
+    while len(lines) > 1 and not lines[-1].strip(_BLANK):
+        lines.pop()
+    if not "".join(lines):
+        raise syntax_error(1, 1, "", "a row of actions for each rank")
+    return tuple(tuple(_cells(row, line)) for line, row in enumerate(lines, start=1))
+
+
+_LINE_END = re.compile("\r\n|\n|\r")
+_BLANK = " \t"
+_CELL = re.compile('(?:"([^"]*)"[ \t]*|([^,]*))(?:,|$)')
+
+
+def _cells(row: str, line: int) -> Iterator[Action | None]:
+    begin = 0
+    while begin < len(row):
+        match = _CELL.match(row, begin)
+        assert match is not None  # what is no quoted cell is one without quotes
+        group = 2 if match[1] is None else 1
+        action = match[group].strip(_BLANK)
+        column = match.start(group) + len(match[group]) - len(match[group].lstrip(_BLANK)) + 1
+        yield parse_action(action, line=line, column=column) if action else None
+        begin = match.end()
+    if row.endswith(","):
+        yield None
 
 
 def rows_text(rows: Rows | Orders) -> str:
