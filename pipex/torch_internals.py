@@ -217,6 +217,13 @@ def gloo_options(device: Any, *, threads: int, timeout: timedelta) -> Any:
     return options
 
 
+def nccl_options(*, timeout: timedelta) -> Any:
+    """Of a ``ProcessGroupNCCL`` made without torch's default group; ``timeout`` as of ``gloo_options``."""
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return options
+
+
 def import_compiler() -> None:
     """Imports what the first optimizer of a process imports, and what takes it a second."""
     importlib.import_module("torch._dynamo")

@@ -41,9 +41,9 @@ def separate(stages: Sequence[Stage]) -> list[Tie]:
         for holder in holders[1:]:
             replica = nn.Parameter(original.data, requires_grad=original.requires_grad)
             for module in stages[holder].modules():
-                for key, parameter in module._parameters.items():
+                for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                     if parameter is original:
-                        module._parameters[key] = replica
+                        setattr(module, key, replica)
             replicas.append(replica)
         ties.append(Tie(name, tuple(holders), tuple(replicas)))
     return [tie for tie in ties if tie.replicas[0].requires_grad]
