@@ -53,7 +53,7 @@ from pipex.torch_internals import (
     hooks_of,
     is_compiled,
     next_sequence_number,
-    require_autograd,
+    require_split_backward,
     version,
 )
 
@@ -71,7 +71,7 @@ class Splitter:
     """
 
     def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
-        require_autograd()
+        require_split_backward()
         self._recordable = {id(p): p for p in parameters if p.requires_grad}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
