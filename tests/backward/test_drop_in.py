@@ -365,6 +365,12 @@ def test_everything_is_put_back() -> None:
     assert functions() == before
 
 
+def test_the_trial_leaves_the_random_numbers_as_they_are() -> None:
+    before = torch.get_rng_state()
+    with drop_in():
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules._PipelineStageBase, "backward_one_chunk", lambda self, chunk: None)
     needed = r"backward_one_chunk\(self, chunk\) in place of .*; needed torch 2\.11 to 2\.15"
