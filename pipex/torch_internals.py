@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors of wha
 from pipex.errors import UnsupportedModule
 
 OLDEST, NEWEST = "2.11", "2.15"
-"""The range of torch that pipex is tested with; pyproject.toml asks for the same."""
+"""The range of torch that pipex accepts; pyproject.toml asks for the same."""
 
 
 class Name(NamedTuple):
@@ -77,7 +77,7 @@ def refusal(what: str, cause: str, fix: str) -> UnsupportedModule:
     """The error for something that does not work with this torch; says version, range and what differs."""
     return UnsupportedModule(
         f"{what} does not work with torch {torch.__version__}", got=cause,
-        needed=f"torch {OLDEST} to {NEWEST}, the range that pipex is tested with", fix=fix,
+        needed=f"torch {OLDEST} to {NEWEST}, the range that pipex accepts", fix=fix,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 
 
 class announced:
-    """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
+    """Around one backward pass from ``roots``: ``then`` gets every tape that the pass has reached, at its end."""
 
     __slots__ = ("_edges", "_handles", "_hooks", "_task", "_then")
 
