@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from forked import outcomes
 from host_world import run_in
 from torch.distributed import FileStore
 
+from pipex.torch_internals import import_compiler
 from pipex.transport.group import GroupWorld
 
 
@@ -22,7 +22,7 @@ def launch(fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = ()) -> l
     By fresh ranks: in one that stays, Python's collector would free a Gloo group that a pipeline has held, and hangs
     now and then, as the group's thread needs the interpreter to end.
     """
-    importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
+    import_compiler()  # or the first optimizer of every rank would
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         found = outcomes([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)], seconds=100)
