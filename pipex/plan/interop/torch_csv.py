@@ -36,7 +36,7 @@ from pipex.plan.causality import RECEIVES, SENDS, Event
 from pipex.plan.communication import communicate
 from pipex.plan.interop.sidecar import plan_with_metadata
 from pipex.plan.interop.torch_lowering import with_torch_actions
-from pipex.plan.interop.torch_versions import WAITS, versions_like, versions_of
+from pipex.plan.interop.torch_versions import WAITED_BY, versions_like, versions_of
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Placement, PlacementName
 from pipex.plan.plan import Orders, Plan, check_stages, plain_text
@@ -94,7 +94,7 @@ def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Pl
     _check_held(plan, rows)
     if kinds & (SENDS | RECEIVES):
         _check_messages(plan, rows)
-    if kinds & WAITS:
+    if kinds & WAITED_BY.keys():
         _check_waits(rows)
     return plan
 
@@ -240,9 +240,6 @@ def _check_beside(event: Event, seen: set[Action]) -> None:
         raise PlanError(f"{event} comes after what uses the message")
 
 
-_SENDS_OF = {Kind.WAIT_SEND_F: Kind.SEND_F, Kind.WAIT_SEND_B: Kind.SEND_B}
-
-
 def _check_waits(rows: Rows) -> None:
     """Every send and every REDUCE_GRAD is waited for once, after it, and no two reductions of a rank are under way at
     once: what torch 2.15 and later need of a file."""
@@ -253,8 +250,8 @@ def _check_waits(rows: Rows) -> None:
             stage, kind, microbatch, _ = event.action
             if kind in SENDS:
                 sent.add(event.action)
-            elif kind in _SENDS_OF:
-                send = Action(stage, _SENDS_OF[kind], microbatch)
+            elif kind in WAITED_BY and WAITED_BY[kind] in SENDS:
+                send = Action(stage, WAITED_BY[kind], microbatch)
                 if send not in sent:
                     raise _wait_error(f"{event} has nothing to wait for", f"{send} before it, and one wait for it")
                 sent.remove(send)
