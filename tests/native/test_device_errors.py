@@ -322,7 +322,7 @@ def test_descriptors_and_memory_stay_as_they_are_once_the_largest_message_has_pa
         if message >= 10 * len(lengths) and message % 100 == 99:
             with open("/proc/self/status") as status:
                 shared = next(line for line in status if line.startswith("RssShmem"))
-            seen.add((shared, len(os.listdir("/proc/self/fd")), pair.simulator.mappings, pair.sender.bytes))
+            seen.add((shared, len(os.listdir("/proc/self/fd")), pair.simulator.mappings, pair.sender.nbytes))
     assert len(seen) == 1, seen
     held.clear()
 
