@@ -226,7 +226,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "transposed": simple(lambda x: x.transpose(1, 2)),
     "strided": simple(lambda x: torch.stack([x, 2 * x], -1)[..., 0]),
     "chunks": simple(lambda x: torch.cat([y * (n + 1) for n, y in enumerate(x.chunk(2, -1))], -1)),
-    "relu in place": lambda: nn.Sequential(Layer(lambda m, x: F.leaky_relu(x, 0.1, inplace=True))),
+    "relu in place": simple(lambda x: F.leaky_relu(x, 0.1, inplace=True)),
     "scaled in place": simple(lambda x: x.mul_(0.9).add_(0.1)),
     "in place where large": lambda: Layer(where_large),
     "in place behind a linear": inner(in_place_slice),

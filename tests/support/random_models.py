@@ -115,7 +115,7 @@ class Stage(nn.Module):
 
 
 def seed_of(base: int, layer: int) -> int:
-    """The contract for random layers, as docs/numbers.md has it."""
+    """The contract for layers that draw, as the README has it."""
     return (base + layer * 0x9E3779B97F4A7C15) % 2**64
 
 
