@@ -126,14 +126,14 @@ class _Launcher:
         return [report["result"] for report in reports if report is not None]
 
     def _start(self) -> None:
-        why_afresh = _why_afresh(self._device, self._run.ranks)
-        forking = why_afresh is None
-        context = multiprocessing.get_context("fork" if forking else "spawn")
-        if why_afresh is None:
-            import_compiler()  # or the first optimizer of every rank would: a second each
-        else:
-            _check_importable(self._job, why_afresh)
         try:
+            why_afresh = _why_afresh(self._device, self._run.ranks)
+            forking = why_afresh is None
+            context = multiprocessing.get_context("fork" if forking else "spawn")
+            if why_afresh is None:
+                import_compiler()  # or the first optimizer of every rank would: a second each
+            else:
+                _check_importable(self._job, why_afresh)
             with _interrupts_held_back():
                 self._start_ranks(context, forking)
         except OSError as error:

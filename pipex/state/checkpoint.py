@@ -58,7 +58,7 @@ class Checkpoint:
             raise CheckpointError(f"there is no checkpoint in {directory}", fix="check the path, or start without one")
         checkpoint = cls(directory, manifest)
         for shard in manifest.shards:
-            checkpoint._open(shard).close()
+            checkpoint.open_shard(shard).close()
         return checkpoint
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class Checkpoint:
                 found |= self._read(shard, here)
         return found
 
-    def _open(self, shard: ShardInfo) -> BinaryIO:
+    def open_shard(self, shard: ShardInfo) -> BinaryIO:
         if not SHARD_NAME.fullmatch(shard["file"]):
             raise _damaged(self.directory / MANIFEST, f"a shard {shown(shard['file'])}", f"names such as {_SHARD_NAME}")
         path = self.directory / shard["file"]
@@ -99,7 +99,7 @@ class Checkpoint:
 
     def _read(self, shard: ShardInfo, names: list[str]) -> dict[str, Tensor]:
         path = self.directory / shard["file"]
-        with self._open(shard) as file:
+        with self.open_shard(shard) as file:
             if shard["file"] not in self._intact:
                 checksum = _crc32(path, file)
                 if checksum != shard["crc32"]:
