@@ -207,6 +207,16 @@ storage_id: Callable[[Any], int] = _attribute(
     "torch.UntypedStorage", "_cdata", "the same for all views; a tensor subclass that wraps others has no address"
 )
 
+_autograd("torch.amp.GradScaler._found_inf_per_device", "what unscaling has found, so that ranks can agree on it")
+
+
+def found_infinite(scaler: Any, optimizer: Any) -> dict[Any, Tensor]:
+    """Per device whether ``unscale_`` has met an infinite gradient of the optimizer; what the scaler goes by, to be
+    written to."""
+    found: dict[Any, Tensor] = scaler._found_inf_per_device(optimizer)
+    return found
+
+
 gpu_sleep: Callable[[int], None] = _autograd("torch.cuda._sleep", "keeps a GPU busy for so many of its cycles")
 
 

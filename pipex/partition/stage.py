@@ -15,6 +15,10 @@ NOTHING = nullcontext()
 """Around a layer that needs nothing around it."""
 
 
+class Keywords(dict[str, Any]):
+    """Keyword arguments of a stage's first layer; the last one of the stage's inputs."""
+
+
 class Stage(nn.Module):
     """Layers ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, as stage ``index`` of ``count``.
 
@@ -51,9 +55,13 @@ class Stage(nn.Module):
     def run(self, inputs: tuple[Any, ...], around: Callable[[int], AbstractContextManager[object]]) -> Any:
         """``forward`` with each layer inside of a context, which ``around`` makes from the layer's position in here."""
         outputs: Any = inputs
+        keywords: Mapping[str, Any] = {}
+        if inputs and isinstance(inputs[-1], Keywords):
+            outputs, keywords = inputs[:-1], inputs[-1]
         for position, layer in enumerate(self.layers):
             with around(position):
-                outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
+                outputs = layer(*outputs, **keywords) if isinstance(outputs, tuple) else layer(outputs)
+            keywords = {}
         return outputs
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def announce(
     world: World,
     placement: Placement,
     runners: Mapping[int, StageRunner],
-    samples: Mapping[int, tuple[Tensor, ...] | None],
+    samples: Mapping[int, tuple[Any, ...] | None],
     device: torch.device,
 ) -> dict[int, Forms]:
     """Collective. Returns the forms by micro-batch size, the same on every rank.
@@ -67,7 +68,7 @@ def announce(
     return result
 
 
-def _probe(runner: StageRunner, inputs: tuple[Tensor, ...], device: torch.device) -> Form:
+def _probe(runner: StageRunner, inputs: tuple[Any, ...], device: torch.device) -> Form:
     """One forward, layer by layer; returns the form of its output and notes the layers that draw random numbers."""
     generator = seeding.generator(device)
     drawing = set()

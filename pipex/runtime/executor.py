@@ -29,7 +29,7 @@ class StepData:
     """
 
     step: int
-    inputs: Sequence[tuple[Tensor, ...]]
+    inputs: Sequence[tuple[Any, ...]]
     targets: Sequence[Any]
     weights: Sequence[float]
     forms: Sequence[Forms]
@@ -183,7 +183,7 @@ class Executor:
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
 
-    def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Tensor, ...]:
+    def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Any, ...]:
         if runner.first:
             return self._data.inputs[microbatch]
         assert ends.activation_in is not None
@@ -224,7 +224,7 @@ class Executor:
         inputs = self._input(runner, ends, microbatch)
         output = runner.compute(data.step, microbatch, inputs)
         if runner.last:
-            runner.losses[microbatch] = runner.loss(output, data.targets[microbatch], data.weights[microbatch])
+            runner.loss(microbatch, output, data.targets[microbatch], data.weights[microbatch])
         else:
             assert ends.activation_out is not None
             ends.activation_out.send(data.step, microbatch, runner.message(output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.errors import InputError, UnsupportedModule
+from pipex.errors import UnsupportedModule
 from pipex.partition.stage import NOTHING, Stage
 from pipex.plan import Placement
 from pipex.runtime import seeding
+from pipex.runtime.loss import Loss, MicroLoss
 from pipex.torch_internals import storage_id
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     """What a stage hands to the next one.
 
     Raises:
-        UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
+        UnsupportedModule: it is neither a tensor nor a tuple of tensors, is an empty one, or one of them is sparse.
     """
     tensors = output if isinstance(output, tuple) else (output,)
+    if not tensors:
+        raise UnsupportedModule(f"stage {stage.index} hands nothing to the next stage", got="an empty tuple",
+                                needed="a dense tensor or a tuple of them")  # fmt: skip
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise UnsupportedModule(
@@ -64,7 +66,7 @@ class StageRunner:
     Args:
         stage: the stage; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
-        loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
+        loss: used on the last stage only.
         device: where the stage lives.
         seed: seed of all random layers.
         exact: as of ``Splitter``.
@@ -74,7 +76,7 @@ class StageRunner:
         self,
         stage: Stage,
         placement: Placement,
-        loss_fn: LossFunction,
+        loss: Loss,
         device: torch.device,
         seed: int,
         exact: bool | None,
@@ -85,36 +87,38 @@ class StageRunner:
         self.last = placement.after(stage.index) is None
         self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
         self.live: dict[int, _Live] = {}
-        self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
-        self._loss_fn = loss_fn
+        self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
+        self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds
+        self._loss = loss
         self._device = device
         self._seed = seed
         self._splitter = Splitter.of(stage, exact)
         self._buffers = {_memory(buffer) for buffer in stage.buffers()} - {0}
 
-    def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
+    def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
         """The stage's output, with its random layers seeded while it trains."""
         if not self.random_layers or not self.stage.training:
             return self.stage(*inputs)
-        seeds = seeding.of_layers(self._device, self._seed, step, microbatch, self.stage.first_layer)
+        number = self.microbatches_before + microbatch
+        seeds = seeding.of_layers(self._device, self._seed, step, number, self.stage.first_layer)
         return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
 
     def forward(
-        self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float, split: bool
     ) -> tuple[Tensor, ...]:
         """F. Returns what the next stage gets; nothing on the last stage, which keeps its loss instead.
 
         Args:
-            inputs: received tensors, or the micro-batch on stage 0.
+            inputs: received tensors; on stage 0 the micro-batch, which may hold anything.
             target: the micro-batch's target; read on the last stage only.
-            weight: the micro-batch's share of the batch's samples; its mean loss is scaled by it before backward.
+            weight: the micro-batch's share of the batch's samples; a mean loss is scaled by it before backward.
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
-        if not self.first:
-            for tensor in inputs:
-                if differentiable(tensor):
-                    tensor.requires_grad_()
+        received = () if self.first else inputs  # nobody waits for gradients of the batch
+        for tensor in received:
+            if differentiable(tensor):
+                tensor.requires_grad_()
         if split:
             with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
@@ -122,14 +126,13 @@ class StageRunner:
             tape = None
             output = self.compute(step, microbatch, inputs)
         if self.last:
-            loss = self.loss(output, target, weight)
-            self.losses[microbatch] = loss.detach()
-            roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
-            self.live[microbatch] = _Live(inputs, roots, (), tape)
+            root = self.loss(microbatch, output, target, weight)
+            roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
+            self.live[microbatch] = _Live(received, roots, (), tape)
             return ()
         outputs = self.message(output)
         mask = tuple(t.requires_grad for t in outputs if differentiable(t))
-        self.live[microbatch] = _Live(inputs, [t for t in outputs if t.requires_grad], mask, tape)
+        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], mask, tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -142,20 +145,14 @@ class StageRunner:
         tensors = output_tensors(self.stage, output)
         return tuple(t.clone() if _memory(t) in self._buffers else t for t in tensors) if self._buffers else tensors
 
-    def loss(self, output: Any, target: Any, weight: float) -> Tensor:
-        """The weighted mean loss of one micro-batch.
+    def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
+        """Keeps the loss of a micro-batch; returns where its backward starts.
 
         Raises:
-            InputError: the loss function returned no scalar.
+            InputError: as ``Loss``.
         """
-        loss = self._loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(
-                "the loss function must return the mean loss of a micro-batch",
-                got=shape, needed="a tensor with one element", fix="reduce it with .mean()",
-            )  # fmt: skip
-        return loss.reshape(()) * weight
+        root, self.losses[microbatch] = self._loss(output, target, weight)
+        return root
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from typing import Any
 
 import pipex.plan as plans
 from pipex.plan import Orders, Plan
 from pipex.runtime.announce import Forms, announce
+from pipex.runtime.intake import Agreed
 from pipex.runtime.stage_runner import StageRunner
 from pipex.transport.interface import EdgeSpec, Form, Links, World
 from pipex.transport.local import LocalEdge
@@ -44,7 +44,21 @@ class Wiring:
         assert self._links is not None, "no batch was announced yet"
         return self._links
 
-    def forms(self, kind: str, samples: Mapping[int, tuple[Tensor, ...] | None]) -> dict[int, Forms]:
+    def forms(self, training: bool, agreed: Agreed, inputs: Sequence[tuple[Any, ...]]) -> list[Forms]:
+        """Collective: the messages of each micro-batch; they fit the edges from here on.
+
+        Args:
+            inputs: the micro-batches; empty where this rank does not hold the first stage.
+        """
+        every = len(agreed.forms) > 1  # they are ready, and each has a form of its own
+        kinds = [f"{training} {agreed.forms[m if every else 0]} {n}" for m, n in enumerate(agreed.samples)]
+        found: dict[str, Forms] = {}
+        for microbatch, kind in enumerate(kinds):
+            if kind not in found:
+                found[kind] = self._forms(kind, {0: inputs[microbatch] if inputs else None})[0]
+        return [found[kind] for kind in kinds]
+
+    def _forms(self, kind: str, samples: Mapping[int, tuple[Any, ...] | None]) -> dict[int, Forms]:
         """Collective: the messages of a kind of batch, by micro-batch size; they fit the edges from here on.
 
         Args:

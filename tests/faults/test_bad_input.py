@@ -181,8 +181,8 @@ def test_an_output_that_is_no_message_is_named_at_the_sender(
         (lambda rank: pipeline(loss=nn.Linear(1, 1)), ["loss_fn has parameters"]),
         (lambda rank: pipeline().step(torch.ones(4, 4), torch.ones(6, 4)), ["4 and 6 samples"]),
         (lambda rank: pipeline().step(torch.tensor(1.0), torch.ones(4, 4)), ["dimension 0"]),
-        (lambda rank: pipeline().step([1, 2], torch.ones(4, 4)), ["the batch is not made of tensors; got int"]),
-        (lambda rank: pipeline().step((), torch.ones(4, 4)), ["first stage and needs the batch"]),
+        (lambda rank: pipeline().step([1, 2], torch.ones(4, 4)), ["a batch that is a list of ready micro-batches, a target that is to be cut"]),
+        (lambda rank: pipeline().step((), torch.ones(4, 4)), ["nothing in the batch can be cut", "got ()"]),
     ],
 )  # fmt: skip
 def test_an_argument_that_cannot_be_used(

@@ -1,0 +1,116 @@
+"""What a step is given: checked and cut on every rank, then agreed on by all, before anything has begun.
+
+So an argument that cannot be used is an error of the same call on all ranks, and the next call finds the pipeline as it
+was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipex.errors import InputError
+from pipex.runtime import microbatch
+from pipex.runtime.agreement import compare
+from pipex.runtime.loss import check_total
+from pipex.transport.interface import World
+
+
+@dataclass(slots=True)
+class Given:
+    """This rank's part of a step's arguments.
+
+    Attributes:
+        inputs: per micro-batch the first stage's inputs; empty where another rank holds it.
+        targets: per micro-batch; empty where another rank holds the last stage.
+        said: what this rank tells the others of all that it was given.
+        problem: why it cannot be used.
+    """
+
+    inputs: Sequence[tuple[Any, ...]] = ()
+    targets: Sequence[Any] = ()
+    said: dict[str, Any] = field(default_factory=dict)
+    problem: InputError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know of a step.
+
+    Attributes:
+        samples: of each micro-batch.
+        forms: of the batch, or of each ready micro-batch, in words.
+        total: what sums of losses are divided by, if it was given.
+    """
+
+    samples: Sequence[int]
+    forms: Sequence[str]
+    total: float | None
+
+
+def take(world: World, microbatches: int, batch: Any, target: Any, total: object, *, first: bool, last: bool) -> Given:
+    """Checks and cuts what this rank was given.
+
+    Args:
+        first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
+    """
+    given = Given()
+    try:
+        number = check_total(total)
+        given.said = {"total": number}
+        for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, last, "last")):
+            if value is None:
+                if needed:
+                    raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
+                continue
+            how = microbatch.look(value, name, microbatches)
+            ready = how.rows is None
+            if name == "batch" and not how.samples:
+                raise InputError("nothing in the batch can be cut into micro-batches", got=how.forms[0],
+                                 needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches")  # fmt: skip
+            given.said |= {
+                name: list(how.forms), f"{name} ready": ready,
+                f"samples of the {name}": list(how.samples) if ready else sum(how.samples) or None,
+            }  # fmt: skip
+            if needed:
+                pieces = microbatch.cut(value, how, microbatches, world.device)
+                if name == "batch":
+                    given.inputs = [microbatch.as_arguments(piece) for piece in pieces]
+                else:
+                    given.targets = pieces
+    except InputError as problem:
+        given.problem = problem
+        given.said = {"problem": str(problem)}
+    return given
+
+
+def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> Agreed:
+    """What the ranks have agreed on.
+
+    Args:
+        every: ``given.said`` of all ranks.
+
+    Raises:
+        InputError: a rank cannot use what it was given, or batch and target do not fit.
+        ConfigMismatch: two ranks were given different things.
+    """
+    if given.problem is not None:
+        raise given.problem
+    for rank, said in enumerate(every):
+        if "problem" in said:
+            raise InputError(f"rank {rank} cannot use what it was given: {said['problem']}")
+    all_say = compare(every)
+    ready, target_ready = all_say["batch ready"], all_say["target ready"]
+    if ready is not target_ready:
+        words = {True: "a list of ready micro-batches", False: "to be cut"}
+        raise InputError("batch and target disagree", got=f"a batch that is {words[ready]}, a target that is "
+                         f"{words[target_ready]}", needed="both lists, or none")  # fmt: skip
+    samples = all_say["samples of the batch"]
+    if not ready:
+        others = all_say.get("samples of the target", samples)
+        if samples != others:
+            raise InputError("batch and target disagree", got=f"{samples} and {others} samples",
+                             needed="the same number")  # fmt: skip
+        samples = microbatch.sizes(samples, microbatches)
+    return Agreed(samples, all_say["batch"], all_say.get("total"))
