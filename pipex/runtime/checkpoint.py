@@ -1,6 +1,7 @@
 """Saving and loading a model in stages and its optimizer, all ranks together.
 
-``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages).
+``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages); ``main`` are
+its main weights by the same names, which are what its optimizer knows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +21,8 @@ from pipex.errors import CheckpointError, PipexError
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
 from pipex.transport.interface import World
+
+MAIN = "main/"
 
 
 def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
@@ -31,7 +35,7 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 
 def save(
     world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, step: int,
-    directory: str | os.PathLike[str], meta: Mapping[str, Any],
+    directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
@@ -42,10 +46,10 @@ def save(
     shard = None
     error = ""
     try:
-        tensors = state.model_state(names)
+        tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
-            optimizer_tensors, values = state.optimizer_state(optimizer, names)
+            optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main})
             tensors |= optimizer_tensors
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
@@ -69,7 +73,7 @@ def save(
 
 def load(
     names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str], main: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """Restores this rank's part.
 
@@ -86,7 +90,11 @@ def load(
     state.check_model(checkpoint, whole)
     state.load_model_state(checkpoint, names)
     if optimizer is not None:
-        state.load_optimizer_state(checkpoint, optimizer, names)
+        state.load_optimizer_state(checkpoint, optimizer, {**names, **main})
+    saved = checkpoint.load(MAIN + name for name in main if MAIN + name in checkpoint.tensors)
+    with torch.no_grad():
+        for name, weight in main.items():  # of a run without main weights: what was rounded is all there is
+            weight.copy_(saved.get(MAIN + name, names[name]))
     meta = checkpoint.meta["pipex"]
     if not isinstance(meta, dict):
         raise PipexError(f"{directory} was not saved by a pipeline")

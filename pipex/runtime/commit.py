@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
 from pipex.torch_internals import foreach_norm
-from pipex.transport.interface import EdgeSpec, Links, World, form_of
+from pipex.transport.interface import EdgeSpec, Links, TensorForm, World, form_of
 
 
 class Gradients:
@@ -38,15 +38,16 @@ class Gradients:
 
     def edges(self) -> list[EdgeSpec]:
         """The edges over which tied accumulators travel: from every holder to every holder on another rank."""
-        together: dict[tuple[int, int], list[Tensor]] = {}
+        together: dict[tuple[int, int], list[TensorForm]] = {}
         for tie in self._ties:
             for source in tie.stages:
                 for destination in tie.stages:
                     if self._rank_of[source] != self._rank_of[destination]:
-                        together.setdefault((source, destination), []).append(tie.replicas[0])
+                        form = form_of([tied.accumulator(tie.replicas[0])])
+                        together.setdefault((source, destination), []).extend(form)
         return [
-            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1, form=form_of(tensors))
-            for (s, d), tensors in sorted(together.items())
+            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1, form=tuple(forms))
+            for (s, d), forms in sorted(together.items(), key=lambda one: one[0])
         ]
 
     def reduce_ties(self, step: int, links: Links) -> None:

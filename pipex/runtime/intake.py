@@ -67,8 +67,10 @@ def take(world: World, microbatches: int, batch: Any, target: Any, total: object
             how = microbatch.look(value, name, microbatches)
             ready = how.rows is None
             if name == "batch" and not how.samples:
-                raise InputError("nothing in the batch can be cut into micro-batches", got=how.forms[0],
-                                 needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches")  # fmt: skip
+                raise InputError(
+                    "nothing in the batch can be cut into micro-batches", got=how.forms[0],
+                    needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches",
+                )  # fmt: skip
             given.said |= {
                 name: list(how.forms), f"{name} ready": ready,
                 f"samples of the {name}": list(how.samples) if ready else sum(how.samples) or None,

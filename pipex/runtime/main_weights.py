@@ -7,7 +7,7 @@ split backward goes by it), and the optimizer steps on the float32 copy, which i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,10 @@ class MainWeights:
         self._of = {id(p): main for p, main in self._pairs}
         self._written = [version(p) for p, _ in self._pairs]
 
+    def named(self, names: Mapping[int, str]) -> dict[str, nn.Parameter]:
+        """The main weights by the names of their parameters, which are given by id."""
+        return {names[id(parameter)]: main for parameter, main in self._pairs}
+
     def of(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the optimizer updates in the parameter's place: itself if it has bits enough."""
         return self._of.get(id(parameter), parameter)
@@ -50,11 +54,11 @@ class MainWeights:
             main.grad = parameter.grad
 
     def round(self) -> None:
-        """After the optimizer's step: the parameters become their main weights."""
+        """After the optimizer's step, or a load: the parameters become their main weights."""
         with torch.no_grad():
-            for index, (parameter, main) in enumerate(self._pairs):
+            for parameter, main in self._pairs:
                 parameter.copy_(main)
-                self._written[index] = version(parameter)
+        self._written = [version(parameter) for parameter, _ in self._pairs]
 
     def forget_gradients(self) -> None:
         """The main weights have no gradients of their own any more."""

@@ -234,8 +234,9 @@ class Pipeline:
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
-                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {}
-            )
+                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {},
+                self._update.main,
+            )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
             raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
@@ -248,7 +249,10 @@ class Pipeline:
         """
         with self._together():
             own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory)
+            self._update.forget()
+            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory, self._update.main)
+            if self._main is not None:
+                self._main.round()
             return found
 
     def close(self) -> None:

@@ -51,7 +51,9 @@ def separate(stages: Sequence[Stage]) -> list[Tie]:
 
 def accumulator(parameter: nn.Parameter) -> Tensor:
     """The gradient that a stage has accumulated; zeros where it got none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    return parameter.grad
 
 
 def total(accumulators: Sequence[Tensor]) -> Tensor:

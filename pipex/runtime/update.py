@@ -56,6 +56,8 @@ class Update:
     ) -> None:  # fmt: skip
         self._world, self._gradients, self._names, self._main = world, gradients, names, main
         self._clip_norm, self._scaler = clip_norm, scaler
+        self.main = {} if main is None else main.named(names)
+        """the main weights by name"""
         self._tied = bool(gradients.edges())
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
