@@ -153,12 +153,15 @@ class Update:
         if self._main is not None:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))
-        optimizer = factory(Parameters(named or [nothing]))
+        parameters = Parameters(named or [nothing])
+        optimizer = factory(parameters)
         if not isinstance(optimizer, Optimizer):
             raise InputError("the optimizer's factory must return an optimizer", got=type(optimizer).__name__,
                              needed="a torch.optim.Optimizer",
                              fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
         if not named:
+            parameters.clear()
+            parameters.named.clear()
             for group in optimizer.param_groups:
                 group["params"].clear()
                 if "param_names" in group:
