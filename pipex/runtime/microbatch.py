@@ -80,11 +80,11 @@ def look(value: Any, what: str, microbatches: int) -> Cut:
             needed="one size of dimension 0 (and 1 for what all micro-batches get)",
             fix="mark what is not to be cut as pipex.Whole(...)",
         )  # fmt: skip
-    samples = sizes(max(rows), microbatches) if rows else []
+    samples = sizes(max(rows), microbatches, what) if rows else []
     return Cut(tuple(samples), max(rows, default=1), (_form(value),))
 
 
-def sizes(samples: int, microbatches: int) -> list[int]:
+def sizes(samples: int, microbatches: int, what: str = "batch") -> list[int]:
     """Samples of each micro-batch, largest first, differing by at most one: 10 in 4 gives 3, 3, 2, 2.
 
     Raises:
@@ -92,7 +92,7 @@ def sizes(samples: int, microbatches: int) -> list[int]:
     """
     if samples < microbatches:
         raise InputError(
-            "the batch is too small for the plan",
+            f"the {what} is too small for the plan",
             got=f"{samples} samples for {microbatches} micro-batches", needed="at least one sample per micro-batch",
             fix="use a larger batch or a plan with fewer micro-batches",
         )  # fmt: skip
