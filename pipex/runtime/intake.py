@@ -19,17 +19,16 @@ from pipex.transport.interface import World
 
 @dataclass(slots=True)
 class Given:
-    """This rank's part of a step's arguments.
+    """What this rank was given for a step.
 
     Attributes:
-        inputs: per micro-batch the first stage's inputs; empty where another rank holds it.
-        targets: per micro-batch; empty where another rank holds the last stage.
-        said: what this rank tells the others of all that it was given.
+        batch, target: how they become micro-batches; None where they were not given.
+        said: what this rank tells the others of it.
         problem: why it cannot be used.
     """
 
-    inputs: Sequence[tuple[Any, ...]] = ()
-    targets: Sequence[Any] = ()
+    batch: microbatch.Cut | None = None
+    target: microbatch.Cut | None = None
     said: dict[str, Any] = field(default_factory=dict)
     problem: InputError | None = None
 
@@ -49,38 +48,39 @@ class Agreed:
     total: float | None
 
 
-def take(world: World, microbatches: int, batch: Any, target: Any, total: object, *, first: bool, last: bool) -> Given:
-    """Checks and cuts what this rank was given.
+def take(
+    world: World, microbatches: int, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool
+) -> Given:
+    """Checks what this rank was given.
 
     Args:
+        microbatches: of the plan, which a training step keeps to.
         first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
     """
     given = Given()
     try:
-        number = check_total(total)
-        given.said = {"total": number}
+        given.said["total"] = check_total(total)
         for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, last, "last")):
             if value is None:
                 if needed:
                     raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
                 continue
-            how = microbatch.look(value, name, microbatches)
+            how = microbatch.look(value, name, microbatches, fewer=not training)
+            if name == "target":
+                given.target = how
+            else:
+                microbatch.check_keywords(value)
+                if not how.samples:
+                    raise InputError(
+                        "nothing in the batch can be cut into micro-batches", got=how.forms[0],
+                        needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches",
+                    )  # fmt: skip
+                given.batch = how
             ready = how.rows is None
-            if name == "batch" and not how.samples:
-                raise InputError(
-                    "nothing in the batch can be cut into micro-batches", got=how.forms[0],
-                    needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches",
-                )  # fmt: skip
             given.said |= {
                 name: list(how.forms), f"{name} ready": ready,
                 f"samples of the {name}": list(how.samples) if ready else sum(how.samples) or None,
             }  # fmt: skip
-            if needed:
-                pieces = microbatch.cut(value, how, microbatches, world.device)
-                if name == "batch":
-                    given.inputs = [microbatch.as_arguments(piece) for piece in pieces]
-                else:
-                    given.targets = pieces
     except InputError as problem:
         given.problem = problem
         given.said = {"problem": str(problem)}
@@ -109,10 +109,12 @@ def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> 
         raise InputError("batch and target disagree", got=f"a batch that is {words[ready]}, a target that is "
                          f"{words[target_ready]}", needed="both lists, or none")  # fmt: skip
     samples = all_say["samples of the batch"]
-    if not ready:
-        others = all_say.get("samples of the target", samples)
-        if samples != others:
-            raise InputError("batch and target disagree", got=f"{samples} and {others} samples",
-                             needed="the same number")  # fmt: skip
-        samples = microbatch.sizes(samples, microbatches)
-    return Agreed(samples, all_say["batch"], all_say.get("total"))
+    others = all_say.get("samples of the target", samples)  # none where all of it goes to every micro-batch
+    if ready:
+        if len(samples) != len(others):
+            raise InputError("batch and target disagree", got=f"{len(samples)} and {len(others)} micro-batches",
+                             needed="as many of both")  # fmt: skip
+        return Agreed(samples, all_say["batch"], all_say.get("total"))
+    if samples != others:
+        raise InputError("batch and target disagree", got=f"{samples} and {others} samples", needed="the same number")
+    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say["batch"], all_say.get("total"))

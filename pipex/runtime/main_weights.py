@@ -39,7 +39,7 @@ class MainWeights:
 
     def named(self, names: Mapping[int, str]) -> dict[str, nn.Parameter]:
         """The main weights by the names of their parameters, which are given by id."""
-        return {names[id(parameter)]: main for parameter, main in self._pairs}
+        return {names[id(parameter)]: main for parameter, main in self._pairs if id(parameter) in names}
 
     def of(self, parameter: nn.Parameter) -> nn.Parameter:
         """What the optimizer updates in the parameter's place: itself if it has bits enough."""

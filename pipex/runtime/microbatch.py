@@ -46,18 +46,19 @@ class Cut:
     forms: tuple[str, ...]
 
 
-def look(value: Any, what: str, microbatches: int) -> Cut:
+def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cut:
     """Finds out what is to be cut, by the rule above.
 
     Args:
         what: "batch" or "target", for messages.
         microbatches: of the plan.
+        fewer: whether there may be fewer, and any number of ready ones: where the plan's order need not be kept.
 
     Raises:
         InputError: it cannot be cut, or is a list of another number of micro-batches.
     """
     if isinstance(value, list):
-        if len(value) != microbatches:
+        if not value or (len(value) != microbatches and not fewer):
             raise InputError(
                 f"a list is a {what} of ready micro-batches", got=f"{len(value)} of them",
                 needed=f"{microbatches}, as many as the plan has",
@@ -80,8 +81,20 @@ def look(value: Any, what: str, microbatches: int) -> Cut:
             needed="one size of dimension 0 (and 1 for what all micro-batches get)",
             fix="mark what is not to be cut as pipex.Whole(...)",
         )  # fmt: skip
-    samples = sizes(max(rows), microbatches, what) if rows else []
-    return Cut(tuple(samples), max(rows, default=1), (_form(value),))
+    if not rows:
+        return Cut((), 1, (_form(value),))
+    most = max(rows)
+    return Cut(
+        tuple(sizes(most, max(1, min(most, microbatches)) if fewer else microbatches, what)), most, (_form(value),)
+    )
+
+
+def check_keywords(batch: Any) -> None:
+    """Raises InputError if a dict in place of a batch's arguments has keys that are no names."""
+    for piece in batch if isinstance(batch, list) else (batch,):
+        if isinstance(piece, Mapping) and not all(isinstance(key, str) for key in piece):
+            raise InputError("the batch's dict holds keyword arguments of the first stage", got=f"keys {list(piece)}",
+                             needed="names")  # fmt: skip
 
 
 def sizes(samples: int, microbatches: int, what: str = "batch") -> list[int]:
@@ -112,15 +125,8 @@ def cut(value: Any, how: Cut, microbatches: int, device: torch.device) -> list[A
 
 
 def as_arguments(piece: Any) -> tuple[Any, ...]:
-    """A micro-batch as inputs of the first stage.
-
-    Raises:
-        InputError: a dict whose keys are no names.
-    """
+    """A micro-batch as inputs of the first stage."""
     if isinstance(piece, Mapping):
-        if not all(isinstance(key, str) for key in piece):
-            raise InputError("the batch's dict holds keyword arguments of the first stage", got=f"keys {list(piece)}",
-                             needed="names")  # fmt: skip
         return (Keywords(piece),)
     return tuple(piece) if isinstance(piece, (tuple, list)) else (piece,)
 

@@ -18,7 +18,7 @@ from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
-from pipex.runtime import checkpoint, intake, tied
+from pipex.runtime import checkpoint, intake, microbatch, tied
 from pipex.runtime.agreement import agree, share
 from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
@@ -118,7 +118,6 @@ class Pipeline:
             self._main = MainWeights(self.stages, self._gradients.optimized) if main_weights else None
             names = {id(tensor): name for stage in self.local_stages for name, tensor in stage.names.items()}
             self._update = Update(self.world, self._gradients, names, self._main, optimizer, clip_norm, scaler)
-            self.optimizer = self._update.optimizer
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             orders = plans.communicate(runnable)
             tied_edges = self._gradients.edges()
@@ -135,6 +134,11 @@ class Pipeline:
     def peak_activations(self) -> int:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._executor.peak_live
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's, as ``optimizer=`` has made it: for schedules of the learning rate, and new parameters."""
+        return self._update.optimizer
 
     @property
     def gradient_norm(self) -> float | None:
@@ -206,7 +210,8 @@ class Pipeline:
         return self._finish(monotonic_ns(), skip_nonfinite)
 
     def evaluate(self, batch: Any, target: Any) -> float:
-        """The batch's mean loss in evaluation mode, without gradients; arguments as of ``forward_backward``."""
+        """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
+        may be fewer samples than micro-batches, and any number of ready ones."""
         modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
         for stage in self.local_stages:
             stage.eval()
@@ -295,18 +300,29 @@ class Pipeline:
             self.world.at(step, Phase.START)
             runners = self._runners.values()
             first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
-            given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last)
+            given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
+                                training=training)  # fmt: skip
             if training and (problem := self._cannot_train()) is not None:
                 given = intake.Given(said={"problem": str(problem)}, problem=problem)
             every = share(self.world, call, {"step": step, **given.said})
-        self.world.at(self.steps, Phase.IDLE)
-        agreed = intake.agreed(self.plan.microbatches, given, every)
+        try:
+            agreed = intake.agreed(self.plan.microbatches, given, every)
+        except PipexError:
+            self.world.at(self.steps, Phase.IDLE)
+            raise
         self._loss.total = agreed.total
-        samples = sum(agreed.samples)
+        count, samples = len(agreed.samples), sum(agreed.samples)
+        inputs: Sequence[tuple[Any, ...]] = ()
+        targets: Sequence[Any] = ()
         with self._together():
-            forms = self._wiring.forms(training, agreed, given.inputs)
+            if first and given.batch is not None:
+                pieces = microbatch.cut(batch, given.batch, count, self.world.device)
+                inputs = [microbatch.as_arguments(piece) for piece in pieces]
+            if last and given.target is not None:
+                targets = microbatch.cut(target, given.target, count, self.world.device)
+            forms = self._wiring.forms(training, agreed, inputs)
             self._executor.connect(self._wiring.links)
-        return StepData(step, given.inputs, given.targets, [n / samples for n in agreed.samples], forms)
+        return StepData(step, inputs, targets, [n / samples for n in agreed.samples], forms)
 
     def _cannot_train(self) -> InputError | None:
         if self.plan.update == "never":
@@ -332,7 +348,7 @@ class Pipeline:
         runner = next((r for r in self._runners.values() if r.last), None)
         mine = None
         if runner is not None:
-            mine = of_batch([runner.losses[m] for m in range(self.plan.microbatches)], self._loss.total)
+            mine = of_batch([runner.losses[m] for m in sorted(runner.losses)], self._loss.total)
         self._executor.reset()
         loss, count = next(filter(None, share(self.world, "the losses", mine)))
         return float(loss), count

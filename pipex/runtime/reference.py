@@ -98,9 +98,10 @@ class OneProcess:
     def _losses(self, batch: Any, target: Any, total: float | None) -> Iterator[tuple[Tensor, MicroLoss]]:
         """Of one micro-batch after another where its backward starts, and its loss."""
         device = next(iter(self._all), torch.empty(0)).device
-        how, target_how = (microbatch.look(v, n, self._microbatches) for v, n in ((batch, "batch"), (target, "target")))
-        inputs = microbatch.cut(batch, how, self._microbatches, device)
-        targets = microbatch.cut(target, target_how, self._microbatches, device)
+        how = microbatch.look(batch, "batch", self._microbatches, fewer=not torch.is_grad_enabled())
+        target_how = microbatch.look(target, "target", self._microbatches, fewer=not torch.is_grad_enabled())
+        inputs = microbatch.cut(batch, how, len(how.samples), device)
+        targets = microbatch.cut(target, target_how, len(how.samples), device)
         self._loss.total = total
         for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
             output = self._forward(number, microbatch.as_arguments(piece), device)

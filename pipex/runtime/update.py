@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from pipex.errors import InputError
-from pipex.runtime.agreement import share
+from pipex.runtime.agreement import compare, share
 from pipex.runtime.commit import Gradients
 from pipex.runtime.main_weights import MainWeights
 from pipex.torch_internals import found_infinite
@@ -110,16 +111,12 @@ class Update:
         if self._clip_norm is not None or skip_nonfinite:
             norm = self._gradients.norm()
         self.norm = None if norm is None else norm.item()
-        if skip_nonfinite and norm is not None and not torch.isfinite(norm):
-            self.forget()
-            return False
-        if self._clip_norm is not None and norm is not None:
+        leave_out = skip_nonfinite and self.norm is not None and not isfinite(self.norm)
+        if self._clip_norm is not None and norm is not None and not leave_out:
             self._gradients.clip(self._clip_norm, norm)
-        made = True
-        if self.optimizer is not None:
-            made = self._step(self.optimizer)
-            if made and self._main is not None:
-                self._main.round()
+        made = self._step(leave_out)
+        if made and self._main is not None:
+            self._main.round()
         self.forget()
         return made
 
@@ -131,25 +128,29 @@ class Update:
         if self._main is not None:
             self._main.forget_gradients()
 
-    def _step(self, optimizer: Optimizer) -> bool:
-        if self._scaler is None or not self._scaler.is_enabled():
-            optimizer.step()
-            return True
+    def _step(self, leave_out: bool) -> bool:
+        scaler, optimizer = self._scaler, self.optimizer
+        if scaler is None or optimizer is None or not scaler.is_enabled():
+            if optimizer is not None and not leave_out:
+                optimizer.step()
+            return not leave_out
         # One rank's infinite gradient is everybody's: all skip the step and lower the scale, or none does. A rank whose
         # parameters had no gradients has made no check, and takes part in this one all the same.
-        found = found_infinite(self._scaler, optimizer)
+        found = found_infinite(scaler, optimizer)
         any_here = any(bool(value) for value in found.values())
-        infinite = any(share(self._world, "the gradient scaler", any_here))
+        every = share(self._world, "the gradient scaler", {"scale": scaler.get_scale(), "infinite": any_here})
+        compare([{"scale": said["scale"]} for said in every])  # else gradients would be those of different losses
+        infinite = leave_out or any(said["infinite"] for said in every)
         for device in found or (self._world.device,):
             found[device] = torch.full((), float(infinite), device=device)
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         return not infinite
 
     def _build(self, factory: OptimizerFactory) -> Optimizer:
         """The optimizer. A rank without parameters has one as well, for schedulers: made for a parameter that is taken
         out again, since no optimizer of torch begins without."""
-        named = [(self._names[id(p)], p) for p in self._gradients.optimized]
+        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.optimized)]
         if self._main is not None:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))

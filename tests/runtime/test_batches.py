@@ -244,6 +244,40 @@ def test_fifty_ready_micro_batches_of_fifty_lengths() -> None:
     assert host_world.launch(lengths, 2) == [losses] * 2
 
 
+def few_and_many() -> list[float]:
+    pipe = pipeline()
+    lists = [ids(m, 1, m + 1) for m in range(7)], [ids(m + 9, 1, m + 1) for m in range(7)]
+    found = [pipe.evaluate(ids(0, samples), ids(1, samples)) for samples in (1, 2, 5)]
+    found += [pipe.evaluate(*lists), pipe.evaluate(lists[0][:2], lists[1][:2]), pipe.step(ids(0), ids(1))]
+    with pytest.raises(InputError, match="7 and 6 micro-batches"):
+        pipe.evaluate(lists[0], lists[1][1:])
+    with pytest.raises(InputError, match="0 samples"):
+        pipe.evaluate(ids(0, 0), ids(0, 0))
+    return [*found, pipe.evaluate(*lists)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_evaluation_needs_no_micro_batches_of_the_plan(ranks: int) -> None:
+    net = model()
+
+    def mean(pieces: list[tuple[Tensor, Tensor]], samples: int) -> float:
+        summed = torch.zeros(())
+        for x, y in pieces:
+            summed = summed + loss(net(x), y).detach() * (len(x) / samples)
+        return summed.item()
+
+    expected = [mean(list(zip(ids(0, n).tensor_split(min(n, 3)), ids(1, n).tensor_split(min(n, 3)), strict=True)), n)
+                for n in (1, 2, 5)]  # fmt: skip
+    ready = [(ids(m, 1, m + 1), ids(m + 9, 1, m + 1)) for m in range(7)]
+    cut_by_hand = list(zip(ids(0).split(2), ids(1).split(2), strict=True))
+    expected += [mean(ready, 7), mean(ready[:2], 2), mean(cut_by_hand, 6)]
+    optimizer = sgd(net.parameters())
+    for x, y in cut_by_hand:
+        (loss(net(x), y) * (2 / 6)).backward()
+    optimizer.step()
+    assert host_world.launch(few_and_many, ranks) == [[*expected, mean(ready, 7)]] * ranks
+
+
 def pipeline() -> pipex.Pipeline:
     ranks = pipex.current_world().ranks
     return pipex.Pipeline(pipex.split_model(model(), ranks), pipex.build("1f1b", ranks, 3), loss, optimizer=sgd)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pipex
-from pipex.errors import InputError
+from pipex.errors import InputError, PeerFailed
 
 LOSS = nn.functional.mse_loss
 MICROBATCHES = 3
@@ -282,6 +282,32 @@ def test_an_update_that_is_not_finite_on_one_rank_is_left_out_on_all(ranks: int)
     assert_same(host_world.launch(guarded, ranks), plain(model, values))
 
 
+def guarded_and_scaled() -> list[Any]:
+    scaler = GradScaler("cpu", init_scale=2.0**16)
+    pipe = pipeline("1f1b", steep_layers, steep, scaler=scaler)
+    found: list[Any] = []
+    for step in range(3):
+        pipe.forward_backward(*steep_data(step, STEEP / 2**16))
+        found += [pipe.update(skip_nonfinite=True), scaler.get_scale()]
+    return found
+
+
+def test_the_guard_and_a_scaler_together() -> None:
+    assert host_world.launch(guarded_and_scaled, 2) == [[True, 2.0**16, False, 2.0**15, True, 2.0**15]] * 2
+
+
+def scales_differ() -> None:
+    scaler = GradScaler("cpu", init_scale=2.0 ** (4 + pipex.current_world().rank))
+    pipeline("1f1b", scaler=scaler).step(*data(0))
+
+
+def test_ranks_with_other_scales_are_told_both() -> None:
+    with pytest.raises(
+        PeerFailed, match=r"ConfigMismatch: the ranks disagree about scale; got 16\.0 .* 32\.0 on rank 1"
+    ):
+        host_world.launch(scales_differ, 2)
+
+
 def test_without_the_guard_torch_s_rule_holds() -> None:
     pipe = pipeline("1f1b", steep_layers, steep, optimizer=partial(torch.optim.SGD, lr=0.1))
     pipe.step(*steep_data(1, STEEP))
@@ -380,7 +406,7 @@ def too_small() -> list[Any]:
     pipe = pipeline("1f1b")
     found: list[Any] = []
     calls: list[Callable[[], object]] = [
-        lambda: pipe.evaluate(*data(0, 2)),
+        lambda: pipe.evaluate(*data(0, 0)),
         lambda: pipe.step(*data(0, 2)),
         lambda: pipe.step(data(0)[0], data(0, 5)[1]),
         lambda: pipe.step(data(0)[0].to_sparse() if pipe.world.rank == 0 else None, data(0)[1]),
@@ -414,7 +440,7 @@ def test_what_fails_before_anything_has_begun_does_not_end_the_run(ranks: int) -
     with torch.no_grad():
         parts = [LOSS(model(x), y) * (len(x) / 6) for x, y in micro_batches(data(2))]
     expected = [losses[1], (parts[0] + parts[1] + parts[2]).item()]
-    shown = ["2 samples for 3", "2 samples for 3", "6 and 5 samples", "sparse", "needs the batch", "-1.0"]
+    shown = ["0 samples for 1", "2 samples for 3", "6 and 5 samples", "sparse", "needs the batch", "-1.0"]
     shown += ["no forward_backward", "no forward_backward"]
     for found in host_world.launch(too_small, ranks):
         for text, part in zip(found, shown, strict=False):
