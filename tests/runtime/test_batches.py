@@ -81,6 +81,22 @@ def test_a_layer_that_writes_into_its_micro_batch_spoils_no_other() -> None:
     assert torch.equal(batch, torch.tensor([[1.0, 1], [1, 1], [3, 3], [3, 3]]))
 
 
+class Two(nn.Module):
+    def forward(self, x: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        return x * scale, x
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, scale: float = 0.0) -> Tensor:
+        return x + y + scale
+
+
+def test_keywords_are_the_first_layer_s_alone() -> None:
+    (stage,) = pipex.split_model(nn.Sequential(Two(), Sum()), 1)
+    inputs = microbatch.as_arguments({"x": torch.ones(2), "scale": 3.0})
+    assert torch.equal(stage(*inputs), torch.full((2,), 4.0))
+
+
 @pytest.mark.parametrize(
     ("batch", "microbatches", "shown"),
     [
