@@ -66,7 +66,7 @@ from pipex.errors import InputError, NativeUnavailable
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 from pipex.transport.group import GroupWorld
-from pipex.transport.interface import EdgeSpec, Form, Links, TensorForm, World
+from pipex.transport.interface import EdgeSpec, Links, World
 
 RANKS = 2
 THREADS = 1  # per rank: a transport gets one core, and so does the memcpy it is compared with
@@ -257,11 +257,10 @@ def _edges(world: World, transport: Transport, store: str) -> Iterator[World]:
 
 @contextmanager
 def _ends(world: World, edges: World, transport: Transport, both_ways: bool, nbytes: int) -> Iterator[dict[str, End]]:
-    form = (TensorForm((nbytes,), torch.uint8),)
-    links = _open(edges, form)
+    links = _open(edges)
     me, peer, device = world.rank, 1 - world.rank, world.device
     staged = device.type == "cuda" and transport.peer == "gloo"
-    trips = partial(RoundTrips, me, device, form=form, both_ways=both_ways)
+    trips = partial(RoundTrips, me, device, both_ways=both_ways)
     receiver = (TorchExchange if both_ways else TorchReceiver)(peer, nbytes, device, staged)
     sender = receiver if isinstance(receiver, TorchExchange) else TorchSender(peer, staged)
     yield {
@@ -272,11 +271,9 @@ def _ends(world: World, edges: World, transport: Transport, both_ways: bool, nby
     links.close()
 
 
-def _open(world: World, form: Form) -> Links:
+def _open(world: World) -> Links:
     """An edge each way."""
-    specs = [
-        EdgeSpec(source, 1 - source, "activation", source, 1 - source, slots=1, alive=1, form=form) for source in (0, 1)
-    ]
+    specs = [EdgeSpec(source, 1 - source, "activation", source, 1 - source, slots=1, alive=1) for source in (0, 1)]
     return world.open(specs, digest=bytes(16))
 
 

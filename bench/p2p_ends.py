@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipex.transport.interface import Form, Receiver, Sender
-
 
 class End(Protocol):
     """One rank's part in the bursts of a provider."""
@@ -29,30 +27,37 @@ class End(Protocol):
         """The same until the GPU has done them, timed: seconds per message, and the last one received."""
 
 
+class Sends(Protocol):
+    def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None: ...
+
+
+class Receives(Protocol):
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]: ...
+
+
 class RoundTrips:
     """Messages to the other rank and back; or, ``both_ways``, to each other at the same time."""
 
-    def __init__(self, rank: int, device: torch.device, sender: Sender, receiver: Receiver, form: Form,
-                 both_ways: bool) -> None:  # fmt: skip
-        self._rank, self._device, self._form, self._both_ways = rank, device, form, both_ways
+    def __init__(self, rank: int, device: torch.device, sender: Sends, receiver: Receives, both_ways: bool) -> None:
+        self._rank, self._device, self._both_ways = rank, device, both_ways
         self._sender, self._receiver = sender, receiver
         self.send_seconds: list[float] = []
         self._sending = 0.0  # of the latest burst
 
     def transfer(self, outgoing: Sequence[Tensor]) -> Tensor:
-        send, receive, form = self._sender.send, self._receiver.receive, self._form
+        send, receive = self._sender.send, self._receiver.receive
         finish = self._sender.finish if isinstance(self._sender, TorchSender) else None
         received: tuple[Tensor, ...] = ()
         sending, sends_first = 0.0, self._both_ways or self._rank == 0
         for number, tensor in enumerate(outgoing):
             received = ()  # its memory may be used again: torch has one buffer to receive into, too
             if not sends_first:
-                received = receive(1, number, form)
+                received = receive(1, number)
             before = perf_counter()
             send(1, number, (tensor,))
             sending += perf_counter() - before
             if sends_first:
-                received = receive(1, number, form)
+                received = receive(1, number)
             if finish is not None:
                 finish()
         self._sending = sending
@@ -114,7 +119,7 @@ class TorchReceiver:
         self._peer, self._device, self._staged = peer, device, staged
         self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if staged else device)
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         dist.recv(self._buffer, self._peer)
         return (self._received(),)
 
@@ -131,7 +136,7 @@ class TorchExchange(TorchReceiver):
         both = [dist.P2POp(dist.isend, outgoing, self._peer), dist.P2POp(dist.irecv, self._buffer, self._peer)]
         self._under_way: Any = dist.batch_isend_irecv(both)
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         for work in self._under_way:
             work.wait()
         return (self._received(),)

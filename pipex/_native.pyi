@@ -13,7 +13,7 @@ class Aborted(Exception):
     """The run has ended; args are (kind "lost" | "stalled" | "failed", culprit, step, position, text)."""
 
 class HeaderMismatch(Exception):
-    """Another tensor arrived; args are both headers (got, needed)."""
+    """Another message arrived; args are both headers (got, needed)."""
 
 class Control:
     """The control page of a run, as the launcher and every rank hold it."""
@@ -46,29 +46,39 @@ class Member:
     def fail(self, text: str) -> None: ...
     def leave(self) -> None: ...
 
-class TensorTemplate:
-    """One announced tensor: its packed header, its shape, and DLPack's code and bits of its dtype."""
+class MessageForm:
+    """What the tensors of a message are: a table of pipex.transport.header, proven to lie within ``payload_bytes``."""
 
-    def __init__(self, header: bytes, shape: Sequence[int], code: int, bits: int) -> None: ...
+    def __init__(self, table: bytes, payload_bytes: int) -> None: ...
 
 class RingSender:
-    """The producer's end of a ring for tensors of at most ``bytes``."""
+    """The producer's end of a ring; ``header`` is that of the edge's first message."""
 
-    def __init__(self, member: Member, peer: int, address: bytes, bytes: int, under_way: int, alive: int) -> None: ...
-    def send(self, tensor: TensorTemplate, data: int, step: int, microbatch: int) -> None: ...
+    def __init__(
+        self, member: Member, peer: int, address: bytes, under_way: int, alive: int, header: bytes
+    ) -> None: ...
+    @property
+    def grown(self) -> int:
+        """How often a message was larger than all before it, the first one not counted."""
+    @property
+    def nbytes(self) -> int:
+        """Of all slots now."""
+    def send(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None:
+        """Copies from the addresses ``tensors``."""
 
 class RingReceiver:
-    """The consumer's end, which owns the memory: ``under_way`` + ``alive`` slots."""
+    """The consumer's end: ``under_way`` + ``alive`` slots."""
 
-    def __init__(self, member: Member, peer: int, bytes: int, under_way: int, alive: int) -> None: ...
+    def __init__(self, member: Member, peer: int, under_way: int, alive: int, header: bytes) -> None: ...
     @property
     def address(self) -> bytes: ...
     @property
     def lent(self) -> int:
         """Slots that received tensors occupy now."""
     def close_descriptor(self) -> None: ...
-    def receive(self, tensor: TensorTemplate, step: int, microbatch: int) -> object:
-        """A DLPack capsule; its slot is free again with the last reference to torch's storage."""
+    def receive(self, step: int, microbatch: int) -> tuple[tuple[bytes, int] | None, tuple[object, ...]]:
+        """Table and bytes of the message's tensors, None where they are those of the message before it; and a DLPack
+        capsule for each. The slot is free again with the last reference to torch's storages."""
 
 class DeviceRank:
     """This process as a rank with a GPU, whose driver is the library at a path. ``device_type``: DLPack's, of the
@@ -79,7 +89,7 @@ class DeviceRank:
         """What the GPU lacks for device rings, in words; empty where nothing."""
     @property
     def sent(self) -> int:
-        """Tensors that have been copied from their source, in the order of the sends."""
+        """Messages that have been copied from their sources, in the order of the sends."""
     def flush(self) -> None: ...
     def free_retired(self) -> None:
         """Frees the memory of closed rings; all peers must have closed theirs."""
@@ -88,17 +98,26 @@ class DeviceRank:
 class DeviceRingSender:
     """The producer's end of a ring in the consumer's device memory."""
 
-    def __init__(self, rank: DeviceRank, peer: int, bytes: int, under_way: int, alive: int) -> None: ...
+    def __init__(self, rank: DeviceRank, peer: int, under_way: int, alive: int, header: bytes) -> None: ...
     @property
     def offer(self) -> bytes: ...
+    @property
+    def grown(self) -> int:
+        """How often the consumer has made larger payloads, the first ones not counted."""
+    @property
+    def nbytes(self) -> int:
+        """Of all payloads and slots now."""
     def connect(self, address: bytes, offer: bytes) -> None: ...
-    def send(self, tensor: TensorTemplate, source: int, stream: int, step: int, microbatch: int) -> None: ...
+    def fits(self, form: MessageForm) -> bool:
+        """Whether such a message goes from device to device; else its tensors are sent from host memory."""
+    def send(self, form: MessageForm, tensors: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
+    def send_from_host(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None: ...
     def close(self) -> None: ...
 
 class DeviceRingReceiver:
     """The consumer's end, which owns the memory of the payloads."""
 
-    def __init__(self, rank: DeviceRank, peer: int, bytes: int, under_way: int, alive: int) -> None: ...
+    def __init__(self, rank: DeviceRank, peer: int, under_way: int, alive: int, header: bytes) -> None: ...
     @property
     def address(self) -> bytes: ...
     @property
@@ -108,9 +127,12 @@ class DeviceRingReceiver:
         """Slots that received tensors occupy now."""
     def connect(self, offer: bytes) -> None: ...
     def close_descriptor(self) -> None: ...
-    def receive(self, tensor: TensorTemplate, stream: int, step: int, microbatch: int) -> object | None:
-        """A DLPack capsule; None, and nothing done, where ``alive`` slots are lent: call ``receive_into`` then."""
-    def receive_into(self, tensor: TensorTemplate, to: int, stream: int, step: int, microbatch: int) -> None: ...
+    def receive(
+        self, stream: int, step: int, microbatch: int
+    ) -> tuple[tuple[bytes, int] | None, tuple[object, ...] | None]:
+        """As of ``RingReceiver``; no capsules, and nothing done, where ``alive`` slots are lent: call ``receive_into``
+        then."""
+    def receive_into(self, to: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
     def close(self) -> None: ...
 
 class SchedulingProblem:

@@ -12,7 +12,7 @@
     ├── OutOfDeviceMemory     the same on a GPU (also a MemoryError)
     ├── CheckpointError       a checkpoint cannot be written or does not fit this model
     ├── ConfigMismatch        ranks were started with different plans, sizes or types
-    ├── MessageMismatch       what a stage hands to another one is not what it announced
+    ├── MessageMismatch       what a stage received is not what comes next in its plan
     └── PeerError             another rank ended the run; names rank, stage, action and micro-batch
         ├── PeerLost              its process is gone
         ├── PeerStalled           it is alive but made no progress within the limit
@@ -88,8 +88,9 @@ class ConfigMismatch(PipexError):
 
 
 class MessageMismatch(PipexError):
-    """What a stage hands to another one is not what it announced: another number of tensors (raised where they are
-    sent), or another shape, dtype, step or micro-batch (raised at the receiver before user code sees data)."""
+    """What a stage received is not what comes next in its plan: of another plan, edge, step or micro-batch, gradients
+    of another number, shape or dtype than the outputs, or bytes that no pipex writes. Raised at the receiver before
+    user code sees data."""
 
 
 Ending = Literal["lost", "stalled", "failed"]

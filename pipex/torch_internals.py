@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from operator import attrgetter, methodcaller
@@ -156,6 +156,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 version: Callable[[Tensor], int] = _attribute("torch.Tensor", "_version", "autograd's own check for in-place changes")
 base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base", "what a view is of")
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _autograd(
+    "torch.ops.aten._unsafe_view.default._op", "the memory of another tensor without being a view of it"
+)
 is_view: Callable[[Tensor], bool] = _autograd("torch.Tensor._is_view", "views must not be detached in place")
 hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute(
     "torch.Tensor", "_backward_hooks", "whether somebody waits for a gradient"
@@ -195,6 +198,22 @@ raw_other: Callable[[Any], Any] = attrgetter("_raw_saved_other")
 saved_self: Callable[[Any], Any] = attrgetter("_saved_self")
 saved_other: Callable[[Any], Any] = attrgetter("_saved_other")
 saved_approximate: Callable[[Any], str] = attrgetter("_saved_approximate")
+
+# What a module consists of: public are generators that take five times as long.
+
+children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
+parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgetter("_parameters")
+buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
+forward_hooks_of: Callable[[nn.Module], tuple[dict[int, Any], dict[int, Any]]] = attrgetter(
+    "_forward_pre_hooks", "_forward_hooks"
+)
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether some were registered for the forwards of all modules."""
+    module = importlib.import_module("torch.nn.modules.module")
+    return bool(module._global_forward_pre_hooks or module._global_forward_hooks)
+
 
 # Many tensors in one call, and tensors from and to other rooms.
 

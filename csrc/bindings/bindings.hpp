@@ -3,6 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <vector>
+
+#include "host/message.hpp"
 #include "host/segment.hpp"
 
 namespace pipex {
@@ -21,5 +25,10 @@ pybind11::bytes to_bytes(const Address& address);
 
 /// Throws InputError for bytes of another length.
 Address to_address(const pybind11::bytes& raw);
+
+MessageHeader to_header(const pybind11::bytes& raw);
+
+/// Throws if there are not as many addresses as the form has tensors.
+void check_number(const MessageForm& form, const std::vector<std::uintptr_t>& tensors);
 
 }  // namespace pipex

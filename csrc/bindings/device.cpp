@@ -1,12 +1,14 @@
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <string>
 #include <string_view>
 
 #include "bindings/bindings.hpp"
 #include "bindings/capsule.hpp"
+#include "common/named_error.hpp"
 #include "device/rank.hpp"
 #include "device/ring.hpp"
-#include "host/errors.hpp"
 
 namespace py = pybind11;
 
@@ -31,15 +33,17 @@ MemoryOffer to_offer(const py::bytes& raw) {
 
 StreamHandle to_stream(std::uintptr_t stream) { return reinterpret_cast<StreamHandle>(stream); }
 
-py::object receive(device::RingReceiver& ring, const TensorTemplate& tensor, std::uintptr_t stream, std::uint64_t step,
-                   std::uint32_t microbatch) {
-  LoanPtr loan;
+py::tuple receive_on_device(device::RingReceiver& ring, std::uintptr_t stream, std::uint64_t step,
+                            std::uint32_t microbatch) {
+  Received received;
+  const MessageForm* form = nullptr;
   {
     const py::gil_scoped_release no_gil;
-    loan = ring.receive(tensor, to_stream(stream), step, microbatch);
+    received = ring.receive(to_stream(stream), step, microbatch, form);
   }
-  if (loan == nullptr) return py::none();
-  return to_capsule(std::move(loan));
+  const py::object seen = to_python(form);
+  if (received.empty()) return py::make_tuple(seen, py::none());
+  return py::make_tuple(seen, to_capsules(std::move(received)));
 }
 
 }  // namespace
@@ -60,12 +64,15 @@ void bind_device(py::module_& module) {
       .def("close", &Rank::close, no_gil);
 
   py::class_<device::RingSender>(module, "DeviceRingSender", plain_type())
-      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::size_t bytes, std::uint32_t under_way,
-                       std::uint32_t alive) {
-             return std::make_unique<device::RingSender>(std::move(rank), peer, RingSize{bytes, under_way, alive});
+      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::uint32_t under_way, std::uint32_t alive,
+                       const py::bytes& header) {
+             return std::make_unique<device::RingSender>(std::move(rank), peer, RingSize{under_way, alive},
+                                                         to_header(header));
            }),
-           py::arg("rank"), py::arg("peer"), py::arg("bytes"), py::arg("under_way"), py::arg("alive"))
+           py::arg("rank"), py::arg("peer"), py::arg("under_way"), py::arg("alive"), py::arg("header"))
       .def_property_readonly("offer", [](const device::RingSender& ring) { return to_bytes(ring.offer()); })
+      .def_property_readonly("grown", &device::RingSender::grown)
+      .def_property_readonly("nbytes", &device::RingSender::bytes)
       .def(
           "connect",
           [](device::RingSender& ring, const py::bytes& address, const py::bytes& offer) {
@@ -73,19 +80,35 @@ void bind_device(py::module_& module) {
           },
           py::arg("address"), py::arg("offer"))
       .def(
+          "fits", [](device::RingSender& ring, const MessageForm& form) { return ring.fits(form.payload_bytes()); },
+          py::arg("form"), no_gil)
+      .def(
           "send",
-          [](device::RingSender& ring, const TensorTemplate& tensor, std::uintptr_t source, std::uintptr_t stream,
-             std::uint64_t step,
-             std::uint32_t microbatch) { ring.send(tensor, source, to_stream(stream), step, microbatch); },
-          py::arg("tensor"), py::arg("source"), py::arg("stream"), py::arg("step"), py::arg("microbatch"), no_gil)
+          [](device::RingSender& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
+             std::uintptr_t stream, std::uint64_t step, std::uint32_t microbatch) {
+            check_number(form, tensors);
+            const py::gil_scoped_release no_gil;
+            ring.send(form, tensors, to_stream(stream), step, microbatch);
+          },
+          py::arg("form"), py::arg("tensors"), py::arg("stream"), py::arg("step"), py::arg("microbatch"))
+      .def(
+          "send_from_host",
+          [](device::RingSender& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,
+             std::uint64_t step, std::uint32_t microbatch) {
+            check_number(form, tensors);
+            const py::gil_scoped_release no_gil;
+            ring.send_from_host(form, tensors, step, microbatch);
+          },
+          py::arg("form"), py::arg("tensors"), py::arg("step"), py::arg("microbatch"))
       .def("close", &device::RingSender::close, no_gil);
 
   py::class_<device::RingReceiver>(module, "DeviceRingReceiver", plain_type())
-      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::size_t bytes, std::uint32_t under_way,
-                       std::uint32_t alive) {
-             return std::make_unique<device::RingReceiver>(std::move(rank), peer, RingSize{bytes, under_way, alive});
+      .def(py::init([](std::shared_ptr<Rank> rank, int peer, std::uint32_t under_way, std::uint32_t alive,
+                       const py::bytes& header) {
+             return std::make_unique<device::RingReceiver>(std::move(rank), peer, RingSize{under_way, alive},
+                                                           to_header(header));
            }),
-           py::arg("rank"), py::arg("peer"), py::arg("bytes"), py::arg("under_way"), py::arg("alive"))
+           py::arg("rank"), py::arg("peer"), py::arg("under_way"), py::arg("alive"), py::arg("header"))
       .def_property_readonly("address", [](const device::RingReceiver& ring) { return to_bytes(ring.address()); })
       .def_property_readonly("offer", [](const device::RingReceiver& ring) { return to_bytes(ring.offer()); })
       .def_property_readonly("lent", &device::RingReceiver::lent)
@@ -93,13 +116,15 @@ void bind_device(py::module_& module) {
           "connect", [](device::RingReceiver& ring, const py::bytes& offer) { ring.connect(to_offer(offer)); },
           py::arg("offer"))
       .def("close_descriptor", &device::RingReceiver::close_descriptor)
-      .def("receive", &receive, py::arg("tensor"), py::arg("stream"), py::arg("step"), py::arg("microbatch"))
+      .def("receive", &receive_on_device, py::arg("stream"), py::arg("step"), py::arg("microbatch"))
       .def(
           "receive_into",
-          [](device::RingReceiver& ring, const TensorTemplate& tensor, std::uintptr_t to, std::uintptr_t stream,
-             std::uint64_t step,
-             std::uint32_t microbatch) { ring.receive_into(tensor, to, to_stream(stream), step, microbatch); },
-          py::arg("tensor"), py::arg("to"), py::arg("stream"), py::arg("step"), py::arg("microbatch"), no_gil)
+          [](device::RingReceiver& ring, const std::vector<std::uintptr_t>& to, std::uintptr_t stream,
+             std::uint64_t step, std::uint32_t microbatch) {
+            const py::gil_scoped_release no_gil;
+            ring.receive_into(to, to_stream(stream), step, microbatch);
+          },
+          py::arg("to"), py::arg("stream"), py::arg("step"), py::arg("microbatch"))
       .def("close", &device::RingReceiver::close, no_gil);
 }
 

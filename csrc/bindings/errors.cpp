@@ -1,10 +1,9 @@
-#include "host/errors.hpp"
-
 #include <string>
 
 #include "bindings/bindings.hpp"
 #include "bindings/named_error.hpp"
 #include "host/control.hpp"
+#include "host/message.hpp"
 
 namespace py = pybind11;
 
@@ -14,7 +13,7 @@ namespace {
 PyObject* aborted_type;
 PyObject* mismatch_type;
 
-py::bytes to_bytes(const TensorHeader& header) { return {reinterpret_cast<const char*>(header.data()), header.size()}; }
+py::bytes to_bytes(const MessageHeader& header) { return {reinterpret_cast<const char*>(&header), sizeof header}; }
 
 void raise(const Aborted& error) {
   const AbortRecord& record = error.record;
@@ -32,7 +31,7 @@ void bind_errors(py::module_& module) {
                                            "The run has ended; args are (kind, culprit, step, position, text).",
                                            PyExc_Exception, nullptr);
   mismatch_type = PyErr_NewExceptionWithDoc("pipex._native.HeaderMismatch",
-                                            "Another tensor arrived; args are both headers (got, needed).",
+                                            "Another message arrived; args are both headers (got, needed).",
                                             PyExc_Exception, nullptr);
   module.attr("Aborted") = py::handle(aborted_type);
   module.attr("HeaderMismatch") = py::handle(mismatch_type);

@@ -3,7 +3,7 @@
 #include <string_view>
 
 #include "bindings/bindings.hpp"
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 
 namespace py = pybind11;
 

@@ -10,59 +10,71 @@
 namespace py = pybind11;
 
 namespace pipex {
-namespace {
 
-TensorTemplate make_template(const py::bytes& header, const std::vector<std::int64_t>& shape, std::uint8_t code,
-                             std::uint8_t bits) {
-  const auto view = static_cast<std::string_view>(header);
-  TensorHeader raw;
-  if (view.size() != raw.size()) throw std::invalid_argument("a tensor header has 128 bytes");
-  std::memcpy(raw.data(), view.data(), raw.size());
-  return TensorTemplate(raw, shape, {code, bits, 1});
+MessageHeader to_header(const py::bytes& raw) {
+  const auto view = static_cast<std::string_view>(raw);
+  MessageHeader header;
+  if (view.size() != sizeof header) throw std::invalid_argument("a message header has 64 bytes");
+  std::memcpy(&header, view.data(), sizeof header);
+  return header;
 }
 
-py::object receive(RingReceiver& ring, const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch) {
-  LoanPtr loan;
+void check_number(const MessageForm& form, const std::vector<std::uintptr_t>& tensors) {
+  if (tensors.size() != form.count()) throw std::invalid_argument("a form of another number of tensors");
+}
+
+namespace {
+
+py::tuple receive_message(RingReceiver& ring, std::uint64_t step, std::uint32_t microbatch) {
+  Received received;
+  const MessageForm* form = nullptr;
   {
     const py::gil_scoped_release no_gil;
-    loan = ring.receive(tensor, step, microbatch);
+    received = ring.receive(step, microbatch, form);
   }
-  return to_capsule(std::move(loan));
+  return py::make_tuple(to_python(form), to_capsules(std::move(received)));
 }
 
 }  // namespace
 
 void bind_ring(py::module_& module) {
-  py::class_<TensorTemplate>(module, "TensorTemplate", plain_type())
-      .def(py::init(&make_template), py::arg("header"), py::arg("shape"), py::arg("code"), py::arg("bits"));
-
-  py::class_<RingSender>(module, "RingSender", plain_type())
-      .def(py::init([](std::shared_ptr<Member> member, int peer, const py::bytes& address, std::size_t bytes,
-                       std::uint32_t under_way, std::uint32_t alive) {
-             return std::make_unique<RingSender>(std::move(member), peer, to_address(address),
-                                                 RingSize{bytes, under_way, alive});
+  py::class_<MessageForm>(module, "MessageForm", plain_type())
+      .def(py::init([](const py::bytes& table, std::uint64_t payload_bytes) {
+             return MessageForm(std::string(table), payload_bytes);
            }),
-           py::arg("member"), py::arg("peer"), py::arg("address"), py::arg("bytes"), py::arg("under_way"),
-           py::arg("alive"))
+           py::arg("table"), py::arg("payload_bytes"));
+
+  py::class_<Outbox>(module, "RingSender", plain_type())
+      .def(py::init([](std::shared_ptr<Member> member, int peer, const py::bytes& address, std::uint32_t under_way,
+                       std::uint32_t alive, const py::bytes& header) {
+             return std::make_unique<Outbox>(std::move(member), peer, to_address(address), RingSize{under_way, alive},
+                                             to_header(header));
+           }),
+           py::arg("member"), py::arg("peer"), py::arg("address"), py::arg("under_way"), py::arg("alive"),
+           py::arg("header"))
+      .def_property_readonly("grown", &Outbox::grown)
+      .def_property_readonly("nbytes", &Outbox::bytes)
       .def(
           "send",
-          [](RingSender& ring, const TensorTemplate& tensor, std::uintptr_t data, std::uint64_t step,
+          [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
              std::uint32_t microbatch) {
-            ring.send(tensor, reinterpret_cast<const std::byte*>(data), step, microbatch);
+            check_number(form, tensors);
+            const py::gil_scoped_release no_gil;
+            ring.send(form, tensors, step, microbatch);
           },
-          py::arg("tensor"), py::arg("data"), py::arg("step"), py::arg("microbatch"),
-          py::call_guard<py::gil_scoped_release>());
+          py::arg("form"), py::arg("tensors"), py::arg("step"), py::arg("microbatch"));
 
   py::class_<RingReceiver>(module, "RingReceiver", plain_type())
-      .def(py::init([](std::shared_ptr<Member> member, int peer, std::size_t bytes, std::uint32_t under_way,
-                       std::uint32_t alive) {
-             return std::make_unique<RingReceiver>(std::move(member), peer, RingSize{bytes, under_way, alive});
+      .def(py::init([](std::shared_ptr<Member> member, int peer, std::uint32_t under_way, std::uint32_t alive,
+                       const py::bytes& header) {
+             return std::make_unique<RingReceiver>(std::move(member), peer, RingSize{under_way, alive},
+                                                   to_header(header));
            }),
-           py::arg("member"), py::arg("peer"), py::arg("bytes"), py::arg("under_way"), py::arg("alive"))
+           py::arg("member"), py::arg("peer"), py::arg("under_way"), py::arg("alive"), py::arg("header"))
       .def_property_readonly("address", [](const RingReceiver& ring) { return to_bytes(ring.address()); })
       .def_property_readonly("lent", &RingReceiver::lent)
       .def("close_descriptor", &RingReceiver::close_descriptor)
-      .def("receive", &receive, py::arg("tensor"), py::arg("step"), py::arg("microbatch"));
+      .def("receive", &receive_message, py::arg("step"), py::arg("microbatch"));
 }
 
 }  // namespace pipex

@@ -57,9 +57,9 @@ void OwnMemory::initialise(const Stream& stream) {
   if (::getrandom(offer_.nonce.data(), offer_.nonce.size(), 0) != static_cast<ssize_t>(offer_.nonce.size()))
     throw std::system_error(errno, std::generic_category(), "getrandom");
   const Driver& driver = gpu_->driver();
+  const MemoryProof proof{offer_.nonce, layout_.slot_bytes, layout_.slots};
   driver.check(driver.fill(base_, 0, layout_.payload(0), stream.get()), "cuMemsetD8Async on " + gpu_->name());
-  driver.check(driver.copy_in(base_, offer_.nonce.data(), offer_.nonce.size(), stream.get()),
-               "cuMemcpyHtoDAsync on " + gpu_->name());
+  driver.check(driver.copy_in(base_, &proof, sizeof proof, stream.get()), "cuMemcpyHtoDAsync on " + gpu_->name());
   stream.synchronize();
 }
 
@@ -94,9 +94,10 @@ PeerMemory::PeerMemory(std::shared_ptr<const Gpu> gpu, const MemoryOffer& offer,
     throw NamedError("NativeUnavailable", problem, "cuIpcOpenMemHandle on " + gpu_->name() + ": " + driver.text(result),
                      "CUDA IPC between their GPUs",
                      "run all ranks of a host in one container, or in ones that share process and IPC namespaces");
-  Nonce found{};
-  const Result copied = driver.copy_out(found.data(), base_, found.size(), stream.get());
-  if (copied == kSuccess && driver.stream_synchronize(stream.get()) == kSuccess && found == offer.nonce) return;
+  const MemoryProof needed{offer.nonce, layout.slot_bytes, layout.slots};
+  MemoryProof found{};
+  const Result copied = driver.copy_out(&found, base_, sizeof found, stream.get());
+  if (copied == kSuccess && driver.stream_synchronize(stream.get()) == kSuccess && found == needed) return;
   driver.ipc_close(base_);
   throw NamedError("NativeUnavailable", problem, copied == kSuccess ? "other memory" : driver.text(copied),
                    "the memory that rank " + std::to_string(peer) + " offered", "");

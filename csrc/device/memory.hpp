@@ -13,9 +13,9 @@ namespace pipex::device {
 
 /// What lies in one end's memory; both ends compute it from the edge.
 ///
-///     nonce | one flag per slot | one payload per slot | up to 2 MiB of nothing
+///     proof | one flag per slot | one payload per slot | up to 2 MiB of nothing
 ///
-/// Nonce and flags stand on lines of 128 bytes of their own: a flag is polled by the GPU that owns it while the peer
+/// Proof and flags stand on lines of 128 bytes of their own: a flag is polled by the GPU that owns it while the peer
 /// writes its neighbour.
 struct MemoryLayout {
   std::size_t slot_bytes;  // 0 in the producer's memory, which has flags only
@@ -28,6 +28,13 @@ struct MemoryLayout {
 
 using Nonce = std::array<std::uint8_t, 16>;
 
+/// What stands in the memory itself, so that a peer trusts no number that was written anywhere else.
+struct MemoryProof {
+  Nonce nonce;
+  std::uint64_t slot_bytes, slots;
+  bool operator==(const MemoryProof&) const = default;
+};
+
 /// How a peer finds an end's memory, and knows that what it has mapped is that memory.
 struct MemoryOffer {
   IpcHandle handle;
@@ -39,7 +46,8 @@ static_assert(sizeof(MemoryOffer) == 80, "an offer crosses processes as 80 bytes
 /// lies in, and torch's may be of a kind that has no handle.
 class OwnMemory {
  public:
-  /// Flags are 0. Throws NamedError: OutOfDeviceMemory; NativeUnavailable where the driver exports no memory.
+  /// Flags are 0. Waits for `stream`. Throws NamedError: OutOfDeviceMemory; NativeUnavailable where the driver exports
+  /// no memory.
   OwnMemory(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const Control> control, const MemoryLayout& layout,
             const Stream& stream);
 
@@ -67,7 +75,8 @@ class OwnMemory {
 /// A peer's memory, mapped here. All of our operations on it must be done before it is closed.
 class PeerMemory {
  public:
-  /// `self` and `peer` are the ranks, for the error. Throws NamedError (NativeUnavailable).
+  /// `self` and `peer` are the ranks, for the error. Waits for `stream`. Throws NamedError (NativeUnavailable), also
+  /// where the memory is of another layout.
   PeerMemory(std::shared_ptr<const Gpu> gpu, const MemoryOffer& offer, const MemoryLayout& layout, const Stream& stream,
              int self, int peer);
   ~PeerMemory();

@@ -66,7 +66,7 @@ std::string Rank::self_test() {
   for (int i = 0; i < 2; ++i)
     driver().check(driver().stream_wait(streams[i], flags.address(i), 1, kWaitGreaterOrEqual), "cuStreamWaitValue64");
   for (int i = 0; i < 2; ++i)
-    driver().check(driver().stream_write(rescue_->stream(), flags.address(i), kReleaseAll, kWriteWithFence),
+    driver().check(driver().stream_write(ready_stream().get(), flags.address(i), kReleaseAll, kWriteWithFence),
                    "cuStreamWriteValue64");
   const auto free = [&](StreamHandle stream) { return driver().stream_query(stream) != kNotReady; };
   bool passed = false;
@@ -77,7 +77,7 @@ std::string Rank::self_test() {
   }
   for (int i = 0; i < 2; ++i) flags.store(i, 1);  // by the processor: nothing may stay blocked
   for (const StreamHandle stream : streams) driver().check(driver().stream_synchronize(stream), "cuStreamSynchronize");
-  driver().check(driver().stream_synchronize(rescue_->stream()), "cuStreamSynchronize");
+  ready_stream().synchronize();
   return passed ? "" : "on " + gpu_->name() + " a stream that waits is not freed by another one";
 }
 

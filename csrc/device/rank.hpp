@@ -33,6 +33,9 @@ class Rank {
   const std::shared_ptr<Member>& shared_member() const { return member_; }
   dlpack::Device device() const { return device_; }
   const Stream& send_stream() const { return send_stream_; }
+
+  /// For what the host waits for: nothing on it waits for a peer. Until close().
+  const Stream& ready_stream() const { return rescue_->stream(); }
   Trail& receives() { return receives_; }
   Trail& sends() { return sends_; }
 

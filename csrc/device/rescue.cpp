@@ -3,7 +3,7 @@
 #include <csignal>
 #include <utility>
 
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 
 namespace pipex::device {
 

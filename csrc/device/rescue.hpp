@@ -44,7 +44,7 @@ class Rescue {
   Ticket watch(const Flags& flags);
   void forget(Ticket ticket);
 
-  StreamHandle stream() const { return stream_.get(); }
+  const Stream& stream() const { return stream_; }
 
  private:
   void run();

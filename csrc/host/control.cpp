@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 
 namespace pipex {
 namespace {

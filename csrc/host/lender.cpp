@@ -6,37 +6,71 @@
 #include <string>
 #include <utility>
 
+#include "host/process.hpp"
+
 namespace pipex {
 namespace {
 
-constexpr std::size_t kAlignment = 64;  // what torch's own allocator gives
+constexpr dlpack::Device kHost{dlpack::kCpu, 0};
+Loan nothing;  // of a message without tensors, whose slot is back before it is looked at
 
-void release(dlpack::ManagedTensor* managed) { GiveBack()(static_cast<Loan*>(managed->context)); }
+void let_go(dlpack::ManagedTensor* managed) { static_cast<LentTensor*>(managed->context)->loan->give_back(); }
 
 }  // namespace
 
-void GiveBack::operator()(Loan* loan) const {
-  const std::shared_ptr<Lender> lender = std::move(loan->lender);  // may be its last owner: freed after the lock
-  if (loan->copy != nullptr) {
-    delete loan;
+void Loan::give_back() {
+  if (in_use.fetch_sub(1) > 1) return;
+  const std::shared_ptr<Lender> owner = std::move(lender);  // may be its last one: freed after the lock
+  if (copy != nullptr) {
+    delete this;
     return;
   }
-  if (fork_generation() != lender->generation_) return;  // the parent still holds the tensor
-  const std::lock_guard<std::mutex> lock(lender->mutex_);
-  --lender->lent_;
-  lender->is_lent_[loan->slot] = false;
-  if (lender->release(loan->slot)) lender->free_.push(loan->slot);
+  if (fork_generation() != owner->generation_) return;  // the parent still holds the tensors
+  const std::lock_guard<std::mutex> lock(owner->mutex_);
+  --owner->lent_;
+  owner->is_lent_[slot] = false;
+  if (owner->release(slot)) owner->free_.push(slot);
 }
 
-Lender::Lender(const RingLayout& layout, std::uint32_t alive, dlpack::Device device)
+Received::~Received() {
+  if (loan_ != nullptr)
+    for (std::size_t left = loan_->tensors.size() - next_; left > 0; --left) loan_->give_back();
+}
+
+dlpack::ManagedTensor* Received::release() {
+  LentTensor& tensor = loan_->tensors[next_++];
+  if (next_ == loan_->tensors.size()) loan_ = nullptr;
+  return &tensor.managed;
+}
+
+Lender::Lender(const RingLayout& layout, std::uint32_t alive)
     : layout_(layout),
-      segment_(Segment::create(layout.total())),
+      ring_(Segment::create(layout.total())),
       alive_(alive),
-      device_(device),
       generation_(fork_generation()),
       loans_(layout.slots),
-      free_(segment_.data() + layout.free_queue(), layout.slots),
+      memories_(layout.slots),
+      mapped_(layout.slots, 0),
+      free_(ring_.data() + layout.free_queue(), layout.slots),
       is_lent_(layout.slots, false) {}
+
+const Segment& Lender::memory(std::uint32_t slot) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    check_free(slot);  // so nobody uses what is unmapped below
+  }
+  auto& cell = *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot));
+  const std::uint64_t generation = cell.generation.load();
+  if (!memories_[slot] || mapped_[slot] != generation) {
+    const Address address = cell.address;  // copied: it lies in shared memory
+    memories_[slot].reset();
+    memories_[slot].emplace(Segment::open(address));
+    memories_[slot]->close_descriptor();
+    mapped_[slot] = generation;
+    cell.opened.store(generation);
+  }
+  return *memories_[slot];
+}
 
 bool Lender::may_lend() {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -47,16 +81,25 @@ void Lender::check_free(std::uint32_t slot) const {
   if (is_lent_[slot]) throw corrupt_ring("slot " + std::to_string(slot) + " filled while in use", "a free slot");
 }
 
-LoanPtr Lender::lend(std::uint32_t slot, const TensorTemplate& tensor) {
+Received Lender::receive(std::uint32_t slot, const MessageForm& form) {
+  Received received = lend(slot, form, memories_[slot]->data() + form.payload(), kHost);
+  return received.empty() ? copy_out(slot, form) : std::move(received);
+}
+
+Received Lender::lend(std::uint32_t slot, const MessageForm& form, std::byte* payload, dlpack::Device device) {
+  if (form.count() == 0) {  // nothing that could be held
+    give_back(slot);
+    return Received(&nothing);
+  }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     check_free(slot);
-    if (lent_ == alive_) return nullptr;
+    if (lent_ == alive_) return {};
     ++lent_;
     is_lent_[slot] = true;
   }
   loans_[slot].slot = slot;
-  return hand_over(loans_[slot], payload(slot), tensor);
+  return hand_over(loans_[slot], payload, form, device);
 }
 
 void Lender::give_back(std::uint32_t slot) {
@@ -65,14 +108,23 @@ void Lender::give_back(std::uint32_t slot) {
   if (release(slot)) free_.push(slot);
 }
 
-LoanPtr Lender::hand_over(Loan& loan, std::byte* data, const TensorTemplate& tensor) {
-  std::copy_n(tensor.shape, tensor.dimensions, loan.shape);
-  std::copy_n(tensor.strides, tensor.dimensions, loan.strides);
-  loan.managed.tensor = {data, device_, tensor.dimensions, tensor.dtype, loan.shape, loan.strides, 0};
-  loan.managed.context = &loan;
-  loan.managed.deleter = pipex::release;
+Received Lender::hand_over(Loan& loan, std::byte* payload, const MessageForm& form, dlpack::Device device) {
+  loan.tensors.resize(form.count());  // nobody holds any of them
+  for (std::size_t i = 0; i < form.count(); ++i) {
+    const TensorRecord& record = form.tensor(i);
+    LentTensor& tensor = loan.tensors[i];
+    std::copy_n(record.shape, record.dimensions, tensor.shape);
+    std::copy_n(record.strides, record.dimensions, tensor.strides);
+    tensor.loan = &loan;
+    tensor.managed.tensor = {
+        payload + record.offset, device, record.dimensions, {record.code, record.bits, 1}, tensor.shape,
+        tensor.strides,          0};
+    tensor.managed.context = &tensor;
+    tensor.managed.deleter = let_go;
+  }
   loan.lender = shared_from_this();
-  return LoanPtr(&loan);
+  loan.in_use.store(form.count());
+  return Received(&loan);
 }
 
 std::uint32_t Lender::lent() {
@@ -80,17 +132,16 @@ std::uint32_t Lender::lent() {
   return lent_;
 }
 
-LoanPtr HostLender::copy_out(std::uint32_t slot, const TensorTemplate& tensor) {
+Received Lender::copy_out(std::uint32_t slot, const MessageForm& form) {
   auto loan = std::make_unique<Loan>();
-  const std::size_t rounded = std::max<std::size_t>(1, (tensor.bytes + kAlignment - 1) / kAlignment) * kAlignment;
-  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded)));
+  const std::size_t rounded =
+      std::max<std::size_t>(1, (form.payload_bytes() + kTensorAlignment - 1) / kTensorAlignment) * kTensorAlignment;
+  loan->copy.reset(static_cast<std::byte*>(std::aligned_alloc(kTensorAlignment, rounded)));
   if (loan->copy == nullptr) throw std::bad_alloc();
-  std::memcpy(loan->copy.get(), payload(slot), tensor.bytes);
+  std::memcpy(loan->copy.get(), memories_[slot]->data() + form.payload(), form.payload_bytes());
   give_back(slot);
-  std::byte* data = loan->copy.get();
-  return hand_over(*loan.release(), data, tensor);
+  std::byte* const data = loan->copy.get();
+  return hand_over(*loan.release(), data, form, kHost);
 }
-
-std::byte* HostLender::payload(std::uint32_t slot) const { return segment_.data() + layout_.payload(slot); }
 
 }  // namespace pipex

@@ -1,26 +1,30 @@
 #include "host/mailbox.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <utility>
 
-#include "host/errors.hpp"
+#include "host/copy.hpp"
 
 namespace pipex {
-
-Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingLayout& layout)
+Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size,
+               const MessageHeader& edge)
     : member_(std::move(member)),
       peer_(peer),
-      layout_(layout),
-      segment_(Segment::open(address)),
-      ready_(segment_.data(), layout_.slots),
-      free_(segment_.data() + layout_.free_queue(), layout_.slots),
-      away_(layout_.slots, false) {
-  if (segment_.size() != layout_.total())
+      layout_{size.slots()},
+      ring_(Segment::open(address)),
+      ready_(ring_.data(), layout_.slots),
+      free_(ring_.data() + layout_.free_queue(), layout_.slots),
+      away_(layout_.slots, false),
+      memories_(layout_.slots),
+      header_(edge) {
+  if (ring_.size() != layout_.total())
     throw NamedError("InputError", "rank " + std::to_string(peer) + " offers buffers of another size",
-                     std::to_string(segment_.size()) + " bytes", std::to_string(layout_.total()),
+                     std::to_string(ring_.size()) + " bytes", std::to_string(layout_.total()),
                      "use one version of pipex on all ranks");
-  segment_.close_descriptor();
+  ring_.close_descriptor();
   for (std::uint32_t slot = layout_.slots; slot > 0; --slot) stack_.push_back(slot - 1);
 }
 
@@ -43,29 +47,119 @@ std::uint32_t Outbox::take() {
   return slot;
 }
 
-void Outbox::publish(std::uint32_t slot, const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch) {
-  const TensorHeader header = tensor.header_for(step, microbatch, sequence_);
-  std::memcpy(segment_.data() + layout_.header(slot), header.data(), kTensorHeaderBytes);
-  ready_.push(slot);
-  ++sequence_;
+std::byte* Outbox::memory(std::uint32_t slot, std::size_t bytes) {
+  if (!unopened_.empty()) close_descriptors();
+  std::optional<Segment>& memory = memories_[slot];
+  if (!memory || memory->size() < bytes) {
+    if (bytes > room_) {
+      // A half more than before, so that ever longer messages do not make new memory each time.
+      if (room_ > 0) ++grown_;
+      room_ = std::max(bytes, room_ + room_ / 2);
+    }
+    if (memory) bytes_ -= memory->size();
+    std::erase(unopened_, slot);
+    memory.reset();  // before there is more: the consumer has let go of the slot, and maps the new one next
+    try {
+      memory.emplace(Segment::create(room_));
+    } catch (...) {
+      away_[slot] = false;  // not taken after all
+      stack_.push_back(slot);
+      throw;
+    }
+    bytes_ += memory->size();
+    cell(slot).address = memory->address();
+    cell(slot).generation.fetch_add(1);
+    unopened_.push_back(slot);
+  }
+  return memory->data();
 }
 
-Inbox::Inbox(std::shared_ptr<Member> member, int peer, Lender& lender, std::uint32_t slots)
-    : member_(std::move(member)), peer_(peer), lender_(lender), ready_(lender.segment().data(), slots) {}
+void Outbox::close_descriptors() {
+  std::erase_if(unopened_, [this](std::uint32_t slot) {
+    if (cell(slot).opened.load() != cell(slot).generation.load()) return false;
+    memories_[slot]->close_descriptor();
+    return true;
+  });
+}
 
-std::uint32_t Inbox::front(const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch) {
+void Outbox::send(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
+                  std::uint32_t microbatch) {
+  const std::uint32_t slot = take();
+  std::byte* const payload = memory(slot, form.total()) + form.payload();
+  for (std::size_t i = 0; i < form.count(); ++i)
+    if (form.span(i) > 0)
+      copy_message(payload + form.tensor(i).offset, reinterpret_cast<const std::byte*>(tensors[i]), form.span(i));
+  publish(slot, form, kInSlot, step, microbatch);
+}
+
+void Outbox::publish(std::uint32_t slot, const MessageForm& form, std::uint8_t place, std::uint64_t step,
+                     std::uint32_t microbatch) {
+  header_.place = place;
+  header_.count = static_cast<std::uint16_t>(form.count());
+  header_.microbatch = microbatch;
+  header_.step = step;
+  header_.bytes = form.payload_bytes();
+  std::byte* const message = memories_[slot]->data();
+  std::memcpy(message, &header_, sizeof header_);
+  std::memcpy(message + sizeof header_, form.table().data(), form.table().size());
+  ready_.push(slot);
+  ++header_.sequence;
+}
+
+Inbox::Inbox(std::shared_ptr<Member> member, int peer, Lender& lender, const MessageHeader& edge)
+    : member_(std::move(member)),
+      peer_(peer),
+      lender_(lender),
+      ready_(lender.ring().data(), lender.layout().slots),
+      needed_(edge) {}
+
+std::uint32_t Inbox::front(std::uint64_t step, std::uint32_t microbatch) {
   auto slot = ready_.peek();
   if (!slot) member_->wait(ready_.bell(), peer_, [&] { return (slot = ready_.peek()).has_value(); });
-  const TensorHeader needed = tensor.header_for(step, microbatch, sequence_);
-  TensorHeader got;
-  std::memcpy(got.data(), lender_.header(*slot), kTensorHeaderBytes);
-  if (got != needed) throw HeaderMismatch(got, needed);
+  needed_.step = step;
+  needed_.microbatch = microbatch;
+  read(*slot);
   return *slot;
+}
+
+/// A slot's memory is mapped when its message is read, and may have gone with its producer by then.
+const Segment& Inbox::memory(std::uint32_t slot) const {
+  try {
+    return lender_.memory(slot);
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) == "InputError") member_->raise_if_ending();
+    throw;
+  }
+}
+
+/// Everything is copied before it is looked at: the memory is shared.
+void Inbox::read(std::uint32_t slot) {
+  const Segment& memory = this->memory(slot);
+  const auto impossible = [](std::uint64_t bytes, const std::string& needed) {
+    return corrupt_ring("a message of " + std::to_string(bytes) + " bytes", needed);
+  };
+  MessageHeader got;
+  if (memory.size() < sizeof got) throw impossible(memory.size(), "its header");
+  std::memcpy(&got, memory.data(), sizeof got);
+  MessageHeader needed = needed_;
+  needed.place = got.place;
+  needed.count = got.count;
+  needed.bytes = got.bytes;
+  if (std::memcmp(&got, &needed, sizeof got) != 0) throw HeaderMismatch(got, needed);
+  const std::size_t payload = MessageForm::payload_of(got.count);
+  if (got.count > kMaxTensors || payload > memory.size() ||
+      (got.place == kInSlot && got.bytes > memory.size() - payload))
+    throw impossible(got.bytes, "one within its slot");
+  place_ = got.place;
+  table_.assign(reinterpret_cast<const char*>(memory.data() + sizeof got), got.count * sizeof(TensorRecord));
+  if (form_ && form_->payload_bytes() == got.bytes && form_->table() == table_) return;
+  form_.emplace(table_, got.bytes);
+  new_form_ = true;
 }
 
 void Inbox::pop() {
   ready_.pop();
-  ++sequence_;
+  ++needed_.sequence;
 }
 
 }  // namespace pipex

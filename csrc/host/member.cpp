@@ -7,12 +7,13 @@
 #include <cstring>
 #include <utility>
 
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 
 namespace pipex {
 namespace {
 
 constexpr std::uint64_t kMaxPayload = 64 << 20;
+constexpr std::chrono::seconds kEndIsKnownWithin{2};
 
 std::string seconds(double value) {
   char text[32];
@@ -78,6 +79,11 @@ Member::Member(std::shared_ptr<Control> control, int rank, std::chrono::nanoseco
   part_.heartbeat.store(now_ns());
   part_.presence.store(Presence::joined);
   watch_.emplace(control_, rank);
+}
+
+void Member::raise_if_ending() {
+  const std::int64_t until = now_ns() + std::chrono::nanoseconds(kEndIsKnownWithin).count();
+  wait_polling(kNobody, [until] { return now_ns() > until; });
 }
 
 void Member::leave() {

@@ -65,6 +65,10 @@ class Member {
   /// All-gather of byte strings in rank order. Throws Aborted, or MessageMismatch for sizes that cannot be.
   std::vector<std::string> exchange(std::string_view payload);
 
+  /// For what a peer should have and has not. Throws Aborted if that is because the run has ended or the peer has died;
+  /// others see a death a moment after the kernel has closed the process's descriptors.
+  void raise_if_ending();
+
   /// Leaves the run: from now on the end of this process is no failure. Safe to repeat.
   void leave();
 

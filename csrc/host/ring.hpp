@@ -1,57 +1,50 @@
-// One tensor of one edge, between two processes: the producer copies straight into a slot of the consumer's memory.
+// The messages of one edge, between two processes: the producer copies straight into memory that the consumer maps.
 //
-//   producer   takes a free slot, writes header and payload, pushes its index ──► `ready`
-//   consumer   checks the header, lends the slot to a tensor; `free` ◄── its index, when the tensor is gone
+//   producer   takes a free slot, writes header, table and tensors, pushes its index ──► `ready`
+//   consumer   checks the header, lends the slot to tensors; `free` ◄── its index, when the tensors are gone
 //
 // The producer takes the slot that came back last: a consumer that keeps up leaves all traffic in one slot that stays
 // in the cache, and one that is busy still finds all messages under way waiting for it.
+//
+// A message says what it is, so nothing is known of sizes beforehand. Where one does not fit into the slot that it
+// takes, the producer makes the slot a new memory and says in the slot's cell where; the consumer maps it when it comes
+// to the message. So a ring grows without anybody waiting for anybody.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "host/lender.hpp"
 #include "host/mailbox.hpp"
 #include "host/member.hpp"
+#include "host/message.hpp"
 #include "host/segment.hpp"
-#include "host/tensor_template.hpp"
 
 namespace pipex {
 
-/// The producer's end.
-class RingSender {
- public:
-  /// Opens the ring of the consumer `peer`. Throws InputError if there is none of this size.
-  RingSender(std::shared_ptr<Member> member, int peer, const Address& address, const RingSize& size);
-
-  /// Copies a tensor in; waits only if more than the planned messages are under way. Throws Aborted, or
-  /// MessageMismatch if the consumer's memory holds what no pipex writes.
-  void send(const TensorTemplate& tensor, const std::byte* data, std::uint64_t step, std::uint32_t microbatch);
-
- private:
-  const std::size_t bytes_;
-  Outbox outbox_;
-};
-
-/// The consumer's end; makes the ring's memory.
+/// The consumer's end; makes the ring, but not the memory of its slots.
 class RingReceiver {
  public:
   /// Throws OutOfSharedMemory.
-  RingReceiver(std::shared_ptr<Member> member, int peer, const RingSize& size);
+  RingReceiver(std::shared_ptr<Member> member, int peer, const RingSize& size, const MessageHeader& edge);
 
   /// Valid until close_descriptor(), which comes once the producer has opened it.
-  Address address() const { return lender_->segment().address(); }
-  void close_descriptor() { lender_->segment().close_descriptor(); }
+  Address address() const { return lender_->ring().address(); }
+  void close_descriptor() { lender_->ring().close_descriptor(); }
 
-  /// Waits for the next tensor and checks its header. Throws HeaderMismatch, MessageMismatch, Aborted.
-  LoanPtr receive(const TensorTemplate& tensor, std::uint64_t step, std::uint32_t microbatch);
+  /// Waits for the next message and checks its header; `form` gets its form where it is another than before. Throws
+  /// HeaderMismatch, MessageMismatch, InputError, Aborted.
+  Received receive(std::uint64_t step, std::uint32_t microbatch, const MessageForm*& form);
+
+  /// Of the last message.
+  const MessageForm& form() const { return inbox_.form(); }
 
   std::uint32_t lent() { return lender_->lent(); }
 
  private:
-  const std::size_t bytes_;
-  const std::shared_ptr<HostLender> lender_;
+  const std::shared_ptr<Lender> lender_;
   Inbox inbox_;
 };
 

@@ -6,7 +6,7 @@ namespace pipex {
 namespace {
 
 constexpr std::size_t kLine = 128;  // two cache lines: the hardware fetches them in pairs
-constexpr std::size_t kPage = 4096;
+constexpr std::size_t kCell = 64;
 
 std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -16,12 +16,7 @@ std::size_t queue_bytes(std::uint32_t cells) { return kLine + round_up(cells * s
 
 std::size_t RingLayout::free_queue() const { return queue_bytes(slots); }
 
-std::size_t RingLayout::header(std::uint32_t slot) const { return 2 * queue_bytes(slots) + slot * kTensorHeaderBytes; }
-
-std::size_t RingLayout::payload(std::uint32_t slot) const {
-  const std::size_t unit = slot_bytes < kPage ? kLine : kPage;
-  return header(slots) + slot * round_up(slot_bytes, unit);
-}
+std::size_t RingLayout::cell(std::uint32_t slot) const { return 2 * queue_bytes(slots) + slot * kCell; }
 
 IndexQueue::IndexQueue(std::byte* place, std::uint32_t cells)
     : bell_(reinterpret_cast<Doorbell*>(place)),

@@ -1,4 +1,4 @@
-// What lies in the shared memory of a ring, and the queues of slot indices in it.
+// What lies in the shared memory of a ring: the queues of slot indices, and where each slot's memory is.
 #pragma once
 
 #include <atomic>
@@ -7,22 +7,32 @@
 #include <optional>
 #include <string>
 
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 #include "host/futex.hpp"
+#include "host/segment.hpp"
 
 namespace pipex {
 
-/// Both ends compute the layout from the edge; no size or offset is ever read from shared memory.
+/// Where the memory of a slot is. The producer writes address and generation before it pushes the slot's index.
+struct SlotCell {
+  std::atomic<std::uint64_t> generation;  // of the memory, from 1; 0: there is none yet
+  Address address;
+  std::atomic<std::uint64_t> opened;  // the generation that the consumer has mapped
+};
+static_assert(sizeof(SlotCell) <= 64);
+
+/// Both ends compute the layout from the number of slots; no size or offset is ever read from shared memory.
 ///
-///     ready queue | free queue | one header per slot | one payload per slot
+///     ready queue | free queue | a cell for each slot | the consumer's offer of device memory
 struct RingLayout {
-  std::size_t slot_bytes;
   std::uint32_t slots;
 
   std::size_t free_queue() const;
-  std::size_t header(std::uint32_t slot) const;
-  std::size_t payload(std::uint32_t slot) const;
-  std::size_t total() const { return payload(slots); }
+  std::size_t cell(std::uint32_t slot) const;
+  std::size_t offer() const { return cell(slots); }
+  std::size_t total() const { return offer() + kOfferBytes; }
+
+  static constexpr std::size_t kOfferBytes = 256;
 };
 
 /// One end of a queue of slot indices in shared memory, with one writer and one reader.

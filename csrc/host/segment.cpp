@@ -11,7 +11,7 @@
 #include <string>
 #include <utility>
 
-#include "host/errors.hpp"
+#include "common/named_error.hpp"
 #include "host/memory.hpp"
 
 namespace pipex {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,21 +38,35 @@ Then = Callable[[Deferred], None]
 _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 
 
+class Watcher(Protocol):
+    """Looks at the graph before an announced pass."""
+
+    def take(self, roots: Sequence[Any]) -> None: ...
+
+
+watchers: WeakSet[Watcher] = WeakSet()
+"""Those who still have to know something; none after the first steps."""
+
+
 class announced:
     """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
 
-    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_then")
+    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then")
 
     def __init__(self, roots: Sequence[Root], then: Then) -> None:
         self._then = then
         self._task = -1
         # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
-        tensors = [root for root in roots if isinstance(root, Tensor)]
+        self._tensors = tensors = [root for root in roots if isinstance(root, Tensor)]
         self._hooks = [torch_internals.hook_dict(root) for root in tensors if root.grad_fn is not None]
         self._edges = [] if len(tensors) == len(roots) else [r for r in roots if isinstance(r, GradientEdge)]
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
+        if watchers:
+            nodes = [t.grad_fn for t in self._tensors if t.grad_fn is not None] + [edge.node for edge in self._edges]
+            for watcher in list(watchers):
+                watcher.take(nodes)
         for hooks in self._hooks:
             hooks[self] = self._begin
         self._handles = [edge.node.register_prehook(self._begin) for edge in self._edges]

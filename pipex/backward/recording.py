@@ -88,10 +88,20 @@ def _tape_for(x: Tensor) -> Recorder | None:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = _tape_for(input)
-    # Whether torch folds an input that is not contiguous into a matrix depends on its weight requiring grad.
-    if tape is None or not ((input.dim() > 2 and input.is_contiguous()) or input.dim() == 2):
+    if tape is None or not (input.dim() == 2 or (input.dim() > 2 and _folds(input))):
         return torch_linear(input, weight, bias)
     return tape.linear(input, weight, bias)
+
+
+def _folds(input: Tensor) -> bool:
+    """Whether torch makes a matrix of it in any case. Of one with other strides, if only of a dimension of one element,
+    it depends on the weight requiring grad."""
+    shape = input.shape
+    contiguous = input.is_contiguous()
+    if not contiguous or 1 not in shape:
+        return contiguous
+    strides = input.stride()
+    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
 
 
 def _embedding(

@@ -34,6 +34,7 @@ from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator, accumulate
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
+from pipex.backward.mixed import GivenUse, Mixed
 from pipex.backward.passes import (
     Deferred,
     Then,
@@ -42,6 +43,7 @@ from pipex.backward.passes import (
     announced_for,
     refuse_graph_of_gradients,
     refuse_unannounced,
+    watchers,
 )
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
@@ -62,7 +64,7 @@ class Splitter:
     """Makes tapes for one stage.
 
     Args:
-        parameters: the stage's parameters; frozen ones are skipped, repeated ones (tied) are counted once.
+        parameters: the stage's parameters; frozen ones are skipped while they are, repeated ones (tied) count once.
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
 
@@ -72,12 +74,13 @@ class Splitter:
 
     def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
         require_autograd()
-        self._recordable = {id(p): p for p in parameters if p.requires_grad}
+        self._recordable = {id(p): p for p in parameters}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact
-        # Until the first pass over a tape has ended: the watch over them, and by id the last pass that came there.
+        self.mixed = Mixed(self.accumulators)
+        # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
 
@@ -90,6 +93,13 @@ class Splitter:
                 return Splitter(())
         return Splitter(module.parameters(), exact)
 
+    def close(self) -> None:
+        """Lets go of the parameters; another one takes over."""
+        for handle in self._unproven:
+            handle.remove()
+        self._unproven.clear()
+        self._stop_watching()
+
     def fuses(self, dy: Tensor) -> bool:
         """Whether the contract ``fused`` holds for an operation with this gradient."""
         return dy.is_cuda if self._exact is None else not self._exact
@@ -100,6 +110,10 @@ class Splitter:
         Args:
             then: gets the tape at the end of every pass over it, so that none has to be announced.
         """
+        if self.mixed.watching and self.mixed.settled:
+            for key in self.mixed.found:
+                self._forget(key)
+            self._stop_watching()
         return Tape(self, then)
 
     def alias(self, parameter: Tensor | None, bias_of: Tensor | None = None) -> Tensor | None:
@@ -112,7 +126,7 @@ class Splitter:
             return known
         fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
         if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
-            return None  # not ours, frozen when the tapes' owner was made, or not recorded everywhere
+            return None  # not ours, or not recorded everywhere
         self._watch(parameter)
         self._aliases[id(parameter)] = alias = parameter.detach()
         return alias
@@ -120,11 +134,24 @@ class Splitter:
     def _watch(self, parameter: Tensor) -> None:
         """Sees which passes come to a recorded parameter nevertheless."""
 
-        def reached(_: object) -> None:
-            self._reached[id(parameter)] = current_pass()
+        def reached(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                self._reached[id(parameter)] = current_pass()
 
         self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
         self._unproven.append(accumulator.node.register_prehook(reached))
+        self.mixed.watch(accumulator.node, parameter)
+        watchers.add(self.mixed)
+
+    def _stop_watching(self) -> None:
+        watchers.discard(self.mixed)
+        self.mixed.clear()
+
+    def _forget(self, key: int) -> None:
+        """The parameter is not recorded again."""
+        self._recordable.pop(key, None)
+        self._aliases.pop(key, None)
+        self.accumulators.pop(key, None)
 
     def pass_ended(self, graph_task: int) -> None:
         """A recorded parameter that this pass over a tape has come to is used in unrecorded operations too: it is not
@@ -133,9 +160,7 @@ class Splitter:
         if self._unproven:
             for key, task in self._reached.items():
                 if task == graph_task:
-                    self._recordable.pop(key, None)
-                    self._aliases.pop(key, None)
-                    self.accumulators.pop(key, None)
+                    self._forget(key)
             for handle in self._unproven:
                 handle.remove()
             self._unproven.clear()
@@ -149,7 +174,9 @@ class Tape:
     freed with its output.
     """
 
-    __slots__ = ("_first_node", "_outer", "_passes", "_splitter", "_uses", "recording", "then")
+    __slots__ = (
+        "__weakref__", "_outer", "_passes", "_splitter", "_uses", "end_node", "first_node", "recording", "then",
+    )  # fmt: skip
 
     def __init__(self, splitter: Splitter, then: Then | None) -> None:
         self._splitter = splitter
@@ -159,11 +186,12 @@ class Tape:
         self._uses: list[tuple[Use, Tensor, int]] = []
         # The same of passes that have not ended, by the engine's graph task: one may run inside of another.
         self._passes: dict[int, MutableSequence[tuple[Use, Tensor, int]]] = {}
-        self._first_node = 0  # the sequence number of the first node of the graph that is made while this is open
+        # The sequence numbers of the nodes of the graph that are made while this is open.
+        self.first_node = self.end_node = 0
         self._outer: recording.Recorder | None = None
 
     def __enter__(self) -> Tape:
-        self._first_node = next_sequence_number()
+        self.first_node = next_sequence_number()
         self._outer = recording.start(self)
         self.recording = True
         return self
@@ -171,6 +199,9 @@ class Tape:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
         self._outer, self.recording = None, False
+        if self.then is None and self._splitter.mixed.watching:
+            self.end_node = next_sequence_number()
+            self._splitter.mixed.begin(self)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear of a contiguous x, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
@@ -181,7 +212,7 @@ class Tape:
         kept = x.new_empty(0) if w is None else x
         use = LinearUse(self, kept, None if w is None else weight, None if b is None else bias)
         if w is not None and (b is None) == (bias is None) and self._splitter.fuses(x):
-            activation = activation_of(x, self._first_node)
+            activation = activation_of(x, self.first_node)
             if activation is not None and worthwhile(activation, x, w):
                 return activated_linear(use, activation, w, b)
         w, b = weight if w is None else w, bias if b is None else b
@@ -239,12 +270,26 @@ class Tape:
         Returns:
             one gradient per input, None where no output depends on it.
         """
+        if self._splitter.mixed.watching:
+            outputs, output_gradients = self._parameters_apart(outputs, output_gradients)
         with announced(outputs, keep):
             torch.autograd.backward(outputs, output_gradients)
         gradients = tuple(x.grad for x in inputs)
         for x in inputs:
             x.grad = None
         return gradients
+
+    def _parameters_apart(
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Without outputs that are recorded parameters, whose gradient from outside comes first of all."""
+        pairs = []
+        for output, gradient in zip(outputs, gradients, strict=True):
+            if output.is_leaf and gradient is not None and self._splitter.mixed.takes(output):
+                self._uses.append((GivenUse(self, output), gradient, version(gradient)))
+            else:
+                pairs.append((output, gradient))
+        return [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
     @property
     def held(self) -> list[Tensor]:
@@ -274,6 +319,8 @@ class Tape:
     def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
         """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
         uses, self._uses = self._uses, []
+        if self._splitter.mixed.watching:
+            self._splitter.mixed.end(self)
         for use, dy, its_version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
             if version(dy) != its_version:
                 raise RuntimeError(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipex.errors import InputError
 from pipex.partition.layers import canonical_names
-
-NOTHING = nullcontext()
-"""Around a layer that needs nothing around it."""
 
 
 class Keywords(dict[str, Any]):
@@ -24,6 +20,9 @@ class Stage(nn.Module):
 
     The layers are the model's own modules, not copies: a parameter that is tied across layers stays one object.
     """
+
+    before_layer: Callable[[int], object] | None = None
+    """called in a forward ahead of each layer, with the layer's position in here"""
 
     def __init__(
         self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], canonical: Mapping[int, str]
@@ -48,19 +47,21 @@ class Stage(nn.Module):
         tensors = _tensors(self.layers)
         return {name: tensors[path] for name, path in self._paths.items()}
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter that the unsplit model calls so."""
+        return self.layers.get_parameter(self._paths[name])
+
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
-        return self.run(inputs, lambda position: NOTHING)
-
-    def run(self, inputs: tuple[Any, ...], around: Callable[[int], AbstractContextManager[object]]) -> Any:
-        """``forward`` with each layer inside of a context, which ``around`` makes from the layer's position in here."""
         outputs: Any = inputs
         keywords: Mapping[str, Any] = {}
         if inputs and isinstance(inputs[-1], Keywords):
             outputs, keywords = inputs[:-1], inputs[-1]
+        before = self.before_layer
         for position, layer in enumerate(self.layers):
-            with around(position):
-                outputs = layer(*outputs, **keywords) if isinstance(outputs, tuple) else layer(outputs)
+            if before is not None:
+                before(position)
+            outputs = layer(*outputs, **keywords) if isinstance(outputs, tuple) else layer(outputs)
             keywords = {}
         return outputs
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
-from pipex.runtime.announce import Forms
 from pipex.runtime.stage_runner import StageRunner
 from pipex.transport.interface import Links, Receiver, Sender, World
 
@@ -25,14 +24,12 @@ class StepData:
         step: counted from 1.
         inputs, targets: per micro-batch; empty where this rank does not hold the first or the last stage.
         weights: per micro-batch its share of the batch's samples.
-        forms: per micro-batch the announced messages.
     """
 
     step: int
     inputs: Sequence[tuple[Any, ...]]
     targets: Sequence[Any]
     weights: Sequence[float]
-    forms: Sequence[Forms]
 
 
 @dataclass(slots=True)
@@ -78,7 +75,7 @@ class Executor:
             for action in order
         ]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
-        self._data = StepData(0, (), (), (), ())
+        self._data = StepData(0, (), (), ())
         self._first_position = 0  # of the program, as the world counts; known when it is connected
 
     def connect(self, links: Links) -> None:
@@ -186,8 +183,7 @@ class Executor:
             return self._data.inputs[microbatch]
         assert ends.activation_in is not None
         begin = self._times.now()
-        form = self._data.forms[microbatch].activation[runner.index]
-        inputs = ends.activation_in.receive(self._data.step, microbatch, form)
+        inputs = ends.activation_in.receive(self._data.step, microbatch)
         self._note(begin, Kind.RECV_F, runner, microbatch)
         return inputs
 
@@ -196,8 +192,7 @@ class Executor:
             return ()
         assert ends.gradient_in is not None
         begin = self._times.now()
-        form = self._data.forms[microbatch].gradient[runner.index]
-        gradients = ends.gradient_in.receive(self._data.step, microbatch, form)
+        gradients = ends.gradient_in.receive(self._data.step, microbatch)
         self._note(begin, Kind.RECV_B, runner, microbatch)
         return gradients
 
@@ -209,7 +204,7 @@ class Executor:
             ends.outbox[kind, microbatch] = tensors
         else:
             assert sender is not None
-            sender.send(self._data.step, microbatch, [t.detach() for t in tensors])
+            sender.send(self._data.step, microbatch, tensors)
 
     def _send(self, kind: Kind, runner: StageRunner, ends: _Ends, sender: Sender | None, microbatch: int) -> None:
         assert sender is not None

@@ -39,12 +39,10 @@ class Agreed:
 
     Attributes:
         samples: of each micro-batch.
-        forms: of the batch, or of each ready micro-batch, in words.
         total: what sums of losses are divided by, if it was given.
     """
 
     samples: Sequence[int]
-    forms: Sequence[str]
     total: float | None
 
 
@@ -114,7 +112,7 @@ def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> 
         if len(samples) != len(others):
             raise InputError("batch and target disagree", got=f"{len(samples)} and {len(others)} micro-batches",
                              needed="as many of both")  # fmt: skip
-        return Agreed(samples, all_say["batch"], all_say.get("total"))
+        return Agreed(samples, all_say.get("total"))
     if samples != others:
         raise InputError("batch and target disagree", got=f"{samples} and {others} samples", needed="the same number")
-    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say["batch"], all_say.get("total"))
+    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say.get("total"))

@@ -46,7 +46,7 @@ class Loss:
     def __init__(
         self, function: LossFunction, trains: Callable[[], bool], scale: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self._function, self._trains, self._scale = function, trains, scale
+        self.function, self._trains, self._scale = function, trains, scale
         self.total: float | None = None
         """of this step, if it was told: then sums are divided by it before their backward"""
 
@@ -59,7 +59,7 @@ class Loss:
         Raises:
             InputError: the function returned something else, or a loss that nothing can be trained by.
         """
-        returned = self._function(output, target)
+        returned = self.function(output, target)
         count: Tensor | float | None = None
         if isinstance(returned, tuple):
             loss, count = returned if len(returned) == 2 else (None, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.loss import Loss, LossFunction, of_batch
 from pipex.runtime.main_weights import MainWeights, refuse_main_grad
+from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import StageRunner
+from pipex.runtime.trainable import Trainables
 from pipex.runtime.update import OptimizerFactory, Update
-from pipex.runtime.wiring import Wiring
+from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import Phase
+from pipex.transport.interface import Buffers, Phase, World
+
+_made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
+"""How many pipelines each world has. All ranks make them in the same order, so the number says which one it is."""
 
 
 class Pipeline:
@@ -81,6 +88,7 @@ class Pipeline:
         exact: bool | None = None,
     ) -> None:
         self.world = current_world()
+        self._number = _made[self.world] = _made.get(self.world, 0) + 1
         self.plan = plan
         self.steps = 0  # updates made
         self._observer = observer
@@ -105,25 +113,28 @@ class Pipeline:
             said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
             agree(self.world, "Pipeline(...)", said)
             refuse_main_grad(self.stages)
-            self._ties = tied.separate(self.stages)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
+            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
             self._loss = Loss(loss_fn, self._trains, None if scaler is None else scaler.scale)
             self._runners = {
-                s: StageRunner(self.stages[s].to(device), placement, self._loss, device, seed, exact)
+                s: StageRunner(
+                    self.stages[s].to(device), placement, self._loss, self._seeds, exact, accumulators,
+                    watch(self.stages, runnable, s),
+                )
                 for s in placement.stages_of(rank)
-            }
-            trainable = {s: [p for p in _unique(self.stages[s].parameters()) if p.requires_grad] for s in self._runners}
-            self._gradients = Gradients(self.world, self._rank_of, trainable, self._ties)
-            self._main = MainWeights(self.stages, self._gradients.optimized) if main_weights else None
+            }  # fmt: skip
+            self._trainables = Trainables(self.stages, self._runners, accumulators)
+            self._gradients = Gradients(self.world, self._rank_of, self._trainables)
+            self._main = MainWeights(self.stages, self._trainables.trained) if main_weights else None
             names = {id(tensor): name for stage in self.local_stages for name, tensor in stage.names.items()}
             self._update = Update(self.world, self._gradients, names, self._main, optimizer, clip_norm, scaler)
-            runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             orders = plans.communicate(runnable)
-            tied_edges = self._gradients.edges()
-            self._wiring = Wiring(self.world, plan.digest, runnable, orders, self._runners, tied_edges)
+            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
             self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
+            self._executor.connect(self._links)
 
     @property
     def local_stages(self) -> list[Stage]:
@@ -134,6 +145,11 @@ class Pipeline:
     def peak_activations(self) -> int:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._executor.peak_live
+
+    @property
+    def buffers(self) -> dict[str, Buffers]:
+        """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
+        return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._links.senders.items()}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -174,7 +190,7 @@ class Pipeline:
             InputError: an argument cannot be used, or does not fit the others'; nothing has begun then, and the
                 pipeline lives on. The loss function returned what is no loss, or one that nothing can be trained by.
             ConfigMismatch: the ranks were given other batches; nothing has begun.
-            MessageMismatch: a stage returned another shape or dtype than announced.
+            MessageMismatch: the ranks do not run one plan.
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
         loss, since = self._pass("forward_backward", batch, target, total)
@@ -194,7 +210,7 @@ class Pipeline:
         self._update.check()
         with self._together():
             self.world.at(self.steps + 1, Phase.REDUCE)
-            self._update.reduce(self.steps + 1, self._wiring.links)
+            self._update.reduce(self.steps + 1, self._links)
 
     def update(self, *, skip_nonfinite: bool = False) -> bool:
         """Clips, makes the optimizer's step on every rank, and forgets the gradients.
@@ -219,7 +235,8 @@ class Pipeline:
             data = self._begin("evaluate", batch, target, None)
             with self._together():
                 self.world.at(data.step, Phase.EVALUATING)
-                self._executor.evaluate(data)
+                with self._seeds.apart(data.step, self.world.rank):
+                    self._executor.evaluate(data)
                 loss, _ = self._end()
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
@@ -262,7 +279,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
-        self._wiring.close()
+        self._links.close()
 
     # The two halves of a step.
 
@@ -270,9 +287,8 @@ class Pipeline:
         """The plan. Returns the mean loss, and since when this rank has been done with its actions."""
         data = self._begin(call, batch, target, total)
         with self._together():
-            for runner in self._runners.values():
-                runner.microbatches_before = len(self._update.counts) * self.plan.microbatches
-            self._executor.train(data)
+            with self._seeds.apart(data.step, self.world.rank):
+                self._executor.train(data)
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
@@ -298,13 +314,16 @@ class Pipeline:
         step, training = self.steps + 1, call != "evaluate"
         with self._together():
             self.world.at(step, Phase.START)
+            self._trainables.look()
             runners = self._runners.values()
+            for runner in runners:
+                runner.microbatches_before = len(self._update.counts) * self.plan.microbatches if training else 0
             first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training and (problem := self._cannot_train()) is not None:
                 given = intake.Given(said={"problem": str(problem)}, problem=problem)
-            every = share(self.world, call, {"step": step, **given.said})
+            every = share(self.world, call, {_WHICH: self._number, "step": step, **given.said})
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
         except PipexError:
@@ -320,9 +339,7 @@ class Pipeline:
                 inputs = [microbatch.as_arguments(piece) for piece in pieces]
             if last and given.target is not None:
                 targets = microbatch.cut(target, given.target, count, self.world.device)
-            forms = self._wiring.forms(training, agreed, inputs)
-            self._executor.connect(self._wiring.links)
-        return StepData(step, inputs, targets, [n / samples for n in agreed.samples], forms)
+        return StepData(step, inputs, targets, [n / samples for n in agreed.samples])
 
     def _cannot_train(self) -> InputError | None:
         if self.plan.update == "never":
@@ -344,7 +361,7 @@ class Pipeline:
 
     def _end(self) -> tuple[float, float | None]:
         """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""
-        self._wiring.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+        self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
         runner = next((r for r in self._runners.values() if r.last), None)
         mine = None
         if runner is not None:
@@ -379,5 +396,4 @@ class Pipeline:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
 
 
-def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
-    return list(dict.fromkeys(parameters))
+_WHICH = "the pipeline, counted as they were made"

@@ -2,20 +2,23 @@
 
 No plan, no split backward, no transport: micro-batch by micro-batch through all stages, one ``backward`` each. It
 shares with the pipeline only what defines the numbers: how a batch is cut, what a loss function may return, how random
-layers are seeded, and that a tied parameter has one accumulator per stage.
+layers are seeded, and that a tied parameter has one accumulator per stage; where there is one, the graph is cut between
+stages, as in a pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipex.partition import as_stages
-from pipex.runtime import microbatch, seeding, tied
+from pipex.runtime import microbatch, tied
 from pipex.runtime.loss import Loss, MicroLoss, of_batch
+from pipex.runtime.received import Received
+from pipex.runtime.seeding import Seeds
 
 
 class OneProcess:
@@ -33,16 +36,20 @@ class OneProcess:
     ) -> None:
         self.stages = as_stages(stages)
         self.steps = 0
-        self._ties = tied.separate(self.stages)
+        self._ties = tied.ties_of(self.stages)
+        self._accumulators = tied.Accumulators()
+        self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
         self._microbatches = microbatches
-        self._loss = Loss(loss_fn, lambda: bool(self._all))
+        self._loss = Loss(loss_fn, lambda: bool(self.trained))
         self._counts: list[float | None] = []  # of each forward_backward since the last update
         self._clip_norm = clip_norm
         self._seed = seed
-        self._all = list(dict.fromkeys(p for s in self.stages for p in s.parameters() if p.requires_grad))
-        copies = {id(r) for tie in self._ties for r in tie.replicas[1:]}
-        self._optimized = [p for p in self._all if id(p) not in copies]
-        self.optimizer: torch.optim.Optimizer | None = optimizer(self._optimized) if optimizer else None
+        self.optimizer: torch.optim.Optimizer | None = optimizer(self.trained) if optimizer else None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are not frozen, in model order."""
+        return list(dict.fromkeys(p for stage in self.stages for p in stage.parameters() if p.requires_grad))
 
     def step(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """One training step; returns the batch's mean loss."""
@@ -52,9 +59,10 @@ class OneProcess:
 
     def forward_backward(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """Adds to the gradients; returns the batch's mean loss."""
+        self._accumulators.share({stage.index: list(stage.parameters()) for stage in self.stages})
         losses = []
         for root, loss in self._losses(batch, target, total):
-            torch.autograd.backward([root])
+            self._backward(root)
             losses.append(loss)
         mean, count = of_batch(losses, total)
         self._counts.append(count)
@@ -63,13 +71,13 @@ class OneProcess:
     def reduce_gradients(self) -> None:
         """Leaves the gradients of all calls since the last update, not yet clipped, in ``.grad``."""
         for tie in self._ties:
-            accumulators = [tied.accumulator(replica) for replica in tie.replicas]
-            for replica in tie.replicas:
-                replica.grad = None
-            tie.replicas[0].grad = tied.total(accumulators)
+            parameter = tied.parameter_of(tie, self.stages)
+            if parameter.requires_grad:
+                parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
+        self._accumulators.clear()
         counts = [count for count in self._counts if count is not None]
         if counts:
-            for parameter in self._optimized:
+            for parameter in self.trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(sum(counts))
 
@@ -77,11 +85,11 @@ class OneProcess:
         """The optimizer's step."""
         self.reduce_gradients()
         if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._optimized, self._clip_norm)
+            nn.utils.clip_grad_norm_(self.trained, self._clip_norm)
         if self.optimizer is not None:
             self.optimizer.step()
-        for parameter in self._all:
-            parameter.grad = None
+        for stage in self.stages:
+            stage.zero_grad()
         self._counts.clear()
         self.steps += 1
 
@@ -97,20 +105,45 @@ class OneProcess:
 
     def _losses(self, batch: Any, target: Any, total: float | None) -> Iterator[tuple[Tensor, MicroLoss]]:
         """Of one micro-batch after another where its backward starts, and its loss."""
-        device = next(iter(self._all), torch.empty(0)).device
+        device = next((p.device for stage in self.stages for p in stage.parameters()), torch.device("cpu"))
         how = microbatch.look(batch, "batch", self._microbatches, fewer=not torch.is_grad_enabled())
         target_how = microbatch.look(target, "target", self._microbatches, fewer=not torch.is_grad_enabled())
         inputs = microbatch.cut(batch, how, len(how.samples), device)
         targets = microbatch.cut(target, target_how, len(how.samples), device)
         self._loss.total = total
-        for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
-            output = self._forward(number, microbatch.as_arguments(piece), device)
-            yield self._loss(output, wanted, how.samples[number] / sum(how.samples))
+        before = len(self._counts) * self._microbatches if torch.is_grad_enabled() else 0
+        seeds = Seeds(device, self._seed)
+        with seeds.apart(self.steps + 1, 0):
+            for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
+                seed = seeds.of(self.steps + 1, before + number)
+                output = self._forward(seed, microbatch.as_arguments(piece))
+                seed(sum(len(stage.layers) for stage in self.stages))
+                yield self._loss(output, wanted, how.samples[number] / sum(how.samples))
 
-    def _forward(self, number: int, values: Any, device: torch.device) -> Any:
-        number += len(self._counts) * self._microbatches
+    def _forward(self, seed: Callable[[int], None], inputs: tuple[Any, ...]) -> Any:
+        values: Any = inputs
+        self._cuts = []
         for stage in self.stages:
-            seeds = seeding.of_layers(device, self._seed, self.steps + 1, number, stage.first_layer)
+            values = values if isinstance(values, tuple) else (values,)
+            if self._ties and stage.index and torch.is_grad_enabled():
+                received = Received([v.detach().requires_grad_(v.requires_grad) for v in values], plain=False)
+                self._cuts.append((values, received))
+                values = received.handed
             # Seeding a layer that draws nothing changes nothing.
-            values = stage.run(values if isinstance(values, tuple) else (values,), seeds)
+            stage.before_layer = lambda position, first=stage.first_layer: seed(first + position)
+            values = stage(*values)
+            stage.before_layer = None
         return values
+
+    def _backward(self, loss: Tensor) -> None:
+        if not self._ties:
+            torch.autograd.backward([loss])
+            return
+        outputs: list[Tensor] = [loss]
+        gradients: list[Tensor | None] = [None]
+        for stage, (sent, received) in zip(reversed(self.stages), [*reversed(self._cuts), ((), None)], strict=True):
+            with self._accumulators.during(stage.index):
+                if outputs:
+                    torch.autograd.backward(outputs, gradients)
+            if received is not None:
+                outputs, gradients = [v for v in sent if v.requires_grad], list(received.gradients())

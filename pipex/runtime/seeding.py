@@ -1,8 +1,8 @@
 """Random numbers that do not depend on how a model is cut.
 
-A layer that draws random numbers in training (dropout, stochastic depth, ...) is seeded by (seed, step, micro-batch,
-layer) for its forward, and the device's generator is put back afterwards: the user's own random numbers are the same
-on every rank, whichever layers it holds.
+A layer that may draw random numbers (dropout, stochastic depth, any module that is not torch's own) is seeded by
+(seed, step, micro-batch, layer) before each of its forwards, and so is the loss, as one layer more. A step and an
+evaluation run on random numbers of their own, so that the user's are the same on every rank, whichever layers it holds.
 """
 
 from __future__ import annotations
@@ -10,38 +10,55 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
 
-def generator(device: torch.device) -> torch.Generator:
-    """The generator that torch's random operations use on ``device``."""
+def generators(device: torch.device) -> list[torch.Generator]:
+    """What torch's random operations draw from in a stage on ``device``. On a GPU too some ask the CPU (whether a layer
+    is to be dropped)."""
     if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
+        return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+    return [torch.default_generator]
 
 
-def mix(seed: int, step: int, microbatch: int, layer: int) -> int:
-    """A 63-bit seed; unrelated for any two different arguments."""
-    packed = struct.pack("<4q", seed, step, microbatch, layer)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+def mix(seed: int, step: int, microbatch: int) -> int:
+    """64 bits; unrelated for any two different arguments."""
+    packed = struct.pack("<3q", seed, step, microbatch)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-def of_layers(
-    device: torch.device, seed: int, step: int, microbatch: int, first_layer: int
-) -> Callable[[int], AbstractContextManager[None]]:
-    """For ``Stage.run``: the seed of each layer of a stage, whose first one is ``first_layer`` of the model."""
-    return lambda position: seeded(device, mix(seed, step, microbatch, first_layer + position))
+STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of two layers, modulo 2⁶⁴: that of SplitMix64, whose multiples are far from each other."""
 
 
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Runs its body on ``seed`` and puts the generator back as it was."""
-    source = generator(device)
-    state = source.get_state()
-    source.manual_seed(seed)
-    try:
-        yield
-    finally:
-        source.set_state(state)
+class Seeds:
+    """Seeds layers, on one device: layer l by ``mix`` + l × ``STRIDE``, modulo 2⁶⁴."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._seed = seed
+        self._generators = generators(device)
+
+    def of(self, step: int, microbatch: int) -> Callable[[int], None]:
+        """A function that seeds a layer of the model, by its number, for one forward."""
+        base, sources = mix(self._seed, step, microbatch), self._generators
+
+        def seed(layer: int) -> None:
+            value = base + layer * STRIDE & 0xFFFFFFFFFFFFFFFF
+            for generator in sources:
+                generator.manual_seed(value)
+
+        return seed
+
+    @contextmanager
+    def apart(self, step: int, rank: int) -> Iterator[None]:
+        """Around a step or an evaluation: puts the generators back as they were. What draws in here outside of all
+        layers (a gradient hook) has numbers of its own in every step and on every rank."""
+        before = [generator.get_state() for generator in self._generators]
+        self.of(step, -1)(rank)
+        try:
+            yield
+        finally:
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)

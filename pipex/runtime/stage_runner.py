@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +11,27 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.errors import UnsupportedModule
-from pipex.partition.stage import NOTHING, Stage
+from pipex.errors import MessageMismatch, UnsupportedModule
+from pipex.partition import Stage
 from pipex.plan import Placement
-from pipex.runtime import seeding
 from pipex.runtime.loss import Loss, MicroLoss
+from pipex.runtime.received import Received
+from pipex.runtime.seeding import Seeds
+from pipex.runtime.shared_state import Watch
+from pipex.runtime.survey import survey
+from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
+from pipex.transport.interface import form_of
 
 
 def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     """What a stage hands to the next one.
 
     Raises:
-        UnsupportedModule: it is neither a tensor nor a tuple of tensors, is an empty one, or one of them is sparse.
+        UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
     """
     tensors = output if isinstance(output, tuple) else (output,)
-    if not tensors:
-        raise UnsupportedModule(f"stage {stage.index} hands nothing to the next stage", got="an empty tuple",
-                                needed="a dense tensor or a tuple of them")  # fmt: skip
-    for tensor in tensors:
+    for tensor in tensors or [()]:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise UnsupportedModule(
                 f"stage {stage.index} cannot hand its output to the next stage",
@@ -45,18 +48,12 @@ def _memory(tensor: Tensor) -> int:
     return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
-def differentiable(tensor: Tensor) -> bool:
-    """Whether a gradient of it travels back; says for a tensor what ``TensorForm.differentiable`` says for its form."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 @dataclass(slots=True)
 class _Live:
     """What a micro-batch keeps from its forward until its last backward."""
 
-    inputs: tuple[Tensor, ...]
+    received: Received
     roots: Sequence[Tensor]  # outputs that require grad, or the loss: where the backward starts
-    gradient_of: tuple[bool, ...]  # which differentiable outputs have a root
     tape: Tape | None  # None where the backward is not split
 
 
@@ -67,9 +64,10 @@ class StageRunner:
         stage: the stage; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
         loss: used on the last stage only.
-        device: where the stage lives.
-        seed: seed of all random layers.
+        seeds: of the random layers, and of the loss.
         exact: as of ``Splitter``.
+        accumulators: of the parameters that other stages of this process hold too.
+        watch: over what other stages keep too.
     """
 
     def __init__(
@@ -77,31 +75,50 @@ class StageRunner:
         stage: Stage,
         placement: Placement,
         loss: Loss,
-        device: torch.device,
-        seed: int,
+        seeds: Seeds,
         exact: bool | None,
+        accumulators: Accumulators,
+        watch: Watch | None,
     ) -> None:
         self.stage = stage
         self.index = stage.index
         self.first = placement.before(stage.index) is None
         self.last = placement.after(stage.index) is None
-        self.random_layers: frozenset[int] = frozenset()  # positions in stage.layers; filled in by the announcement
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
         self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds
         self._loss = loss
-        self._device = device
-        self._seed = seed
+        # None of torch's functions that are losses does.
+        self._loss_draws = self.last and getattr(loss.function, "__module__", None) != "torch.nn.functional"
+        self._seeds = seeds
+        self._seed: Callable[[int], None] = lambda layer: None  # of the micro-batch at hand
+        self._exact = exact
+        self._accumulators = accumulators
+        self._watch = watch
         self._splitter = Splitter.of(stage, exact)
-        self._buffers = {_memory(buffer) for buffer in stage.buffers()} - {0}
+        self.survey = survey(stage)
+
+    def look(self) -> None:
+        """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
+        before, self.survey = self.survey.parameters, survey(self.stage)
+        if list(map(id, before)) != list(map(id, self.survey.parameters)):
+            self._splitter.close()
+            self._splitter = Splitter.of(self.stage, self._exact)
+        self.stage.before_layer = self._before_layer if self.survey.drawing else None
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
-        """The stage's output, with its random layers seeded while it trains."""
-        if not self.random_layers or not self.stage.training:
-            return self.stage(*inputs)
-        number = self.microbatches_before + microbatch
-        seeds = seeding.of_layers(self._device, self._seed, step, number, self.stage.first_layer)
-        return self.stage.run(inputs, lambda position: seeds(position) if position in self.random_layers else NOTHING)
+        """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
+        if self.survey.drawing or self._loss_draws:
+            self._seed = self._seeds.of(step, self.microbatches_before + microbatch)
+        with _UNWATCHED if self._watch is None else self._watch.forward():
+            output = self.stage(*inputs)
+        if self._loss_draws:
+            self._seed(self.stage.first_layer + len(self.stage.layers))
+        return output
+
+    def _before_layer(self, position: int) -> None:
+        if position in self.survey.drawing:
+            self._seed(self.stage.first_layer + position)
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float, split: bool
@@ -115,24 +132,24 @@ class StageRunner:
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
-        received = () if self.first else inputs  # nobody waits for gradients of the batch
-        for tensor in received:
-            if differentiable(tensor):
-                tensor.requires_grad_()
+        received = _NOTHING
+        if not self.first:
+            received = Received(inputs, self.survey.plain)
+            inputs = received.handed
         if split:
             with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
             output = self.compute(step, microbatch, inputs)
+        received.check_use()
         if self.last:
             root = self.loss(microbatch, output, target, weight)
             roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
-            self.live[microbatch] = _Live(received, roots, (), tape)
+            self.live[microbatch] = _Live(received, roots, tape)
             return ()
         outputs = self.message(output)
-        mask = tuple(t.requires_grad for t in outputs if differentiable(t))
-        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], mask, tape)
+        self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], tape)
         return outputs
 
     def message(self, output: Any) -> tuple[Tensor, ...]:
@@ -143,7 +160,11 @@ class StageRunner:
             UnsupportedModule: as ``output_tensors``.
         """
         tensors = output_tensors(self.stage, output)
-        return tuple(t.clone() if _memory(t) in self._buffers else t for t in tensors) if self._buffers else tensors
+        if not self.survey.buffers:
+            return tensors
+        # As they are now: a forward may put another tensor in a buffer's place.
+        buffers = {_memory(b) for kept in self.survey.buffers for b in kept.values() if b is not None} - {0}
+        return tuple(t.clone() if _memory(t) in buffers else t for t in tensors)
 
     def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
         """Keeps the loss of a micro-batch; returns where its backward starts.
@@ -155,42 +176,59 @@ class StageRunner:
         return root
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """I. Takes the gradients of the differentiable outputs, returns those of the differentiable inputs."""
+        """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.
+
+        Raises:
+            MessageMismatch: the gradients are not those of the outputs.
+        """
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
-        inputs = [t for t in live.inputs if t.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(inputs)
         if live.roots:
-            found = live.tape.backward_input(live.roots, self._seeds_of(live, gradients), inputs)
-        live.roots, live.inputs = (), ()
-        return _dense(found, inputs)
+            with self._accumulators.during(self.index):
+                live.tape.backward_input(live.roots, self._seeds_of(live, gradients), ())
+        found = live.received.gradients()
+        live.roots, live.received = (), _NOTHING
+        return found
 
     def backward_weight(self, microbatch: int, more: bool) -> None:
         """W. ``more`` says that the rank's next action is the stage's next W (``Tape.backward_weight``)."""
         tape = self.live.pop(microbatch).tape
         assert tape is not None, "the plan said B for this micro-batch"
-        tape.backward_weight(more)
+        with self._accumulators.during(self.index):
+            tape.backward_weight(more)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
-        inputs = [t for t in live.inputs if t.requires_grad]
         if live.roots:
-            torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
-        return _dense([t.grad for t in inputs], inputs)
+            with self._accumulators.during(self.index):
+                torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
+        return live.received.gradients()
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
         self.live.clear()
         self.losses.clear()
         self._splitter.fused.clear()
+        self.stage.before_layer = None
 
-    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if self.last:
             return [None]
-        return [g for g, has_root in zip(gradients, live.gradient_of, strict=True) if has_root]
+        got, needed = [(t.shape, t.dtype) for t in gradients], [(t.shape, t.dtype) for t in live.roots]
+        if got != needed:
+            raise MessageMismatch(
+                f"stage {self.index} received other gradients than its outputs need",
+                got=_words(gradients), needed=_words(live.roots),
+                fix="use one version of pipex, and the same model, on all ranks",
+            )  # fmt: skip
+        return gradients
 
 
-def _dense(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients to send: an input that no output depends on gets zeros, since every announced message must go."""
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
+def _words(tensors: Sequence[Tensor]) -> str:
+    return f"{len(tensors)} tensors: {', '.join(map(str, form_of(tensors)))}" if tensors else "no tensors"
+
+
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
+
+_NOTHING = Received((), plain=True)

@@ -1,18 +1,23 @@
-"""Parameters that stand in several stages (an embedding tied to the output head).
+"""Parameters that stand in several stages: an embedding tied to the output head, or a module that is used twice.
 
-Each stage accumulates into its own ``.grad``; at the end of a step the accumulators are added in stage order, once,
-and every rank that holds a copy makes the same optimizer step with the sum. So the sum's bits do not depend on
-the schedule or on where the stages live.
+Each stage accumulates a gradient of its own; at the end of a step these are added in stage order, once, and every rank
+that holds the parameter makes the same optimizer step with the sum. So the sum's bits do not depend on the schedule or
+on where the stages live.
+
+A parameter stays one object, and so do the modules that hold it: what a module keeps (buffers, counters) is then the
+same for all of its uses on a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pipex.errors import UnsupportedModule
 from pipex.partition import Stage, tied
 
 
@@ -23,37 +28,81 @@ class Tie:
     Attributes:
         name: its canonical name in the model.
         stages: where it stands, rising; the first one owns it (checkpoints, gradient norm).
-        replicas: its Parameter in each of these stages; own ``.grad``, shared memory.
     """
 
     name: str
     stages: tuple[int, ...]
-    replicas: tuple[nn.Parameter, ...]
 
 
-def separate(stages: Sequence[Stage]) -> list[Tie]:
-    """Gives every stage but the first its own Parameter over the memory of each tied parameter."""
-    ties = []
-    for name, holders in tied(stages).items():
-        original = stages[holders[0]].names[name]
-        assert isinstance(original, nn.Parameter)
-        replicas = [original]
-        for holder in holders[1:]:
-            replica = nn.Parameter(original.data, requires_grad=original.requires_grad)
-            for module in stages[holder].modules():
-                for key, parameter in module._parameters.items():
-                    if parameter is original:
-                        module._parameters[key] = replica
-            replicas.append(replica)
-        ties.append(Tie(name, tuple(holders), tuple(replicas)))
-    return [tie for tie in ties if tie.replicas[0].requires_grad]
+def ties_of(stages: Sequence[Stage]) -> list[Tie]:
+    """The model's tied parameters, frozen ones too: they may be thawed later."""
+    return [Tie(name, tuple(holders)) for name, holders in tied(stages).items()]
 
 
-def accumulator(parameter: nn.Parameter) -> Tensor:
-    """The gradient that a stage has accumulated; zeros where it got none."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-    return parameter.grad
+def parameter_of(tie: Tie, stages: Sequence[Stage]) -> nn.Parameter:
+    """The parameter as it is now; users may replace it between steps.
+
+    Raises:
+        UnsupportedModule: its stages hold several by now.
+    """
+    first, *others = (stages[holder].parameter(tie.name) for holder in tie.stages)
+    if any(other is not first for other in others):
+        raise UnsupportedModule(
+            f"{tie.name} was one parameter of the stages {', '.join(map(str, tie.stages))} when the pipeline was made",
+            got="several parameters", needed="one, whose gradients are added",
+            fix="replace it in all of these stages, or make a new pipeline",
+        )  # fmt: skip
+    return first
+
+
+class Accumulators:
+    """One gradient per stage for the parameters that several stages of this process hold.
+
+    A parameter has one ``.grad``: it is that of the first of these stages, and of another one during its backward.
+    """
+
+    def __init__(self) -> None:
+        self._later: dict[int, list[nn.Parameter]] = {}  # by stage, what an earlier stage here holds too
+        self._aside: dict[tuple[int, int], Tensor | None] = {}  # by stage and id of the parameter
+
+    def share(self, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
+        """Takes the parameters of each stage here."""
+        known: set[int] = set()
+        self._later = {}
+        for stage, held in sorted(parameters.items()):
+            if again := [parameter for parameter in held if id(parameter) in known]:
+                self._later[stage] = again
+            known.update(map(id, held))
+
+    def during(self, stage: int) -> AbstractContextManager[None]:
+        """Around each backward of the stage, whole or half."""
+        return self._swapped(stage) if stage in self._later else _NOTHING
+
+    @contextmanager
+    def _swapped(self, stage: int) -> Iterator[None]:
+        self._swap(stage)
+        try:
+            yield
+        finally:
+            self._swap(stage)
+
+    def _swap(self, stage: int) -> None:
+        for parameter in self._later[stage]:
+            key = stage, id(parameter)
+            parameter.grad, self._aside[key] = self._aside.get(key), parameter.grad
+
+    def of(self, stage: int, parameter: nn.Parameter) -> Tensor:
+        """What the stage has accumulated; zeros where it got no gradient."""
+        later = any(parameter is held for held in self._later.get(stage, ()))
+        gradient = self._aside.get((stage, id(parameter))) if later else parameter.grad
+        return torch.zeros_like(parameter, dtype=parameter.grad_dtype) if gradient is None else gradient
+
+    def clear(self) -> None:
+        """Forgets what is not in ``.grad``."""
+        self._aside.clear()
+
+
+_NOTHING = nullcontext()
 
 
 def total(accumulators: Sequence[Tensor]) -> Tensor:

@@ -150,7 +150,7 @@ class Update:
     def _build(self, factory: OptimizerFactory) -> Optimizer:
         """The optimizer. A rank without parameters has one as well, for schedulers: made for a parameter that is taken
         out again, since no optimizer of torch begins without."""
-        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.optimized)]
+        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
         if self._main is not None:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))

@@ -3,9 +3,10 @@
     run = HostRun.create(ranks)
     world = join(run, rank, torch.device("cuda", rank))
 
-The host part is that of ``pipex.transport.host``: the same control page, the same watch over peers. A tensor is copied
-by the GPU's copy engine from where the producer computed it into a slot of the consumer's memory, where it is used;
-streams wait for it, no host does. Where the GPUs cannot do that, all ranks go over host memory instead and say why.
+The host part is that of ``pipex.transport.host``: the same control page, the same watch over peers. Tensors are copied
+by the GPU's copy engine from where the producer computed them into a slot of the consumer's memory, where they are
+used; streams wait for them, no host does. A message larger than all before it goes through host memory, and the
+consumer makes larger slots. Where the GPUs cannot do that, all ranks go over host memory instead and say why.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import InputError, NativeUnavailable
-from pipex.torch_internals import from_dlpack
-from pipex.transport.header import describe, mismatch
-from pipex.transport.host import TIMEOUT, HostLinks, HostReceiver, HostRun, HostSender, HostWorld, dense, ring_sizes
-from pipex.transport.interface import EdgeSpec, Form, Links, Orders, check_number
+from pipex.transport.header import describe, edge_header, mismatch
+from pipex.transport.host import TIMEOUT, Forms, HostLinks, HostRun, HostWorld, Tables
+from pipex.transport.interface import Buffers, EdgeSpec, Links, Orders, TensorForm
 from pipex.transport.opening import exchange_offers
-from pipex.transport.staged import StagedLinks
+from pipex.transport.staged import CPU, StagedLinks, to
 
 LIBRARY = "libcuda.so.1"
 _DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
@@ -67,8 +67,8 @@ class DeviceWorld(HostWorld):
         self.device = device
         self.staged: str | None = None
         self._device_rank = rank
-        self._sources: deque[Tensor] = deque()  # sent, and maybe not copied yet
-        self._copied = 0  # of all tensors ever sent
+        self._sources: deque[Sequence[Tensor]] = deque()  # messages sent, and maybe not copied yet
+        self._copied = 0  # of all messages ever sent
         self._opened: list[DeviceLinks] = []
         self._missing: str | None = None  # not asked yet
         if member.rank == 0 and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
@@ -105,7 +105,7 @@ class DeviceWorld(HostWorld):
         problem, offer = self._missing, {}
         if not problem:
             try:
-                offer = links.make(specs)
+                offer = links.make(specs, digest)
             except NativeUnavailable as error:
                 problem = str(error)
         offers = exchange_offers(self, specs, digest, [problem, offer])
@@ -113,7 +113,7 @@ class DeviceWorld(HostWorld):
             if missing:
                 return f"rank {rank}: {missing}"
         try:
-            links.connect(specs, digest, [offered for _, offered in offers])
+            links.connect(specs, [offered for _, offered in offers])
         except NativeUnavailable as error:
             problem = str(error)
         said = self.exchange(problem.encode())  # every ring is opened at both ends; from here on nobody else can
@@ -135,9 +135,9 @@ class DeviceWorld(HostWorld):
         """The stream on which this thread computes now."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
-    def keep(self, tensor: Tensor) -> None:
-        """Keeps a tensor that was sent until it has been copied; lets go of those that have."""
-        self._sources.append(tensor)
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Keeps a message's tensors until they have been copied; lets go of those that have."""
+        self._sources.append(tensors)
         sent = self._device_rank.sent
         while self._copied < sent:
             self._sources.popleft()
@@ -159,113 +159,110 @@ class DeviceLinks(HostLinks):
     def __init__(self, world: DeviceWorld, first_position: int) -> None:
         super().__init__(first_position)
         self._world = world
-        self._incoming: dict[str, list[_native.DeviceRingReceiver]] = {}
-        self._outgoing: dict[str, list[_native.DeviceRingSender]] = {}
+        self._incoming: dict[str, _native.DeviceRingReceiver] = {}
+        self._outgoing: dict[str, _native.DeviceRingSender] = {}
 
-    def make(self, specs: Sequence[EdgeSpec]) -> dict[str, list[list[str]]]:
+    def make(self, specs: Sequence[EdgeSpec], digest: bytes) -> dict[str, list[str]]:
         """Allocates this rank's memory and says how peers find it."""
         world, rank = self._world, self._world._device_rank
         for spec in specs:
+            sizes = spec.slots, spec.alive, edge_header(spec, digest)
             if spec.destination_rank == world.rank:
-                self._incoming[str(spec)] = rings = []
-                for size in ring_sizes(spec):
-                    rings.append(_native.DeviceRingReceiver(rank, spec.source_rank, *size))
+                self._incoming[str(spec)] = _native.DeviceRingReceiver(rank, spec.source_rank, *sizes)
             elif spec.source_rank == world.rank:
-                self._outgoing[str(spec)] = [
-                    _native.DeviceRingSender(rank, spec.destination_rank, *size) for size in ring_sizes(spec)
-                ]
-        offers = {e: [[ring.address.hex(), ring.offer.hex()] for ring in rings] for e, rings in self._incoming.items()}
-        return offers | {e: [[ring.offer.hex()] for ring in rings] for e, rings in self._outgoing.items()}
+                self._outgoing[str(spec)] = _native.DeviceRingSender(rank, spec.destination_rank, *sizes)
+        offers = {edge: [ring.address.hex(), ring.offer.hex()] for edge, ring in self._incoming.items()}
+        return offers | {edge: [ring.offer.hex()] for edge, ring in self._outgoing.items()}
 
-    def connect(self, specs: Sequence[EdgeSpec], digest: bytes, offers: Sequence[Any]) -> None:
+    def connect(self, specs: Sequence[EdgeSpec], offers: Sequence[Any]) -> None:
         """Maps the peers' memory."""
         world = self._world
         for spec in specs:
             edge = (spec.source, spec.destination, spec.kind)
             if spec.destination_rank == world.rank:
                 incoming = self._incoming[str(spec)]
-                for receiver, (released,) in zip(incoming, offers[spec.source_rank][str(spec)], strict=True):
-                    receiver.connect(bytes.fromhex(released))
-                self.receivers[edge] = DeviceReceiver(world, spec, digest, incoming)
+                (released,) = offers[spec.source_rank][str(spec)]
+                incoming.connect(bytes.fromhex(released))
+                self.receivers[edge] = DeviceReceiver(world, spec, incoming)
             elif spec.source_rank == world.rank:
                 outgoing = self._outgoing[str(spec)]
-                for sender, (address, slots) in zip(outgoing, offers[spec.destination_rank][str(spec)], strict=True):
-                    sender.connect(bytes.fromhex(address), bytes.fromhex(slots))
-                self.senders[edge] = DeviceSender(world, spec, digest, outgoing)
+                address, written = offers[spec.destination_rank][str(spec)]
+                outgoing.connect(bytes.fromhex(address), bytes.fromhex(written))
+                self.senders[edge] = DeviceSender(world, spec, outgoing)
 
     def close_descriptors(self) -> None:
-        for rings in self._incoming.values():
-            for ring in rings:
-                ring.close_descriptor()
+        for ring in self._incoming.values():
+            ring.close_descriptor()
 
     def flush(self) -> None:
         self._world.flush()
 
     def close(self) -> None:
         super().close()
-        for receivers in self._incoming.values():
-            for receiver in receivers:
-                receiver.close()
-        for senders in self._outgoing.values():
-            for sender in senders:
-                sender.close()
+        for receiver in self._incoming.values():
+            receiver.close()
+        for sender in self._outgoing.values():
+            sender.close()
         self._incoming.clear()
         self._outgoing.clear()
 
 
-class DeviceSender(HostSender):
+class DeviceSender:
     """The producer's end of an edge. ``send`` enqueues; the tensors are kept until they have been copied."""
 
-    def __init__(
-        self, world: DeviceWorld, spec: EdgeSpec, digest: bytes, rings: Sequence[_native.DeviceRingSender]
-    ) -> None:
-        super().__init__(world, spec, digest, [ring.send for ring in rings])
-        self._world: DeviceWorld = world
+    def __init__(self, world: DeviceWorld, spec: EdgeSpec, ring: _native.DeviceRingSender) -> None:
+        self._world, self._spec, self._ring = world, spec, ring
+        self._forms = Forms()
+
+    @property
+    def buffers(self) -> Buffers:
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        check_number(self._spec, tensors)
-        device, stream = self._world.device, self._world.stream
+        world, ring = self._world, self._ring
+        form, sent = self._forms.of(tensors)
+        for tensor in sent:
+            if tensor.device != world.device:
+                raise InputError(f"the {self._spec} is on {world.device}",
+                                 got=f"a tensor on {tensor.device}", needed=f"one on {world.device}")  # fmt: skip
         try:
-            for index, tensor in enumerate(tensors):
-                if tensor.device != device:
-                    raise InputError(f"the {self._spec} is on {device}",
-                                     got=f"a tensor on {tensor.device}", needed=f"one on {device}")  # fmt: skip
-                announced = self._announced.get((index, tensor.shape, tensor.dtype))
-                template, _ = announced or self._announce(index, tensor)
-                source = dense(tensor)
-                self._sends[index](template, source.data_ptr(), stream, step, microbatch)
-                self._world.keep(source)
+            if ring.fits(form):
+                ring.send(form, [tensor.data_ptr() for tensor in sent], world.stream, step, microbatch)
+                world.keep(sent)
+            else:
+                copies = [to(tensor, CPU) for tensor in sent]
+                ring.send_from_host(form, [copy.data_ptr() for copy in copies], step, microbatch)
         except _native.Aborted as ending:
-            raise self._world.peer_error(ending) from None
+            raise world.peer_error(ending) from None
 
 
-class DeviceReceiver(HostReceiver):
+class DeviceReceiver:
     """The consumer's end of an edge."""
 
-    def __init__(
-        self, world: DeviceWorld, spec: EdgeSpec, digest: bytes, rings: Sequence[_native.DeviceRingReceiver]
-    ) -> None:
-        super().__init__(world, spec, digest, [ring.receive for ring in rings])
-        self._world: DeviceWorld = world
-        self._rings = rings
+    def __init__(self, world: DeviceWorld, spec: EdgeSpec, ring: _native.DeviceRingReceiver) -> None:
+        self._world, self._spec, self._ring = world, spec, ring
+        self._tables = Tables()
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
-        if form is not self._form:
-            self._announce(form)
-        stream = self._world.stream
-        tensors = []
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
+        world, tables, stream = self._world, self._tables, self._world.stream
         try:
-            for ring, announced, (_, template, view) in zip(self._rings, form, self._announced, strict=True):
-                capsule = ring.receive(template, stream, step, microbatch)
-                if capsule is None:  # more are kept than the plan says: this one gets memory of its own
-                    tensor = torch.empty(announced.shape, dtype=announced.dtype, device=self._world.device)
-                    ring.receive_into(template, tensor.data_ptr(), stream, step, microbatch)
-                else:
-                    tensor = from_dlpack(capsule)
-                    tensor = tensor if view is None else tensor.view(view)
-                tensors.append(tensor)
+            seen, capsules = self._ring.receive(stream, step, microbatch)
+            tables.learn(seen)
+            if capsules is None:  # more are kept than the plan says: this message gets memory of its own
+                found = [strided(tensor, world.device) for tensor in tables.form]
+                self._ring.receive_into([tensor.data_ptr() for tensor in found], stream, step, microbatch)
+                return tuple(t.requires_grad_(f.wants_gradient) for t, f in zip(found, tables.form, strict=True))
         except _native.Aborted as ending:
-            raise self._world.peer_error(ending) from None
+            raise world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
             raise mismatch(self._spec, *map(describe, error.args)) from None
-        return tuple(tensors)
+        received = tables.tensors(capsules)
+        return tuple(
+            t if t.device == world.device else to(t, world.device).requires_grad_(t.requires_grad) for t in received
+        )
+
+
+def strided(form: TensorForm, device: torch.device) -> Tensor:
+    """A tensor of a form, in new memory."""
+    memory = torch.empty(form.nbytes, dtype=torch.uint8, device=device).view(form.dtype)
+    return memory.as_strided(form.shape, form.strides)

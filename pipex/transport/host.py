@@ -4,24 +4,26 @@
     rank       world = run.join(rank)
     elsewhere  HostRun.open(run.address).join(rank)       where nothing can be inherited (torchrun)
 
-The producer copies a tensor straight into a slot of the consumer's memory, and there the consumer uses it: one copy in
-all. The slot is lent until the last reference to the tensor's storage is gone, so whatever autograd saves stays as it
-was received.
+The producer copies a message's tensors straight into memory that the consumer maps, and there the consumer uses them:
+one copy in all. The slot is lent until the last reference to the tensors' storages is gone, so whatever autograd saves
+stays as it was received.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import InputError, PeerError, headline
+from pipex.errors import InputError, MessageMismatch, PeerError, headline
 from pipex.torch_internals import from_dlpack
-from pipex.transport.header import Header, describe, mismatch
+from pipex.transport.header import AS_BYTES, as_sent, describe, edge_header, is_spread, mismatch, pack_table, read_table
 from pipex.transport.interface import (
+    Buffers,
     EdgeKind,
     EdgeSpec,
     Form,
@@ -30,9 +32,7 @@ from pipex.transport.interface import (
     Phase,
     Receiver,
     Sender,
-    TensorForm,
-    check_fits,
-    check_number,
+    form_of,
 )
 from pipex.transport.opening import exchange_offers
 from pipex.transport.places import Places
@@ -41,14 +41,6 @@ TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
 
 MAX_TIMEOUT = 1e9
-
-_DLPACK = {
-    torch.float64: (2, 64), torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16),
-    torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16), torch.int8: (0, 8), torch.uint8: (1, 8),
-    torch.complex64: (5, 64), torch.complex128: (5, 128), torch.bool: (6, 8),
-}  # fmt: skip
-_AS_BYTES = (1, 8)
-"""float8 crosses DLPack as uint8 and is viewed: older torch versions do not read its codes."""
 
 
 class HostRun:
@@ -143,27 +135,26 @@ class HostWorld:
     def open(self, specs: Sequence[EdgeSpec], digest: bytes, orders: Orders = ()) -> Links:
         first_position = self._places.add(digest, orders)  # before any exchange: no rank comes to an action before all
         incoming = {
-            str(spec): [_native.RingReceiver(self._member, spec.source_rank, *size) for size in ring_sizes(spec)]
+            str(spec): _native.RingReceiver(
+                self._member, spec.source_rank, spec.slots, spec.alive, edge_header(spec, digest)
+            )
             for spec in specs
             if spec.destination_rank == self.rank
         }
-        addresses = {edge: [ring.address.hex() for ring in rings] for edge, rings in incoming.items()}
-        offers = exchange_offers(self, specs, digest, addresses)
+        offers = exchange_offers(self, specs, digest, {edge: ring.address.hex() for edge, ring in incoming.items()})
         links = HostLinks(first_position)
         for spec in specs:
             edge = (spec.source, spec.destination, spec.kind)
             if spec.destination_rank == self.rank:
-                links.receivers[edge] = HostReceiver(self, spec, digest, [ring.receive for ring in incoming[str(spec)]])
+                links.receivers[edge] = HostReceiver(self, spec, incoming[str(spec)])
             elif spec.source_rank == self.rank:
-                offered = [bytes.fromhex(address) for address in offers[spec.destination_rank][str(spec)]]
-                links.senders[edge] = HostSender(self, spec, digest, [
-                    _native.RingSender(self._member, spec.destination_rank, address, *size).send
-                    for address, size in zip(offered, ring_sizes(spec), strict=True)
-                ])  # fmt: skip
+                address = bytes.fromhex(offers[spec.destination_rank][str(spec)])
+                links.senders[edge] = HostSender(self, spec, _native.RingSender(
+                    self._member, spec.destination_rank, address, spec.slots, spec.alive, edge_header(spec, digest)
+                ))  # fmt: skip
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
-        for rings in incoming.values():
-            for ring in rings:
-                ring.close_descriptor()
+        for ring in incoming.values():
+            ring.close_descriptor()
         return links
 
     def fail(self, error: BaseException) -> None:
@@ -207,89 +198,124 @@ class HostLinks:
         self.receivers.clear()
 
 
-class HostSender:
-    """The producer's end of an edge: one ring for each tensor of a message, given by its ``send``, which has copied
-    when it returns."""
+_Key = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, bool], ...]
+"""What the form of a message depends on."""
 
-    def __init__(self, world: HostWorld, spec: EdgeSpec, digest: bytes, sends: Sequence[Callable[..., None]]) -> None:
-        self._world, self._spec, self._digest = world, spec, digest
-        self._sends = sends
-        self._announced: dict[tuple[int, torch.Size, torch.dtype], tuple[_native.TensorTemplate, bool]] = {}
+
+class Forms:
+    """The forms in which an end of an edge has sent messages, most of which have the same one."""
+
+    MOST = 256
+    """known at once: shapes may differ in every step of a long run"""
+
+    def __init__(self) -> None:
+        # With each, whether too much lies between elements, and whether torch may have left something to the reader.
+        self._known: dict[_Key, tuple[_native.MessageForm, bool, bool]] = {}
+
+    def of(self, tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, Sequence[Tensor]]:
+        """The form of a message, and its tensors as their bytes can cross.
+
+        Raises:
+            InputError: as ``header.pack_table``.
+        """
+        key = tuple([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors])
+        form, spread, maybe_lazy = self._known.get(key) or self._learn(key, tensors)
+        if not spread and not (maybe_lazy and any(t.is_neg() or t.is_conj() for t in tensors)):
+            return form, tensors
+        sent = [as_sent(tensor) for tensor in tensors]
+        wanted = zip(form_of(sent), tensors, strict=True)
+        return _native.MessageForm(*pack_table([replace(s, wants_gradient=t.requires_grad) for s, t in wanted])), sent
+
+    def _learn(self, key: _Key, tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, bool, bool]:
+        form = form_of(tensors)
+        spread = any(is_spread(tensor) for tensor in tensors)
+        # A conjugation or, seen through .imag, a negation, which has a stride of 2 at least or one element.
+        maybe_lazy = any(t.is_complex() or t.numel() == 1 or not t.is_contiguous() for t in tensors)
+        if len(self._known) == self.MOST:
+            self._known.clear()
+        self._known[key] = found = _native.MessageForm(*pack_table(form)), spread, maybe_lazy
+        return found
+
+
+class HostSender:
+    """The producer's end of an edge; ``send`` has copied when it returns."""
+
+    def __init__(self, world: HostWorld, spec: EdgeSpec, ring: _native.RingSender) -> None:
+        self._world, self._spec, self._ring = world, spec, ring
+        self._forms = Forms()
+
+    @property
+    def buffers(self) -> Buffers:
+        return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        check_number(self._spec, tensors)
+        form, sent = self._forms.of(tensors)
+        for tensor in sent:
+            if not tensor.is_cpu:
+                raise InputError(f"the {self._spec} is in host memory",
+                                 got=f"a tensor on {tensor.device}", needed="one on the CPU")  # fmt: skip
         try:
-            for index, tensor in enumerate(tensors):
-                announced = self._announced.get((index, tensor.shape, tensor.dtype))
-                template, maybe_lazy = announced or self._announce(index, tensor)
-                if not tensor.is_cpu:
-                    raise InputError(f"the {self._spec} is in host memory",
-                                     got=f"a tensor on {tensor.device}", needed="one on the CPU")  # fmt: skip
-                if not tensor.is_contiguous() or (maybe_lazy and (tensor.is_neg() or tensor.is_conj())):
-                    tensor = dense(tensor)
-                self._sends[index](template, tensor.data_ptr(), step, microbatch)
+            self._ring.send(form, [tensor.data_ptr() for tensor in sent], step, microbatch)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
 
-    def _announce(self, index: int, tensor: Tensor) -> tuple[_native.TensorTemplate, bool]:
-        # Torch may leave a conjugation or, seen through .imag, a negation to the reader. The latter has stride 2, so
-        # it is contiguous only with one element; elsewhere the two checks (130 ns) are saved.
-        maybe_lazy = tensor.is_complex() or tensor.numel() == 1
-        form = TensorForm(tuple(tensor.shape), tensor.dtype)
-        announced = _template(self._spec, self._digest, index, form), maybe_lazy
-        self._announced[index, tensor.shape, tensor.dtype] = announced
-        return announced
+
+class Tables:
+    """What has arrived at an end of an edge, most of it in the same form."""
+
+    def __init__(self) -> None:
+        self.form: Form = ()
+        self._finish: list[tuple[torch.dtype | None, bool]] = []
+        self._problem: MessageMismatch | None = None  # of the last table: it is told only once
+
+    def learn(self, seen: tuple[bytes, int] | None) -> None:
+        """Takes the table of a message, where it is another than that of the message before it.
+
+        Raises:
+            MessageMismatch: no pipex writes such a table.
+        """
+        if seen is not None:
+            try:
+                self.form, _ = read_table(seen[0])
+                check_gradients(self.form)
+                self._problem = None
+            except MessageMismatch as error:
+                self._problem = error
+            self._finish = [(t.dtype if t.dtype in AS_BYTES else None, t.wants_gradient) for t in self.form]
+        if self._problem is not None:
+            raise self._problem
+
+    def tensors(self, capsules: Sequence[object]) -> tuple[Tensor, ...]:
+        """The tensors of a message of the learned form."""
+        tensors = []
+        for capsule, (view, wanted) in zip(capsules, self._finish, strict=True):
+            tensor = from_dlpack(capsule)
+            if view is not None:
+                tensor = tensor.view(view)
+            tensors.append(tensor.requires_grad_() if wanted else tensor)
+        return tuple(tensors)
+
+
+def check_gradients(form: Form) -> None:
+    for tensor in form:
+        if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            raise MessageMismatch(f"a gradient is wanted of a tensor of dtype {tensor.dtype}",
+                                  fix="use one version of pipex on all ranks")  # fmt: skip
 
 
 class HostReceiver:
-    """The consumer's end of an edge, given by the ``receive`` of its rings."""
+    """The consumer's end of an edge."""
 
-    def __init__(
-        self, world: HostWorld, spec: EdgeSpec, digest: bytes, receives: Sequence[Callable[..., object]]
-    ) -> None:
-        self._world, self._spec, self._digest = world, spec, digest
-        self._receives = receives
-        self._form: Form | None = None
-        self._announced: list[tuple[Callable[..., object], _native.TensorTemplate, torch.dtype | None]] = []
+    def __init__(self, world: HostWorld, spec: EdgeSpec, ring: _native.RingReceiver) -> None:
+        self._world, self._spec, self._ring = world, spec, ring
+        self._tables = Tables()
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
-        if form is not self._form:
-            self._announce(form)
-        tensors = []
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         try:
-            for receive, template, view in self._announced:
-                tensor = from_dlpack(receive(template, step, microbatch))
-                tensors.append(tensor if view is None else tensor.view(view))
+            seen, capsules = self._ring.receive(step, microbatch)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
             raise mismatch(self._spec, *map(describe, error.args)) from None
-        return tuple(tensors)
-
-    def _announce(self, form: Form) -> None:
-        """Prepares for messages of this form; almost all of a run have the same one."""
-        check_fits(self._spec, form)
-        self._announced = [
-            (
-                self._receives[index],
-                _template(self._spec, self._digest, index, tensor),
-                None if tensor.dtype in _DLPACK else tensor.dtype,
-            )
-            for index, tensor in enumerate(form)
-        ]
-        self._form = form
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The same values in row-major order, nothing left for the reader to do."""
-    return tensor.resolve_neg().resolve_conj().contiguous()
-
-
-def ring_sizes(spec: EdgeSpec) -> list[tuple[int, int, int]]:
-    """For each tensor of a message: its bytes, messages under way, messages alive."""
-    return [(tensor.nbytes, max(1, spec.slots), max(1, spec.alive)) for tensor in spec.form]
-
-
-def _template(spec: EdgeSpec, digest: bytes, index: int, form: TensorForm) -> _native.TensorTemplate:
-    header = Header(digest, spec.source, spec.destination, spec.kind, index, 0, 0, 0, form)
-    return _native.TensorTemplate(header.pack(), form.shape, *_DLPACK.get(form.dtype, _AS_BYTES))
+        self._tables.learn(seen)
+        return self._tables.tensors(capsules)

@@ -15,29 +15,31 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pipex.errors import InputError, MessageMismatch
-
 EdgeKind = Literal["activation", "gradient", "tied"]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorForm:
-    """Shape and dtype of one announced tensor."""
+    """What a message says of one of its tensors.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        strides: in elements. They cross as they are, since what a kernel adds in which order can depend on them.
+        wants_gradient: whether the sender has a graph behind it, and so waits for its gradient.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...]
+    wants_gradient: bool = False
 
     @property
     def nbytes(self) -> int:
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return elements * self.dtype.itemsize
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether a gradient of it travels back: floating and complex tensors have one, the others none."""
-        return self.dtype.is_floating_point or self.dtype.is_complex
+        """From the first element to the last, with what lies between them."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -48,8 +50,8 @@ Form = tuple[TensorForm, ...]
 
 
 def form_of(tensors: Sequence[Tensor]) -> Form:
-    """The form of real tensors."""
-    return tuple(TensorForm(tuple(t.shape), t.dtype) for t in tensors)
+    """The form of a message of these tensors."""
+    return tuple(TensorForm(tuple(t.shape), t.dtype, t.stride(), t.requires_grad) for t in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,6 @@ class EdgeSpec:
         source_rank, destination_rank: where they live.
         slots: messages that may be under way, so that a send within the plan never waits.
         alive: received messages that the plan keeps in use at once; sizes the receive pool.
-        form: announced tensors of a full micro-batch; no message of the edge is larger.
     """
 
     source: int
@@ -71,56 +72,55 @@ class EdgeSpec:
     destination_rank: int
     slots: int
     alive: int
-    form: Form
 
     def __str__(self) -> str:
         return f"{self.kind} edge {self.source}→{self.destination} (rank {self.source_rank}→{self.destination_rank})"
 
 
-def check_fits(spec: EdgeSpec, form: Form) -> None:
-    """Raises InputError if the edge was opened for other messages."""
-    limit = spec.form
-    if len(form) != len(limit) or any(one.nbytes > most.nbytes for one, most in zip(form, limit, strict=True)):
-        raise InputError(
-            f"the {spec} was not opened for this message",
-            got=", ".join(map(str, form)), needed=f"at most {', '.join(map(str, limit))}",
-            fix="open the edge with the form of a full micro-batch",
-        )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Memory of one end of an edge.
 
+    Attributes:
+        nbytes: of all its buffers now.
+        grown: how often a message was larger than all before it, the first one not counted.
+    """
 
-def check_number(spec: EdgeSpec, tensors: Sequence[Tensor]) -> None:
-    """Raises MessageMismatch if a message does not have as many tensors as the edge was opened for."""
-    if len(tensors) != len(spec.form):
-        raise MessageMismatch(
-            f"a message of the {spec} has another number of tensors than announced",
-            got=len(tensors), needed=len(spec.form), fix="a stage must return as many for every micro-batch",
-        )  # fmt: skip
+    nbytes: int
+    grown: int
 
 
 class Sender(Protocol):
     """The producer's end of an edge."""
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        """Hands a message over, in plan order. Never waits while the plan's slots hold.
+        """Hands a message over, in plan order: dense tensors, any number of any shapes. Never waits while the plan's
+        slots hold; buffers grow where a message is larger than all before it.
 
         The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier).
 
         Raises:
-            MessageMismatch: the edge was opened for another number of tensors.
+            InputError: a tensor is on another device, of more than 8 dimensions or of a dtype that cannot cross.
+            OutOfSharedMemory, OutOfDeviceMemory: there is no memory for a larger message.
             PeerError: another rank ended the run.
         """
+
+    @property
+    def buffers(self) -> Buffers:
+        """What the edge's messages have needed until now, at this end."""
 
 
 class Receiver(Protocol):
     """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for; over NCCL
     only their headers do."""
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
-        """Waits for the next message and returns its tensors, which belong to the caller: their memory is
-        not used again before the last reference (autograd's saved tensors and views included) is gone.
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
+        """Waits for the next message and returns its tensors: of the shapes, dtypes and strides sent, without a graph,
+        and with ``requires_grad`` where the sender's had it. They belong to the caller: their memory is not used again
+        before the last reference (autograd's saved tensors and views included) is gone.
 
         Raises:
-            MessageMismatch: the message is not ``form`` of (step, microbatch) on this edge.
+            MessageMismatch: the message is not that of (step, microbatch) on this edge.
             PeerError: another rank ended the run.
         """
 

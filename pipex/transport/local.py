@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pipex.transport.header import Header, mismatch
-from pipex.transport.interface import EdgeSpec, Form, TensorForm, check_number, form_of
+from pipex.transport.header import Header, describe, mismatch, pack_table
+from pipex.transport.interface import Buffers, EdgeSpec, form_of
 
 
 class LocalEdge:
-    """Sender and receiver of one edge. The runtime detaches the tensors before it sends them."""
+    """Sender and receiver of one edge."""
+
+    buffers = Buffers(0, 0)
 
     def __init__(self, spec: EdgeSpec, digest: bytes) -> None:
         self._spec, self._digest = spec, digest
@@ -20,25 +22,23 @@ class LocalEdge:
         self._messages: deque[tuple[int, int, tuple[Tensor, ...]]] = deque()
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        check_number(self._spec, tensors)
-        self._messages.append((step, microbatch, tuple(tensors)))
+        message = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+        self._messages.append((step, microbatch, message))
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         assert self._messages, f"{self._spec}: a receive before its send; a valid plan cannot ask for it"
         sent_step, sent_microbatch, tensors = self._messages[0]
-        found = form_of(tensors)
-        if (sent_step, sent_microbatch) != (step, microbatch) or found != form:
-            for index, (got, needed) in enumerate(zip(found, form, strict=True)):
-                sent = self._header(index, sent_step, sent_microbatch, got)
-                announced = self._header(index, step, microbatch, needed)
-                if sent != announced:
-                    raise mismatch(self._spec, str(sent), str(announced))
+        if (sent_step, sent_microbatch) != (step, microbatch):
+            got, needed = self._words(sent_step, sent_microbatch, tensors), self._words(step, microbatch, tensors)
+            raise mismatch(self._spec, got, needed)
         self._messages.popleft()
         self._received += 1
         return tensors
 
-    def _header(self, index: int, step: int, microbatch: int, form: TensorForm) -> Header:
+    def _words(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> str:
         spec = self._spec
-        return Header(
-            self._digest, spec.source, spec.destination, spec.kind, index, microbatch, step, self._received, form
-        )
+        _, nbytes = pack_table(form_of(tensors))
+        return describe(Header(
+            self._digest, spec.source, spec.destination, spec.kind, len(tensors), microbatch, step, self._received,
+            nbytes,
+        ).pack())  # fmt: skip

@@ -25,7 +25,7 @@ def exchange_offers(world: World, specs: Sequence[EdgeSpec], digest: bytes, offe
 
 
 def _describe(spec: EdgeSpec) -> str:
-    return f"{spec}: {', '.join(map(str, spec.form))}, {spec.slots} slots, {spec.alive} alive"
+    return f"{spec}: {spec.slots} slots, {spec.alive} alive"
 
 
 def _mismatch(rank: int, mine: list[str], other_rank: int, theirs: list[str]) -> ConfigMismatch:
@@ -34,9 +34,9 @@ def _mismatch(rank: int, mine: list[str], other_rank: int, theirs: list[str]) ->
         (a, b) for a, b in ((_line(theirs, i), _line(mine, i)) for i in places) if a != b
     )  # fmt: skip
     return ConfigMismatch(
-        f"rank {rank} and rank {other_rank} were started with different plans or shapes",
+        f"rank {rank} and rank {other_rank} were started with different plans",
         got=f"on rank {other_rank}: {got}", needed=f"as on rank {rank}: {needed}",
-        fix="give all ranks the same plan, model and batch shape",
+        fix="give all ranks the same plan and model",
     )  # fmt: skip
 
 

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipex.transport.interface import EdgeKind, Form, Links, Receiver, Sender
+from pipex.transport.header import as_sent
+from pipex.transport.interface import Buffers, EdgeKind, Links, Receiver, Sender, form_of
+
+CPU = torch.device("cpu")
 
 
 class StagedLinks:
@@ -39,13 +42,27 @@ class StagedSender:
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
+    @property
+    def buffers(self) -> Buffers:
+        return self._sender.buffers
+
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        self._sender.send(step, microbatch, [tensor.cpu() for tensor in tensors])
+        self._sender.send(step, microbatch, [to(t, CPU).requires_grad_(t.requires_grad) for t in tensors])
 
 
 class StagedReceiver:
     def __init__(self, receiver: Receiver, device: torch.device) -> None:
         self._receiver, self._device = receiver, device
 
-    def receive(self, step: int, microbatch: int, form: Form) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(self._device) for tensor in self._receiver.receive(step, microbatch, form))
+    def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
+        received = self._receiver.receive(step, microbatch)
+        return tuple(to(t, self._device).requires_grad_(t.requires_grad) for t in received)
+
+
+def to(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor's values on another device, with its strides, those of an expanded tensor too."""
+    found = as_sent(tensor)
+    if found.numel() == 0:
+        return found.to(device)
+    elements = form_of([found])[0].nbytes // found.itemsize
+    return found.as_strided((elements,), (1,)).to(device).as_strided(found.shape, found.stride())

@@ -27,6 +27,38 @@ from pipex.backward import Splitter
 from pipex.errors import UnsupportedModule
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("deferred", [1, 2, 4])
+def test_split_gives_these_bits_with_several_microbatches_under_way(name: str, deferred: int) -> None:
+    """From the first step on: forward of all, then I after I, each W so many later."""
+    build, sample = CASES[name]
+    module = build()
+    whole = copy.deepcopy(module)
+    splitter = Splitter(module.parameters())
+    for _ in range(2):
+        xs = [sample() for _ in range(4)]
+        ys = [whole(x.clone()) for x in xs]
+        dys = [torch.randn_like(y) for y in ys]
+        for y, dy in zip(ys, dys, strict=True):
+            y.backward(dy)
+        tapes, outputs = [], []
+        for x in xs:
+            with splitter.record() as tape:
+                outputs.append(module(x))
+            tapes.append(tape)
+        for number in range(4 + deferred):
+            if number < 4:
+                tapes[number].backward_input([outputs[number]], [dys[number]], [])
+            if number >= deferred:
+                tapes[number - deferred].backward_weight()
+        for (parameter_name, parameter), reference in zip(module.named_parameters(), whole.parameters(), strict=True):
+            assert (parameter.grad is None) == (reference.grad is None), parameter_name
+            if reference.grad is not None:
+                assert torch.equal(parameter.grad, reference.grad), parameter_name
+        module.zero_grad()
+        whole.zero_grad()
+
+
 @pytest.mark.parametrize("way", ["tape", "functions", "functions on a tape"])
 @pytest.mark.parametrize("input_needs_gradient", [True, False])
 @pytest.mark.parametrize("name", CASES)

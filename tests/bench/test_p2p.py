@@ -74,9 +74,9 @@ def test_the_message_before_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -
     receive: Any = p2p.TorchReceiver.receive
     before = torch.zeros(8, dtype=torch.uint8)
 
-    def receive_late(self: p2p.TorchReceiver, step: int, microbatch: int, form: object) -> tuple[Tensor, ...]:
+    def receive_late(self: p2p.TorchReceiver, step: int, microbatch: int) -> tuple[Tensor, ...]:
         late = before.clone()
-        before.copy_(receive(self, step, microbatch, form)[0])
+        before.copy_(receive(self, step, microbatch)[0])
         return (late,)
 
     monkeypatch.setattr(p2p.TorchReceiver, "receive", receive_late)

@@ -22,7 +22,6 @@ EVERYWHERE = [
     (schedule, victim, place)
     for schedule, victims, place in [
         ("zb-h1", range(RANKS), ("factory",)),
-        ("zb-h1", range(RANKS - 1), ("announce", 1)),
         ("1f1b", range(RANKS), ("forward", 2, 1)),
         ("1f1b", range(RANKS), ("backward", 2, 2)),
         ("zb-h1", range(RANKS), ("backward", 1, 3)),

@@ -82,11 +82,6 @@ def test_outside_the_actions(run: Run, tmp_path: Path, victim: int, place: Place
     assert_named(run, "zb-h1", victim, place, checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize("victim", range(RANKS - 1))  # the last stage announces nothing: nobody waits for it
-def test_in_the_announcement(run: Run, victim: int) -> None:
-    assert_named(run, "zb-h1", victim, ("announce", 1))
-
-
 @pytest.mark.parametrize(
     ("schedule", "victim", "place"),
     [

@@ -14,15 +14,40 @@ from typing import Any
 import pytest
 import torch
 from cases import sampled
-from device_ring import End, Traffic
+from device_ring import End, Traffic, form_of
 from forked import Forked
 from simulated_cuda import word
 
 from pipex import _native
+from pipex.transport.header import pack_table
 
 pytestmark = pytest.mark.timing
 
 LIMIT = 1.0
+
+
+def grow(end: End) -> None:
+    """A first message each way, behind which there is device memory for the others."""
+    end.send(0)
+    end.receive(0)
+    end.member.exchange(b"")
+    assert end.sender.fits(form_of_all(end))
+
+
+def form_of_all(end: End) -> _native.MessageForm:
+    return _native.MessageForm(*pack_table(form_of([end.traffic.words])))
+
+
+def send_one(end: End, stream: int | None = None, *, source: int = 0, microbatch: int = 1) -> None:
+    """From device memory, and not by a host that waits."""
+    stream = end.compute if stream is None else stream
+    end.sender.send(form_of_all(end), [end.sources[source]], stream, 1, microbatch)
+
+
+def receive_one(end: End, stream: int | None = None) -> torch.Tensor:
+    _, capsules = end.receiver.receive(end.compute if stream is None else stream, 1, 1)
+    assert capsules is not None
+    return torch.from_dlpack(capsules[0])
 
 
 class Stuck:
@@ -39,9 +64,10 @@ class Stuck:
 
         def send() -> None:
             end = End(library, control, owner, traffic)
+            grow(end)
             gate = end.simulator.allocate(8)
             end.simulator.call("simulated_hold", end.compute, gate, 1)
-            end.sender.send(traffic.template(owner), end.sources[0], end.compute, 1, 0)
+            send_one(end)
             end.member.exchange(b"")
             os.write(self.told, b"!")
             deed(end)
@@ -49,7 +75,8 @@ class Stuck:
 
         def receive() -> Any:
             end = End(library, control, 1 - owner, traffic)
-            tensor = torch.from_dlpack(end.receiver.receive(traffic.template(owner), end.compute, 1, 0))
+            grow(end)
+            tensor = receive_one(end)
             end.member.at(1, 7)
             end.member.exchange(b"")
             os.write(self.told, b"!")
@@ -86,7 +113,7 @@ def synchronize_with_the_lock(end: End, _: torch.Tensor) -> None:
 
 def flush(end: End, _: torch.Tensor) -> None:
     """What is sent on behind the message that never comes does not leave either."""
-    end.sender.send(end.traffic.template(end.number), end.sources[0], end.compute, 1, 0)
+    send_one(end)
     end.rank.flush()
 
 
@@ -137,9 +164,7 @@ def test_without_the_release_of_all_waits_it_would_hang(simulated_cuda: Path, bu
 def test_a_release_that_a_late_peer_writes_over_is_repeated(simulated_cuda: Path) -> None:
     def write_over(end: End, tensor: torch.Tensor) -> int:
         end.simulator.synchronize(end.compute)  # freed once
-        slots = end.traffic.under_way + end.traffic.alive
-        base = tensor.data_ptr() - -(-128 * (1 + slots) // 512) * 512
-        flag = base + 128  # of slot 0, behind the nonce
+        flag = end.simulator.waited  # the word that its stream waited for
         assert word(flag) == 1 << 62
         for value in range(3):
             ctypes.c_uint64.from_address(flag).value = value
@@ -152,6 +177,38 @@ def test_a_release_that_a_late_peer_writes_over_is_repeated(simulated_cuda: Path
         assert stuck.outcome(seconds=5)["result"] == 1 << 62
 
 
+@pytest.mark.parametrize("dying", ["producer", "consumer"])
+def test_what_cannot_be_mapped_since_its_owner_has_died_is_a_lost_rank(simulated_cuda: Path, dying: str) -> None:
+    """The memory of a first message, or what is offered for the next ones: neither is mapped before it is needed."""
+    control = _native.Control(2)
+    traffic = Traffic(timeout=LIMIT)
+    tells, told = os.pipe()
+    waits, go = os.pipe()
+
+    def die() -> None:
+        end = End(simulated_cuda, control, 0, traffic)
+        end.send(0) if dying == "producer" else end.receive(0)
+        os.write(told, b"!")
+        signal.pause()
+
+    def live() -> None:
+        end = End(simulated_cuda, control, 1, traffic)
+        if dying == "consumer":
+            end.send(0)
+        os.read(waits, 1)
+        end.receive(0) if dying == "producer" else end.sender.fits(form_of_all(end))
+
+    with Forked([die, live]) as forked:
+        os.read(tells, 1)
+        os.kill(forked.pids[0], signal.SIGKILL)
+        os.waitid(os.P_PID, forked.pids[0], os.WEXITED | os.WNOWAIT)
+        os.write(go, b"!")
+        seen = forked.outcome(1)
+    assert (seen["error"], seen["text"][:10]) == ("Aborted", "('lost', 0"), seen
+    for pipe in (tells, told, waits, go):
+        os.close(pipe)
+
+
 def test_a_receive_that_only_the_rescue_has_ended_raises(simulated_cuda: Path) -> None:
     """On the legacy stream, where the simulator waits inside the call; what is in the slot then is nobody's."""
     control = _native.Control(2)
@@ -160,14 +217,16 @@ def test_a_receive_that_only_the_rescue_has_ended_raises(simulated_cuda: Path) -
 
     def send() -> None:
         end = End(simulated_cuda, control, 0, traffic)
+        grow(end)
         end.simulator.call("simulated_hold", end.compute, end.simulator.allocate(8), 1)
-        end.sender.send(traffic.template(0), end.sources[0], end.compute, 1, 0)
+        send_one(end)
         os.write(told, b"!")
         signal.pause()
 
     def receive() -> None:
         end = End(simulated_cuda, control, 1, traffic)
-        end.receiver.receive(traffic.template(0), 0, 1, 0)
+        grow(end)
+        receive_one(end, 0)
 
     with Forked([send, receive]) as forked:
         os.read(tells, 1)
@@ -181,7 +240,7 @@ def test_a_send_that_waits_does_not_hold_up_the_legacy_stream(simulated_cuda: Pa
     """On which torch computes: it must not wait for the send stream, which may wait for it."""
 
     def compute_behind_it(end: End, _: torch.Tensor) -> bool:
-        end.sender.send(end.traffic.template(end.number), end.sources[0], end.compute, 1, 0)
+        send_one(end)
         end.simulator.write(0, end.own[0], 5)
         return end.control.aborted  # what would have freed it at last
 
@@ -205,9 +264,10 @@ def test_a_gpu_that_works_while_its_host_waits_makes_progress(simulated_cuda: Pa
 
 def _send_all(library: Path, control: _native.Control, traffic: Traffic) -> float:
     end = End(library, control, 0, traffic)
+    grow(end)
     begin = time.monotonic()
     for message in range(traffic.messages):
-        end.sender.send(traffic.template(0), end.sources[message], 0, 1, message)
+        send_one(end, 0, source=message, microbatch=message + 1)
     end.rank.flush()
     seconds = time.monotonic() - begin
     end.member.exchange(b"")
@@ -217,6 +277,7 @@ def _send_all(library: Path, control: _native.Control, traffic: Traffic) -> floa
 
 def _take_all(library: Path, control: _native.Control, traffic: Traffic) -> int:
     end = End(library, control, 1, traffic)
+    grow(end)
     end.member.exchange(b"")
     end.member.leave()
     return end.receiver.lent

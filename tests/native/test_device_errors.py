@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,24 @@ from simulated_cuda import Simulator
 
 from pipex import _native
 from pipex.errors import CudaError, InputError, MessageMismatch, NativeUnavailable, OutOfDeviceMemory
-from pipex.transport.header import Header
+from pipex.transport.header import Header, pack_table
 from pipex.transport.interface import TensorForm
 
-BYTES, UNDER_WAY, ALIVE = 256, 2, 2
-SIZE = (BYTES, UNDER_WAY, ALIVE)
-FORM = TensorForm((64,), torch.float32)
+UNDER_WAY, ALIVE = 2, 2
+HEADER = Header(bytes(16), 0, 1, "activation", 0, 0, 0, 0, 0).pack()
+SIZE = (UNDER_WAY, ALIVE, HEADER)
 NULL = 0
 
+# csrc/host/segment.cpp and ring_layout.hpp: the segment's header, two queues of (bell, cells), the slots' cells (each a
+# generation and an address), the offer (csrc/device/ring.hpp: generation, what is taken, bytes, handle, nonce).
+READY_CELLS, FREE_CELLS, SLOT_CELLS = 128 + 128, 128 + 256 + 128, 128 + 2 * 256
+OFFER = SLOT_CELLS + (UNDER_WAY + ALIVE) * 64
+# A slot's memory: the segment's header, then that of the message (pipex/transport/header.py), then the table.
+SLOT_PLACE, SLOT_TABLE = 128 + 33, 128 + 64
 
-HEADER = Header(bytes(16), 0, 1, "activation", 0, 0, 0, 0, FORM)
-# csrc/host/segment.cpp and ring_layout.hpp: the segment's header, then two queues of (bell, cells), then headers.
-READY_CELLS, FREE_CELLS, HEADERS = 128 + 128, 128 + 256 + 128, 128 + 2 * 256
 
-
-def template(shape: tuple[int, ...] = (64,)) -> _native.TensorTemplate:
-    header = HEADER._replace(form=TensorForm(shape, torch.float32))
-    return _native.TensorTemplate(header.pack(), shape, 2, 32)
+def form_of(words: int) -> _native.MessageForm:
+    return _native.MessageForm(*pack_table([TensorForm((words,), torch.float32, (1,))]))
 
 
 class Pair:
@@ -47,7 +49,7 @@ class Pair:
         self.control = _native.Control(2)
         self.members = [_native.Member(self.control, rank, 20.0, False) for rank in range(2)]
         self.ranks: list[_native.DeviceRank] = []
-        self.data = torch.arange(64, dtype=torch.float32)
+        self.data = torch.arange(1000, dtype=torch.float32)
         self.sender: Any = None
         self.receiver: Any = None
 
@@ -56,7 +58,7 @@ class Pair:
             self.ranks.append(_native.DeviceRank(member, self.simulator.path, 0, CPU))
         return self
 
-    def open(self) -> Pair:
+    def connect(self) -> Pair:
         self.start()
         self.sender = _native.DeviceRingSender(self.ranks[0], 1, *SIZE)
         self.receiver = _native.DeviceRingReceiver(self.ranks[1], 0, *SIZE)
@@ -64,18 +66,39 @@ class Pair:
         self.receiver.connect(self.sender.offer)
         return self
 
-    def send(self, microbatch: int = 0, stream: int = NULL, *, shape: tuple[int, ...] = (64,)) -> None:
-        self.sender.send(template(shape), self.data.data_ptr(), stream, 1, microbatch)
+    def open(self) -> Pair:
+        """Connected, and through a first message grown."""
+        self.connect()
+        self.send()
+        self.receive()
+        assert self.sender.fits(form_of(64))
+        return self
 
-    def capsule(self, microbatch: int = 0, stream: int = NULL) -> Any:
-        return self.receiver.receive(template(), stream, 1, microbatch)
+    def send(self, microbatch: int = 0, stream: int = NULL, *, words: int = 64) -> bool:
+        """Whether it went from device memory."""
+        form, data = form_of(words), [self.data.data_ptr()]
+        if self.sender.fits(form):
+            self.sender.send(form, data, stream, 1, microbatch)
+            return True
+        self.sender.send_from_host(form, data, 1, microbatch)
+        return False
+
+    def capsules(self, microbatch: int = 0, stream: int = NULL) -> tuple[object, ...] | None:
+        return self.receiver.receive(stream, 1, microbatch)[1]
 
     def receive(self, microbatch: int = 0, stream: int = NULL) -> torch.Tensor:
-        return torch.from_dlpack(self.capsule(microbatch, stream))
+        capsules = self.capsules(microbatch, stream)
+        assert capsules is not None
+        return torch.from_dlpack(capsules[0])
 
     def memory(self) -> mmap.mmap:
         """The ring's host part."""
         return mmap.mmap(struct.unpack_from("<ii", self.receiver.address)[1], 0)
+
+    def slot(self, index: int) -> mmap.mmap:
+        """The host memory of a slot that its first message was just sent in."""
+        with self.memory() as memory:
+            return mmap.mmap(struct.unpack_from("<ii", memory, SLOT_CELLS + 64 * index + 8)[1], 0)
 
     def close(self) -> None:
         for end in (self.sender, self.receiver):
@@ -106,17 +129,17 @@ def test_slots_are_lent_and_come_back_and_a_full_ring_says_so(make: Callable[...
         pair.send(microbatch)
     held = [pair.receive(0), pair.receive(1)]
     assert held[0].data_ptr() % 512 == 0
-    assert all(torch.equal(tensor, pair.data) for tensor in held)
+    assert all(torch.equal(tensor, pair.data[:64]) for tensor in held)
     assert pair.receiver.lent == 2
     before = pair.simulator.operations
-    assert pair.capsule(2) is None
+    assert pair.capsules(2) is None
     assert pair.simulator.operations == before  # and nothing was enqueued
     own = torch.zeros(64)
-    pair.receiver.receive_into(template(), own.data_ptr(), NULL, 1, 2)
-    assert torch.equal(own, pair.data)
+    pair.receiver.receive_into([own.data_ptr()], NULL, 1, 2)
+    assert torch.equal(own, pair.data[:64])
     held.clear()
     assert pair.receiver.lent == 0
-    assert torch.equal(pair.receive(3), pair.data)
+    assert torch.equal(pair.receive(3), pair.data[:64])
     pair.ranks[0].flush()
     assert pair.ranks[0].sent == 4
 
@@ -129,14 +152,179 @@ def test_another_message_than_announced_is_named_before_anything_waits_for_it(ma
         with pytest.raises(_native.HeaderMismatch):
             pair.receive(0)
     assert pair.simulator.operations == before
-    assert torch.equal(pair.receive(5), pair.data)
+    assert torch.equal(pair.receive(5), pair.data[:64])
 
 
-def test_of_a_message_larger_than_its_slot_only_the_header_goes(make: Callable[..., Pair]) -> None:
-    pair = make("fail:cuMemcpyDtoDAsync_v2=1").open()
-    pair.send(shape=(65,))
-    with pytest.raises(_native.HeaderMismatch):
-        pair.receive()
+def test_a_message_larger_than_all_before_it_goes_through_host_memory_and_the_next_does_not(
+    make: Callable[..., Pair],
+) -> None:
+    """Also after a first one that is smaller than all others."""
+    pair = make().connect()
+    seen = []
+    for microbatch, words in enumerate([1, 64, 64, 1, 65, 65, 96, 97, 97]):
+        seen.append(pair.send(microbatch, words=words))
+        assert torch.equal(pair.receive(microbatch), pair.data[:words])
+    assert seen == [False, False, True, True, False, True, True, False, True]  # a half more than asked is made
+    assert pair.sender.grown == 3
+    assert pair.simulator.violations == []
+
+
+def test_messages_without_bytes_need_no_device_memory(make: Callable[..., Pair]) -> None:
+    pair = make().connect()
+    nothing = _native.MessageForm(b"", 0)
+    for microbatch in range(10):  # more than there are slots
+        assert not pair.send(2 * microbatch, words=0)
+        assert pair.receive(2 * microbatch).shape == (0,)
+        assert not pair.sender.fits(nothing)
+        pair.sender.send_from_host(nothing, [], 1, 2 * microbatch + 1)
+        assert pair.capsules(2 * microbatch + 1) == ()
+    assert pair.simulator.mappings == 4  # the flags, and the peer's
+
+
+def test_growth_waits_for_no_message_under_way(make: Callable[..., Pair]) -> None:
+    """The producer maps, and the consumer makes memory, while a send stands behind a computation that is not done."""
+    pair = make().open()
+    pair.simulator.start()
+    held, stream = pair.simulator.stream(), pair.simulator.stream()
+    gate = pair.simulator.allocate(8)
+    back = _native.DeviceRingSender(pair.ranks[1], 0, *SIZE), _native.DeviceRingReceiver(pair.ranks[0], 1, *SIZE)
+    back[0].connect(back[1].address, back[1].offer)
+    back[1].connect(back[0].offer)
+    form, data = form_of(64), [pair.data.data_ptr()]
+    back[0].send_from_host(form, data, 1, 0)
+    assert back[1].receive(NULL, 1, 0)[1] is not None
+    assert back[0].fits(form)
+    pair.simulator.call("simulated_hold", held, gate, 1)
+    pair.send(0, held)
+    back[0].send(form, data, held, 1, 1)  # now both ranks' send streams wait
+    with ThreadPoolExecutor(1) as other:
+
+        def grow() -> bool:
+            assert not pair.send(1, words=1000)
+            pair.receive(0, stream)
+            pair.receive(1, stream)
+            return pair.sender.fits(form_of(1000))
+
+        grown = other.submit(grow)
+        try:
+            assert grown.result(timeout=10)
+        finally:
+            pair.simulator.write(NULL, gate, 1)
+    for end in back:
+        end.close()
+
+
+def test_too_little_device_memory_for_a_larger_message_is_named_and_the_message_stays(
+    make: Callable[..., Pair],
+) -> None:
+    pair = make().open()
+    pair.send(words=1000)
+    pair.simulator.set("fail:cuMemAlloc_v2", 2)
+    for _ in range(2):
+        with pytest.raises(OutOfDeviceMemory, match=f"on GPU 0; got {1 << 30} bytes free; needed {2 << 20} bytes"):
+            pair.receive()
+    pair.simulator.set("fail:cuMemAlloc_v2", "2@1000")
+    assert torch.equal(pair.receive(), pair.data)
+    assert pair.send(1, words=1000)
+    assert torch.equal(pair.receive(1), pair.data)
+
+
+HOSTILE = {
+    "generation 0": (0, "<I", 0, MessageMismatch, "got device memory of generation 0; needed 2"),
+    "generation 3": (0, "<I", 3, MessageMismatch, "got device memory of generation 3; needed 2"),
+    "more bytes than there are": (8, "<Q", 1 << 40, NativeUnavailable, "rank 0 cannot map .* of rank 1; got other memory"),
+    "fewer bytes": (8, "<Q", 1, NativeUnavailable, "rank 0 cannot map .* of rank 1; got other memory"),
+    "bytes of which two are more than any number": (8, "<Q", 1 << 63, NativeUnavailable, "got other memory"),
+    "another handle": (16, "<Q", 0, NativeUnavailable, "rank 0 cannot map the device memory of rank 1; got cuIpcOpen"),
+    "another nonce": (80, "<Q", 0, NativeUnavailable, "rank 0 cannot map the device memory of rank 1; got other memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_offer_that_no_pipex_makes_is_named(make: Callable[..., Pair], what: str) -> None:
+    place, layout, value, error, named = HOSTILE[what]
+    pair = make().open()
+    pair.send(words=1000)
+    pair.receive()
+    with pair.memory() as memory:
+        before = memory[OFFER : OFFER + 96]
+        struct.pack_into(layout, memory, OFFER + place, value)
+        for _ in range(2 if error is MessageMismatch else 1):
+            with pytest.raises(error, match=named):
+                pair.send(1, words=1000)
+        memory[OFFER : OFFER + 96] = before
+    assert pair.send(1, words=1000)
+    assert torch.equal(pair.receive(1), pair.data)
+    assert pair.simulator.violations == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (SLOT_PLACE, 0, "a message that changes"),
+        (SLOT_PLACE, 2, "256 bytes in device memory of generation 2; needed a payload within memory"),
+        (SLOT_TABLE + 16, 32, "a message that changes"),
+        (SLOT_TABLE + 16, 65, "260 bytes at 0 of 256"),
+    ],
+)
+def test_a_message_that_changes_while_memory_is_made_for_it_is_named(
+    make: Callable[..., Pair], place: int, value: int, named: str
+) -> None:
+    pair = make().open()
+    held = []
+    for microbatch in range(2):
+        pair.send(microbatch)
+        held.append(pair.receive(microbatch))
+    pair.send(2)
+    with pair.slot(2) as slot:
+        assert pair.capsules(2) is None
+        own = torch.zeros(64)
+        before, slot[place] = slot[place], value
+        with pytest.raises(MessageMismatch, match=named):
+            pair.receiver.receive_into([own.data_ptr()], NULL, 1, 2)
+        assert own.count_nonzero() == 0
+        slot[place] = before
+    with pytest.raises(MessageMismatch, match="a message that changes"):
+        pair.receiver.receive_into([], NULL, 1, 2)
+    assert pair.receiver.lent == len(held) == 2
+
+
+def test_a_payload_that_cannot_be_where_its_header_says_is_named(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    held = []
+    for microbatch in range(2):
+        pair.send(microbatch)
+        held.append(pair.receive(microbatch))
+    pair.send(2)
+    held.clear()
+    with pair.slot(2) as slot:
+        for place in (2, 255):
+            slot[SLOT_PLACE] = place
+            before = pair.simulator.operations
+            with pytest.raises(MessageMismatch, match=f"256 bytes in device memory of generation {place}; needed"):
+                pair.receive(2)
+            assert pair.simulator.operations == before
+        slot[SLOT_PLACE] = 1
+    assert torch.equal(pair.receive(2), pair.data[:64])
+
+
+@pytest.mark.timing  # no other process may come or go
+def test_descriptors_and_memory_stay_as_they_are_once_the_largest_message_has_passed(make: Callable[..., Pair]) -> None:
+    pair = make().connect()
+    lengths = [1 + 20 * (7 * i % 50) for i in range(50)]
+    held: list[torch.Tensor] = []
+    seen = set()
+    for message in range(40 * len(lengths)):
+        pair.send(message, words=lengths[message % 50])
+        held.append(pair.receive(message))
+        assert held[-1].numel() == lengths[message % 50]
+        del held[: len(held) - message % 2]
+        if message >= 10 * len(lengths) and message % 100 == 99:
+            with open("/proc/self/status") as status:
+                shared = next(line for line in status if line.startswith("RssShmem"))
+            seen.add((shared, len(os.listdir("/proc/self/fd")), pair.simulator.mappings, pair.sender.bytes))
+    assert len(seen) == 1, seen
+    held.clear()
 
 
 @pytest.mark.parametrize("end", ["send", "receive"])
@@ -156,7 +344,7 @@ def test_a_captured_stream_is_refused_before_anything_is_enqueued(make: Callable
         pair.send(0, stream)
     received = pair.receive(0, stream)
     pair.simulator.synchronize(stream)
-    assert torch.equal(received, pair.data)
+    assert torch.equal(received, pair.data[:64])
 
 
 def test_a_graph_that_is_captured_while_messages_are_under_way_is_not_spoilt(make: Callable[..., Pair]) -> None:
@@ -172,7 +360,7 @@ def test_a_graph_that_is_captured_while_messages_are_under_way_is_not_spoilt(mak
     time.sleep(0.1)  # the thread looks every 20 ms
     pair.simulator.capture(captured, False)
     pair.simulator.write(0, gate, 1)
-    assert torch.equal(pair.receive(0), pair.data)
+    assert torch.equal(pair.receive(0), pair.data[:64])
     assert pair.simulator.violations == []
 
 
@@ -189,7 +377,7 @@ def test_a_slot_that_cannot_be_given_back_is_told_at_the_next_receive(make: Call
     with pytest.raises(InputError, match="while a CUDA graph is being captured"):
         pair.receive(1, stream)
     with pair.memory() as memory:  # the producer never gets a slot whose release is not enqueued
-        assert memory[FREE_CELLS : FREE_CELLS + 8] == bytes(8)
+        assert memory[FREE_CELLS + 8 : FREE_CELLS + 16] == bytes(8)
 
 
 def test_a_tensor_may_die_on_any_thread_after_its_ring_its_rank_and_its_world(make: Callable[..., Pair]) -> None:
@@ -210,8 +398,8 @@ def test_a_tensor_may_die_on_any_thread_after_its_ring_its_rank_and_its_world(ma
     pair.close()
     pair.sender = pair.receiver = None
     gc.collect()
-    assert torch.equal(held[0], pair.data)
-    assert pair.simulator.mappings == 1  # the memory that the tensor lies in
+    assert torch.equal(held[0], pair.data[:64])
+    assert pair.simulator.mappings == 2  # the memory that the tensor lies in, and the flags
     threads[1].start()
     threads[1].join()
     assert pair.simulator.mappings == 0
@@ -231,7 +419,7 @@ def test_a_forked_child_gives_nothing_back_and_ends_in_peace(make: Callable[...,
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
     assert pair.receiver.lent == 1
-    assert torch.equal(held[0], pair.data)
+    assert torch.equal(held[0], pair.data[:64])
 
 
 def test_a_driver_that_is_missing_or_no_driver_is_named(make: Callable[..., Pair], tmp_path: Path) -> None:
@@ -275,7 +463,7 @@ def test_what_fails_at_set_up_is_named_and_leaves_no_memory(
         ("cuStreamWriteValue64_v2", Pair.send, "cuStreamWriteValue64 to rank 1: CUDA_ERROR_INVALID_VALUE"),
         ("cuMemcpyDtoDAsync_v2", Pair.send, "cuMemcpyDtoDAsync to rank 1"),
         ("cuEventRecord", Pair.send, "cuEventRecord on GPU 0"),
-        ("cuStreamWaitValue64_v2", Pair.receive, "cuStreamWaitValue64 for a tensor of rank 0"),
+        ("cuStreamWaitValue64_v2", Pair.receive, "cuStreamWaitValue64 for a message of rank 0"),
         ("cuStreamIsCapturing", Pair.receive, "cuStreamIsCapturing"),
     ],
 )
@@ -286,11 +474,11 @@ def test_a_failing_call_is_named_with_what_it_was_for(
     if act is Pair.receive:
         pair.send()
     with pair.memory() as memory:
-        before = memory[:HEADERS]
+        before = memory[:SLOT_CELLS]
         pair.simulator.set(f"fail:{failing}", 1)
         with pytest.raises(CudaError, match=named):
             act(pair)
-        assert memory[:HEADERS] == before  # a message is announced, a slot given back, behind its operations only
+        assert memory[:SLOT_CELLS] == before  # a message is announced, a slot given back, behind its operations only
 
 
 def test_memory_that_is_not_the_offered_one_is_refused(make: Callable[..., Pair]) -> None:
@@ -301,7 +489,7 @@ def test_memory_that_is_not_the_offered_one_is_refused(make: Callable[..., Pair]
         receiver.connect(sender.offer[:-16] + bytes(16))
     with pytest.raises(InputError, match="this is no offer of device memory; got 79 bytes; needed 80"):
         receiver.connect(sender.offer[:-1])
-    other = _native.DeviceRingReceiver(pair.ranks[1], 0, BYTES, UNDER_WAY + 1, ALIVE)
+    other = _native.DeviceRingReceiver(pair.ranks[1], 0, UNDER_WAY + 1, ALIVE, HEADER)
     with pytest.raises(InputError, match="rank 1 offers buffers of another size"):
         sender.connect(other.address, other.offer)
     del sender, receiver, other
@@ -313,14 +501,12 @@ def test_a_slot_filled_while_in_use_is_named(make: Callable[..., Pair]) -> None:
     with pair.memory() as memory:
         pair.send()
         held = pair.receive()  # in slot 0
-        memory[READY_CELLS + 8 : READY_CELLS + 16] = struct.pack("<II", 0, 1)
-        second = HEADER._replace(microbatch=1, step=1, sequence=1)
-        memory[HEADERS : HEADERS + 128] = second.pack()
+        memory[READY_CELLS + 16 : READY_CELLS + 24] = struct.pack("<II", 0, 1)
         before = pair.simulator.operations
         with pytest.raises(MessageMismatch, match="slot 0 filled while in use"):
             pair.receive(1)
     assert pair.simulator.operations == before
-    assert torch.equal(held, pair.data)
+    assert torch.equal(held, pair.data[:64])
 
 
 @pytest.mark.parametrize(
@@ -341,4 +527,4 @@ def test_the_probe_says_what_is_missing(make: Callable[..., Pair], settings: str
     assert pair.ranks[0].missing() == missing
     assert pair.simulator.mappings == mappings
     pair.send()
-    assert torch.equal(pair.receive(), pair.data)  # nothing is left blocked
+    assert torch.equal(pair.receive(), pair.data[:64])  # nothing is left blocked

@@ -52,7 +52,7 @@ def changing_batches() -> list[float]:
 
 
 def test_batches_of_changing_size_and_buffers_in_between() -> None:
-    """BatchNorm's running statistics must not see the announcement's zeros."""
+    """BatchNorm's running statistics see every micro-batch once, and nothing else."""
     process = OneProcess(pipex.split_model(layers(), 2), 2, LOSS, optimizer=adam)
     expected = []
     for step, samples in enumerate(BATCHES):

@@ -2,6 +2,9 @@
 
 Sources are filled, and what arrived is checked, by simulated kernels on a compute stream; the host never looks at the
 data. So an operation that comes too early shows as a wrong word, and one that never comes as a run that stalls.
+
+A message that the ring takes from host memory only is copied there and from there as torch does it: the host waits for
+its compute stream.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import torch
 from simulated_cuda import Simulator
 
 from pipex import _native
-from pipex.transport.header import Header
-from pipex.transport.interface import TensorForm
+from pipex.transport.header import Header, pack_table, read_table
+from pipex.transport.interface import Form, TensorForm
 
 CPU = 1  # DLPack's number: the simulator's memory is the host's
 SCRIBBLE = 10**9
@@ -30,13 +33,18 @@ class Traffic:
     """What both ranks do.
 
     Attributes:
-        words: of 8 bytes, per message.
+        words: of 8 bytes, per tensor at most.
+        tensors: per message, at most.
+        varied: whether messages have any number of tensors of any size, in the long run ever larger ones; else all have
+            the most.
         sources: how many source buffers a rank fills in turn.
-        keep: most received tensors that a rank holds at once.
+        keep: most received messages that a rank holds at once.
     """
 
     messages: int = 40
     words: int = 2048
+    tensors: int = 1
+    varied: bool = False
     under_way: int = 2
     alive: int = 2
     sources: int = 3
@@ -46,13 +54,21 @@ class Traffic:
     seed: int = 0
     settings: str = ""
 
-    @property
-    def form(self) -> TensorForm:
-        return TensorForm((self.words,), torch.int64)
+    def sizes(self, source: int, message: int) -> list[int]:
+        """The words of each tensor; both ranks know them without asking each other."""
+        if not self.varied:
+            return [self.words] * self.tensors
+        chance = random.Random(f"{self.seed} {source} {message}")
+        most = self.words * (message + 1) // self.messages
+        return [chance.randint(0, most) for _ in range(chance.randint(0, self.tensors))]
 
-    def template(self, source: int) -> _native.TensorTemplate:
-        header = Header(bytes(16), source, 1 - source, "activation", 0, 0, 0, 0, self.form)
-        return _native.TensorTemplate(header.pack(), self.form.shape, 0, 64)
+
+def edge(source: int) -> bytes:
+    return Header(bytes(16), source, 1 - source, "activation", 0, 0, 0, 0, 0).pack()
+
+
+def form_of(sizes: list[int]) -> Form:
+    return tuple(TensorForm((words,), torch.int64, (1,)) for words in sizes)
 
 
 class End:
@@ -66,54 +82,90 @@ class End:
         self.simulator = Simulator(library)
         self.simulator.start()
         self.compute = self.simulator.stream()
-        size = (8 * traffic.words, traffic.under_way, traffic.alive)
+        size = traffic.under_way, traffic.alive
         peer = 1 - rank
-        self.sender = _native.DeviceRingSender(self.rank, peer, *size)
-        self.receiver = _native.DeviceRingReceiver(self.rank, peer, *size)
+        self.sender = _native.DeviceRingSender(self.rank, peer, *size, edge(rank))
+        self.receiver = _native.DeviceRingReceiver(self.rank, peer, *size, edge(peer))
         mine = self.receiver.address + self.receiver.offer + self.sender.offer
         theirs = self.member.exchange(mine)[peer]
         self.sender.connect(theirs[:32], theirs[32:112])
         self.receiver.connect(theirs[112:])
         self.member.exchange(b"")
         self.receiver.close_descriptor()
-        self.sources = [self.simulator.allocate(8 * traffic.words) for _ in range(traffic.sources)]
-        self.own = [self.simulator.allocate(8 * traffic.words) for _ in range(4)]
-        self.kept: deque[torch.Tensor] = deque()
+        room = 8 * traffic.words * traffic.tensors
+        self.sources = [self.simulator.allocate(room) for _ in range(traffic.sources)]
+        self.own = [self.simulator.allocate(room) for _ in range(4)]
+        self.filled = [0] * traffic.sources  # by source: messages from device memory when it was last sent
+        self.on_device = 0  # messages sent from there
+        self.form: Form = ()  # of the last message received
+        self.kept: deque[list[torch.Tensor]] = deque()
         self.random = random.Random(traffic.seed * 2 + rank)
 
     def send(self, message: int) -> None:
-        traffic = self.traffic
-        while self.rank.sent <= message - traffic.sources:
+        traffic, place = self.traffic, message % self.traffic.sources
+        while self.rank.sent < self.filled[place]:
             self.control.raise_if_aborted()
             time.sleep(0.0002)
-        source = self.sources[message % traffic.sources]
-        self.simulator.fill(self.compute, source, traffic.words, self.tag(self.number, message))
-        self.sender.send(traffic.template(self.number), source, self.compute, 1, message)
+        sizes = traffic.sizes(self.number, message)
+        parts = self.parts(self.sources[place], sizes)
+        for part, words, tag in zip(parts, sizes, self.tags(self.number, message), strict=False):
+            self.simulator.fill(self.compute, part, words, tag)
+        form = _native.MessageForm(*pack_table(form_of(sizes)))
+        if self.sender.fits(form):
+            self.sender.send(form, parts, self.compute, 1, message)
+            self.on_device += 1
+            self.filled[place] = self.on_device
+        else:
+            self.simulator.synchronize(self.compute)
+            self.sender.send_from_host(form, parts, 1, message)
 
     def receive(self, message: int) -> None:
         traffic, peer = self.traffic, 1 - self.number
-        template = traffic.template(peer)
-        capsule = self.receiver.receive(template, self.compute, 1, message)
-        if capsule is None:
-            own = self.own[message % len(self.own)]
-            self.receiver.receive_into(template, own, self.compute, 1, message)
-            self.simulator.check(self.compute, own, traffic.words, self.tag(peer, message))
+        sizes, tags = traffic.sizes(peer, message), self.tags(peer, message)
+        own = self.own[message % len(self.own)]
+        seen, capsules = self.receiver.receive(self.compute, 1, message)
+        if seen is not None:
+            self.form, _ = read_table(seen[0])
+        assert self.form == form_of(sizes)
+        if capsules is None:
+            parts = self.parts(own, sizes)
+            self.receiver.receive_into(parts, self.compute, 1, message)
+            self.check(parts, sizes, tags)
             return
-        tensor = torch.from_dlpack(capsule)
-        self.simulator.check(self.compute, tensor.data_ptr(), traffic.words, self.tag(peer, message))
-        self.kept.append(tensor)
-        del tensor, capsule
+        tensors = [torch.from_dlpack(capsule) for capsule in capsules]
+        del capsules
+        if any(tensor.numel() and not self.simulator.is_device(tensor.data_ptr()) for tensor in tensors):
+            parts = self.parts(own, sizes)
+            for part, tensor in zip(parts, tensors, strict=True):
+                self.simulator.copy(part, tensor.data_ptr(), 8 * tensor.numel(), self.compute)
+            self.simulator.synchronize(self.compute)
+            self.check(parts, sizes, tags)
+            return
+        self.check([tensor.data_ptr() for tensor in tensors], sizes, tags)
+        self.kept.append(tensors)
+        del tensors
         while len(self.kept) > self.random.randint(0, traffic.keep):
             self.drop()
 
+    def check(self, parts: list[int], sizes: list[int], tags: range) -> None:
+        for part, words, tag in zip(parts, sizes, tags, strict=False):
+            self.simulator.check(self.compute, part, words, tag)
+
     def drop(self) -> None:
-        """Gives the oldest tensor back, spoilt: whoever still reads the slot, or reads it too early, will see."""
-        address = self.kept[0].data_ptr()
-        self.simulator.fill(self.compute, address, self.traffic.words, SCRIBBLE)
+        """Gives the oldest message back, spoilt: whoever still reads the slot, or reads it too early, will see."""
+        for tensor in self.kept[0]:
+            self.simulator.fill(self.compute, tensor.data_ptr(), tensor.numel(), SCRIBBLE)
+            del tensor
         self.kept.popleft()
 
-    def tag(self, sender: int, message: int) -> int:
-        return 2 * message + sender
+    def parts(self, buffer: int, sizes: list[int]) -> list[int]:
+        """Where in a buffer each tensor of a message is."""
+        return [buffer + 8 * self.traffic.words * place for place in range(len(sizes))]
+
+    def tags(self, sender: int, message: int) -> range:
+        """The numbers that the tensors of a message tell."""
+        first = (2 * message + sender) * self.traffic.tensors
+        return range(first, first + self.traffic.tensors)
 
     def run(self) -> None:
         for message in range(self.traffic.messages):
@@ -141,12 +193,15 @@ class End:
 
 
 def converse(library: Path, control: _native.Control, rank: int, traffic: Traffic) -> dict[str, Any]:
-    """The whole life of one rank; what it returns is all zero if all went well."""
+    """The whole life of one rank: what went wrong, all zero if nothing did, and how its messages went."""
     end = End(library, control, rank, traffic)
     end.run()
+    grown, simulator = end.sender.grown, end.simulator
     end.close()
-    simulator = end.simulator
-    return {"mismatches": simulator.mismatches, "violations": simulator.violations, "mappings": simulator.mappings}
+    return {
+        "mismatches": simulator.mismatches, "violations": simulator.violations, "mappings": simulator.mappings,
+        "grown": grown, "on device": end.on_device,
+    }  # fmt: skip
 
 
 WELL = {"mismatches": 0, "violations": [], "mappings": 0}

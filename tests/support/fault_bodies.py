@@ -14,10 +14,9 @@ from machines import machine_of
 
 import pipex
 from pipex.errors import PeerError, PipexError
-from pipex.transport.interface import EdgeSpec, TensorForm
+from pipex.transport.interface import EdgeSpec
 
 DIGEST = bytes(range(16))
-SQUARE = (TensorForm((256, 256), torch.float32),)
 HELD = 6.0
 """Seconds for which the culprit's GPU does not come to the message that its host has announced: longer than any limit,
 and short enough for its process to end in time."""
@@ -32,11 +31,14 @@ def stand_still(fate: str, notes: str, library: str | None) -> None:
     """
     world: Any = pipex.current_world()
     gpu = machine_of(world, library)
-    specs = [
-        EdgeSpec(source, to, "activation", source, to, 2, 1, SQUARE) for source, to in [(1, 0), (1, 2), (0, 1), (2, 1)]
-    ]
+    specs = [EdgeSpec(source, to, "activation", source, to, 2, 1) for source, to in [(1, 0), (1, 2), (0, 1), (2, 1)]]
     links = world.open(specs, DIGEST)
     ones = torch.ones(256, 256, device=world.device)
+    for message in range(2):  # the first one makes room for what comes after it
+        for sender in links.senders.values():
+            sender.send(0, message, [ones])
+        for receiver in links.receivers.values():
+            receiver.receive(0, message)
     assert bool((ones @ ones == 256).all())  # what that loads is loaded
     gpu.synchronize()
     world.exchange(b"")
@@ -55,7 +57,7 @@ def stand_still(fate: str, notes: str, library: str | None) -> None:
     world.exchange(b"")
     try:
         sender.send(1, 0, [ones])
-        (received,) = receiver.receive(1, 0, SQUARE)
+        (received,) = receiver.receive(1, 0)
         product = received @ received
         if world.rank == 2:
             gpu.crowd(product)
@@ -72,12 +74,17 @@ def stand_still(fate: str, notes: str, library: str | None) -> None:
 
 
 def open_more_than_there_is(notes: str, library: str | None) -> None:
-    """Rank 1 needs more memory for an edge than its GPU has."""
+    """Rank 1 needs more memory for a message in each slot than its GPU has."""
     world: Any = pipex.current_world()
     free = int(world.exchange(str(machine_of(world, library).free_memory()).encode())[0])
-    form = (TensorForm((free,), torch.uint8),)
+    slots = 1000
     try:
-        world.open([EdgeSpec(0, 1, "activation", 0, 1, 1, 1, form)], DIGEST)
+        links = world.open([EdgeSpec(0, 1, "activation", 0, 1, slots - 1, 1)], DIGEST)
+        for sender in links.senders.values():
+            sender.send(1, 0, [torch.zeros(2 * free // slots, dtype=torch.uint8, device=world.device)])
+        for receiver in links.receivers.values():
+            receiver.receive(1, 0)
+        world.exchange(b"")
     except PipexError as error:
         write(notes, world.rank, error=type(error).__name__, text=str(error))
         raise

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forked import outcomes
+import persistent
 from host_world import run_in
 from torch.distributed import FileStore
 
@@ -17,17 +16,10 @@ from pipex.transport.group import GroupWorld
 
 
 def launch(fn: Callable[..., Any], ranks: int, *, args: Sequence[Any] = ()) -> list[Any]:
-    """As ``pipex.launch``, through connections on the loopback address.
-
-    By fresh ranks: in one that stays, Python's collector would free a Gloo group that a pipeline has held, and hangs
-    now and then, as the group's thread needs the interpreter to end.
-    """
-    importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
+    """As ``pipex.launch``, through connections on the loopback address, by ranks that stay."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        found = outcomes([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)], seconds=100)
-    assert all("result" in outcome for outcome in found), found
-    return [outcome["result"] for outcome in found]
+        return persistent.ranks.results([partial(_rank, store, rank, ranks, fn, args) for rank in range(ranks)])
 
 
 def _rank(store: Path, rank: int, ranks: int, fn: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -17,7 +17,7 @@ HOST = [
     HARNESS / "one_mapping.cpp",
     *(
         ROOT / "csrc/host" / f"{name}.cpp"
-        for name in ("ring", "mailbox", "lender", "member", "control", "watch", "futex", "copy", "process")
+        for name in ("ring", "mailbox", "message", "lender", "member", "control", "watch", "futex", "copy", "process")
     ),
 ]
 LAYOUT = ROOT / "csrc/host/ring_layout.cpp"  # compiled alone, since tests replace it

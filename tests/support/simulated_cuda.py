@@ -10,7 +10,7 @@ from typing import Any
 
 from built import ROOT, compiled
 
-NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS = 1, 2, 1
+NON_BLOCKING, WITHOUT_TIMING, LAZY_PEER_ACCESS, LEGACY_IPC_CAPABLE = 1, 2, 1, 10
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, NOT_READY, NOT_SUPPORTED = 1, 2, 201, 400, 600, 801
 POISON = 0xA5
 """What every byte of new device memory is."""
@@ -44,7 +44,7 @@ class Simulator:
         self.path = str(library)
         self.functions = ctypes.CDLL(self.path)
         self.holding_the_lock = ctypes.PyDLL(self.path)  # Python's, unlike the other
-        for name in ("operations", "mismatches", "drawn", "mappings", "contexts", "violations"):
+        for name in ("operations", "mismatches", "drawn", "mappings", "contexts", "violations", "waited"):
             getattr(self.functions, f"simulated_{name}").restype = ctypes.c_size_t
         for setting in filter(None, settings.split(",")):
             self.set(*setting.split("=", 1))
@@ -102,6 +102,14 @@ class Simulator:
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         self.call("cuMemcpyDtoDAsync_v2", to, source, size, stream)
 
+    def is_device(self, address: int) -> bool:
+        """Whether it is memory of this driver, rather than the host's own."""
+        try:
+            self.call("cuPointerGetAttribute", ctypes.byref(ctypes.c_int()), LEGACY_IPC_CAPABLE, address)
+        except CallFailed:
+            return False
+        return True
+
     def fill(self, stream: int, to: int, words: int, message: int) -> None:
         self.call("simulated_fill", stream, to, words, message)
 
@@ -143,6 +151,11 @@ class Simulator:
     def mappings(self) -> int:
         """Allocations and mappings that are open."""
         return self.functions.simulated_mappings()
+
+    @property
+    def waited(self) -> int:
+        """Where the word is that a stream which sends nothing was last told to wait for."""
+        return self.functions.simulated_waited()
 
     @property
     def contexts(self) -> int:

@@ -155,6 +155,33 @@ class Shifted(nn.Module):
         return self.linear(x) + self.a + self.b
 
 
+class BehindLstm(nn.Module):
+    """Attention over what an LSTM hands on: of one sample, contiguous, but not with the strides that it would have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lstm(x)[0]
+        q, k, v = (layer(x).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+
+
+class PenaltyInBetween(nn.Module):
+    """A weight in recorded operations and in others, by turns: the order of the sum shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.b(self.a(x)) @ self.a.weight) + 0.1 * self.a.weight.square().mean()
+        return self.a(x) + self.a.bias * x
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name in names:
         module.get_parameter(name).requires_grad_(False)
@@ -201,6 +228,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "convolution": (convolution, floats(2, 2, 4, 4)),
     "attention module": (lambda: SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), floats(2, 5, 8)),
     "lstm": (lambda: First(nn.LSTM(8, 8, batch_first=True)), floats(2, 5, 8)),
+    "attention behind an lstm": (BehindLstm, floats(1, 6, 6)),
+    "weight used in two ways, by turns": (PenaltyInBetween, floats(6, 8)),
     "scaled embedding": (lambda: nn.Embedding(11, 4, scale_grad_by_freq=True), tokens(2, 9)),
     "embedding with max_norm": (lambda: nn.Embedding(11, 4, max_norm=1.0), tokens(2, 9)),
     "bfloat16": (lambda: mlp().bfloat16(), lambda: torch.randn(6, 8).bfloat16()),

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +18,16 @@ from orders import forwards
 
 from pipex.errors import OutOfSharedMemory, PeerFailed, PeerLost, PeerStalled
 from pipex.transport.host import HostRun, HostWorld
-from pipex.transport.interface import EdgeSpec, Phase, TensorForm
+from pipex.transport.interface import EdgeSpec, Phase
 
 pytestmark = pytest.mark.timing
 
-FORM = (TensorForm((256,), torch.float32),)
 Body = Callable[[HostWorld], Any]
 
 
 def ring_of(ranks: int) -> list[EdgeSpec]:
     """Every rank sends to the next one."""
-    return [EdgeSpec(r, r + 1, "activation", r, (r + 1) % ranks, 1, 1, FORM) for r in range(ranks)]
+    return [EdgeSpec(r, r + 1, "activation", r, (r + 1) % ranks, 1, 1) for r in range(ranks)]
 
 
 def receive_from(world: HostWorld, ranks: int) -> None:
@@ -35,7 +35,7 @@ def receive_from(world: HostWorld, ranks: int) -> None:
     links = world.open(ring_of(ranks), bytes(16), forwards(ranks))
     world.at(3, world.rank)
     (receiver,) = links.receivers.values()
-    receiver.receive(3, 0, FORM)
+    receiver.receive(3, 0)
 
 
 def rank_main(run: HostRun, rank: int, body: Body, timeout: float) -> Any:
@@ -217,24 +217,48 @@ def test_a_process_that_inherits_nothing_opens_the_run_by_its_address() -> None:
         assert ranks.outcome(1)["result"] == 7
 
 
-def test_too_little_memory_for_the_slots_is_a_named_error() -> None:
-    huge = EdgeSpec(0, 1, "activation", 0, 1, 8, 8, (TensorForm((1 << 45,), torch.uint8),))
+def test_too_little_memory_for_a_message_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "sparse").touch()
+    size = 1 << 42
 
-    def open_huge(world: HostWorld) -> None:
-        world.open([huge], bytes(16))
+    def send_huge(world: HostWorld) -> None:
+        links = world.open(ring_of(2)[:1], bytes(16))
+        (sender,) = links.senders.values()
+        sender.send(1, 0, [torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.uint8)])
 
-    with Ranks([open_huge] * 2) as ranks:
-        owner, other = ranks.outcome(1), ranks.outcome(0)
+    def wait(world: HostWorld) -> None:
+        links = world.open(ring_of(2)[:1], bytes(16))
+        (receiver,) = links.receivers.values()
+        receiver.receive(1, 0)
+
+    with Ranks([send_huge, wait]) as ranks:
+        owner, other = ranks.outcome(0), ranks.outcome(1)
     assert owner["error"] == OutOfSharedMemory.__name__
-    assert f"needed {16 << 45}"[:12] in owner["text"]  # and some for headers
-    assert (other["error"], other["rank"]) == (PeerFailed.__name__, 1)
+    assert f"needed {size}"[:12] in owner["text"]  # and some for headers
+    assert (other["error"], other["rank"]) == (PeerFailed.__name__, 0)
+
+
+def test_a_first_message_of_a_rank_that_died_since_names_that_rank() -> None:
+    def send_and_die(world: HostWorld) -> None:
+        links = world.open(ring_of(2)[:1], bytes(16))
+        links.senders[0, 1, "activation"].send(1, 0, [torch.zeros(256)])  # into memory that its receiver has not mapped
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def receive_late(world: HostWorld) -> None:
+        links = world.open(ring_of(2)[:1], bytes(16))
+        time.sleep(0.3)
+        links.receivers[0, 1, "activation"].receive(1, 0)
+
+    with Ranks([send_and_die, receive_late]) as ranks:
+        survivor = ranks.outcome(1)
+    assert (survivor["error"], survivor["rank"]) == (PeerLost.__name__, 0)
 
 
 def test_a_forked_child_does_not_give_its_parents_tensors_back() -> None:
     def consumer(world: HostWorld) -> None:
         links = world.open(ring_of(2)[:1], bytes(16))
         (receiver,) = links.receivers.values()
-        held = list(receiver.receive(1, 0, FORM))
+        held = list(receiver.receive(1, 0))
         pid = os.fork()
         if pid == 0:  # such as a data loader's worker
             held.clear()
@@ -242,7 +266,7 @@ def test_a_forked_child_does_not_give_its_parents_tensors_back() -> None:
         os.waitpid(pid, 0)
         world.exchange(b"")
         for microbatch in range(1, 9):
-            receiver.receive(1, microbatch, FORM)
+            receiver.receive(1, microbatch)
         assert torch.equal(held[0], torch.zeros(256))
         world.close()
 

@@ -79,7 +79,7 @@ class Watch:
 
     Args:
         world: the world that is watched.
-        store: the run's store, for this object alone: a wait of the main thread on a shared one would block the poll.
+        store: the run's store, for the poll alone: a wait of the main thread on a shared one would block it.
         timeout: seconds that the main thread may wait for a peer without a roll call.
         abort: breaks this rank's connections, so that every wait on them ends; called from any thread, repeatedly.
     """
@@ -87,14 +87,14 @@ class Watch:
     def __init__(self, world: World, store: Store, timeout: float, abort: Callable[[], None]) -> None:
         self.place: tuple[int, int] = (0, Phase.SETUP)
         self.places = Places()
-        self._world, self._store, self._timeout, self._abort = world, store, timeout, abort
+        self._world, self._timeout, self._abort = world, timeout, abort
         self._wait: Wait | None = None
         self._proposal: Verdict | None = None
         self._verdict: Verdict | None = None
         self._decision = threading.Lock()
         self._decided, self._wake, self._ending = threading.Event(), threading.Event(), threading.Event()
         # Daemons: a program that ends without closing its world must not hang on them.
-        self._poller = threading.Thread(target=self._poll, name="pipex-poll", daemon=True)
+        self._poller = threading.Thread(target=self._poll, args=(store,), name="pipex-poll", daemon=True)
         self._holder: threading.Thread | None = None
         self._poller.start()
 
@@ -176,44 +176,44 @@ class Watch:
         except RuntimeError:
             self._report_lost(wait)
 
-    def _poll(self) -> None:
+    def _poll(self, store: Store) -> None:
         answered = False
         try:
             while not self._ending.is_set():
                 self._wake.wait(POLL_SECONDS)
                 wait = self._wait
                 if self._proposal is not None:
-                    return self._decide(self._first(self._proposal))
-                if self._store.check([VERDICT]):
-                    return self._decide(_verdict(self._store.get(VERDICT)))
-                if not answered and self._store.check([ROLL_CALL]):
-                    self._answer()
+                    return self._decide(self._first(store, self._proposal))
+                if store.check([VERDICT]):
+                    return self._decide(_verdict(store.get(VERDICT)))
+                if not answered and store.check([ROLL_CALL]):
+                    self._answer(store)
                     answered = True
                 if wait is not None and time.monotonic() - wait.since > self._timeout:
-                    return self._decide(self._first(self._call_roll(wait)))
+                    return self._decide(self._first(store, self._call_roll(store, wait)))
         except RuntimeError:
             self._decide(STORE_GONE)
 
-    def _first(self, verdict: Verdict) -> Verdict:
-        return _verdict(self._store.compare_set(VERDICT, "", json.dumps(verdict)))
+    def _first(self, store: Store, verdict: Verdict) -> Verdict:
+        return _verdict(store.compare_set(VERDICT, "", json.dumps(verdict)))
 
-    def _answer(self) -> None:
+    def _answer(self, store: Store) -> None:
         peer = None if self._wait is None else self._wait.peer
-        self._store.set(f"answer/{self._world.rank}", json.dumps(Answer(peer, *self.place)))
+        store.set(f"answer/{self._world.rank}", json.dumps(Answer(peer, *self.place)))
 
-    def _call_roll(self, wait: Wait) -> Verdict:
-        self._store.set(ROLL_CALL, "")
-        self._answer()  # another rank may have called it in the same moment
+    def _call_roll(self, store: Store, wait: Wait) -> Verdict:
+        store.set(ROLL_CALL, "")
+        self._answer(store)  # another rank may have called it in the same moment
         time.sleep(ANSWER_SECONDS)
         keys = [f"answer/{rank}" for rank in range(self._world.ranks)]
-        answers = [Answer(*json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
+        answers = [Answer(*json.loads(store.get(key))) if store.check([key]) else None for key in keys]
         rank = culprit(wait.peer, answers)
         answer = answers[rank]
         if answer is not None and (circle := circle_from(rank, answers)):
             state = f"is in a circle of waiting ranks ({circle}) for {self._timeout:.1f} s"
         elif answer is not None:
             state = f"is alive but made no progress for {self._timeout:.1f} s"
-        elif self._store.check([joined_key(rank)]):
+        elif store.check([joined_key(rank)]):
             state = f"is stopped: no answer within {ANSWER_SECONDS:g} s"
         else:
             state = f"has not joined within {self._timeout:.1f} s"

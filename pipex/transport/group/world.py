@@ -73,8 +73,11 @@ class GroupWorld:
                 raise InputError("NCCL moves GPU memory only", got=f"device {device}", fix='use backend="gloo"')
             if not dist.is_nccl_available():
                 raise NativeUnavailable(f"torch {torch.__version__} was built without NCCL", fix='use backend="gloo"')
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.rank, self.ranks, self.device = rank, ranks, device
-        self._store, self._timeout = store, timeout
+        self._store: Store | None = store  # None after the end
+        self._timeout = timeout
         self._staging = device if backend == "nccl" else CPU
         self._group: Group | None = None  # None before all ranks have joined, and after the end
         self._edge_groups: list[Group] = []
@@ -135,7 +138,7 @@ class GroupWorld:
         links = GroupLinks(first_position)
         self._links.append(links)
         for spec in specs:
-            tag, self._next_tag = self._next_tag, self._next_tag + 2
+            tag, self._next_tag = self._next_tag, self._next_tag + Lane.TAGS
             if self.rank == spec.source_rank:
                 links.add(spec, GroupSender(spec, digest, self._lane(group, spec, tag), self._watch))
             elif self.rank == spec.destination_rank:
@@ -170,6 +173,7 @@ class GroupWorld:
 
     def _join(self) -> Group:
         store, rank, ranks = self._store, self.rank, self.ranks
+        assert store is not None
         store.set(joined_key(rank), _host_identity())
         hosts = [joined_key(rank) for rank in range(ranks)]
         while not store.check(hosts):
@@ -193,10 +197,11 @@ class GroupWorld:
         sends = self.rank == spec.source_rank
         peer = spec.destination_rank if sends else spec.source_rank
         if self._staging == CPU:
-            return Lane(control, tag, peer, control, peer, CPU, self.device)
+            return Lane(control, peer, tag, control, peer, CPU, self.device)
+        assert self._store is not None
         group = _nccl_group(PrefixStore(f"edge/{tag}", self._store), 0 if sends else 1, self.device)
         self._edge_groups.append(group)
-        return Lane(control, tag, peer, group, 1 if sends else 0, self._staging, self.device)
+        return Lane(control, peer, tag, group, 1 if sends else 0, self._staging, self.device)
 
     def _abort(self) -> None:
         """Breaks all connections of this rank; peers notice at once. From any thread."""
@@ -214,8 +219,10 @@ class GroupWorld:
         self._watch.end()
         for links in self._links:
             links.close()
+        # Whoever still holds the world or its links holds no group and no store: freed at some later time, by Python's
+        # collector, a FileStore can wait five minutes for its file, whose folder is just being removed.
         self._edge_groups.clear()
-        self._group = None
+        self._group = self._store = None
 
 
 def _bytes_of(memory: bytearray) -> Tensor:

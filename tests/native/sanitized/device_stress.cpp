@@ -3,9 +3,11 @@
 //
 //   device_stress LIBRARY LIBRARY MESSAGES WORDS [END]
 //
-// LIBRARY is a copy of the simulated driver for each rank. A message has up to so many words of 8 bytes. At message END
-// rank 1 fails, once streams of rank 0 wait for it. Prints how many messages were lent, how many were copied out, and
-// how many ranks saw the run end before its time.
+// LIBRARY is a copy of the simulated driver for each rank. A message has up to three tensors, each of up to so many
+// words of 8 bytes, on the way ever larger ones with smaller ones between them. At message END rank 1 fails, once
+// streams of rank 0 wait for it; then the rings have grown before the first message. Prints how many messages were
+// lent, how many were copied out, how many went through host memory, and how many ranks saw the run end before its
+// time.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -23,14 +25,15 @@
 
 #include "device/rank.hpp"
 #include "device/ring.hpp"
+#include "forms.hpp"
 
 namespace {
 
 using namespace pipex::device;
-using pipex::LoanPtr;
-
 constexpr std::uint32_t kUnderWay = 2, kAlive = 2;
-constexpr std::uint64_t kSources = 3;    // that a rank fills in turn
+constexpr std::uint64_t kSources = 3;  // that a rank fills in turn
+constexpr std::size_t kTensors = 3;
+constexpr std::int32_t kDevice = 2;      // DLPack's CUDA, so that a tensor tells which memory it is in
 constexpr std::uint64_t kScribble = ~1;  // what a slot holds once it is given back
 
 struct Traffic {
@@ -72,27 +75,37 @@ class Simulator {
 
 /// A message of `rank`: both sides know it without asking each other.
 struct Message {
-  Message(int rank, std::uint64_t number, std::size_t most) : tag(2 * number + rank) {
+  Message(int rank, std::uint64_t number, const Traffic& traffic) : tag(kTensors * (2 * number + rank)) {
     std::minstd_rand random(static_cast<std::uint32_t>(tag + 1));
-    words = random() % (most + 1);
+    random.discard(2);
+    const std::size_t most = traffic.words * std::min(traffic.messages, 2 * number + 1) / traffic.messages;
+    for (std::size_t left = 1 + random() % kTensors; left > 0; --left) words.push_back(random() % (most + 1));
   }
 
-  pipex::TensorTemplate tensor() const {
-    pipex::TensorHeader header{};
-    std::memcpy(header.data() + 56, &words, sizeof words);
-    return {header, {static_cast<std::int64_t>(words)}, {0, 64, 1}};
+  /// Where its tensors are in a buffer for the largest one.
+  std::vector<std::uintptr_t> in(DevicePointer buffer, const Traffic& traffic) const {
+    std::vector<std::uintptr_t> places;
+    for (std::size_t i = 0; i < words.size(); ++i) places.push_back(buffer + 8 * traffic.words * i);
+    return places;
   }
 
-  std::uint64_t tag;
-  std::size_t words;
+  std::uint64_t tag;  // of the first tensor
+  std::vector<std::size_t> words;
 };
 
+std::vector<std::uintptr_t> data_of(const pipex::Received& received) {
+  std::vector<std::uintptr_t> places;
+  for (std::size_t i = 0; i < received.count(); ++i)
+    places.push_back(reinterpret_cast<std::uintptr_t>(received[i].managed.tensor.data));
+  return places;
+}
+
 /// Received messages on their way to the thread that gives them back.
-class Received {
+class Kept {
  public:
-  void put(LoanPtr loan, const Message& message) {
+  void put(pipex::Received received, const Message& message) {
     const std::lock_guard lock(mutex_);
-    loans_.emplace_back(std::move(loan), message);
+    kept_.emplace_back(std::move(received), message);
     changed_.notify_one();
   }
 
@@ -115,23 +128,25 @@ class Received {
     for (;;) {
       std::unique_lock lock(mutex_);
       const std::size_t kept = random() % (kAlive + 1);
-      changed_.wait(lock, [&] { return closed_ || loans_.size() > kept || (hurry_ && !loans_.empty()); });
-      if (loans_.empty()) return;
+      changed_.wait(lock, [&] { return closed_ || kept_.size() > kept || (hurry_ && !kept_.empty()); });
+      if (kept_.empty()) return;
       hurry_ = false;
-      std::swap(loans_[random() % loans_.size()], loans_.back());
-      auto [loan, message] = std::move(loans_.back());
-      loans_.pop_back();
+      std::swap(kept_[random() % kept_.size()], kept_.back());
+      const auto [received, message] = std::move(kept_.back());
+      kept_.pop_back();
       lock.unlock();
-      const auto data = reinterpret_cast<DevicePointer>(loan->managed.tensor.data);
-      simulator.check(compute, data, message.words, message.tag);
-      simulator.fill(compute, data, message.words, kScribble);
+      const auto data = data_of(received);
+      for (std::size_t i = 0; i < data.size(); ++i) {
+        simulator.check(compute, data[i], message.words[i], message.tag + i);
+        simulator.fill(compute, data[i], message.words[i], kScribble);
+      }
     }
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::pair<LoanPtr, Message>> loans_;
+  std::vector<std::pair<pipex::Received, Message>> kept_;
   bool closed_ = false, hurry_ = false;
 };
 
@@ -144,7 +159,7 @@ class Life {
         number_(number),
         peer_(1 - number),
         member_(std::make_shared<pipex::Member>(control, number, std::chrono::seconds(60), false, [] {})),
-        rank_(std::make_shared<Rank>(member_, simulator.path, 0, pipex::dlpack::Device{pipex::dlpack::kCpu, 0})),
+        rank_(std::make_shared<Rank>(member_, simulator.path, 0, pipex::dlpack::Device{kDevice, 0})),
         compute_(rank_->gpu(), Urgency::compute) {}
 
   void run() {
@@ -153,11 +168,12 @@ class Life {
     own_ = allocate();
     gate_ = allocate();
     {
-      const pipex::RingSize size{8 * traffic_.words, kUnderWay, kAlive};
-      RingSender sender(rank_, peer_, size);
-      RingReceiver receiver(rank_, peer_, size);
+      const pipex::RingSize size{kUnderWay, kAlive};
+      RingSender sender(rank_, peer_, size, {});
+      RingReceiver receiver(rank_, peer_, size, {});
       connect(sender, receiver);
-      std::thread giving_back([&] { received_.give_back_all(simulator_, compute_.get()); });
+      if (traffic_.end < traffic_.messages) grow(sender, receiver);
+      std::thread giving_back([&] { kept_.give_back_all(simulator_, compute_.get()); });
       try {
         for (std::uint64_t number = 0; number < traffic_.messages; ++number) {
           if (number_ == 1 && number == traffic_.end) fail(sender, number);
@@ -170,7 +186,7 @@ class Life {
       }
       sender.close();
       meet();  // what is given back from here on is written to memory that its owner has closed, but not freed
-      received_.close();
+      kept_.close();
       giving_back.join();
       receiver.close();
       meet();
@@ -185,13 +201,14 @@ class Life {
     member_->leave();
   }
 
-  std::uint64_t lent = 0, copied = 0;
+  std::uint64_t lent = 0, copied = 0, hosted = 0;
   bool aborted = false;
 
  private:
   DevicePointer allocate() const {
     DevicePointer pointer = 0;
-    rank_->driver().check(rank_->driver().allocate(&pointer, std::max<std::size_t>(8, 8 * traffic_.words)), "allocate");
+    rank_->driver().check(rank_->driver().allocate(&pointer, std::max<std::size_t>(8, 8 * kTensors * traffic_.words)),
+                          "allocate");
     return pointer;
   }
 
@@ -211,32 +228,68 @@ class Life {
     if (!aborted) member_->exchange("");
   }
 
+  /// A message as large as any, so that all others go from device to device.
+  void grow(RingSender& sender, RingReceiver& receiver) {
+    const std::vector<std::size_t> words(kTensors, traffic_.words);
+    const std::vector<std::byte> data(8 * traffic_.words);
+    const pipex::MessageForm form = form_of(words, 8);
+    const pipex::MessageForm* news = nullptr;
+    sender.send_from_host(form, std::vector(kTensors, reinterpret_cast<std::uintptr_t>(data.data())), 0, 0);
+    receiver.receive(compute_.get(), 0, 0, news);
+    meet();
+    if (!sender.fits(form.payload_bytes())) std::abort();
+  }
+
   void send(RingSender& sender, std::uint64_t number) {
-    while (rank_->sent() + kSources <= number) {  // without a spin, which is most of the time under a sanitizer
+    while (rank_->sent() < filled_[number % kSources]) {  // without a spin, which is most of the time under a sanitizer
       member_->control().raise_if_aborted();
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
-    const Message message(number_, number, traffic_.words);
-    const DevicePointer source = sources_[number % kSources];
-    simulator_.fill(compute_.get(), source, message.words, message.tag);
-    sender.send(message.tensor(), source, compute_.get(), 1, static_cast<std::uint32_t>(number));
+    const Message message(number_, number, traffic_);
+    const auto data = message.in(sources_[number % kSources], traffic_);
+    for (std::size_t i = 0; i < data.size(); ++i)
+      simulator_.fill(compute_.get(), data[i], message.words[i], message.tag + i);
+    const pipex::MessageForm form = form_of(message.words, 8);
+    const auto microbatch = static_cast<std::uint32_t>(number);
+    if (sender.fits(form.payload_bytes())) {
+      sender.send(form, data, compute_.get(), 1, microbatch);
+      filled_[number % kSources] = ++sent_;
+    } else {
+      compute_.synchronize();
+      sender.send_from_host(form, data, 1, microbatch);
+      ++hosted;
+    }
   }
 
   void receive(RingReceiver& receiver, std::uint64_t number) {
-    const Message message(peer_, number, traffic_.words);
-    const auto tensor = message.tensor();
+    const Message message(peer_, number, traffic_);
     const auto microbatch = static_cast<std::uint32_t>(number);
-    if (LoanPtr loan = receiver.receive(tensor, compute_.get(), 1, microbatch)) {
-      const auto data = reinterpret_cast<DevicePointer>(loan->managed.tensor.data);
-      simulator_.check(compute_.get(), data, message.words, message.tag);
-      received_.put(std::move(loan), message);
-      ++lent;
-    } else {
-      receiver.receive_into(tensor, own_, compute_.get(), 1, microbatch);
-      simulator_.check(compute_.get(), own_, message.words, message.tag);
-      received_.one_too_many();
+    const pipex::MessageForm* news = nullptr;
+    pipex::Received received = receiver.receive(compute_.get(), 1, microbatch, news);
+    const auto own = message.in(own_, traffic_);
+    if (received.empty()) {
+      receiver.receive_into(own, compute_.get(), 1, microbatch);
+      check(message, own);
+      kept_.one_too_many();
       ++copied;
+      return;
     }
+    const auto data = data_of(received);
+    if (received[0].managed.tensor.device.type == kDevice) {
+      check(message, data);
+      kept_.put(std::move(received), message);
+      ++lent;
+      return;
+    }
+    for (std::size_t i = 0; i < data.size(); ++i)
+      rank_->driver().copy_in(own[i], reinterpret_cast<const void*>(data[i]), 8 * message.words[i], compute_.get());
+    compute_.synchronize();
+    check(message, own);
+  }
+
+  void check(const Message& message, const std::vector<std::uintptr_t>& data) const {
+    for (std::size_t i = 0; i < data.size(); ++i)
+      simulator_.check(compute_.get(), data[i], message.words[i], message.tag + i);
   }
 
   /// Announces a message that its streams do not send, and fails once a stream of the peer waits for it.
@@ -257,7 +310,9 @@ class Life {
   const std::shared_ptr<Rank> rank_;
   const Stream compute_;
   DevicePointer sources_[kSources], own_ = 0, gate_ = 0;
-  Received received_;
+  std::uint64_t filled_[kSources]{};  // messages from device memory when it was last sent
+  std::uint64_t sent_ = 0;            // of them
+  Kept kept_;
 };
 
 }  // namespace
@@ -269,13 +324,14 @@ int main(int count, char** arguments) {
   const Traffic traffic{messages, std::strtoull(arguments[4], nullptr, 10),
                         ends ? std::strtoull(arguments[5], nullptr, 10) : messages};
   const auto control = pipex::Control::create(2);
-  std::atomic<std::uint64_t> lent = 0, copied = 0;
+  std::atomic<std::uint64_t> lent = 0, copied = 0, hosted = 0;
   std::atomic<int> aborted = 0;
   const auto live = [&](int number) {
     Life life(simulators[number], control, number, traffic);
     life.run();
     lent += life.lent;
     copied += life.copied;
+    hosted += life.hosted;
     aborted += life.aborted;
   };
   std::thread first(live, 0), second(live, 1);
@@ -291,8 +347,8 @@ int main(int count, char** arguments) {
     if (!ends)
       wrong += simulator.mismatches() + simulator.mappings();  // of an ended run memory stays, and means nothing
   }
-  std::printf("%llu %llu %d\n", static_cast<unsigned long long>(lent), static_cast<unsigned long long>(copied),
-              aborted.load());
+  std::printf("%llu %llu %llu %d\n", static_cast<unsigned long long>(lent), static_cast<unsigned long long>(copied),
+              static_cast<unsigned long long>(hosted), aborted.load());
   if (wrong != 0) std::fprintf(stderr, "%llu wrong words or mappings left\n", static_cast<unsigned long long>(wrong));
   return wrong == 0 ? 0 : 1;
 }

@@ -38,6 +38,7 @@ IpcHandle handle_of(const Mapping& mapping) {
 Result open_memory(const IpcHandle& raw, Mapping* mapping) {
   Handle handle;
   std::memcpy(&handle, &raw, sizeof handle);
+  if (handle.begin == 0) return kMapFailed;
   mapping->range = {handle.begin, handle.bytes};
   return kSuccess;
 }

@@ -9,6 +9,7 @@
 #include <new>
 #include <utility>
 
+#include "common/named_error.hpp"
 #include "host/segment.hpp"
 
 namespace pipex {
@@ -51,9 +52,10 @@ Segment Segment::open(const Address& address) {
   std::byte* base;
   std::memcpy(&base, address.nonce.data(), sizeof base);
   const std::lock_guard<std::mutex> lock(mutex);
-  Shared& piece = pieces.at(base);
-  ++piece.users;
-  Segment segment(Descriptor(), piece.bytes);
+  const auto piece = pieces.find(base);
+  if (piece == pieces.end()) throw NamedError("InputError", "no shared memory", "", "", "");
+  ++piece->second.users;
+  Segment segment(Descriptor(), piece->second.bytes);
   segment.base_ = base;
   return segment;
 }

@@ -1,6 +1,9 @@
 // One ring between threads: a producer, a consumer, and one that gives back what the consumer has received.
 //
-//   ring_stress MESSAGES BYTES   sends so many messages of at most so many bytes; prints how many bytes arrived
+//   ring_stress MESSAGES BYTES   sends so many messages of up to three tensors, each of at most so many bytes, on the
+//   way
+//                                ever larger ones with smaller ones between them; prints how many bytes arrived, and
+//                                how often the ring has grown
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -11,39 +14,58 @@
 #include <thread>
 #include <vector>
 
+#include "forms.hpp"
 #include "host/member.hpp"
 #include "host/ring.hpp"
 
 namespace {
 
-using pipex::LoanPtr;
-
 constexpr std::uint32_t kUnderWay = 2, kAlive = 3;
-constexpr std::size_t kOffsets = 4096;  // a message begins at one of so many places of the pattern
+constexpr std::size_t kOffsets = 4096;  // a tensor begins at one of so many places of the pattern
 
 /// What message `number` is: both sides know it without asking each other.
 struct Message {
-  Message(std::uint64_t number, std::size_t most) {
+  Message(std::uint64_t number, std::uint64_t messages, std::size_t most) {
     std::minstd_rand random(static_cast<std::uint32_t>(number + 1));
-    bytes = 1 + random() % most;
-    offset = random() % kOffsets;
+    random.discard(2);
+    const std::size_t now = most * std::min(messages, 2 * number + 1) / messages;
+    for (std::size_t left = random() % 4; left > 0; --left) {
+      bytes.push_back(random() % (now + 1));
+      offsets.push_back(random() % kOffsets);
+    }
   }
 
-  pipex::TensorTemplate tensor() const {
-    pipex::TensorHeader header{};
-    std::memcpy(header.data() + 56, &bytes, sizeof bytes);
-    return {header, {static_cast<std::int64_t>(bytes)}, {1, 8, 1}};
+  std::vector<std::size_t> bytes, offsets;
+};
+
+/// A received message, and what its tensors should hold.
+struct Kept {
+  Kept(pipex::Received received, const Message& message, const std::byte* pattern)
+      : received(std::move(received)), message(message), pattern(pattern) {}
+
+  void compare() const {
+    bool same = received.count() == message.bytes.size();
+    for (std::size_t i = 0; same && i < received.count(); ++i) {
+      const auto& tensor = received[i].managed.tensor;
+      same = received[i].shape[0] == static_cast<std::int64_t>(message.bytes[i]) &&
+             std::memcmp(tensor.data, pattern + message.offsets[i], message.bytes[i]) == 0;
+    }
+    if (same) return;
+    std::fprintf(stderr, "a message of %zu tensors is damaged\n", message.bytes.size());
+    std::_Exit(1);
   }
 
-  std::size_t bytes, offset;
+  pipex::Received received;
+  Message message;
+  const std::byte* pattern;
 };
 
 /// Received messages on their way to the thread that gives them back.
 class Received {
  public:
-  void put(LoanPtr loan, const std::byte* expected) {
+  void put(Kept kept) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    loans_.emplace_back(std::move(loan), expected);
+    kept_.push_back(std::move(kept));
     changed_.notify_one();
   }
 
@@ -53,31 +75,30 @@ class Received {
     changed_.notify_one();
   }
 
-  /// Any of them, compared once more just before it is given back.
+  /// Any of them, compared once more just before it is given back, as a whole or tensor by tensor.
   void give_back_all() {
     std::minstd_rand random;
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return closed_ || !loans_.empty(); });
-      if (loans_.empty()) return;
-      std::swap(loans_[random() % loans_.size()], loans_.back());
-      auto [loan, expected] = std::move(loans_.back());
-      loans_.pop_back();
+      changed_.wait(lock, [this] { return closed_ || !kept_.empty(); });
+      if (kept_.empty()) return;
+      std::swap(kept_[random() % kept_.size()], kept_.back());
+      Kept kept = std::move(kept_.back());
+      kept_.pop_back();
       lock.unlock();
-      compare(*loan, expected);
+      kept.compare();
+      if (random() % 2 == 0) continue;
+      for (std::size_t left = kept.message.bytes.size(); left > 0; --left) {
+        pipex::dlpack::ManagedTensor* const tensor = kept.received.release();
+        tensor->deleter(tensor);
+      }
     }
-  }
-
-  static void compare(const pipex::Loan& loan, const std::byte* expected) {
-    if (std::memcmp(loan.managed.tensor.data, expected, static_cast<std::size_t>(loan.shape[0])) == 0) return;
-    std::fprintf(stderr, "a message of %ld bytes is damaged\n", static_cast<long>(loan.shape[0]));
-    std::exit(1);
   }
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::pair<LoanPtr, const std::byte*>> loans_;
+  std::deque<Kept> kept_;
   bool closed_ = false;
 };
 
@@ -95,32 +116,35 @@ int main(int, char** arguments) {
     return std::make_shared<pipex::Member>(control, rank, std::chrono::seconds(60), false, [] {});
   };
   const auto producer = join(0), consumer = join(1);
-  const pipex::RingSize size{most, kUnderWay, kAlive};
-  pipex::RingReceiver receiver(consumer, 0, size);
-  pipex::RingSender sender(producer, 1, receiver.address(), size);
+  const pipex::RingSize size{kUnderWay, kAlive};
+  pipex::RingReceiver receiver(consumer, 0, size, {});
+  pipex::Outbox sender(producer, 1, receiver.address(), size, {});
 
   Received received;
   std::thread sending([&] {
     for (std::uint64_t number = 0; number < messages; ++number) {
-      const Message message(number, most);
-      sender.send(message.tensor(), pattern.data() + message.offset, number, static_cast<std::uint32_t>(number));
+      const Message message(number, messages, most);
+      std::vector<std::uintptr_t> tensors;
+      for (const std::size_t offset : message.offsets)
+        tensors.push_back(reinterpret_cast<std::uintptr_t>(pattern.data() + offset));
+      sender.send(form_of(message.bytes, 1), tensors, number, static_cast<std::uint32_t>(number));
     }
   });
   std::thread giving_back([&] { received.give_back_all(); });
   std::uint64_t total = 0;
   for (std::uint64_t number = 0; number < messages; ++number) {
-    const Message message(number, most);
-    LoanPtr loan = receiver.receive(message.tensor(), number, static_cast<std::uint32_t>(number));
-    const std::byte* expected = pattern.data() + message.offset;
-    Received::compare(*loan, expected);
-    total += message.bytes;
-    received.put(std::move(loan), expected);
+    const pipex::MessageForm* form = nullptr;
+    Kept kept(receiver.receive(number, static_cast<std::uint32_t>(number), form), Message(number, messages, most),
+              pattern.data());
+    kept.compare();
+    for (const std::size_t bytes : kept.message.bytes) total += bytes;
+    received.put(std::move(kept));
   }
   received.close();
   sending.join();
   giving_back.join();
   producer->leave();
   consumer->leave();
-  std::printf("%llu\n", static_cast<unsigned long long>(total));
+  std::printf("%llu %llu\n", static_cast<unsigned long long>(total), static_cast<unsigned long long>(sender.grown()));
   return receiver.lent() == 0 ? 0 : 1;
 }

@@ -33,6 +33,8 @@ constexpr std::uint64_t kAbortValue = std::uint64_t{1} << 62;
 /// Bug "flag-before-data": the copy that waits for its flag to be written first, by stream.
 std::map<StreamHandle, std::function<Result()>> overtaken;
 
+std::atomic<DevicePointer> waited = 0;  // the word of the last wait that is none for a credit
+
 std::byte* at(DevicePointer pointer) { return reinterpret_cast<std::byte*>(pointer); }
 
 void copy_in_pieces(std::byte* to, const std::byte* from, std::size_t bytes, Chance& chance) {
@@ -126,6 +128,7 @@ SIMULATED Result cuStreamWaitValue64_v2(StreamHandle stream, DevicePointer addre
   if (const Result result = enter("cuStreamWaitValue64_v2")) return result;
   if (flags != kWaitGreaterOrEqual || !is_flag(address)) return kInvalidValue;
   const bool sending = is_send_stream(stream);
+  if (!sending) waited = address;
   if (bug(sending ? "dropped-credit-wait" : "dropped-data-wait")) return kSuccess;
   if (bug("flag-without-generation")) value = std::min<std::uint64_t>(value, 1);
   if (bug("stale-lap")) value -= std::min<std::uint64_t>(value, 1);
@@ -199,6 +202,8 @@ SIMULATED Result simulated_check(StreamHandle stream, DevicePointer from, std::s
     state().mismatches += wrong;
   });
 }
+
+SIMULATED DevicePointer simulated_waited() { return waited; }
 
 /// Keeps a stream busy until a word becomes `value`.
 SIMULATED Result simulated_hold(StreamHandle stream, const std::uint64_t* gate, std::uint64_t value) {

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from torch.distributed import TCPStore
 
 from pipex.transport.group import GroupWorld
 from pipex.transport.group.watch import EVERYBODY, Answer, circle_from, culprit
-from pipex.transport.interface import EdgeSpec, form_of
+from pipex.transport.interface import EdgeSpec
 
 pytestmark = pytest.mark.timing
 
-LIKE = [torch.zeros(100)]
-CHAIN = [EdgeSpec(s, s + 1, "activation", s, s + 1, 1, 1, form_of(LIKE)) for s in range(3)]
+CHAIN = [EdgeSpec(s, s + 1, "activation", s, s + 1, 1, 1) for s in range(3)]
 RANKS = 4
 
 
@@ -33,7 +33,7 @@ def wait_down_the_chain(world: GroupWorld) -> None:
     if world.rank == 0:
         world.exchange(b"")
     else:
-        links.receivers[world.rank - 1, world.rank, "activation"].receive(1, 0, form_of(LIKE))
+        links.receivers[world.rank - 1, world.rank, "activation"].receive(1, 0)
 
 
 def until_verdict(world: GroupWorld) -> None:
@@ -152,6 +152,45 @@ def test_a_rank_without_progress_is_named_with_what_it_does(start: Callable[...,
     for outcome in start(body, RANKS, timeout=1.0).outcomes():
         assert (outcome.error, outcome.place) == ("PeerStalled", (0, 2, 0, "0F5", 5))
         assert "is alive but made no progress for 1.0 s" in outcome.text
+
+
+def test_a_rank_that_is_killed_behind_a_message_under_way_is_named(start: Callable[..., Any], tmp_path: Path) -> None:
+    """What the receiver waits for is the body, which goes only when the head has been read."""
+
+    def body(world: GroupWorld) -> None:
+        links = world.open(CHAIN, bytes(16), forwards(RANKS))
+        if world.rank == 0:
+            links.senders[0, 1, "activation"].send(1, 0, [torch.zeros(16 << 20)])
+        world.exchange(b"")
+        (tmp_path / f"waiting{world.rank}").touch()
+        if world.rank == 0:
+            threading.Event().wait()
+        time.sleep(0.5)  # until the test has killed it
+        links.receivers[world.rank - 1, world.rank, "activation"].receive(1, 0)
+
+    ranks = start(body, RANKS)
+    all_waiting(tmp_path)
+    ranks.kill(0)
+    for outcome in ranks.outcomes()[1:]:
+        assert (outcome.error, outcome.place[0], outcome.exit_code) == ("PeerLost", 0, 0)
+
+
+def test_a_rank_that_sends_a_head_and_no_body_is_named(start: Callable[..., Any], tmp_path: Path) -> None:
+    def body(world: GroupWorld) -> None:
+        links = world.open(CHAIN, bytes(16), forwards(RANKS))
+        if world.rank == 0:
+            sender: Any = links.senders[0, 1, "activation"]
+            sender._lane = replace(sender._lane, payload_peer=2)  # where nobody receives it
+            sender.send(1, 0, [torch.zeros(100)])
+            world.at(1, 5)
+            until_verdict(world)
+        else:
+            links.receivers[world.rank - 1, world.rank, "activation"].receive(1, 0)
+        world.exchange(b"")
+
+    for outcome in start(body, RANKS, timeout=1.0).outcomes():
+        assert (outcome.error, outcome.place) == ("PeerStalled", (0, 1, 0, "0F5", 5))
+        assert "waited for activation edge" in outcome.text
 
 
 def test_a_rank_that_never_joins_is_named(start: Callable[..., Any]) -> None:

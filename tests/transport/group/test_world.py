@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipex.errors import InputError
+from pipex.errors import InputError, PipexError
 from pipex.transport.group import GroupWorld
-from pipex.transport.interface import EdgeSpec, form_of
+from pipex.transport.interface import EdgeSpec
 
 
 def payload(rank: int, turn: int) -> bytes:
@@ -55,7 +56,7 @@ def test_ranks_of_one_host_listen_on_the_loopback_address_only(run: Callable[...
 
 def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: Path, run: Callable[..., Any]) -> None:
     like = [torch.zeros(10)]
-    spec = EdgeSpec(0, 1, "activation", 0, 1, 2, 1, form_of(like))
+    spec = EdgeSpec(0, 1, "activation", 0, 1, 2, 1)
 
     def counts() -> tuple[int, int]:
         return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
@@ -69,7 +70,7 @@ def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: P
             if world.rank == 0:
                 links.senders[0, 1, "activation"].send(1, 0, like)
             else:
-                links.receivers[0, 1, "activation"].receive(1, 0, form_of(like))
+                links.receivers[0, 1, "activation"].receive(1, 0)
             links.flush()
             world.close()
             world.close()
@@ -82,6 +83,36 @@ def test_closing_leaves_no_thread_no_descriptor_and_no_default_group(tmp_path: P
 
     for seen in run(body, 2):
         assert seen == [seen[0]] * 4
+
+
+@pytest.mark.parametrize("how", ["close", "fail"])
+def test_a_rank_that_has_left_holds_no_group_and_no_store(
+    tmp_path: Path, run: Callable[..., list[Any]], how: str
+) -> None:
+    """Whoever still holds its world and edges. The last rank that lets go of a FileStore removes its file."""
+    path = tmp_path / "inner"
+
+    def body(outer: GroupWorld) -> None:
+        world = GroupWorld(dist.FileStore(str(path), 2), outer.rank, 2, timeout=30.0)
+        links = world.open([EdgeSpec(0, 1, "activation", 0, 1, 2, 1)], bytes(16))
+        ends = [*links.senders.values(), *links.receivers.values()]
+        if outer.rank == 0:
+            links.senders[0, 1, "activation"].send(1, 0, [torch.zeros(10)])  # which nobody receives
+        group = weakref.ref(world._group)
+        outer.exchange(b"")
+        assert path.exists()
+        if how == "close":
+            world.close()
+        else:
+            world.fail(ValueError("not a number"))
+        assert group() is None
+        outer.exchange(b"")
+        assert not path.exists()
+        for end in ends:
+            with pytest.raises(PipexError, match="the world is closed" if how == "close" else "not a number"):
+                end.send(1, 1, [torch.zeros(10)]) if outer.rank == 0 else end.receive(1, 1)
+
+    run(body, 2)
 
 
 def test_four_ranks_leave_together_however_they_are_scheduled(run: Callable[..., list[Any]], tmp_path: Path) -> None:

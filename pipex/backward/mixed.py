@@ -1,0 +1,139 @@
+"""Parameters that a forward uses in recorded and in other operations: a weight in a linear layer and in a penalty.
+
+Autograd adds the gradients of all uses in the order in which a pass comes to them, and then adds that sum to ``.grad``.
+If W made those of the recorded uses and autograd those of the others, each in its own time, the same numbers would be
+added in another order. So such a parameter is not recorded, once that is known. It becomes known when the first pass
+begins, and by then other micro-batches may be under way. Over these autograd's own contributions are taken where they
+leave the operation that made them, and left to W in their place among the recorded ones:
+
+      parameter ◄──[taken]── square ◄── penalty ◄─┐
+          ·                                       ├─ loss        W: dW of the linear layer and what was taken, in the
+          · (no path)                             │                 order of the pass; then added to .grad, once
+        alias ◄────────────── linear ◄────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch import Tensor
+
+from pipex.backward.uses import Recorder, Use
+from pipex.torch_internals import sequence_number
+
+
+class GivenUse(Use):
+    """A use whose gradient autograd has made already."""
+
+    __slots__ = ("parameter",)
+
+    def __init__(self, tape: Recorder, parameter: Tensor) -> None:
+        super().__init__(tape, parameter.new_empty(0))
+        self.parameter = parameter
+
+    def add_to(self, sums: Any, dy: Tensor) -> None:
+        sums.add(self.parameter, dy)
+
+
+class Forward(Recorder, Protocol):
+    """A tape: the nodes that were made while it was open have these numbers."""
+
+    first_node: int
+    end_node: int
+
+
+class Mixed:
+    """Watches a stage's recorded parameters until it is known which of them are used in other operations too.
+
+    Args:
+        accumulators: of parameters whose gradients W makes itself; one that is found is taken out, since what autograd
+            has made may be somebody else's memory.
+    """
+
+    def __init__(self, accumulators: MutableMapping[int, Any]) -> None:
+        self._known = accumulators
+        self.found: set[int] = set()
+        """ids of the parameters that are"""
+        self._accumulators: dict[Any, Tensor] = {}  # by autograd's node
+        self._under_way: WeakSet[Any] = WeakSet()
+        self._passed = False
+
+    @property
+    def watching(self) -> bool:
+        """Whether it is not known yet."""
+        return bool(self._accumulators)
+
+    def watch(self, node: Any, parameter: Tensor) -> None:
+        """Takes the accumulator of a parameter that is about to be recorded for the first time."""
+        self._accumulators[node] = parameter
+        self._passed = False
+
+    def begin(self, tape: Forward) -> None:
+        """A forward was recorded; it is under way until its W."""
+        self._under_way.add(tape)
+
+    def end(self, tape: Forward) -> None:
+        """Its W was made."""
+        self._under_way.discard(tape)
+        self._passed = True
+
+    @property
+    def settled(self) -> bool:
+        """Whether no forward waits for its W, and one has had it."""
+        return self._passed and not self._under_way
+
+    def clear(self) -> None:
+        """Watches no more."""
+        self.found.clear()
+        self._accumulators.clear()
+        self._under_way.clear()
+
+    def take(self, roots: Sequence[Any]) -> None:
+        """Called before a pass from these nodes."""
+        for node in _reachable(roots):
+            places = [n for n, (following, _) in enumerate(node.next_functions) if following in self._accumulators]
+            if places and (tape := self._tape_of(node)) is not None:
+                self._take_from(node, places, tape)
+
+    def takes(self, parameter: Tensor) -> bool:
+        """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""
+        watched = any(parameter is known for known in self._accumulators.values())
+        if watched:
+            self._find(parameter)
+        return watched
+
+    def _find(self, parameter: Tensor) -> None:
+        self.found.add(id(parameter))
+        self._known.pop(id(parameter), None)
+
+    def _take_from(self, node: Any, places: Sequence[int], tape: Forward) -> None:
+        parameters = {place: self._accumulators[node.next_functions[place][0]] for place in places}
+        for parameter in parameters.values():
+            self._find(parameter)
+
+        def take(inputs: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
+            kept = list(inputs)
+            for place, parameter in parameters.items():
+                gradient, kept[place] = inputs[place], None
+                if gradient is not None:
+                    tape.captured(GivenUse(tape, parameter), gradient)
+            return tuple(kept)
+
+        node.register_hook(take)
+
+    def _tape_of(self, node: Any) -> Forward | None:
+        number = sequence_number(node)
+        return next((tape for tape in self._under_way if tape.first_node <= number < tape.end_node), None)
+
+
+def _reachable(roots: Sequence[Any]) -> Iterator[Any]:
+    seen, todo = set(roots), list(roots)
+    while todo:
+        node = todo.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)

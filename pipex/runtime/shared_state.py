@@ -1,0 +1,116 @@
+"""Modules that are used in several stages and keep something: a BatchNorm that stands twice in a model.
+
+On one rank its uses share what it keeps, since it is one object. Across ranks each has its own; and where a rank runs
+the first use of several micro-batches before the second use of one, what is kept changes in another order than in one
+process. Both are right as long as no forward writes to it (tables of positions, masks), which is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.partition import Stage
+from pipex.plan import Kind, Plan
+from pipex.torch_internals import buffers_of, parameters_of, version
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+State = dict[str, tuple[object, object]]
+"""By name: the object, and what tells that its contents have changed."""
+
+
+class Watch:
+    """Refuses what cannot be right, in one stage.
+
+    Args:
+        modules: those that are not to change, with what they are called.
+        stages: where they are used.
+    """
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], stages: Sequence[int]) -> None:
+        self._modules, self._stages = modules, stages
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward of the stage.
+
+        Raises:
+            UnsupportedModule: it has changed what is kept.
+        """
+        before = [_state(module) for _, module in self._modules]
+        yield
+        for (called, module), kept in zip(self._modules, before, strict=True):
+            if changed := _changed(kept, _state(module)):
+                self._refuse(called, changed)
+
+    def _refuse(self, called: str, changed: str) -> NoReturn:
+        raise UnsupportedModule(
+            f"{called} is used in the stages {', '.join(map(str, self._stages))} and keeps what its forward changes",
+            got=f"a change of {changed}",
+            needed="nothing that changes, since these stages do not run one after the other, in one process, as the "
+            "model does",
+            fix="cut the model so that all of its uses are in one stage, or give each use a module of its own",
+        )
+
+
+def watch(stages: Sequence[Stage], plan: Plan, stage: int) -> Watch | None:
+    """For a stage of the model; None where nothing of it can go wrong."""
+    kept_by = [_kept(other) for other in stages]
+    watched: list[tuple[str, nn.Module]] = []
+    together: set[int] = set()
+    for called, module in _named(stages[stage]):
+        kept = {id(module), *(id(buffer) for buffer in buffers_of(module).values() if buffer is not None)}
+        users = [other for other, its in enumerate(kept_by) if kept & its]
+        if len(users) > 1 and not _as_in_one_process(plan, users):
+            watched.append((called, module))
+            together.update(users)
+    return Watch(watched, sorted(together)) if watched else None
+
+
+def _kept(stage: Stage) -> set[int]:
+    return {id(kept) for kept in (*stage.layers.modules(), *stage.layers.buffers())}
+
+
+def _named(stage: Stage) -> Iterable[tuple[str, nn.Module]]:
+    for path, module in stage.layers.named_modules():
+        position, _, inside = path.partition(".")
+        if position:
+            at = f"layer {stage.first_layer + int(position)}"
+            yield f"{type(module).__name__} ({f'{inside} of {at}' if inside else at})", module
+
+
+def _as_in_one_process(plan: Plan, stages: Sequence[int]) -> bool:
+    """Whether one rank has all of these stages, and runs their forwards micro-batch by micro-batch."""
+    ranks = {plan.placement.rank_of(stage) for stage in stages}
+    if len(ranks) > 1:
+        return False
+    order = [(a.microbatch, a.stage) for a in plan.orders[ranks.pop()] if a.kind is Kind.F and a.stage in stages]
+    return order == sorted(order)
+
+
+def _state(module: nn.Module) -> State:
+    attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    kept: dict[str, object] = attributes | buffers_of(module) | parameters_of(module)
+    return {name: (value, _mark(value)) for name, value in kept.items()}
+
+
+def _mark(value: object) -> object:
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else version(value)
+    return bytes(value.get_state().numpy()) if isinstance(value, torch.Generator) else None
+
+
+def _changed(before: State, after: State) -> str:
+    """The name of something that has changed; what is made by the first forward that needs it has not."""
+    for name, (value, mark) in before.items():
+        now, mark_now = after.get(name, (None, None))
+        same = now is value or (isinstance(value, (bool, int, float, str)) and now == value)
+        if value is not None and not (same and mark == mark_now):
+            return name
+    return ""

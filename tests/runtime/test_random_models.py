@@ -1,0 +1,60 @@
+"""Pipelines of random models have the bits of one process of plain torch: 58 kinds of layer, every schedule."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import host_world
+import pytest
+import random_models
+import torch
+from cases import SEED, case
+from random_models import Model, Plain
+from runnable_plans import runnable
+from trained_models import Cell, compare, rank_train
+
+MODELS, SAMPLE, TOGETHER = 500, 60, 10
+
+
+@cache
+def cells(ranks: int) -> list[Cell]:
+    return runnable(range(ranks, ranks + 1), range(1, 3), range(2, 6))
+
+
+def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, dict[str, Any]]]:
+    """So many that plain torch can train; it refuses some, such as an in-place layer behind a tanh."""
+    torch.set_num_threads(1)
+    seed = first
+    while count:
+        chance = random.Random(seed)
+        cell = chance.choice(cells(first % 4 + 1))
+        model = random_models.draw(seed, cell[1] * cell[2], cell[3])
+        seed += 1000
+        try:
+            plain = Plain(model)
+            if not plain.parameters:
+                continue
+            expected = plain.train()
+        except RuntimeError:
+            continue
+        count -= 1
+        yield cell, model, expected
+
+
+def groups() -> Iterator[Any]:
+    sample = random.Random(f"{SEED} random models").sample(range(MODELS // TOGETHER), SAMPLE // TOGETHER)
+    for number in range(MODELS // TOGETHER):
+        yield pytest.param(number, marks=() if number in sample else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("group", list(groups()))
+def test_random_models_have_the_bits_of_plain_torch(group: int) -> None:
+    models = list(drawn(group, TOGETHER))
+    ranks = group % 4 + 1
+    results = host_world.launch(rank_train, ranks, args=([(cell, model) for cell, model, _ in models],))
+    for number, (cell, model, expected) in enumerate(models):
+        with case(cell, model):
+            compare([result[number] for result in results], expected)
