@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
@@ -29,6 +29,7 @@ from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.trainable import Trainables
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
+from pipex.state import Stateful
 from pipex.transport.interface import Buffers, Phase, World
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -193,11 +194,16 @@ class Pipeline:
                 for module, training in modes:
                     module.training = training
 
-    def save(self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> None:
+    def save(
+        self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
+        state: Mapping[str, Stateful] | None = None,
+    ) -> None:  # fmt: skip
         """Collective: writes model and optimizer; the directory's old checkpoint stays until the new one is whole.
 
         Args:
             meta: anything JSON can hold; ``load`` returns it.
+            state: what else this rank goes on from, by name, such as ``{"scheduler": scheduler}``: objects with
+                ``state_dict`` and ``load_state_dict``. Every rank saves its own.
 
         Raises:
             CheckpointError: it cannot be written; the old checkpoint is untouched.
@@ -205,22 +211,33 @@ class Pipeline:
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
-                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {}
-            )
+                self.world, checkpoint.names_of(self.local_stages), self.optimizer, state or {}, self.steps, directory,
+                meta or {},
+            )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
             raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
 
-    def load(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of ``save``.
+    def load(self, directory: str | os.PathLike[str], *, state: Mapping[str, Stateful] | None = None) -> dict[str, Any]:
+        """Collective: restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of
+        ``save``.
+
+        Args:
+            state: the objects to restore, by the names that they were saved under. On as many ranks as saved them each
+                gets its own state back; on another number they must have been the same on all ranks.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model.
+            CheckpointError: there is none, it is damaged, or it is of another model. Then nothing has changed on any
+                rank: the pipeline can go on, or load another. Only where a ``load_state_dict`` fails, this rank's
+                pipeline is at an end.
         """
         with self._together():
             own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory)
-            return found
+            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory)
+            if not isinstance(found, str):
+                self.steps, meta = found
+                return meta
+        raise CheckpointError(found)  # on every rank
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
