@@ -27,7 +27,8 @@ test-long: $(VENV)/tested ## the long sweeps, sampled; PIPEX_TEST_SEED=... draws
 	$(BIN)/python -m pytest -m "long and not nightly and not timing" --timeout 1200 $(WORKERS)
 	$(BIN)/python -m pytest -m "long and not nightly and timing" --timeout 1200
 
-test-nightly: export PIPEX_TEST_SEED ?= $(shell date +%s)
+# Drawn once, for both lines.
+test-nightly: export PIPEX_TEST_SEED := $(or $(PIPEX_TEST_SEED),$(shell date +%s))
 test-nightly: $(VENV)/tested ## all tests, every case of every sweep, and new random inputs; takes hours
 	$(BIN)/python -m pytest -m "not timing" --timeout 1200 $(WORKERS)
 	$(BIN)/python -m pytest -m timing --timeout 1200

@@ -48,7 +48,8 @@ for deferred in (False, True):
     print(f"SEEN rank {rank}, defer_pp_recv={deferred}: {'right' if error < 1e-12 else 'wrong'}, error {error:.1e}\n", end="")
 dist.destroy_process_group()
 PY
-"$folder/venv/bin/torchrun" --nproc-per-node 2 "$folder/program.py" > "$folder/output" 2>&1
+"$folder/venv/bin/torchrun" --nproc-per-node 2 "$folder/program.py" > "$folder/output" 2>&1 \
+    || { cat "$folder/output"; exit 1; }
 
 grep "^SEEN" "$folder/output" | sort
 for rank in 0 1; do

@@ -34,7 +34,7 @@ PY
 echo "torchrun ended with $status; of its output:"
 grep -E "^SEEN|Pair is not connected" "$folder/output" | sort -u || true
 grep -q "SEEN ScheduleInterleavedZeroBubble runs on rank 1" "$folder/output"
-! grep -q "SEEN ScheduleZBVZeroBubble" "$folder/output"
+if grep -q "SEEN ScheduleZBVZeroBubble" "$folder/output"; then exit 1; fi
 grep -q "Pair is not connected" "$folder/output"
 test "$status" -ne 0
 echo "as found"

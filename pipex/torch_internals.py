@@ -2,7 +2,8 @@
 
 All of these are in every torch of the range below, where ``make test-torch`` has run (docs/torch-versions.md); a name
 that only newer ones have says so. What a torch lacks is not missed before it is needed: ``import pipex`` and plans work
-with any torch, training with every one that has the first part of this file, ``drop_in()`` with one that has all of it.
+with any torch, the split backward, and so training, with one that has the names below which are for no other user, and
+``drop_in()`` with one that has what it replaces, too. A name that is for another user is missed by that one alone.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors of wha
 from pipex.errors import UnsupportedModule
 
 OLDEST, NEWEST = "2.11", "2.15"
-"""The range of torch that pipex is tested with; pyproject.toml asks for the same."""
+"""The range of torch that pipex accepts; pyproject.toml asks for the same."""
 
 
 class Name(NamedTuple):
-    """A private name: where it stands, what for, and for what is replaced its first parameters."""
+    """A private name: where it stands, and for what is replaced its first parameters."""
 
     path: str
-    why: str
     parameters: tuple[str, ...] = ()
 
 
@@ -57,7 +57,7 @@ def find(path: str) -> Any:
 def differences(names: Iterable[Name]) -> list[str]:
     """What this torch lacks of these, or has with other parameters."""
     found = []
-    for path, _, parameters in names:
+    for path, parameters in names:
         try:
             here = find(path)
         except AttributeError:
@@ -70,80 +70,79 @@ def differences(names: Iterable[Name]) -> list[str]:
     return found
 
 
+FIX = "install a torch of that range"
+
+
 def refusal(what: str, cause: str, fix: str) -> UnsupportedModule:
     """The error for something that does not work with this torch; says version, range and what differs."""
     return UnsupportedModule(
         f"{what} does not work with torch {torch.__version__}", got=cause,
-        needed=f"torch {OLDEST} to {NEWEST}, the range that pipex is tested with", fix=fix,
+        needed=f"torch {OLDEST} to {NEWEST}, the range that pipex accepts", fix=fix,
     )  # fmt: skip
 
 
-_AUTOGRAD: list[Name] = []
+SPLIT_BACKWARD = "the split backward"
+_lacking: list[str] = []  # of what that uses
 
 
-def _autograd(path: str, why: str) -> Any:
-    """The object of that name; where this torch has none, a function that refuses to be called."""
-
-    def refuse(*_: object) -> Any:
-        raise _refusal_of_split(f"no {path}")
-
-    _AUTOGRAD.append(Name(path, why))
+def _private(path: str, user: str = SPLIT_BACKWARD) -> Any:
+    """The object of that name; where this torch has none, a function that refuses to be called by its user."""
     try:
         return find(path)
     except AttributeError:
-        return refuse
+        return _refusing(path, user)
 
 
-def _attribute(owner: str, name: str, why: str) -> Callable[[Any], Any]:
+def _attribute(owner: str, name: str, user: str = SPLIT_BACKWARD) -> Callable[[Any], Any]:
     """A function that reads this attribute of an object of class ``owner``."""
-    _AUTOGRAD.append(Name(f"{owner}.{name}", why))
+    try:
+        find(f"{owner}.{name}")
+    except AttributeError:
+        return _refusing(f"{owner}.{name}", user)
     return attrgetter(name)  # in C: a third of the time of a function of ours
 
 
-def require_autograd() -> None:
+def _refusing(path: str, user: str) -> Callable[..., Any]:
+    if user == SPLIT_BACKWARD:
+        _lacking.append(f"no {path}")
+
+    def refuse(*_: object) -> Any:
+        raise refusal(user, f"no {path}", FIX)
+
+    return refuse
+
+
+def require_split_backward() -> None:
     """Called before the first prepared forward.
 
     Raises:
-        UnsupportedModule: this torch lacks what a split backward needs of autograd.
+        UnsupportedModule: this torch lacks what the split backward uses.
     """
-    if _lacking is not None:
-        raise _refusal_of_split(_lacking)
-
-
-def _refusal_of_split(cause: str) -> UnsupportedModule:
-    return refusal("the split backward", cause, "install a torch of that range")
+    if _lacking:
+        raise refusal(SPLIT_BACKWARD, "; ".join(_lacking), FIX)
 
 
 # Autograd: which pass is running, and what it comes to.
 
-current_pass: Callable[[], int] = _autograd(
-    "torch._C._current_graph_task_id", "which backward pass this is; -1 outside of any"
-)
-current_node: Callable[[], Any] = _autograd("torch._C._current_autograd_node", "the operation that a pass is at")
-will_execute: Callable[[Any], bool] = _autograd(
-    "torch._C._will_engine_execute_node", "whether the running pass adds to .grad of a leaf"
-)
-next_sequence_number: Callable[[], int] = _autograd(
-    "torch.autograd._get_sequence_nr", "to know later which nodes were made since"
-)
-engine: Any = _autograd(
-    "torch.autograd.Variable._execution_engine",
-    "work at the end of a pass (queue_callback), and accumulators as roots without autograd.backward's checks of "
-    "gradients that are right by construction (run_backward): 7 instead of 18 µs for a small parameter",
-)
+current_pass: Callable[[], int] = _private("torch._C._current_graph_task_id")  # -1 outside of any
+current_node: Callable[[], Any] = _private("torch._C._current_autograd_node")  # the operation that a pass is at
+# Whether the running pass adds to .grad of a leaf.
+will_execute: Callable[[Any], bool] = _private("torch._C._will_engine_execute_node")
+# To know later which nodes were made since.
+next_sequence_number: Callable[[], int] = _private("torch.autograd._get_sequence_nr")
+# Work at the end of a pass (queue_callback), and accumulators as roots without autograd.backward's checks of gradients
+# that are right by construction (run_backward): 7 instead of 18 µs for a small parameter.
+engine: Any = _private("torch.autograd.Variable._execution_engine")
 
 # What stands around an operation, asked before it is recorded.
 
-any_autocast: Callable[[], bool] = _autograd("torch._C._is_any_autocast_enabled", "for any device; no public one is")
-top_saved_tensors_hooks: Callable[[bool], Any] = _autograd(
-    "torch._C._autograd._top_saved_tensors_default_hooks", "whether saved tensors are packed (checkpointing, offload)"
-)
-functorch_active: Callable[[], bool] = _autograd("torch._C._are_functorch_transforms_active", "torch.func is at work")
-_autograd("torch.autograd.forward_ad._current_level", "forward-mode derivatives are at work; -1 if not")
+any_autocast: Callable[[], bool] = _private("torch._C._is_any_autocast_enabled")  # for any device; no public one is
+# Whether saved tensors are packed (checkpointing, offload).
+top_saved_tensors_hooks: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
+functorch_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")  # torch.func is at work
+_private("torch.autograd.forward_ad._current_level")  # forward-mode derivatives are at work; -1 if not
 forward_derivatives_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
-_compiled_call: Callable[[nn.Module], Any] = _attribute(
-    "torch.nn.Module", "_compiled_call_impl", "what module.compile() leaves"
-)
+_compiled_call: Callable[[nn.Module], Any] = _attribute("torch.nn.Module", "_compiled_call_impl")  # by module.compile()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -154,19 +153,19 @@ def is_compiled(module: nn.Module) -> bool:
 
 # Tensors and nodes.
 
-version: Callable[[Tensor], int] = _attribute("torch.Tensor", "_version", "autograd's own check for in-place changes")
-base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base", "what a view is of")
-unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _autograd(
-    "torch.ops.aten._unsafe_view.default._op", "the memory of another tensor without being a view of it"
+version: Callable[[Tensor], int] = _attribute("torch.Tensor", "_version")  # autograd's check for in-place changes
+base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base")  # what a view is of
+# The memory of another tensor without being a view of it.
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _private(
+    "torch.ops.aten._unsafe_view.default._op", "a pipeline"
 )
-is_view: Callable[[Tensor], bool] = _autograd("torch.Tensor._is_view", "views must not be detached in place")
-hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute(
-    "torch.Tensor", "_backward_hooks", "whether somebody waits for a gradient"
-)
+is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view")  # views must not be detached in place
+# Whether somebody waits for a gradient, and who waits for .grad.
+hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute("torch.Tensor", "_backward_hooks")
 post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | None] = _attribute(
-    "torch.Tensor", "_post_accumulate_grad_hooks", "who waits for .grad"
+    "torch.Tensor", "_post_accumulate_grad_hooks"
 )
-_autograd("torch.autograd.graph.Node._sequence_nr", "which of two nodes is older")
+_private("torch.autograd.graph.Node._sequence_nr")  # which of two nodes is older
 sequence_number: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 
@@ -217,26 +216,25 @@ def hooks_on_all_modules() -> bool:
 
 # Many tensors in one call, and tensors from and to other rooms.
 
-foreach_add: Callable[[list[Tensor], list[Tensor]], None] = _autograd("torch._foreach_add_", "one call for many sums")
-foreach_norm: Callable[[list[Tensor]], Iterable[Tensor]] = _autograd("torch._foreach_norm", "one call for many norms")
-from_dlpack: Callable[[object], Tensor] = _autograd(
-    "torch._C._from_dlpack", "torch.from_dlpack does this after 150 ns of asking what kind of object it was given"
-)
-storage_id: Callable[[Any], int] = _attribute(
-    "torch.UntypedStorage", "_cdata", "the same for all views; a tensor subclass that wraps others has no address"
-)
+foreach_add: Callable[[list[Tensor], list[Tensor]], None] = _private("torch._foreach_add_")
+foreach_norm: Callable[[list[Tensor]], Iterable[Tensor]] = _private("torch._foreach_norm", "clipping of gradients")
+# torch.from_dlpack does this after 150 ns of asking what kind of object it was given.
+from_dlpack: Callable[[object], Tensor] = _private("torch._C._from_dlpack", "a transport through shared memory")
+# The same for all views; a tensor subclass that wraps others has no address.
+storage_id: Callable[[Any], int] = _attribute("torch.UntypedStorage", "_cdata", "a pipeline")
 
-_autograd("torch.amp.GradScaler._found_inf_per_device", "what unscaling has found, so that ranks can agree on it")
+_found_infinite = _private("torch.amp.GradScaler._found_inf_per_device", "a gradient scaler")
 
 
 def found_infinite(scaler: Any, optimizer: Any) -> dict[Any, Tensor]:
     """Per device whether ``unscale_`` has met an infinite gradient of the optimizer; what the scaler goes by, to be
-    written to."""
-    found: dict[Any, Tensor] = scaler._found_inf_per_device(optimizer)
+    written to, so that ranks can agree on it."""
+    found: dict[Any, Tensor] = _found_infinite(scaler, optimizer)
     return found
 
 
-gpu_sleep: Callable[[int], None] = _autograd("torch.cuda._sleep", "keeps a GPU busy for so many of its cycles")
+# Keeps a GPU busy for so many of its cycles.
+gpu_sleep: Callable[[int], None] = _private("torch.cuda._sleep", "a measurement on a GPU")
 
 
 def gloo_options(device: Any, *, threads: int, timeout: timedelta) -> Any:
@@ -246,12 +244,16 @@ def gloo_options(device: Any, *, threads: int, timeout: timedelta) -> Any:
     return options
 
 
+def nccl_options(*, timeout: timedelta) -> Any:
+    """Of a ``ProcessGroupNCCL`` made without torch's default group; ``timeout`` as of ``gloo_options``."""
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return options
+
+
 def import_compiler() -> None:
     """Imports what the first optimizer of a process imports, and what takes it a second."""
     importlib.import_module("torch._dynamo")
-
-
-_lacking: str | None = "; ".join(differences(_AUTOGRAD)) or None
 
 
 # torch.distributed.pipelining, for ``drop_in()``. Public in name, but not documented, are also the attributes of stages
@@ -262,24 +264,26 @@ STAGE = "torch.distributed.pipelining.stage"
 SCHEDULES = "torch.distributed.pipelining.schedules"
 
 REPLACED = (
-    Name(f"{STAGE}._PipelineStageBase.forward_one_chunk", "F", ("self", "fwd_chunk_id", "args", "kwargs")),
+    Name(f"{STAGE}._PipelineStageBase.forward_one_chunk", ("self", "fwd_chunk_id", "args", "kwargs")),  # F
     Name(
-        f"{STAGE}._PipelineStageBase.backward_one_chunk", "I and B",
+        f"{STAGE}._PipelineStageBase.backward_one_chunk",  # I and B
         ("self", "bwd_chunk_id", "loss", "full_backward", "last_backward"),
     ),
-    Name(f"{STAGE}._PipelineStageBase.backward_weight_one_chunk", "W", ("self", "bwd_chunk_id", "last_backward")),
-    Name(f"{STAGE}._PipelineStageBase.scale_grads", "a tied parameter is divided once", ("self", "grad_scale_factor")),
-    Name(f"{SCHEDULES}.PipelineScheduleMulti._step_microbatches", "which micro-batches are split", ("self",)),
-    Name(f"{SCHEDULES}._PipelineScheduleRuntime._step_microbatches", "the same", ("self",)),
+    Name(f"{STAGE}._PipelineStageBase.backward_weight_one_chunk", ("self", "bwd_chunk_id", "last_backward")),  # W
+    # A tied parameter is divided once.
+    Name(f"{STAGE}._PipelineStageBase.scale_grads", ("self", "grad_scale_factor")),
+    # Which micro-batches are split.
+    Name(f"{SCHEDULES}.PipelineScheduleMulti._step_microbatches", ("self",)),
+    Name(f"{SCHEDULES}._PipelineScheduleRuntime._step_microbatches", ("self",)),
+    # Compiled stages are right.
+    Name(f"{SCHEDULES}._check_torch_compile_compatibility", ("stages", "schedule_name")),
+    Name(f"{STAGE}.stage_backward", ("stage_output", "output_grads", "input_values")),  # B
     Name(
-        f"{SCHEDULES}._check_torch_compile_compatibility", "compiled stages are right", ("stages", "schedule_name")
+        f"{STAGE}.stage_backward_input",  # I
+        ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
     ),
-    Name(f"{STAGE}.stage_backward", "B", ("stage_output", "output_grads", "input_values")),
-    Name(
-        f"{STAGE}.stage_backward_input", "I", ("stage_outputs_or_loss", "output_grads", "input_values", "weights")
-    ),
-    Name(f"{STAGE}.stage_backward_weight", "W", ("weights", "param_groups")),
-)  # fmt: skip
+    Name(f"{STAGE}.stage_backward_weight", ("weights", "param_groups")),  # W
+)
 """What ``drop_in()`` replaces; a new function must be called as the old one was."""
 
 stages_of: Callable[[Any], list[Any]] = attrgetter("_stages")

@@ -81,6 +81,7 @@ def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         target.write_bytes(source.read_bytes())
 
     built._surroundings()
+    monkeypatch.setattr(built, "_version", lambda compiler: f"{compiler} 1")
     monkeypatch.setattr(built, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(subprocess, "run", copy)
     return run
@@ -101,3 +102,31 @@ def test_another_source_or_flag_is_another_program(compilers: list[Any], tmp_pat
         source.write_text(text)
         programs.add(built.compiled(["compiler", flag], [source], ".exe"))
     assert len(programs) == len(compilers) == 3
+
+
+def test_another_version_of_the_compiler_makes_another_program(
+    compilers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.cpp"
+    source.write_text("int main() {}")
+    first = built.compiled(["compiler"], [source], ".exe")
+    monkeypatch.setattr(built, "_version", lambda compiler: f"{compiler} 2")
+    assert built.compiled(["compiler"], [source], ".exe") != first
+    assert len(compilers) == 2
+
+
+def test_old_programs_go_but_not_while_another_process_takes_one(compilers: list[Any], tmp_path: Path) -> None:
+    source = tmp_path / "a.cpp"
+
+    def program(text: str) -> Path:
+        source.write_text(text)
+        return built.compiled(["compiler"], [source], ".exe")
+
+    old = program("1")
+    os.utime(old, (0, 0))
+    (built.CACHE / "gone.exe").symlink_to("nothing")  # seen in the folder, and not there any more when looked at
+    with built._locked(old.with_suffix(".lock")):
+        program("2")
+        assert old.exists()
+    program("3")
+    assert not old.exists()

@@ -64,10 +64,10 @@ except pipex.errors.UnsupportedModule as error:
 
 def test_names_that_are_gone_or_called_otherwise_are_all_told() -> None:
     names = [
-        Name("torch.nn.functional.linear", "known by torch only"),
-        Name("torch.nothing._at_all", "no such module"),
-        Name("json.dumps", "called otherwise", ("obj", "file")),
-        Name("json.dumps", "called so", ("obj",)),
+        Name("torch.nn.functional.linear"),
+        Name("torch.nothing._at_all"),
+        Name("json.dumps", ("obj", "file")),
+        Name("json.dumps", ("obj",)),
     ]
     gone, otherwise = torch_internals.differences(names)
     assert gone == "no torch.nothing._at_all"
@@ -76,17 +76,41 @@ def test_names_that_are_gone_or_called_otherwise_are_all_told() -> None:
 
 
 def test_this_torch_has_them_all() -> None:
-    torch_internals.require_autograd()
+    torch_internals.require_split_backward()
     assert torch_internals.differences(torch_internals.REPLACED) == []
 
 
-def test_a_name_that_is_missing_refuses_to_be_used() -> None:
-    missing = torch_internals._autograd("torch._C._no_such_thing", "for this test")
+def test_names_for_other_users_are_missed_by_these_alone() -> None:
+    said = run("""
+import torch
+del torch.cuda._sleep, torch._foreach_norm, torch._C._from_dlpack
+import pipex
+from pipex import torch_internals
+with pipex.drop_in():
+    pass
+pipex.backward.Splitter(())
+for name in ("gpu_sleep", "foreach_norm", "from_dlpack"):
     try:
-        with pytest.raises(UnsupportedModule, match=r"no torch\._C\._no_such_thing"):
+        getattr(torch_internals, name)(1)
+    except pipex.errors.UnsupportedModule as error:
+        print(error)
+""")
+    sleep, norm, dlpack = said.splitlines()
+    assert sleep.startswith("a measurement on a GPU does not work with torch")
+    assert "got no torch.cuda._sleep; needed torch 2.11" in sleep
+    assert norm.startswith("clipping of gradients does not work with torch")
+    assert "got no torch._foreach_norm; needed" in norm
+    assert dlpack.startswith("a transport through shared memory does not work with torch")
+    assert "got no torch._C._from_dlpack; needed" in dlpack
+
+
+def test_a_name_that_is_missing_refuses_to_be_used() -> None:
+    for missing in (
+        torch_internals._private("torch._C._no_such_thing", "this test"),
+        torch_internals._attribute("torch._C", "_no_such_thing", "this test"),
+    ):
+        with pytest.raises(UnsupportedModule, match=r"this test .* no torch\._C\._no_such_thing"):
             missing(1)
-    finally:
-        torch_internals._AUTOGRAD.pop()
 
 
 def test_the_range_is_the_package_s() -> None:

@@ -75,7 +75,7 @@ Member::Member(std::shared_ptr<Control> control, int rank, std::chrono::nanoseco
   if (!part_.pid.compare_exchange_strong(nobody, ::getpid()))
     throw NamedError("InputError", "rank " + std::to_string(rank) + " of this run is taken",
                      "process " + std::to_string(nobody), "one process for each rank", "");
-  part_.start.store(start_time(::getpid()));
+  part_.start.store(own_start_time());
   part_.heartbeat.store(now_ns());
   part_.presence.store(Presence::joined);
   watch_.emplace(control_, rank);

@@ -1,19 +1,25 @@
 #include "host/process.hpp"
 
+#include <fcntl.h>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
-#include <fstream>
+#include <cstring>
 #include <sstream>
 #include <string>
 
 namespace pipex {
 
-std::uint64_t start_time(pid_t pid) {
-  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
-  std::string line;
-  if (!std::getline(file, line)) return 0;
+std::optional<std::uint64_t> start_time(pid_t pid) {
+  const Descriptor file(::open(("/proc/" + std::to_string(pid) + "/stat").c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file.valid()) return errno == ENOENT ? std::optional<std::uint64_t>(0) : std::nullopt;
+  char text[1024];  // its 52 fields are shorter
+  const ssize_t length = ::read(file.get(), text, sizeof text);
+  if (length <= 0) return errno == ESRCH ? std::optional<std::uint64_t>(0) : std::nullopt;
+  const std::string line(text, static_cast<std::size_t>(length));
   // The command (field 2) stands in parentheses and may hold anything, a ')' too: fields are counted after the last.
   std::istringstream fields(line.substr(line.rfind(')') + 1));
   std::string state, skipped;
@@ -23,6 +29,21 @@ std::uint64_t start_time(pid_t pid) {
   std::uint64_t ticks = 0;
   fields >> ticks;
   return ticks;
+}
+
+std::uint64_t own_start_time() {
+  const std::optional<std::uint64_t> start = start_time(::getpid());
+  if (!start) throw system_failure("/proc does not tell when this process has started", errno);
+  return *start;
+}
+
+NamedError system_failure(const std::string& problem, int error) {
+  if (error != EMFILE && error != ENFILE) return {"PipexError", problem, std::strerror(error), "", ""};
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  return {"InputError", problem, "no file descriptor left: " + std::string(std::strerror(error)),
+          "more than the " + std::to_string(limit.rlim_cur) + " that this process may have",
+          "raise the limit (ulimit -n)"};
 }
 
 std::int64_t now_ns() {

@@ -4,11 +4,23 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/named_error.hpp"
 
 namespace pipex {
 
 /// Start time of a running process in clock ticks since boot (proc(5), field 22 of stat); 0 if it is gone or a zombie.
-std::uint64_t start_time(pid_t pid);
+/// Nothing where that cannot be told, as by a process that has no file descriptor left: no sign that anything has
+/// ended.
+std::optional<std::uint64_t> start_time(pid_t pid);
+
+/// That of this process; throws where it cannot be told.
+std::uint64_t own_start_time();
+
+/// The error where `error` (an errno) left `problem` undone; of a process without a descriptor left it says so.
+NamedError system_failure(const std::string& problem, int error);
 
 /// Nanoseconds on a clock that all processes of one host share and that never jumps.
 std::int64_t now_ns();

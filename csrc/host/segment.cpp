@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -19,6 +20,7 @@ namespace {
 
 constexpr std::uint64_t kMagic = 0x31676573'78657069;  // "ipexseg1"
 constexpr std::size_t kHeaderBytes = 128;              // keeps data() aligned to two cache lines
+constexpr const char* kOpening = "shared memory of another rank cannot be opened";
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
 struct Header {
@@ -59,7 +61,7 @@ Segment Segment::create(std::size_t bytes) {
   if (bytes > available) throw out_of_memory(bytes, std::to_string(available) + " bytes available");
   const std::size_t mapped = kHeaderBytes + bytes;
   Descriptor fd(::memfd_create("pipex", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!fd.valid()) throw out_of_memory(bytes, std::strerror(errno));
+  if (!fd.valid()) throw system_failure("shared memory between ranks cannot be made", errno);
   int failed = ::fchmod(fd.get(), S_IRUSR | S_IWUSR);
   do {
     failed = failed != 0 ? failed : ::fallocate(fd.get(), 0, 0, static_cast<off_t>(mapped));
@@ -89,10 +91,13 @@ Segment Segment::attach(int inherited) {
 Segment Segment::open(const Address& address) {
   const std::string path = "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
   const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0 && (errno == EMFILE || errno == ENFILE)) throw system_failure(kOpening, errno);
   if (fd < 0) throw not_a_segment(std::string("an address that cannot be opened: ") + std::strerror(errno));
   Segment segment = attach(fd);
   // Looked at after opening: whoever holds the id now held it when the file was opened, or the nonce differs.
-  if (start_time(address.pid) != address.start) throw not_a_segment("the address of a process that has ended");
+  const std::optional<std::uint64_t> start = start_time(address.pid);
+  if (!start) throw system_failure(kOpening, errno);
+  if (start != address.start) throw not_a_segment("the address of a process that has ended");
   if (reinterpret_cast<const Header*>(segment.base_)->nonce != address.nonce) throw not_a_segment("another segment");
   return segment;
 }
@@ -102,8 +107,7 @@ std::byte* Segment::data() const { return base_ + kHeaderBytes; }
 std::size_t Segment::size() const { return mapped_ - kHeaderBytes; }
 
 Address Segment::address() const {
-  const pid_t pid = ::getpid();
-  return {pid, fd_.get(), start_time(pid), reinterpret_cast<const Header*>(base_)->nonce};
+  return {::getpid(), fd_.get(), own_start_time(), reinterpret_cast<const Header*>(base_)->nonce};
 }
 
 }  // namespace pipex

@@ -23,7 +23,8 @@ static_assert(sizeof(Address) == 32, "an address crosses processes as 32 bytes")
 /// A mapped memfd, sealed against any change of size: no peer can turn an access into SIGBUS.
 class Segment {
  public:
-  /// Makes a segment with `bytes` of zeroed, really allocated memory. Throws OutOfSharedMemory.
+  /// Makes a segment with `bytes` of zeroed, really allocated memory. Throws OutOfSharedMemory, or InputError where
+  /// this process has no file descriptor left.
   static Segment create(std::size_t bytes);
 
   /// Maps the segment behind an inherited descriptor, which it takes over. Throws InputError.

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
-#include <system_error>
+#include <optional>
 #include <utility>
 
 namespace pipex {
@@ -21,7 +21,7 @@ constexpr int kMeetMs = 10;  // while some peer has not joined yet
 
 Watch::Watch(std::shared_ptr<Control> control, int rank)
     : control_(std::move(control)), rank_(rank), generation_(fork_generation()), stop_(::eventfd(0, EFD_CLOEXEC)) {
-  if (!stop_.valid()) throw std::system_error(errno, std::generic_category(), "eventfd");
+  if (!stop_.valid()) throw system_failure("the watch over the other ranks cannot begin", errno);
   for (int peer = 0; peer < control_->ranks(); ++peer)
     if (peer != rank) peers_.push_back(Peer{peer, Descriptor()});
   // Signals are for the interpreter's threads: a wait there must be interrupted by Ctrl-C.
@@ -68,8 +68,11 @@ void Watch::meet(Peer& peer) {
 void Watch::check(Peer& peer, bool died) {
   if (!peer.known || peer.gone) return;
   const RankPart& part = control_->part(peer.rank);
-  // Without a pidfd (old kernel, sandbox) the process table is read on every beat instead.
-  if (!died && !peer.pidfd.valid()) died = start_time(part.pid.load()) != part.start.load();
+  // Without a pidfd (old kernel, sandbox, no descriptor left) the process table is read on every beat instead.
+  if (!died && !peer.pidfd.valid()) {
+    const std::optional<std::uint64_t> start = start_time(part.pid.load());
+    died = start && *start != part.start.load();
+  }
   if (!died) return;
   peer.gone = true;
   if (part.presence.load() != Presence::left)

@@ -17,9 +17,11 @@ MicroBatch = tuple[int, int | None]
 
 
 class Deferral(NamedTuple):
-    """Attributes:
-    split: whose W is deferred; every other I makes the weight gradients too, and its W has nothing left to do.
-    followed: those of them whose W is directly followed by the next deferred W of the same stage.
+    """What a rank's order says of its weight gradients.
+
+    Attributes:
+        split: whose W is deferred; every other I makes the weight gradients too, and its W has nothing left to do.
+        followed: those of them whose W is directly followed by the next deferred W of the same stage.
     """
 
     split: frozenset[MicroBatch] = frozenset()

@@ -44,7 +44,7 @@ from pipex.torch_internals import (
     differences,
     find,
     refusal,
-    require_autograd,
+    require_split_backward,
     stages_of,
 )
 
@@ -104,7 +104,7 @@ class drop_in:
 
 def _install() -> None:
     fix = "use pipex.backward.dw_builder, which needs none of torch.distributed.pipelining's insides"
-    require_autograd()
+    require_split_backward()
     if differing := differences(REPLACED):
         raise refusal("pipex.drop_in()", "; ".join(differing), fix)
     _originals.update({path: find(path) for path, *_ in REPLACED})

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from pipex.backward.uses import Recorder, Use
+from pipex.backward.uses import Captor, Use
 from pipex.torch_internals import sequence_number
 
 
@@ -29,7 +29,7 @@ class GivenUse(Use):
 
     __slots__ = ("parameter",)
 
-    def __init__(self, tape: Recorder, parameter: Tensor) -> None:
+    def __init__(self, tape: Captor, parameter: Tensor) -> None:
         super().__init__(tape, parameter.new_empty(0))
         self.parameter = parameter
 
@@ -37,7 +37,7 @@ class GivenUse(Use):
         sums.add(self.parameter, dy)
 
 
-class Forward(Recorder, Protocol):
+class Forward(Captor, Protocol):
     """A tape: the nodes that were made while it was open have these numbers."""
 
     first_node: int

@@ -49,7 +49,7 @@ watchers: WeakSet[Watcher] = WeakSet()
 
 
 class announced:
-    """Around one backward pass from ``outputs``: ``then`` gets every tape that the pass has reached, at its end."""
+    """Around one backward pass from ``roots``: ``then`` gets every tape that the pass has reached, at its end."""
 
     __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then")
 

@@ -55,7 +55,7 @@ from pipex.torch_internals import (
     hooks_of,
     is_compiled,
     next_sequence_number,
-    require_autograd,
+    require_split_backward,
     version,
 )
 
@@ -73,7 +73,7 @@ class Splitter:
     """
 
     def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
-        require_autograd()
+        require_split_backward()
         self._recordable = {id(p): p for p in parameters}
         self._aliases: dict[int, Tensor] = {}  # by id of the parameter
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id

@@ -12,6 +12,8 @@ from torch.distributed.pipelining import PipelineStage
 
 from pipex.torch_internals import prepare_alone
 
+CPU = torch.device("cpu")
+
 
 def try_split() -> None:
     """Runs F, I and W of micro-batch 0 of stage 0 through whatever torch.distributed.pipelining has now.
@@ -20,14 +22,13 @@ def try_split() -> None:
         ArithmeticError: the gradients are not those of one backward, or W was not deferred.
         Exception: whatever torch says of it.
     """
-    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    x = torch.linspace(-1, 1, 6).reshape(2, 3)
+    with torch.random.fork_rng(devices=()):  # a model that is made after drop_in() begins as without it
+        module = nn.Sequential(nn.Linear(3, 4, device=CPU), nn.Tanh(), nn.Linear(4, 2, device=CPU))
+    x = torch.linspace(-1, 1, 6, device=CPU).reshape(2, 3)
     parameters = list(module.parameters())
     wanted = torch.autograd.grad(module(x).sum(), parameters)
     with _some_world():
-        stage = PipelineStage(
-            module, 0, dist.get_world_size(), torch.device("cpu"), input_args=x, output_args=x.new_zeros(2, 2)
-        )
+        stage = PipelineStage(module, 0, dist.get_world_size(), CPU, input_args=x, output_args=x.new_zeros(2, 2))
     stage.num_stages = stage.chunks = 1  # and so the last one, which needs no gradient from another
     stage.has_backward = True
     prepare_alone(stage)

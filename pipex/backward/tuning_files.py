@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from pipex.backward.tuning import LARGEST, Conditions, Gpu, Product, Table, Times, now
 from pipex.errors import InputError
+from pipex.reading import NotAFile, open_file
 
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -118,22 +119,16 @@ def _file_name(gpu: Gpu) -> str:
 def _read_in(folder: int, file: Path, needed: Conditions, private: bool) -> Table | None:
     if private:
         _check_private(os.fstat(folder), file.parent)
-    # Not blocking: somebody may have put a pipe there.
-    flags = os.O_RDONLY | os.O_NONBLOCK | (os.O_NOFOLLOW if private else 0)
     try:
-        descriptor = os.open(file.name, flags, dir_fd=folder)
+        stream = open_file(file.name, folder=folder, follow=not private)
     except FileNotFoundError:
         return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{file} is no file", got=stat.filemode(status.st_mode), fix="remove it; run pipex tune")
+    except NotAFile as error:
+        raise InputError(f"{file} is no file", got=error.strerror, fix="remove it; run pipex tune") from None
+    with stream:
         if private:
-            _check_private(status, file)
-        with open(descriptor, "rb", closefd=False) as stream:
-            data = stream.read(LARGEST + 1)
-    finally:
-        os.close(descriptor)
+            _check_private(os.fstat(stream.fileno()), file)
+        data = stream.read(LARGEST + 1)
     return Table.from_text(data, needed, str(file))
 
 

@@ -34,7 +34,7 @@ class Sums:
             self.gradients[place] = gradient + before if before.is_sparse else before + gradient
 
 
-class Recorder(Protocol):
+class Captor(Protocol):
     """Who a use hands its dy to: a tape."""
 
     def captured(self, use: Use, dy: Tensor) -> None: ...
@@ -45,7 +45,7 @@ class Use:
 
     __slots__ = ("tape", "version", "x")
 
-    def __init__(self, tape: Recorder, x: Tensor) -> None:
+    def __init__(self, tape: Captor, x: Tensor) -> None:
         self.tape = tape
         self.x = x
         self.version = version(x)
@@ -80,7 +80,7 @@ class LinearUse(Use):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, tape: Recorder, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, tape: Captor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.tape, self.x, self.version = tape, x, version(x)  # not by super(): there is one of these per operation
         self.weight = weight  # None where frozen
         self.bias = bias
@@ -102,7 +102,7 @@ class EmbeddingUse(Use):
 
     __slots__ = ("padding", "scale_by_frequency", "weight")
 
-    def __init__(self, tape: Recorder, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
+    def __init__(self, tape: Captor, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
         super().__init__(tape, x)
         self.weight = weight
         self.padding = padding  # row whose gradient stays zero; -1 for none

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import median
 
+from pipex.errors import InputError
 from pipex.events import Event
 from pipex.plan.actions import Kind
 from pipex.plan.bubbles import Bubbles, bubbles
@@ -41,7 +42,11 @@ class Figures:
 
 def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
     """The figures of complete steps; ``ranks[r]`` are the events of rank r, which must share one clock. ``placement``:
-    which rank held which stage."""
+    which rank held which stage.
+
+    Raises:
+        InputError: there is no complete step.
+    """
     steps: dict[int, list[list[Event]]] = defaultdict(lambda: [[] for _ in ranks])
     for number, events in enumerate(ranks):
         for event in events:
@@ -69,6 +74,11 @@ def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
         for collected, rank in zip(shares, step, strict=True):
             for what, share in _shares(rank).items():
                 collected[what].append(share)
+    if not courses:
+        raise InputError(
+            "nothing to measure", got=f"{len(steps)} steps, none of them with actions on every rank",
+            needed="the events of a whole step", fix="trace a run that trains for one step or more",
+        )  # fmt: skip
     return Figures(
         makespan=median(course.makespan for course in courses) / 1e9,
         after_actions=median(tails),
@@ -114,4 +124,4 @@ def _shares(events: Sequence[Event]) -> dict[str, float]:
         )
         seconds[what] += event.end - event.begin
     seconds["other"] = whole - sum(seconds.values())
-    return {what: value / whole for what, value in seconds.items()}
+    return {what: value / (whole or 1) for what, value in seconds.items()}

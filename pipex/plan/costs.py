@@ -79,12 +79,12 @@ class Costs:
             if len(values) != stages:
                 raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
             for stage, value in enumerate(values):
-                _check_cost(f"{name} of stage {stage}", value)
+                check_cost(f"{name} of stage {stage}", value)
         for edge in placement.edges:
             if edge not in self.hop:
                 raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
-            _check_cost(f"hop of the {edge}", self.hop[edge])
-        _check_cost("overlap", self.overlap)
+            check_cost(f"hop of the {edge}", self.hop[edge])
+        check_cost("overlap", self.overlap)
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class RankCosts:
                 needed = f"1, {ranks} (one per rank) or a multiple of it (one per stage)"
                 raise InputError(f"wrong number of costs {name}", got=len(values), needed=needed)
             for place, cost in enumerate(values):
-                _check_cost(f"{name}, number {place}", cost)
+                check_cost(f"{name}, number {place}", cost)
             return values
 
-        _check_cost("hop", hop)
-        _check_cost("overlap", overlap)
+        check_cost("hop", hop)
+        check_cost("overlap", overlap)
         return RankCosts(
             ranks=ranks,
             forward=each("forward", forward),
@@ -187,7 +187,11 @@ class RankCosts:
         )
 
 
-def _check_cost(name: str, value: float) -> None:
-    # Far from the ends of the floats, so that no sum and no ratio of costs overflows.
+def check_cost(name: str, value: float) -> None:
+    """Refuses what is far from all costs, so that no sum and no ratio of them leaves the floats.
+
+    Raises:
+        InputError: it is not 0, and not from 1e-100 to 1e100.
+    """
     if not (value == 0 or 1e-100 <= value <= 1e100):
-        raise InputError(f"bad cost: {name}", got=value, needed="0, or a number from 1e-100 to 1e100")
+        raise InputError(f"bad cost: {name}", got=repr(value)[:60], needed="0, or a number from 1e-100 to 1e100")

@@ -22,16 +22,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from pipex.errors import InputError
-from pipex.plan.costs import Costs
+from pipex.plan.costs import Costs, check_cost
 from pipex.plan.cut import Cut, cut
 from pipex.plan.placement import Edge, Placement
+from pipex.reading import read_file
 
 FORMAT = "pipex layer costs 1"
+LARGEST = 1 << 25
+"""Bytes of a file: a hundred thousand layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ class LayerCosts:
         about: where the numbers are from, for people.
 
     Raises:
-        InputError: no layers, or a number that is negative, not finite or no number; names layer and number.
+        InputError: no layers, or a number that is none, negative, or so large or small that sums and ratios of it
+            would not be; names layer and number.
     """
 
     layers: tuple[Layer, ...]
@@ -92,9 +96,11 @@ class LayerCosts:
                 _check(f"{name} of layer {index} ({layer.name})", getattr(layer, name))
         _check("latency", self.latency)
         if self.bandwidth is not None:
-            _check("bandwidth", self.bandwidth)
             if self.bandwidth == 0:
                 raise InputError("bad cost: bandwidth", got=0, needed="bytes per second above 0, or null for no limit")
+            _check("bandwidth", self.bandwidth)
+            for index, layer in enumerate(self.layers):
+                _check(f"output / bandwidth of layer {index} ({layer.name})", layer.output / self.bandwidth)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -191,7 +197,7 @@ class LayerCosts:
             InputError: it cannot be read, or is not what ``write`` writes.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_file(path, LARGEST).decode()
         except OSError as error:
             raise InputError(f"cannot read {path}", got=error.strerror, fix="check the path") from None
         except UnicodeDecodeError:
@@ -210,12 +216,9 @@ def best_cut(costs: LayerCosts, placement: Placement) -> Cut:
 
 
 def _check(name: str, value: Any) -> None:
-    try:
-        good = not isinstance(value, bool) and isfinite(value) and value >= 0
-    except (TypeError, OverflowError):
-        good = False
-    if not good:
-        raise InputError(f"bad cost: {name}", got=repr(value)[:60], needed="a finite number, at least 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"bad cost: {name}", got=repr(value)[:60], needed="a number")
+    check_cost(name, value)
 
 
 def _check_keys(what: str, found: Mapping[str, Any], needed: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipex import state
-from pipex.errors import CheckpointError, PipexError
+from pipex.errors import CheckpointError
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
 from pipex.transport.interface import World
@@ -34,8 +34,8 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 
 
 def save(
-    world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, step: int,
-    directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
+    world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
+    step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
@@ -46,11 +46,16 @@ def save(
     shard = None
     error = ""
     try:
+        if not isinstance(meta, Mapping):
+            raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
         tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
             optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main})
             tensors |= optimizer_tensors
+        object_tensors, object_values = state.object_state(objects, rank)
+        tensors |= object_tensors
+        values |= object_values
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
@@ -72,30 +77,55 @@ def save(
 
 
 def load(
-    names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
-    directory: str | os.PathLike[str], main: Mapping[str, Tensor],
-) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Restores this rank's part.
+    world: World, names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
+    objects: Mapping[str, state.Stateful], directory: str | os.PathLike[str],
+    main: Mapping[str, Tensor],
+) -> tuple[int, dict[str, Any]] | str:  # fmt: skip
+    """Every rank reads its part; when all have, each puts it in place.
 
     Args:
         whole: the tensors of the whole model by name; only their shapes and dtypes are read.
 
     Returns:
-        the optimizer steps that were done, and the ``meta`` that was saved.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model.
+        the optimizer steps that were done, and the ``meta`` that was saved; or what is wrong (there is no checkpoint,
+        it is damaged, or of another model), the same on every rank, and nothing has changed.
     """
-    checkpoint = state.Checkpoint.open(Path(directory))
-    state.check_model(checkpoint, whole)
-    state.load_model_state(checkpoint, names)
-    if optimizer is not None:
-        state.load_optimizer_state(checkpoint, optimizer, {**names, **main})
-    saved = checkpoint.load(MAIN + name for name in main if MAIN + name in checkpoint.tensors)
-    with torch.no_grad():
-        for name, weight in main.items():  # of a run without main weights: what was rounded is all there is
-            weight.copy_(saved.get(MAIN + name, names[name]))
-    meta = checkpoint.meta["pipex"]
-    if not isinstance(meta, dict):
-        raise PipexError(f"{directory} was not saved by a pipeline")
+    identity = error = ""
+    meta: Any = None
+    restores: list[state.Restore] = []
+    try:
+        checkpoint = state.Checkpoint.open(Path(directory))
+        identity = f"step {checkpoint.step} ({checkpoint.identity})"
+        meta = checkpoint.meta.get("pipex")
+        if not isinstance(meta, dict):
+            raise CheckpointError(f"{directory} was not saved by a pipeline")
+        state.check_model(checkpoint, whole)
+        restores.append(state.read_model_state(checkpoint, names))
+        if optimizer is not None:
+            restores.append(state.read_optimizer_state(checkpoint, optimizer, {**names, **main}))
+        saved = checkpoint.load(MAIN + name for name in main if MAIN + name in checkpoint.tensors)
+        # Of a run without main weights: what was rounded is all there is.
+        restores.append(lambda: _put({weight: saved.get(MAIN + n, names[n]) for n, weight in main.items()}))
+        restores.append(state.read_object_state(checkpoint, objects, world.rank, world.ranks))
+    except CheckpointError as failure:
+        error = str(failure)
+    said = share(world, "load", [identity, error])
+    errors = [text for _, text in said]
+    if any(errors):
+        alike = len(set(errors)) == 1
+        return errors[0] if alike else "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+    if other := next((rank for rank, (theirs, _) in enumerate(said) if theirs != said[0][0]), None):
+        return (
+            f"the ranks find different checkpoints in {directory}; "
+            f"got {said[0][0]} on rank 0, {said[other][0]} on rank {other}; "
+            "load from a directory that all hosts share, and into which nothing is saved meanwhile"
+        )
+    for restore in restores:
+        restore()
     return checkpoint.step, meta
+
+
+def _put(values: Mapping[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in values.items():
+            tensor.copy_(value)

@@ -6,11 +6,15 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.optim import Optimizer
+
 from pipex.errors import InputError
+from pipex.plan import Plan
 from pipex.runtime import microbatch
 from pipex.runtime.agreement import compare
 from pipex.runtime.loss import check_total
@@ -83,6 +87,32 @@ def take(
         given.problem = problem
         given.said = {"problem": str(problem)}
     return given
+
+
+def refuse_training(
+    given: Given, plan: Plan, optimizer: Optimizer | None, trains: Callable[[], bool], reduced: bool
+) -> None:
+    """Notes why a pipeline cannot train as it is called, if it cannot.
+
+    Args:
+        trains: whether anything is to be trained.
+        reduced: whether the gradients of the next update are complete.
+    """
+    problem = None
+    if plan.update == "never":
+        problem = InputError("this pipeline cannot train", got=f"{plan.family}, a plan without a backward",
+                             needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
+    elif optimizer is None and trains():
+        problem = InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory",
+                             fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+    elif not torch.is_grad_enabled() and trains():
+        problem = InputError("this pipeline cannot train here", got="a step under no_grad or inference_mode",
+                             needed="gradients", fix="call evaluate, or leave that block")  # fmt: skip
+    elif reduced:
+        problem = InputError("the gradients are complete", got="forward_backward after reduce_gradients",
+                             needed="update first")  # fmt: skip
+    if problem is not None:
+        given.problem, given.said = problem, {"problem": str(problem)}
 
 
 def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> Agreed:

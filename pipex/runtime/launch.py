@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def launch(
         device: "cpu", or "cuda": each rank has the GPU of its number on its host, by turns where there are fewer GPUs.
 
     Raises:
-        InputError: ``ranks`` is no positive number, or torchrun started another number; no such device.
+        InputError: ``ranks`` is no positive number, or torchrun started another number; no such device; ranks have to
+            be started afresh and cannot import ``fn``; there are not descriptors enough for them.
         NativeUnavailable: there is no GPU.
         PeerFailed: ``fn`` raised on a rank; its traceback is on stderr.
         PeerLost: a rank's process died; PeerStalled: a rank made no progress.
@@ -124,12 +126,22 @@ class _Launcher:
         return [report["result"] for report in reports if report is not None]
 
     def _start(self) -> None:
-        forking = self._device == "cpu" and _fork_is_safe(self._run.ranks)
-        context = multiprocessing.get_context("fork" if forking else "spawn")
-        if forking:
-            import_compiler()  # or the first optimizer of every rank would: a second each
-        with _interrupts_held_back():
-            self._start_ranks(context, forking)
+        try:
+            why_afresh = _why_afresh(self._device, self._run.ranks)
+            forking = why_afresh is None
+            context = multiprocessing.get_context("fork" if forking else "spawn")
+            if why_afresh is None:
+                import_compiler()  # or the first optimizer of every rank would: a second each
+            else:
+                _check_importable(self._job, why_afresh)
+            with _interrupts_held_back():
+                self._start_ranks(context, forking)
+        except OSError as error:
+            raise InputError(
+                f"{self._run.ranks} ranks cannot be started", got=error.strerror,
+                needed="a process and some file descriptors for each",
+                fix="raise the limits of this shell (ulimit -n, ulimit -u), or start fewer ranks",
+            ) from error  # fmt: skip
 
     def _start_ranks(self, context: Any, forking: bool) -> None:
         for rank in range(self._run.ranks):
@@ -140,7 +152,7 @@ class _Launcher:
                 args=(self._run if forking else self._run.address, rank, os.getpid(), theirs, *self._job),
             )  # fmt: skip
             with warnings.catch_warnings():
-                # Python warns of forking a process with threads; _fork_is_safe has looked at what they are.
+                # Python warns of forking a process with threads; _why_afresh has looked at what they are.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             self._processes.append(process)
@@ -170,6 +182,8 @@ class _Launcher:
                     if reports[rank] is None:
                         self._ends[rank] = _how(process.exitcode)
                         self._run.lost(rank, self._ends[rank])
+            if running.keys() <= _stalled(reports):
+                break  # nobody is left who could say more
             ended = [reports[rank] for rank in range(self._run.ranks) if rank not in running]
             failed = any(report is None or "error" in report for report in ended)
             if failed and deadline is None and not self._interrupts:
@@ -236,6 +250,12 @@ def _describe(error: BaseException) -> dict[str, Any]:
                      "stage": error.stage, "action": error.action, "microbatch": error.microbatch}}  # fmt: skip
 
 
+def _stalled(reports: Sequence[_Report | None]) -> set[int]:
+    """The ranks of which others have said that they are stopped or stuck: they will not end by themselves."""
+    peers = [report["error"]["peer"] for report in reports if report and "error" in report]
+    return {peer["rank"] for peer in peers if peer is not None and peer["ending"] == "stalled"}
+
+
 def _receive(pipe: Connection) -> _Report | None:
     try:
         return json.loads(pipe.recv_bytes()) if pipe.poll() else None
@@ -249,16 +269,47 @@ def _how(exitcode: int | None) -> str:
     return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
 
 
-def _fork_is_safe(ranks: int) -> bool:
-    """Whether forked ranks can compute.
+def _why_afresh(device: str, ranks: int) -> str | None:
+    """Why ranks cannot be forked from this process; None where they can.
 
     GNU OpenMP hangs in the child of a process whose threads it has started, unless the child stays with one thread.
     Which library a thread belongs to cannot be told, so with several threads per rank any thread counts.
     """
-    one_thread_each = worlds.threads_per_rank(ranks) == 1
-    return not torch.cuda.is_initialized() and (  # type: ignore[no-untyped-call]
-        one_thread_each or len(os.listdir("/proc/self/task")) == 1
-    )
+    if device != "cpu":
+        return "a forked process cannot use a GPU"
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return "CUDA is in use in this process, which a fork would break"
+    others = len(os.listdir("/proc/self/task")) - 1
+    if worlds.threads_per_rank(ranks) == 1 or not others:
+        return None
+    python = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    native = [f"{others - len(python)} of libraries"] if others > len(python) else []
+    return f"this process has other threads ({', '.join(python + native)}), which a fork could leave hanging"
+
+
+def _check_importable(job: tuple[Any, ...], why_afresh: str) -> None:
+    """Refuses what a process that is started afresh could not get at, before any is."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    name = getattr(job[0], "__qualname__", repr(job[0]))
+
+    def refused(got: str, fix: str) -> InputError:
+        return InputError(
+            f"launch has to start its ranks afresh, since {why_afresh}; they cannot import what they are to run",
+            got=got, needed="a function at the top of a module, and arguments that pickle can hold", fix=fix,
+        )  # fmt: skip
+
+    if getattr(main, "__spec__", None) is None and file is not None and not os.path.exists(file):
+        raise refused(f"a program from {file}, which each rank would run again", "put the program into a file")
+    try:
+        pickled = ForkingPickler.dumps(job)
+    except Exception as error:  # pickle has no one error either
+        raise refused(f"{name}: {error}", "put it into a module, or call launch before threads are started") from error
+    if file is None and b"__main__" in bytes(pickled):
+        raise refused(
+            f"{name} of an interactive session",
+            "put it into a module and import it, or launch before threads are started",
+        )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pipex.plan as plans
-from pipex.errors import CheckpointError, InputError, PipexError
+from pipex.errors import CheckpointError, PipexError
 from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
@@ -33,6 +33,7 @@ from pipex.runtime.trainable import Trainables
 from pipex.runtime.update import OptimizerFactory, Update
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
+from pipex.state import Stateful
 from pipex.transport.interface import Buffers, Phase, World
 
 _made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
@@ -244,11 +245,16 @@ class Pipeline:
             for module, training in modes:
                 module.training = training
 
-    def save(self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> None:
+    def save(
+        self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
+        state: Mapping[str, Stateful] | None = None,
+    ) -> None:  # fmt: skip
         """Collective: writes model and optimizer; the directory's old checkpoint stays until the new one is whole.
 
         Args:
             meta: anything JSON can hold; ``load`` returns it.
+            state: what else this rank goes on from, by name, such as ``{"scheduler": scheduler}``: objects with
+                ``state_dict`` and ``load_state_dict``. Every rank saves its own.
 
         Raises:
             CheckpointError: it cannot be written; the old checkpoint is untouched.
@@ -256,26 +262,35 @@ class Pipeline:
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
-                self.world, checkpoint.names_of(self.local_stages), self.optimizer, self.steps, directory, meta or {},
-                self._update.main,
+                self.world, checkpoint.names_of(self.local_stages), self.optimizer, state or {}, self.steps, directory,
+                meta or {}, self._update.main,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
             raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
 
-    def load(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of ``save``.
+    def load(self, directory: str | os.PathLike[str], *, state: Mapping[str, Stateful] | None = None) -> dict[str, Any]:
+        """Collective: restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of
+        ``save``.
+
+        Args:
+            state: the objects to restore, by the names that they were saved under. On as many ranks as saved them each
+                gets its own state back; on another number they must have been the same on all ranks.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model.
+            CheckpointError: there is none, it is damaged, or it is of another model. Then nothing has changed on any
+                rank: the pipeline can go on, or load another. Only where a ``load_state_dict`` fails, this rank's
+                pipeline is at an end.
         """
         with self._together():
             own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            self._update.forget()
-            self.steps, found = checkpoint.load(own, whole, self.optimizer, directory, self._update.main)
-            if self._main is not None:
-                self._main.round()
-            return found
+            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory,
+                                    self._update.main)  # fmt: skip
+            if not isinstance(found, str):
+                self.steps, meta = found
+                self._update.loaded()
+                return meta
+        raise CheckpointError(found)  # on every rank
 
     def close(self) -> None:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
@@ -321,9 +336,11 @@ class Pipeline:
             first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
-            if training and (problem := self._cannot_train()) is not None:
-                given = intake.Given(said={"problem": str(problem)}, problem=problem)
-            every = share(self.world, call, {_WHICH: self._number, "step": step, **given.said})
+            if training:
+                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced)
+            every = share(
+                self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
+            )
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
         except PipexError:
@@ -340,21 +357,6 @@ class Pipeline:
             if last and given.target is not None:
                 targets = microbatch.cut(target, given.target, count, self.world.device)
         return StepData(step, inputs, targets, [n / samples for n in agreed.samples])
-
-    def _cannot_train(self) -> InputError | None:
-        if self.plan.update == "never":
-            return InputError("this pipeline cannot train", got=f"{self.plan.family}, a plan without a backward",
-                              needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
-        if self.optimizer is None and self._trains():
-            return InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory", fix=
-                              "pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
-        if not torch.is_grad_enabled() and self._trains():
-            return InputError("this pipeline cannot train here", got="a step under no_grad or inference_mode",
-                              needed="gradients", fix="call evaluate, or leave that block")  # fmt: skip
-        if self._update.reduced:
-            return InputError("the gradients are complete", got="forward_backward after reduce_gradients",
-                              needed="update first")  # fmt: skip
-        return None
 
     def _trains(self) -> bool:
         return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
@@ -394,6 +396,3 @@ class Pipeline:
     def _done(self, begin: int, step: int, phase: Phase) -> None:
         if self._observer is not None:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
-
-
-_WHICH = "the pipeline, counted as they were made"

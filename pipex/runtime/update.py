@@ -120,6 +120,12 @@ class Update:
         self.forget()
         return made
 
+    def loaded(self) -> None:
+        """Parameters and optimizer are those of a checkpoint now."""
+        self.forget()
+        if self._main is not None:
+            self._main.round()
+
     def forget(self) -> None:
         """Forgets all gradients."""
         self.counts.clear()

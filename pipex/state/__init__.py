@@ -8,24 +8,32 @@ A save is: every rank calls ``write_shard``; when all have, rank 0 calls ``commi
 current one by one rename and deletes the files of the one before. If a rank fails, ``discard`` takes the shards away.
 Whatever happens in between, the directory holds one complete checkpoint.
 
+A load reads all that it needs, and so meets every fault of the files, before it changes anything: each ``read_...``
+returns what puts it in place.
+
 Nothing in it is a pickle. Shards can be opened by any safetensors reader; model tensors are called ``model/<name>``.
 """
 
-from pipex.state.checkpoint import Checkpoint
+from pipex.state.checkpoint import Checkpoint, Restore
 from pipex.state.manifest import ShardInfo
-from pipex.state.model import check_model, load_model_state, model_state
-from pipex.state.optimizer import load_optimizer_state, optimizer_state
+from pipex.state.model import check_model, model_state, read_model_state
+from pipex.state.objects import Stateful, object_state, read_object_state
+from pipex.state.optimizer import optimizer_state, read_optimizer_state
 from pipex.state.save import commit, discard, write_shard
 
 __all__ = [
     "Checkpoint",
+    "Restore",
     "ShardInfo",
+    "Stateful",
     "check_model",
     "commit",
     "discard",
-    "load_model_state",
-    "load_optimizer_state",
     "model_state",
+    "object_state",
     "optimizer_state",
+    "read_model_state",
+    "read_object_state",
+    "read_optimizer_state",
     "write_shard",
 ]

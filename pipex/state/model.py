@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import CheckpointError
-from pipex.state.checkpoint import Checkpoint
+from pipex.state.checkpoint import Checkpoint, Restore
 from pipex.state.files import first_few
 from pipex.state.serialize import form
 
@@ -30,17 +30,22 @@ def check_model(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> None:
     _compare(checkpoint, names, unexpected=sorted(saved - names.keys()))
 
 
-def load_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> None:
-    """Copies the saved values into the given tensors: the part of the model that this rank holds.
+def read_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> Restore:
+    """Reads the saved values of the given tensors, the part of the model that this rank holds; what it returns copies
+    them there.
 
     Raises:
-        CheckpointError: a name is missing, a shape or dtype differs, or a file is damaged; nothing is copied then.
+        CheckpointError: a name is missing, a shape or dtype differs, or a file is damaged.
     """
     _compare(checkpoint, names, unexpected=[])
     values = checkpoint.load(PREFIX + name for name in names)
-    with torch.no_grad():
-        for name, tensor in names.items():
-            tensor.copy_(values[PREFIX + name])
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, tensor in names.items():
+                tensor.copy_(values[PREFIX + name])
+
+    return restore
 
 
 def _compare(checkpoint: Checkpoint, names: Mapping[str, Tensor], unexpected: list[str]) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipex.errors import CheckpointError
-from pipex.state.checkpoint import Checkpoint
+from pipex.state.checkpoint import Checkpoint, Restore
 from pipex.state.files import first_few
+from pipex.state.manifest import shown
 
 PREFIX = "optimizer/"
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group
@@ -48,12 +49,13 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[str, Tensor]) -> tuple[
     return tensors, meta
 
 
-def load_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer, names: Mapping[str, Tensor]) -> None:
-    """Restores state and hyperparameters, bit for bit, of an optimizer over any subset of the saved parameters.
+def read_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer, names: Mapping[str, Tensor]) -> Restore:
+    """Reads state and hyperparameters of an optimizer over any subset of the saved parameters; what it returns restores
+    them, bit for bit.
 
     Raises:
         CheckpointError: a parameter was not saved, or by another class of optimizer; parameters that are now in one
-            group were saved with different hyperparameters; a file is damaged. The optimizer is unchanged then.
+            group were saved with different hyperparameters; a file is damaged.
     """
     kind = type(optimizer).__name__
     parameters = _parameters(optimizer, names)
@@ -62,24 +64,29 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer, names: Ma
         raise CheckpointError(
             f"the checkpoint in {checkpoint.directory} has no optimizer state of {first_few(missing)}"
         )
-    saved = {name: checkpoint.meta[PREFIX + name] for _, name, _ in parameters}
+    saved = {name: _record(checkpoint, name) for _, name, _ in parameters}
     for name, record in saved.items():
         if record["class"] != kind:
             raise CheckpointError(
                 f"the optimizer state of {name} was saved by another optimizer", got=record["class"], needed=kind
             )
     options = [_common_options(group, parameters, saved) for group in optimizer.param_groups]
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        _check_options(checkpoint, group, values)
     tensors = checkpoint.load(f"{PREFIX}{name}/{key}" for name, record in saved.items() for key in record["tensors"])
 
-    for group, values in zip(optimizer.param_groups, options, strict=True):
-        _set_options(group, values)
-    optimizer.state.clear()
-    for group, name, parameter in parameters:
-        record = saved[name]
-        state = {key: tensors[f"{PREFIX}{name}/{key}"] for key in record["tensors"]}
-        if state or record["values"]:
-            placed = {key: _place(key, tensor, parameter, group) for key, tensor in state.items()}
-            optimizer.state[parameter] = {**placed, **record["values"]}
+    def restore() -> None:
+        for group, values in zip(optimizer.param_groups, options, strict=True):
+            _set_options(group, values)
+        optimizer.state.clear()
+        for group, name, parameter in parameters:
+            record = saved[name]
+            state = {key: tensors[f"{PREFIX}{name}/{key}"] for key in record["tensors"]}
+            if state or record["values"]:
+                placed = {key: _place(key, tensor, parameter, group) for key, tensor in state.items()}
+                optimizer.state[parameter] = {**placed, **record["values"]}
+
+    return restore
 
 
 Parameters = list[tuple[dict[str, Any], str, Tensor]]
@@ -112,6 +119,54 @@ def _plain(value: Any, kind: str, key: str) -> Any:
     raise CheckpointError(
         f"{key!r} of {kind} cannot be saved", got=type(value).__name__, needed="a tensor or a plain number"
     )
+
+
+_RECORD = {"class": str, "tensors": list, "values": dict, "options": dict}
+
+
+def _record(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What was saved of a parameter; a checkpoint may come from anywhere, so its structure is looked at."""
+    record: dict[str, Any] = checkpoint.meta[PREFIX + name]
+    good = (
+        isinstance(record, dict)
+        and {key: type(value) for key, value in record.items()} == _RECORD
+        and all(isinstance(key, str) for key in record["tensors"])
+        and all(map(_is_plain, [*record["values"].values(), *record["options"].values()]))
+        and not set(NOT_OPTIONS) & record["options"].keys()
+    )
+    if not good:
+        raise CheckpointError(
+            f"the optimizer state of {name} in {checkpoint.directory} cannot be read", got=shown(record),
+            needed=f"an object of {', '.join(_RECORD)}", fix="use another checkpoint",
+        )  # fmt: skip
+    return record
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
+
+
+def _check_options(checkpoint: Checkpoint, group: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key in group and not _is_like(value, group[key]):
+            raise CheckpointError(
+                f"{key} of the optimizer in {checkpoint.directory} cannot be used",
+                got=shown(value), needed=f"something like {shown(group[key])}", fix="use another checkpoint",
+            )  # fmt: skip
+
+
+def _is_like(value: Any, current: Any) -> bool:
+    """Whether an optimizer that has ``current`` can have ``value``. None stands for what torch chooses by itself,
+    mostly a flag; a number may have come from a tensor of one element, and become one."""
+    if isinstance(current, (list, tuple)):
+        return isinstance(value, list) and len(value) == len(current) and all(map(_is_like, value, current))
+    if current is None:
+        return not isinstance(value, list)
+    if isinstance(current, bool):
+        return value is None or isinstance(value, bool)
+    if isinstance(current, (int, float, Tensor)):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(current)
 
 
 def _common_options(group: dict[str, Any], parameters: Parameters, saved: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from pipex.errors import CheckpointError
 from pipex.state.files import sync_directory, writing
-from pipex.state.manifest import MANIFEST, Manifest, ShardInfo
+from pipex.state.manifest import MANIFEST, SHARD_NAME, Manifest, ShardInfo
 from pipex.state.serialize import Serialized, form
-
-SHARD_NAME = re.compile(r"step\d{8,}-rank(?P<rank>\d{4,})-[0-9a-f]{8}\.safetensors")
 
 
 def write_shard(
@@ -81,9 +78,7 @@ def commit(directory: Path, step: int, shards: Sequence[ShardInfo], meta: Mappin
                 needed=f"{shard['bytes']} bytes",
                 fix="save into a directory that all hosts share",
             )
-    manifest = Manifest(step, list(shards), dict(meta))
-    manifest.check()
-    text = manifest.to_text()
+    text = Manifest(step, list(shards), dict(meta)).to_text()
     partial = directory / f"{MANIFEST}.partial"
     with writing(partial, len(text)):
         with partial.open("wb") as file:

@@ -13,20 +13,27 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pipex.errors import CheckpointError
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+"""What the package reads back; an older one lacks some. F8_E8M0 and F4 are not here, since 0.8.0 writes them, but its
+``load_file`` does not read them."""
 
 
 def form(tensor: Tensor) -> str:
@@ -40,14 +47,16 @@ class Serialized:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """
         Raises:
-            CheckpointError: a tensor is sparse, or of a dtype that the format lacks; named.
+            CheckpointError: a tensor is sparse, has no data, or is of a dtype that could not be read back; named.
         """
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            if tensor.layout != torch.strided or tensor.is_meta or not _is_read_back(tensor.dtype):
+                readable = [str(dtype).removeprefix("torch.") for dtype in DTYPES if _is_read_back(dtype)]
                 raise CheckpointError(
                     f"the tensor {name} cannot be saved",
-                    got=f"{form(tensor)}, {tensor.layout}",
-                    needed=f"a dense tensor of one of {', '.join(DTYPES.values())}",
+                    got=f"{form(tensor)}, {tensor.layout}, on {tensor.device}",
+                    needed=f"a dense tensor of one of {', '.join(readable)}",
+                    fix="save its bytes: tensor.view(torch.uint8)" if tensor.layout == torch.strided else None,
                 )
         # Large elements first: then every tensor is aligned to its element size, as readers that map the file need it.
         self._tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
@@ -62,7 +71,8 @@ class Serialized:
         checksum = zlib.crc32(self._header)
         for tensor in self._tensors.values():
             if tensor.nbytes:
-                host = tensor.detach().cpu().contiguous()
+                # What .imag and .conj() return are views that leave the negation to the reader.
+                host = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous()
                 data = (ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr())
                 file.write(data)
                 checksum = zlib.crc32(data, checksum)
@@ -77,3 +87,20 @@ class Serialized:
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+
+@cache
+def _is_read_back(dtype: torch.dtype) -> bool:
+    if dtype not in DTYPES:
+        return False
+    saved = torch.arange(1, 1 + dtype.itemsize, dtype=torch.uint8).view(dtype)
+    header = json.dumps({"a": {"dtype": DTYPES[dtype], "shape": [1], "data_offsets": [0, saved.nbytes]}}).encode()
+    with open(os.memfd_create("pipex"), "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + bytes(saved.view(torch.uint8).tolist()))
+        file.flush()
+        try:
+            with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as opened:
+                read = opened.get_tensor("a")
+        except Exception:  # SafetensorError, or of one that this torch lacks an AttributeError
+            return False
+    return read.dtype == dtype and torch.equal(read.view(torch.uint8), saved.view(torch.uint8))

@@ -15,7 +15,6 @@ from unittest import mock
 import persistent
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch_group import in_group
 
 import pipex
 from pipex import torch_internals
@@ -174,23 +174,20 @@ def run_rank(job: Job, rank: int, replica: int, patches: ExitStack) -> Answer:
     return found, actions, deferred
 
 
-def rank_process(store: Path, job: Job, number: int) -> Answer:
-    world = job.ranks * job.replicas
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=number, world_size=world)
+def rank_process(job: Job, number: int) -> Answer:
     replica, rank = divmod(number, job.ranks)
-    try:
-        with warnings.catch_warnings(), ExitStack() as patches:
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            return run_rank(job, rank, replica, patches)
-    finally:
-        dist.destroy_process_group()
+    with warnings.catch_warnings(), ExitStack() as patches:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        return run_rank(job, rank, replica, patches)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[Job], list[Answer]]:
     def start(job: Job) -> list[Answer]:
-        numbers = range(job.ranks * job.replicas)
-        return persistent.ranks.results([partial(rank_process, tmp_path / "store", job, number) for number in numbers])
+        world = job.ranks * job.replicas
+        return persistent.ranks.results(
+            [partial(in_group, tmp_path / "store", n, world, rank_process, job, n) for n in range(world)]
+        )
 
     return start
 
@@ -363,6 +360,12 @@ def test_everything_is_put_back() -> None:
         assert functions() == during
         inner.undo()
     assert functions() == before
+
+
+def test_the_trial_leaves_the_random_numbers_as_they_are() -> None:
+    before = torch.get_rng_state()
+    with drop_in():
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_torch_with_other_insides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

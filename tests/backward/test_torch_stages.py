@@ -13,7 +13,6 @@ from unittest import mock
 import persistent
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch_group import in_group
 
 import pipex
 from pipex.backward import dw_builder
@@ -82,17 +82,11 @@ def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
     def run(body: Callable[..., Any], *arguments: Any) -> list[Any]:
         store = tmp_path / f"store{next(number)}"
-        return persistent.ranks.results([partial(in_group, store, rank, body, arguments) for rank in range(RANKS)])
+        return persistent.ranks.results(
+            [partial(in_group, store, rank, RANKS, body, rank, *arguments) for rank in range(RANKS)]
+        )
 
     return run
-
-
-def in_group(store: Path, rank: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), RANKS), rank=rank, world_size=RANKS)
-    try:
-        return body(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
 
 
 def stages_for(modules: list[nn.Module], mine: list[int], **more: Any) -> list[PipelineStage]:

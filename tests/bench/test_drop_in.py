@@ -40,7 +40,9 @@ def test_one_bit_is_a_wrong_result_of_pipex_and_none_of_torch(monkeypatch: pytes
         return [*others, last * (1 + torch.finfo(torch.float32).eps)]
 
     monkeypatch.setattr(drop_in._Step, "run", wrong)
-    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)  # ranks started afresh would not see the damage
+    monkeypatch.setattr(
+        launch, "_why_afresh", lambda device, ranks: None
+    )  # ranks started afresh would not see the damage
     assert [row.correct for row in drop_in.measure([Case("zbv", 2)], Rounds(1, 0))] == [False, True]
 
 
@@ -55,7 +57,7 @@ def test_only_the_steps_of_pipex_run_under_drop_in(monkeypatch: pytest.MonkeyPat
             return time
 
     monkeypatch.setattr(drop_in, "TimedStep", Watched)
-    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
+    monkeypatch.setattr(launch, "_why_afresh", lambda device, ranks: None)
     assert [row.correct for row in drop_in.measure([Case("interleaved-zb", 2)], Rounds(1, 0))] == [True, True]
 
 

@@ -62,7 +62,9 @@ def test_a_corrupted_payload_is_an_error_exit(
         send(self, step, microbatch, [damaged])
 
     monkeypatch.setattr(HostSender, "send", damage_one_bit)
-    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)  # ranks started afresh would not see the damage
+    monkeypatch.setattr(
+        launch, "_why_afresh", lambda device, ranks: None
+    )  # ranks started afresh would not see the damage
     code, report, errors = run(TINY, capsys)
     assert code == 1
     assert [row["correct"] for row in report["rows"]] == [False, True, True] * 2
@@ -80,7 +82,7 @@ def test_the_message_before_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -
         return (late,)
 
     monkeypatch.setattr(p2p.TorchReceiver, "receive", receive_late)
-    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
+    monkeypatch.setattr(launch, "_why_afresh", lambda device, ranks: None)
     found = p2p.measure([8], Rounds(1, 0))
     assert [(row.correct, row.figures["wrong"]) for row in found] == [(True, 0), (False, 16), (True, 0)]
 
@@ -95,7 +97,7 @@ def test_both_ways_torch_sends_and_receives_in_one_call(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(dist, "batch_isend_irecv", exchange)
     monkeypatch.delattr(dist, "recv")
-    monkeypatch.setattr(launch, "_fork_is_safe", lambda ranks: True)
+    monkeypatch.setattr(launch, "_why_afresh", lambda device, ranks: None)
     assert all(row.correct for row in p2p.measure([8, 1 << 20], Rounds(2, 0), both_ways=True))
 
 

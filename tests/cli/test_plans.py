@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import SEED, case
+from mutated import mutate
 
 from pipex.cli import main
-from pipex.plan import FAMILIES, Plan, build
+from pipex.observe import Event, write_trace
+from pipex.plan import FAMILIES, Costs, Plan, build, simulate
 from pipex.plan.layer_costs import Layer, LayerCosts
 
 KEYS = {
@@ -251,3 +256,60 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "pipex schedules: [Errno 28] No space left on device\n"
+
+
+# Files with other contents than expected.
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A plan's file, and a trace of it."""
+    plan, folder = build("1f1b", 2, 3), tmp_path_factory.mktemp("traced")
+    (folder / "plan").write_text(plan.to_text())
+    ranks = [
+        [
+            Event(1, kind.value, stage, microbatch, int(1e6 * start), int(1e6 * end))
+            for (stage, kind, microbatch, _), start, end in row
+        ]
+        for row in simulate(plan, Costs.uniform(plan)).timeline
+    ]
+    ranks[0] += [Event(1, "SEND_F", 0, 0, 10, 15), Event(1, "optimizer", -1, -1, 10**7, 10**7)]
+    ranks[1] += [Event(1, "RECV_F", 1, 0, 8, 20)]
+    write_trace(folder / "trace.json", ranks, plan.placement)
+    return folder / "plan", json.loads((folder / "trace.json").read_text())
+
+
+def layer_costs() -> Any:
+    return json.loads(LayerCosts(tuple(Layer(*"a", *(1.0,) * 7) for _ in range(3)), bandwidth=2.0).to_text())
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(range(150), id="some"), pytest.param(range(150, 2000), id="all", marks=pytest.mark.nightly)]
+)
+def test_files_changed_at_random_are_used_or_refused_by_name(
+    pipex: Any, traced: tuple[Path, Any], number: range, tmp_path: Path
+) -> None:
+    plan, trace = traced
+    commands = {
+        "trace": (
+            trace,
+            ["view", str(plan), "--html", str(tmp_path / "page.html"), "--trace"],
+            ["F", "RECV_B", "PP:0F1"],
+        ),
+        "layers": (layer_costs(), ["plan", "-p", "2", "-m", "2", "--evaluations", "5", "--layers"], [1e100, 1e-100]),
+    }
+    for name, (content, command, junk) in commands.items():
+        codes = set()
+        for seed in number:
+            changed = copy.deepcopy(content)
+            mutate(random.Random(f"{SEED} {name} {seed}"), changed, junk)
+            (tmp_path / "file.json").write_text(json.dumps(changed))
+            with case(name, seed):
+                codes.add(main([*command, str(tmp_path / "file.json")]))
+        assert codes == {0, 1}
+
+
+def test_a_trace_without_a_step_is_named(pipex: Any, traced: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text('{"traceEvents": []}')
+    said = pipex("view", str(traced[0]), "--trace", str(tmp_path / "empty.json"), code=1)
+    assert "nothing to measure; got 0 steps" in said

@@ -238,5 +238,4 @@ def test_ranks_of_two_hosts_train_to_the_bits_of_one_process() -> None:
 def test_info_says_what_there_is(here: Callable[..., tuple[str, str]]) -> None:
     facts = last_line(pipex("info", "--json")[0])
     assert facts["shared_memory"] == "built"
-    assert "built" in facts["cuda_kernels"]
     assert "torch" in here("info")[0]

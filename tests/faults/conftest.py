@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pipex.errors import PeerError
 from pipex.plan import communicate
 from pipex.runtime import worlds
 from pipex.runtime.reference import OneProcess
+from pipex.torch_internals import import_compiler
 from pipex.transport import device
 from pipex.transport.host import HostRun
 from pipex.transport.interface import Phase
@@ -327,7 +327,7 @@ def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture(autouse=True, scope="session")
 def _import_once() -> None:
     """What a rank would import first thing is imported before any rank is forked."""
-    assert "torch._dynamo" in sys.modules or __import__("torch._dynamo")
+    import_compiler()
 
 
 # Deeds.

@@ -11,9 +11,9 @@ from typing import Any
 import persistent
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch_group import in_group
 
 from pipex.plan import Plan
 from pipex.plan.families.dualpipev import dualpipev
@@ -33,12 +33,10 @@ def layers(count: int) -> list[nn.Module]:
 
 
 def rank_process(
-    store: Path, rank: int, plan: Plan, csv: Path, format: Format, data: tuple[Any, ...]
+    rank: int, plan: Plan, csv: Path, format: Format, data: tuple[Any, ...]
 ) -> tuple[dict[int, list[Any]], list[float]]:
     """One rank: torch's runtime with our CSV, for two steps; gradients per stage and the losses."""
     modules, inputs, target = data
-    ranks = plan.placement.ranks
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)
     stages = [
         PipelineStage(modules[index], index, len(modules), torch.device("cpu"))
         for index in plan.placement.stages_of(rank)
@@ -53,7 +51,6 @@ def rank_process(
         last = rank == plan.placement.rank_of(plan.placement.stages - 1)
         schedule.step(*arguments, target=target if last else None, losses=losses)
     gradients = {stage.stage_index: [p.grad.numpy() for p in stage.submod.parameters()] for stage in stages}  # type: ignore[union-attr]
-    dist.destroy_process_group()
     return gradients, [loss.item() for loss in losses]
 
 
@@ -68,8 +65,11 @@ def run_in_torch(tmp_path: Path) -> Callable[..., Answer]:
     def run(plan: Plan, format: Format, *data: Any) -> Answer:
         csv = tmp_path / "plan.csv"
         write_torch_csv(plan, csv, format)
-        ranks = range(plan.placement.ranks)
-        bodies = [partial(rank_process, tmp_path / "store", rank, plan, csv, format, data) for rank in ranks]
+        ranks = plan.placement.ranks
+        bodies = [
+            partial(in_group, tmp_path / "store", rank, ranks, rank_process, rank, plan, csv, format, data)
+            for rank in range(ranks)
+        ]
         answers = persistent.ranks.results(bodies)
         gradients = {stage: found for answer, _ in answers for stage, found in answer.items()}
         losses = next(losses for _, losses in answers if losses)

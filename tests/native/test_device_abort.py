@@ -251,7 +251,7 @@ def test_a_send_that_waits_does_not_hold_up_the_legacy_stream(simulated_cuda: Pa
 def test_a_gpu_that_works_while_its_host_waits_makes_progress(simulated_cuda: Path) -> None:
     """Copies that together take longer than the limit, each of them less."""
     control = _native.Control(2)
-    traffic = Traffic(messages=12, words=64, under_way=12, sources=12, timeout=LIMIT, settings="seed=1,delay=120000")
+    traffic = Traffic(messages=12, words=64, under_way=12, sources=12, timeout=LIMIT, settings="seed=1")
     bodies = [
         partial(_send_all, simulated_cuda, control, traffic),
         partial(_take_all, simulated_cuda, control, traffic),
@@ -265,6 +265,7 @@ def test_a_gpu_that_works_while_its_host_waits_makes_progress(simulated_cuda: Pa
 def _send_all(library: Path, control: _native.Control, traffic: Traffic) -> float:
     end = End(library, control, 0, traffic)
     grow(end)
+    end.simulator.set("delay", 120_000)
     begin = time.monotonic()
     for message in range(traffic.messages):
         send_one(end, 0, source=message, microbatch=message + 1)

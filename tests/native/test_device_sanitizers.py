@@ -125,16 +125,31 @@ RACES = [
 ]  # fmt: skip
 
 
-MAILBOX, LENDER = (ROOT / "csrc/host" / f"{name}.cpp" for name in ("mailbox", "lender"))
-PUBLISHED = "offer().generation.store(static_cast<std::uint32_t>(payloads_.size()));"
-
-
 @pytest.mark.parametrize(("source", "right", "wrong", "times"), RACES)
 def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: str, wrong: str, times: int) -> None:
     replace = broken(tmp_path, source, right, wrong, times=times)
     done = stress(tmp_path, THREADS, 200, 64, settings="seed=1,queues=8,delay=50", replace=replace)
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
+
+
+BYTES, PLACE = "  offer().bytes = bytes;\n", "static_cast<std::uint8_t>(payloads_.size())"
+GROWTH = [
+    pytest.param(BYTES, "  offer().generation.store(payloads_.size());\n"
+                        "  std::this_thread::sleep_for(std::chrono::milliseconds(20));\n" + BYTES,
+                 id="an offer that is published before its memory"),
+    pytest.param(PLACE, "std::uint8_t{1}", id="a header that names the first generation"),
+    pytest.param("payloads_.back()->payload(slot)", "payloads_.front()->payload(slot)",
+                 id="a copy into the first generation"),
+    pytest.param("taken.load() == payloads", "taken.load() <= payloads", id="an offer over one that is not taken yet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong"), GROWTH)
+def test_growth_with_a_mistake_is_reported(tmp_path: Path, right: str, wrong: str) -> None:
+    replace = broken(tmp_path, RING, right, wrong)
+    done = stress(tmp_path, THREADS, 500, 64, settings="seed=1,queues=8,delay=50", replace=replace)
+    assert done.returncode != 0, done.stdout
 
 
 def test_memory_that_is_freed_before_the_peer_is_done_is_reported(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from sanitizers import BOTH, HARNESS, HOST, LAYOUT, MEMORY, THREADS, Flags, brok
 
 pytestmark = pytest.mark.long  # to compile them takes longer than all other tests of this folder
 
+MAILBOX, LENDER = (path for path in HOST if path.name in ("mailbox.cpp", "lender.cpp"))
 STRESS, HOSTILE = HARNESS / "ring_stress.cpp", HARNESS / "ring_hostile.cpp"
 
 
-def build(flags: Flags, main: Path, layout: Path = LAYOUT) -> Path:
-    """The program with the ring, or with another ring_layout.cpp."""
-    return program(flags, HOST, layout, main)
+def build(flags: Flags, main: Path, layout: Path = LAYOUT, instead: Path | None = None) -> Path:
+    """The program with the ring, or with another ring_layout.cpp, or another source in the place of one of its name."""
+    host = [instead if instead is not None and instead.name == path.name else path for path in HOST]
+    return program(flags, host, layout, main)
 
 
 def assert_arrived(done: subprocess.CompletedProcess[str], messages: int, most: int) -> None:
@@ -56,6 +58,24 @@ def test_a_slot_announced_without_order_is_reported(tmp_path: Path, access: str)
     done = run(build(THREADS, STRESS, relaxed), 2_000, 4 << 10)
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
+
+
+def test_a_generation_that_is_not_advanced_is_reported(tmp_path: Path) -> None:
+    """The consumer goes on in the memory that the slot had."""
+    stale = broken(tmp_path, MAILBOX, "cell(slot).generation.fetch_add(1);", "")
+    done = run(build(MEMORY, STRESS, instead=stale), 2_000, 4 << 10)
+    assert done.returncode != 0
+    assert "header mismatch" in done.stderr or "AddressSanitizer" in done.stderr
+
+
+def test_memory_that_is_replaced_while_it_is_lent_is_reported(tmp_path: Path) -> None:
+    """The slot is given back when it is lent, and nobody looks whether it is."""
+    early = broken(tmp_path, LENDER, "loans_[slot].slot = slot;", "loans_[slot].slot = slot;\n  free_.push(slot);")
+    early = broken(tmp_path, early, "if (owner->release(slot)) owner->free_.push(slot);", "")
+    blind = broken(tmp_path, early, "if (is_lent_[slot]) throw", "if (false) throw")
+    done = run(build(MEMORY, STRESS, instead=blind), 2_000, 4 << 10)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-use-after-free" in done.stderr or "is damaged" in done.stderr
 
 
 @pytest.mark.parametrize("attempts", [20_000, pytest.param(100_000, marks=pytest.mark.nightly)])

@@ -58,6 +58,21 @@ def test_an_incomplete_step_is_left_out() -> None:
     assert measure([RANK_0 + torn, RANK_1], PLACEMENT) == measure([RANK_0, RANK_1], PLACEMENT)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "steps"),
+    [([], 0), ([[], []], 0), ([RANK_0, []], 1), ([RANK_0, [event("optimizer", -1, 0, 1)]], 1)],
+    ids=["no ranks", "no events", "an idle rank", "no actions"],
+)
+def test_events_without_a_whole_step_are_refused(ranks: list[list[Event]], steps: int) -> None:
+    with pytest.raises(InputError, match=f"nothing to measure; got {steps} steps, none of them with actions on every"):
+        measure(ranks, PLACEMENT)
+
+
+def test_a_clock_that_stood_still_is_no_fault() -> None:
+    still = [[e._replace(begin=5, end=5) for e in rank] for rank in (RANK_0, RANK_1)]
+    assert measure(still, PLACEMENT).makespan == 0.0
+
+
 def test_the_recorder_keeps_the_last_steps() -> None:
     recorder = Recorder(steps=2)
     for step in (1, 2, 3):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,34 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "trace.json") == RANKS
 
 
+def whole_nanoseconds(microseconds: float) -> int:
+    return int(microseconds * 1000)  # cut off, as viewers do
+
+
+@pytest.mark.parametrize("read", [float, whole_nanoseconds])
+def test_both_ends_of_every_arrow_lie_in_a_slice_of_their_track(read: Callable[[float], float], tmp_path: Path) -> None:
+    chance = random.Random(1)
+    ranks: list[list[Event]] = [[], []]
+    at = ZERO
+    for microbatch in range(500):
+        for rank, (sends, receives) in enumerate((("SEND_F", "RECV_B"), ("SEND_B", "RECV_F"))):
+            for kind in (receives, sends):
+                duration = chance.choice((0, 1, 2, 3, 4, 5, chance.randrange(10**7)))
+                ranks[rank].append(Event(1, kind, rank, microbatch, at, at + duration))
+                at += duration + chance.randrange(10**4)
+    write_trace(tmp_path / "trace.json", ranks, Placement("loop", 2))
+    assert read_trace(tmp_path / "trace.json") == ranks
+    rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    slices = {(row["pid"], row["tid"], row["args"]["microbatch"]): row for row in rows if row["ph"] == "X"}
+    arrows = [row for row in rows if row["ph"] in "sf"]
+    assert len(arrows) == 2000
+    for row in arrows:
+        microbatch = int(row["id"].rpartition("F" if "F" in row["id"] else "B")[2])
+        around = slices[row["pid"], row["tid"], microbatch]
+        begin = read(around["ts"])
+        assert begin <= read(row["ts"]) <= begin + read(around["dur"]), row
+
+
 SLICE = {
     "ph": "X", "name": "PP:0F0", "cat": "F", "pid": 0, "tid": 0, "ts": 1.5, "dur": 2.5,
     "args": {"step": 1, "stage": 0, "microbatch": 0},
@@ -58,6 +88,12 @@ def test_reads_this_slice(tmp_path: Path) -> None:
         ({"args": {"step": 0, "stage": 0, "microbatch": 0}}, "step 0"),
         ({"args": {"step": True, "stage": 0, "microbatch": 0}}, "step True"),
         ({"args": {"step": 1, "stage": -2, "microbatch": 0}}, "stage -2"),
+        (
+            {"args": {"step": 1, "stage": -1, "microbatch": -1}, "name": "PP:F"},
+            r"cat 'F' with stage -1 in traceEvents\[0\]",
+        ),
+        ({"cat": "SENDX", "name": "PP:0SENDX0"}, r"cat 'SENDX' with stage 0 in traceEvents\[0\]"),
+        ({"cat": "reduce", "name": "PP:0reduce0"}, "cat 'reduce' with stage 0"),
         ({"args": {"step": 1, "stage": 0}}, "microbatch None"),
         ({"args": {"step": 1, "stage": 0.0, "microbatch": 0}}, "stage 0.0"),
         ({"pid": 1}, r"events of the processes \[1\] only, not of every rank from 0 on"),

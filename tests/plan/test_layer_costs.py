@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import SEED
 
 from pipex.errors import InputError
 from pipex.plan.cut import cut
 from pipex.plan.layer_costs import FORMAT, Layer, LayerCosts
 from pipex.plan.placement import Edge, Placement
+from pipex.plan.search import search
 
 EMBED = Layer("embed", 1.0, 0.5, 0.25, activation=10, deferred=20, parameters=1000, output=7)
 BLOCK = Layer("block", 3.0, 4.0, 2.0, activation=100, deferred=60, parameters=400, output=8)
@@ -120,15 +124,21 @@ def lacking(index: int, key: str) -> dict[str, Any]:
         (with_layer(2, name=None), "layer 2 in x.json has no name"),
         (lacking(1, "deferred"), "layer 1 (block) in x.json lacks deferred"),
         (with_layer(3, flops=1), "layer 3 (head) in x.json has an unknown key; got flops"),
-        (with_layer(3, forward=-1.0), "forward of layer 3 (head); got -1.0; needed a finite number, at least 0"),
+        (with_layer(3, forward=-1.0), "forward of layer 3 (head); got -1.0; needed 0, or a number from 1e-100"),
         (with_layer(0, output="7"), "bad cost: output of layer 0 (embed); got '7'"),
         (with_layer(0, output=None), "bad cost: output of layer 0 (embed); got None"),
         (with_layer(0, output=True), "bad cost: output of layer 0 (embed); got True"),
         (with_layer(0, output=[1]), "bad cost: output of layer 0 (embed); got [1]"),
-        (with_layer(0, output=10**400), "bad cost: output of layer 0 (embed); got 1000"),
         (with_layer(0, forward=math.nan), "NaN is no number of JSON"),
         (with_layer(0, forward=math.inf), "Infinity is no number of JSON"),
         (json.dumps(with_layer(0, forward=123.5)).replace("123.5", "1e999"), "forward of layer 0 (embed); got inf"),
+        (with_layer(0, output=10**400), "bad cost: output of layer 0 (embed); got 1000"),
+        (with_layer(1, forward=1e308), "forward of layer 1 (block); got 1e+308; needed 0, or a number"),
+        (with_layer(1, activation=1e-320), "activation of layer 1 (block); got 1e-320; needed 0, or a number"),
+        (content() | {"latency": 1e-320}, "bad cost: latency; got 1e-320"),
+        (content() | {"bandwidth": 1e-320}, "bad cost: bandwidth; got 1e-320"),
+        (content() | {"bandwidth": 1e-100}, "output / bandwidth of layer 0 (embed); got 7e+100"),
+        (content() | {"bandwidth": "fast"}, "bad cost: bandwidth; got 'fast'"),
         (content() | {"latency": -1}, "bad cost: latency; got -1"),
         (content() | {"bandwidth": 0}, "bad cost: bandwidth; got 0; needed bytes per second above 0"),
         (content() | {"bandwidth": -2}, "bad cost: bandwidth; got -2"),
@@ -157,3 +167,25 @@ def test_no_layers_and_bad_numbers_are_refused_without_a_file_too() -> None:
         LayerCosts(())
     with pytest.raises(InputError, match=r"bad cost: parameters of layer 1 \(block\); got nan"):
         LayerCosts((EMBED, replace(BLOCK, parameters=math.nan)))
+
+
+EXTREME = [0, 1e-100, 1e-50, 1.0, 1e50, 1e100]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_accepted_can_be_planned(seed: int) -> None:
+    chance = random.Random(f"{SEED} {seed}")
+    layers = tuple(Layer("a", *(chance.choice(EXTREME) for _ in range(7))) for _ in range(chance.randint(2, 6)))
+    try:
+        costs = LayerCosts(layers, chance.choice(EXTREME), chance.choice([None, *EXTREME[1:]]))
+    except InputError as error:
+        assert "output / bandwidth" in str(error)  # noqa: PT017
+        return
+    memory = chance.choice([None, 1e-320, 1.0, 1e200, 1e308])
+    try:
+        result = search(costs, memory, ranks=2, microbatches=3, evaluations=20)
+    except InputError as error:
+        assert memory is not None, error  # noqa: PT017
+        return
+    assert isfinite(result.best.makespan)
+    assert result.best.makespan >= 3 * max(layer.time for layer in layers) * (1 - 1e-9)  # it counts in whole units

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.metadata
 import inspect
@@ -256,8 +257,9 @@ def test_the_placement_is_the_one_that_fits(rows: list[str], placement: Placemen
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("\n", "rank 0 of the CSV has no compute actions; needed a stage on every rank"),
+        (",\n", "rank 0 of the CSV has no compute actions; needed a stage on every rank"),
         ("0F0\n,,,\n", "rank 1 of the CSV has no compute actions"),
+        ("0F0\n\n1F0\n", "rank 1 of the CSV has no compute actions"),
         ("0F0\n1UNSHARD,1SEND_F0\n", "rank 1 of the CSV has no compute actions"),
         ("0F0,0F1\n0B0\n", "stage 0 is on ranks 0 and 1; needed every stage on one rank"),
         ("1F0\n2F0\n", "the CSV has no stage 0; needed all stages from 0 to 2"),
@@ -380,21 +382,54 @@ def test_idle_steps_and_actions_for_fsdp_are_read_and_left_out_of_the_plan() -> 
     assert parse_rows(text) == (tuple(cell and parse_action(cell) for cell in cells),)
 
 
-def test_lines_may_end_in_lf() -> None:
-    assert from_torch_csv(COMPUTE.replace("\r\n", "\n")) == from_torch_csv(COMPUTE)
+EDITED = {
+    "LF": COMPUTE.replace("\r\n", "\n"),
+    "CR": COMPUTE.replace("\r\n", "\r"),
+    "no final newline": COMPUTE.removesuffix("\r\n"),
+    "no final LF": COMPUTE.removesuffix("\n"),
+    "mixed": COMPUTE.replace("\r\n", "\n", 1),
+    "quoted": COMPUTE.replace("0F1", '"0F1"').replace("1B1", '"1B1"'),
+    "all quoted": '"' + COMPUTE.replace(",", '","').replace("\r\n", '"\r\n"').removesuffix('"'),
+    "blanks": COMPUTE.replace(",", ", "),
+    "blanks before": COMPUTE.replace(",", "\t ,"),
+    "blanks in quotes": COMPUTE.replace("0F1", '" 0F1\t"'),
+    "blanks after quotes": COMPUTE.replace("0F1", '"0F1" '),
+    "an empty line": COMPUTE + "\n",
+    "empty lines": COMPUTE + "\r\n\n  \n",
+    "a comma at the end": COMPUTE.replace("\r\n", ",\r\n"),
+    "idle steps": COMPUTE.replace(",", ', ,"",'),
+}
+
+
+@pytest.mark.parametrize("text", EDITED.values(), ids=EDITED)
+def test_what_an_editor_leaves_is_read_as_torch_reads_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.csv").write_bytes(text.encode())
+    with (tmp_path / "plan.csv").open(newline="") as file:  # as in torch's _load_csv
+        theirs = [[schedules._Action.from_str(cell) for cell in row] for row in csv.reader(file)]
+    ours = [[cell and str(cell) for cell in row] for row in parse_rows(text)]
+    assert ours == [[cell and str(cell) for cell in row] for row in theirs[: len(ours)]]
+    assert not any(any(row) for row in theirs[len(ours) :])
+    assert read_plan(tmp_path / "plan.csv") == from_torch_csv(COMPUTE)
 
 
 @pytest.mark.parametrize(
     ("text", "place"),
     [
         ("", "line 1, column 1;"),
-        ("0F0,0B0", "line 1, column 8;"),
-        ("0F0,0B0\n1F0", "line 2, column 4;"),
-        ("0F0,0B0\n1F0,1B0\r\n", "line 1, column 8;"),
-        ("0F0,0B0\r\n1F0,1B0\n", "line 2, column 8;"),
-        ("0F0,0B0\r1F0,1B0\r", "line 1, column 8;"),
-        ("0F0, 0B0\n", "line 1, column 5;"),
-        ('"0F0",0B0\n', "line 1, column 1;"),
+        ("\n\r\n", "line 1, column 1;"),
+        ("0F0,0B0\n1F", "line 2, column 3;"),
+        ("0F0,0B0\n\n1F0,1B0\n1", "line 4, column 2;"),
+        ("0F0,  0B\n", "line 1, column 9;"),
+        ("0F0\t,0B\n", "line 1, column 8;"),
+        ("0F0, 0 B0\n", "line 1, column 7;"),
+        ('"0F0"," 0B"\n', "line 1, column 11;"),
+        ('"0F0",0"B0\n', "line 1, column 8;"),
+        ('"0F0,0B0\n', "line 1, column 1;"),
+        ('0F0, "0B0"\n', "line 1, column 6;"),
+        ('"0F0"x,0B0\n', "line 1, column 1;"),
+        ('"0F""0",0B0\n', "line 1, column 1;"),
+        ('"0F0,0B0"\n', "line 1, column 5;"),
+        ("0F0\xa0,0B0\n", "line 1, column 4;"),
         ("0F0;0B0\n", "line 1, column 4;"),
         ("0F0,0BW0\n", "line 1, column 6;"),
         ("0F0,(0F1;0B0)OVERLAP_B_F\n", "line 1, column 5;"),

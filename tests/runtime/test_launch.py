@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
+import re
+import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -12,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import outcomes
 
 import pipex
-from pipex.errors import InputError, NativeUnavailable, PeerFailed, PeerLost
+from pipex.errors import InputError, NativeUnavailable, PeerFailed, PeerLost, PeerStalled
 from pipex.runtime import worlds
 
 
@@ -222,3 +229,99 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_ranks_are_started_afresh_where_a_fork_could_hang() -> None:
     for command in pipex.launch(Path("/proc/self/cmdline").read_text, 2):
         assert "multiprocessing.spawn" in command
+
+
+def refused(call: Any) -> str:
+    before = set(multiprocessing.active_children())  # ranks of other tests, which stay
+    with pytest.raises(InputError) as caught:
+        call()
+    assert set(multiprocessing.active_children()) == before
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_ranks_that_are_started_afresh_cannot_import_is_named_before_any_starts() -> None:
+    here = threading.Lock()
+    for call, got in (
+        (lambda: pipex.launch(lambda: 1, 2), "refused"),
+        (lambda: pipex.launch(place, 2, args=(here,)), "place: cannot pickle '_thread.lock' object"),
+    ):
+        said = refused(call)
+        assert "launch has to start its ranks afresh, since this process has other threads (Thread-" in said
+        assert got in said or "<lambda>: Can't" in said
+        assert "put it into a module, or call launch before threads are started" in said
+
+
+PROGRAM = """
+import os, threading
+os.sched_getaffinity = lambda process: set(range(8))  # as on a machine of 8 cores: several threads for each rank
+import pipex
+from pipex.errors import InputError
+stop = threading.Event()
+threading.Thread(target=stop.wait, name="a loader").start()
+def rank():
+    return pipex.current_world().rank
+if __name__ == "__main__":
+    try:
+        print(pipex.launch(rank, 2))
+    except InputError as error:
+        print(error)
+    finally:
+        stop.set()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["-"],
+            "got a program from <stdin>, which each rank would run again; needed a function at the top of a module",
+        ),
+        (["-c", PROGRAM], "got rank of an interactive session; needed a function at the top of a module"),
+    ],
+    ids=["stdin", "-c"],
+)
+def test_a_program_that_is_no_file_is_told_so(options: list[str], said: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, *options], input=PROGRAM, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.stdout.startswith("launch has to start its ranks afresh, since this process has other threads (a loader")
+    assert said in ran.stdout
+    assert ran.stderr == ""
+
+
+# Limits of the system.
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2, 7, 12])
+def test_too_few_descriptors_are_named(spare: int) -> None:
+    """In a process of its own, which may have so many more than it has."""
+
+    def body() -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1 + spare,) * 2)
+        return pipex.launch(place, 4, timeout=10)
+
+    importlib.import_module("torch._dynamo")  # opens files; launch does it before it forks
+    (outcome,) = outcomes([body])
+    assert outcome["error"] == "InputError"
+    assert re.search("^(4 ranks cannot be started|shared memory between ranks cannot be made); got", outcome["text"])
+    assert "Too many open files; " in outcome["text"]
+    assert "ulimit -n" in outcome["text"]
+
+
+def stop_here() -> None:
+    world = pipex.current_world()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    world.exchange(b"")
+
+
+@pytest.mark.timeout(60)
+def test_a_stopped_rank_is_ended_as_soon_as_the_others_have_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipex.runtime.launch.GRACE", 1000.0)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(PeerStalled, match=r"rank 1 is (stopped|alive)"):
+        pipex.launch(stop_here, 3, timeout=1.0)
+    assert set(multiprocessing.active_children()) == before

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipex
+from pipex.runtime.stage_runner import StageRunner
 
 Batches = Sequence[tuple[Any, Tensor]]
 
@@ -218,16 +219,14 @@ def test_nothing_of_the_user_s_runs_twice(family: str) -> None:
     assert_same(counting, batches, 3, family)
 
 
-class Refuses(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.requires_grad_(False) if torch.is_grad_enabled() else x
-
-
 def step_with_a_gradient_missing() -> str:
-    pipe = pipex.Pipeline([nn.Linear(4, 4), nn.Sequential(Refuses(), nn.Linear(4, 4))], pipex.build("1f1b", 2, 2),
-                          F.mse_loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))  # fmt: skip
-    with pytest.raises(pipex.PipexError) as error:
-        pipe.step(torch.randn(4, 4), torch.randn(4, 4))
+    pipe = pipex.Pipeline([nn.Linear(4, 4), nn.Linear(4, 4)], pipex.build("1f1b", 2, 2), F.mse_loss,
+                          optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        if pipe.world.rank == 1:  # as another version of pipex might do
+            patch.setattr(StageRunner, "backward", lambda runner, microbatch, _: runner.live.pop(microbatch) and ())
+        with pytest.raises(pipex.PipexError) as error:
+            pipe.step(torch.randn(4, 4), torch.randn(4, 4))
     return str(error.value)
 
 

@@ -14,8 +14,8 @@ from pipex.errors import CheckpointError
 from pipex.partition.split import split_model
 from pipex.partition.stage import Stage
 from pipex.state.checkpoint import Checkpoint
-from pipex.state.model import check_model, load_model_state, model_state
-from pipex.state.optimizer import load_optimizer_state, optimizer_state
+from pipex.state.model import check_model, model_state, read_model_state
+from pipex.state.optimizer import optimizer_state, read_optimizer_state
 from pipex.state.save import commit, write_shard
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
@@ -82,9 +82,9 @@ class Run:
         checkpoint = Checkpoint.open(directory)
         check_model(checkpoint, names_of(self.stages))
         for stage in self.stages:
-            load_model_state(checkpoint, stage.names)
+            read_model_state(checkpoint, stage.names)()
         for index, optimizer in self.optimizers.items():
-            load_optimizer_state(checkpoint, optimizer, self.stages[index].names)
+            read_optimizer_state(checkpoint, optimizer, self.stages[index].names)()
 
 
 def names_of(stages: Sequence[Stage]) -> dict[str, Tensor]:
@@ -217,5 +217,5 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     (stage,) = split_model(model, 1)
     with pytest.raises(CheckpointError, match=r"4\.weight is float32\[8\], needed float32\[4\]"):
-        load_model_state(Checkpoint.open(tmp_path), stage.names)
+        read_model_state(Checkpoint.open(tmp_path), stage.names)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import CheckpointError
+from pipex.state import serialize
 from pipex.state.checkpoint import Checkpoint
 from pipex.state.manifest import MANIFEST
 from pipex.state.save import commit, discard, write_shard
@@ -25,7 +27,8 @@ TensorsOf = Callable[..., dict[str, Tensor]]
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
+    torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 ]  # fmt: skip
 
 
@@ -34,19 +37,30 @@ def odd_tensors() -> dict[str, Tensor]:
     base = torch.randint(0, 2, (3, 5), generator=torch.Generator().manual_seed(0))
     tensors = {f"{dtype}": base.to(dtype) for dtype in DTYPES}
     row = torch.arange(12.0)
+    pairs = torch.complex(row[:6], row[6:]).view(2, 3)
     return tensors | {
         "scalar": torch.tensor(1.5),
         "empty": torch.empty(0, 3),
         "transposed": row.view(3, 4).t(),
         "slice": row[2:5],
         "same memory": row[2:5],
+        "expanded": row[:3].expand(4, 3),
+        "every other, backwards": row.flip(0)[::2],
+        "conjugate": pairs.conj(),
+        "conjugate and transposed": pairs.t().conj(),
+        "negative": pairs.conj().imag,
+        "negative, one element": torch.tensor([1 + 1j]).conj().imag,
+        "negative, on a slice": pairs.conj().imag[:, 1:2],
         "not a number": torch.tensor([float("nan"), -0.0, float("inf")]),
         'ein Name, der nicht ascii ist: ß/"\\': torch.ones(1),
     }
 
 
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def assert_same(read: Tensor, saved: Tensor, name: str) -> None:
+    assert (read.dtype, read.shape) == (saved.dtype, saved.shape), name
+    assert list(map(repr, read.reshape(-1).tolist())) == list(map(repr, saved.reshape(-1).tolist())), name
+    if not saved.is_neg() and not saved.is_conj():  # the bytes in memory are then those of the values
+        assert torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (read, saved))), name
 
 
 def test_a_shard_is_a_file_that_the_safetensors_package_reads(tmp_path: Path) -> None:
@@ -55,8 +69,7 @@ def test_a_shard_is_a_file_that_the_safetensors_package_reads(tmp_path: Path) ->
     read = safetensors.torch.load_file(tmp_path / shard["file"])
     assert read.keys() == tensors.keys() == shard["tensors"].keys()
     for name, tensor in tensors.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(bits(read[name]), bits(tensor)), name
+        assert_same(read[name], tensor, name)
     assert (tmp_path / shard["file"]).stat().st_size == shard["bytes"]
     assert json.loads(json.dumps(shard)) == shard
 
@@ -77,7 +90,7 @@ def test_loading_returns_the_saved_bits_in_memory_of_their_own(tmp_path: Path) -
     (path,) = shards_in(tmp_path)
     path.write_bytes(b"x" * path.stat().st_size)
     for name, tensor in tensors.items():
-        assert torch.equal(bits(loaded[name]), bits(tensor)), name
+        assert_same(loaded[name], tensor, name)
 
 
 def test_a_save_replaces_the_one_before_and_leaves_nothing_else(tmp_path: Path, save: Save, assert_holds: Save) -> None:
@@ -123,12 +136,34 @@ def test_a_tensor_in_two_shards_is_read_once_and_must_have_one_form(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse()], ids=["complex", "sparse"]
+    ("tensor", "got"),
+    [
+        (torch.zeros(2, dtype=torch.complex128), "complex128[2]"),
+        (torch.zeros(2, dtype=torch.uint8).view(torch.float8_e8m0fnu), "float8_e8m0fnu[2]"),
+        (torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2[2]"),
+        (torch.eye(2).to_sparse(), "float32[2, 2], torch.sparse_coo"),
+        (torch.empty(2, device="meta"), "float32[2], torch.strided, on meta"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_tensor_that_the_format_lacks_is_named(tmp_path: Path, tensor: Tensor) -> None:
-    with pytest.raises(CheckpointError, match="the tensor odd cannot be saved"):
+def test_a_tensor_that_could_not_be_read_back_is_named(tmp_path: Path, tensor: Tensor, got: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"the tensor odd cannot be saved; got {got}")):
         write_shard(tmp_path, 1, 0, {"fine": torch.ones(1), "odd": tensor}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_types_are_those_that_the_installed_package_knows() -> None:
+    known = safetensors.torch._TYPES  # type: ignore[attr-defined]
+    assert {name: dtype for dtype, name in serialize.DTYPES.items()} == known
+    assert set(DTYPES) == set(serialize.DTYPES)
+
+
+def test_a_type_that_an_older_package_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serialize.DTYPES, torch.complex128, "C128")
+    serialize._is_read_back.cache_clear()
+    with pytest.raises(CheckpointError, match=r"the tensor a cannot be saved; got complex128\[1\].*, complex64, "):
+        write_shard(tmp_path, 1, 0, {"a": torch.zeros(1, dtype=torch.complex128)}, {})
+    serialize._is_read_back.cache_clear()
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -59,23 +59,27 @@ def _made(key: str, suffix: str, command: Callable[[Path], Sequence[str | Path]]
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
     """Other processes wait: they need the same."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
         yield
 
 
 def _forget_old() -> None:
+    """What another process is about to use, or has forgotten meanwhile, is left to it."""
     for path in CACHE.iterdir():
-        if path.suffix != ".lock" and path.stat().st_mtime < time.time() - KEPT_SECONDS:
-            path.unlink(missing_ok=True)
+        if path.suffix != ".lock":
+            lock = CACHE / f"{path.name.partition('.')[0]}.lock"
+            with suppress(BlockingIOError, FileNotFoundError), _locked(lock, fcntl.LOCK_NB):
+                if path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    path.unlink()
 
 
-def _key(words: Iterable[str], sources: Iterable[Path]) -> str:
-    """Of all that a result depends on. A source may lie anywhere under any name: what it says counts."""
-    seen = hashlib.sha256(_surroundings().encode())
+def _key(words: Sequence[str], sources: Iterable[Path]) -> str:
+    """Of all that a result depends on. A source may lie in any folder: its name and what it says count."""
+    seen = hashlib.sha256(f"{_surroundings()} {_version(words[0])}".encode())
     for word in [*words, *(source.name for source in sources)]:
         seen.update(word.encode() + b"\0")
     for source in sources:
@@ -85,11 +89,15 @@ def _key(words: Iterable[str], sources: Iterable[Path]) -> str:
 
 @functools.cache
 def _surroundings() -> str:
-    """Everything that sources may include, and the compiler."""
+    """Everything that sources may include, and the compiler that nvcc calls for C++."""
     seen = hashlib.sha256()
     for folder in ("csrc", "tests/native"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".cpp", ".hpp", ".cu", ".cuh", ".h"):
                 seen.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    return f"{seen.hexdigest()} {version} {ROOT}"
+    return f"{seen.hexdigest()} {_version(os.environ.get('NVCC_CCBIN', 'g++'))} {ROOT}"
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import importlib
 import multiprocessing
 import os
 import pickle
@@ -25,6 +24,7 @@ import torch
 from forked import outcome_of
 
 from pipex.runtime import worlds
+from pipex.torch_internals import import_compiler
 
 FORK = multiprocessing.get_context("fork")
 
@@ -57,26 +57,24 @@ class Ranks:
 
     def start(self, count: int) -> None:
         """There are at least so many from here on."""
+        import_compiler()  # or the first optimizer of every rank would
         while len(self._pipes) < count:
-            self._start_one()
-
-    def _start_one(self) -> None:
-        importlib.import_module("torch._dynamo")  # or the first optimizer of every rank would
-        ours, theirs = FORK.Pipe()
-        process = FORK.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forking with threads around
-            process.start()
-        theirs.close()
-        self._processes.append(process)
-        self._pipes.append(ours)
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forking with threads around
+                process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
 
     def stop(self) -> None:
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.kill()
             process.join()
             pipe.close()
-        self.__init__()  # type: ignore[misc]
+        self._processes.clear()
+        self._pipes.clear()
 
 
 HUNG = {"hung": True}

@@ -3,6 +3,10 @@
 A host enqueues what the executor's actions would (``rank_host``), and waits only where the protocol says so. A stream's
 operations go into the hardware queue that the stream is mapped to, in the order in which they are enqueued; a queue
 works on its first operation alone. Who goes on next, of the hosts and queues that can, is the scheduler's choice.
+
+A message that does not fit goes through host memory: its sender's host waits for what computes it, its receiver's for
+its own stream, which copies it. Then the receiver makes memory, and the sender maps it when it sends the next time;
+each of their hosts waits for that on the stream that is also the abort's.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ class Operation:
 
 Choice = tuple[str, int]
 """("host", rank) | ("queue", number)"""
+
+HOST_MEMORY = 0
+"""Instead of a slot's use, counted from 1: the message is not in device memory."""
 
 Host = Generator[Callable[[], bool], None, None]
 """A program that yields what must hold before it goes on."""
@@ -115,10 +122,16 @@ class EdgeState:
     lent: dict[int, tuple[int, int]] = field(default_factory=dict)  # by micro-batch
     kept: deque[tuple[int, int]] = field(default_factory=deque)  # used, but still referred to
     sent: int = 0
+    from_device: set[int] = field(default_factory=set)  # messages
+    offered: int = 0  # generations of memory
+    mapped: int = 0
 
     def __post_init__(self) -> None:
         self.stack = list(range(self.slots))[::-1]
         self.uses = dict.fromkeys(range(self.slots), 0)
+
+
+Grows = Callable[[Edge, int], bool]
 
 
 class Ended(Exception):
@@ -131,15 +144,17 @@ class Run:
     Args:
         orders: per rank its actions, with sends and receives.
         keeps: how many tensors of each edge somebody still holds after their last use.
+        grows: which messages of an edge, by number, go through host memory.
         early_announcement: the broken rule: a slot is pushed before its operations are enqueued.
+        growth_in_step: the broken rule: a receiver waits until the sender has mapped what it has made.
     """
 
     def __init__(
         self, plan: Plan, device: Device, orders: Sequence[Sequence[Action]], *, keeps: int = 0,
-        early_announcement: bool = False,
+        grows: Grows = lambda edge, message: False, early_announcement: bool = False, growth_in_step: bool = False,
     ) -> None:  # fmt: skip
-        self.plan, self.device, self.orders, self.keeps = plan, device, orders, keeps
-        self.early_announcement = early_announcement
+        self.plan, self.device, self.orders, self.keeps, self.grows = plan, device, orders, keeps, grows
+        self.early_announcement, self.growth_in_step = early_announcement, growth_in_step
         slots, held = slots_needed(plan), alive(plan)
         self.edges = {
             edge: EdgeState(max(1, slots[edge]) + max(1, held[edge]), max(1, held[edge])) for edge in plan.edges
@@ -198,7 +213,7 @@ class Run:
         for action in self.orders[rank]:
             yield from self._act(rank, action)
         mine = [edge for edge in self.edges if self.plan.placement.rank_of(edge.source) == rank]
-        sources = {("free", edge, message) for edge in mine for message in range(self.edges[edge].sent)}
+        sources = {("free", edge, message) for edge in mine for message in self.edges[edge].from_device}
         yield from self._until(lambda: sources <= self.device.true)  # flush
         self.at_end.add(rank)
         yield from self._until(self.agreed)
@@ -224,12 +239,22 @@ class Run:
 
     def _send(self, rank: int, edge: Edge, microbatch: int) -> Host:
         device, ring = self.device, self.edges[edge]
+        message, ring.sent = ring.sent, ring.sent + 1
+        if ring.mapped < ring.offered:
+            yield from self._done(rank, ABORT, ("mapped", edge, ring.offered))
+            ring.mapped = ring.offered
+        through_host = self.grows(edge, message)
+        if through_host:
+            yield from self._done(rank, COMPUTE, ("computed", edge, message))
         yield from self._until(lambda: bool(ring.stack or ring.free))
         ring.stack += ring.free
         ring.free.clear()
         slot = ring.stack.pop()
+        if through_host:
+            ring.ready.append((slot, HOST_MEMORY))
+            return
+        ring.from_device.add(message)
         ring.uses[slot] = use = ring.uses[slot] + 1
-        message, ring.sent = ring.sent, ring.sent + 1
         if self.early_announcement:
             ring.ready.append((slot, use))
         yield from device.enqueue(rank, COMPUTE, signal=("computed", edge, message))
@@ -248,6 +273,15 @@ class Run:
         ring = self.edges[edge]
         yield from self._until(lambda: bool(ring.ready))
         slot, use = ring.ready.popleft()
+        if use == HOST_MEMORY:
+            if ring.mapped == ring.offered:
+                yield from self._done(rank, ABORT, ("made", edge, ring.offered + 1))
+                ring.offered += 1
+            if self.growth_in_step:
+                yield from self._until(lambda: ring.mapped == ring.offered)
+            yield from self._done(rank, COMPUTE, ("arrived", edge, microbatch))
+            ring.free.append(slot)
+            return
         yield from self.device.enqueue(rank, COMPUTE, wait=("written", edge, slot, use))
         if len(ring.lent) + len(ring.kept) < ring.alive:
             ring.lent[microbatch] = slot, use
@@ -264,6 +298,13 @@ class Run:
     def _give_back(self, rank: int, edge: Edge, slot: int, use: int) -> Host:
         yield from self.device.enqueue(rank, COMPUTE, signal=("released", edge, slot, use))
         self.edges[edge].free.append(slot)
+
+    def _done(self, rank: int, stream: str, token: Token) -> Host:
+        """The host is in a call of the driver until the stream has come so far; an abort alone does not end it."""
+        yield from self.device.enqueue(rank, stream, signal=token)
+        yield lambda: token in self.device.true
+        if self.aborted:
+            raise Ended
 
     def _until(self, holds: Callable[[], bool]) -> Host:
         if holds():

@@ -13,6 +13,9 @@ Either process may be killed before any move; what it wrote and has not arrived 
 its host stops, its streams go on, and it may exit at any time. Until the abort is recorded every message must be right;
 afterwards the survivor's host must end with the error and its streams must run empty, whatever they hold.
 
+A message that does not fit goes through the host memory of its slot, with neither flag nor credit: the producer's host
+waits until it is computed and copies it there; the consumer's host copies it from there and gives the slot back.
+
 Host steps that only enqueue are one move together: nothing sees them but their own stream, so any order of events is
 that of one in which they follow each other. A move ends where the other process can look: at a pushed slot.
 """
@@ -52,6 +55,7 @@ class Ring:
 
     Args:
         faults: what may end a process before its time: subset of ("kill", "fail").
+        through_host: the messages that do not fit.
         premise: whether it is a violation that a stream wait is enqueued before what satisfies it.
         protocol: the rules.
         first: picks from a state one move that may go before all others (``ring_order``); None: no such choice.
@@ -59,15 +63,17 @@ class Ring:
 
     def __init__(
         self, under_way: int, alive: int, messages: int, *, faults: tuple[str, ...] = (), premise: bool = True,
+        through_host: frozenset[int] = frozenset(),
         protocol: Protocol | None = None, first: Callable[[Ring, State], Move | None] | None = None,
     ) -> None:  # fmt: skip
         self.slots, self.alive, self.messages = under_way + alive, alive, messages
+        self.through_host = through_host
         self.faulty, self.premise, self.rules, self.first = faults, premise, protocol or Protocol(), first
         # Under right rules nobody reads a slot or a source that was given back: what it held need not be told apart.
         self.forgets = self.rules == Protocol()
         self.steps: dict[str, Callable[[State], State]] = {
             "compute": self._compute, "take": self._take, "enqueue": self._enqueue, "header": self._header,
-            "push": self._push, "free source": self._free_source,
+            "push": self._push, "free source": self._free_source, "to host": self._to_host,
         }  # fmt: skip
         self._start = self._first_state()
 
@@ -126,16 +132,33 @@ class Ring:
 
     def send(self, s: State) -> Iterator[Move]:
         if s.sent < self.messages:
-            group = self.rules.producer[s.step]
-            if group[0] != "take" or s.stack or s.free:
+            program = self.rules.to_host if s.sent in self.through_host else self.rules.producer
+            group = program[s.step]
+            if self._ready(s, group[0]):
                 for step in group:
                     s = self.steps[step](s)
-                last = s.step + 1 == len(self.rules.producer)
+                last = s.step + 1 == len(program)
                 yield ("producer", *group), s._replace(sent=s.sent + last, step=0 if last else s.step + 1)
-            elif s.aborted:
+            elif s.aborted and group[0] == "take":
                 yield "the producer's wait for a slot ends", self._end(s, PRODUCER)
         elif s.aborted:
             yield "the producer's wait for the end ends", self._end(s, PRODUCER)
+
+    def _ready(self, s: State, step: str) -> bool:
+        match step:
+            case "take":
+                return bool(s.stack or s.free)
+            case "to host":
+                return not self.rules.to_host_waits or bool(s.computed >> s.sent & 1)
+        return True
+
+    def _to_host(self, s: State) -> State:
+        if s.aborted:
+            return s
+        piece = s.held.index(s.sent)
+        if s.source[piece] != s.sent:
+            raise Violation(f"the host copies message {s.source[piece]} instead of {s.sent}")
+        return s._replace(held=put(s.held, piece, NOTHING), source=put(s.source, piece, NOTHING))
 
     def _compute(self, s: State) -> State:
         if s.aborted:
@@ -145,7 +168,10 @@ class Ring:
 
     def _take(self, s: State) -> State:
         *stack, slot = *s.stack, *s.free
-        return s._replace(stack=tuple(stack), free=(), slot=slot, uses=put(s.uses, slot, s.uses[slot] + 1))
+        s = s._replace(stack=tuple(stack), free=(), slot=slot)
+        if s.sent in self.through_host and not self.rules.to_host_counts:
+            return s
+        return s._replace(uses=put(s.uses, slot, s.uses[slot] + 1))
 
     def _enqueue(self, s: State) -> State:
         slot, use = s.slot, s.uses[s.slot]
@@ -190,6 +216,11 @@ class Ring:
         slot, message = s.ready[0], s.got
         if s.headers[slot] != message:
             raise Violation(f"slot {slot} announces message {s.headers[slot]}, not {message}")
+        if message in self.through_host:
+            if s.returning is None:
+                taken = s._replace(ready=s.ready[1:], headers=put(s.headers, slot, NOTHING), got=message + 1)
+                yield ("consumer copies from host memory", message), taken._replace(free=(*s.free, slot))
+            return
         use = s.arrived[slot] + 1
         if self.premise and s.flags[slot] < use and not s.aborted:
             raise Violation(f"premise: the wait for message {message} is enqueued before its flag")

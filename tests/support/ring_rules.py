@@ -29,6 +29,9 @@ class Protocol:
 
     Attributes:
         producer: the host's program for a message; what stands together is one move.
+        to_host: likewise for one through host memory.
+        to_host_waits: whether its copy waits for the computation.
+        to_host_counts: whether the producer counts it among the slot's messages, which have flags and credits.
         send: what ``enqueue`` enqueues.
         flag_on: the stream that writes the flag.
         awaits: whether the consumer's stream waits for the flag.
@@ -43,6 +46,9 @@ class Protocol:
     """
 
     producer: tuple[tuple[str, ...], ...] = (("compute",), ("take", "enqueue"), ("header", "push"))
+    to_host: tuple[tuple[str, ...], ...] = (("compute",), ("to host",), ("take", "header", "push"))
+    to_host_waits: bool = True
+    to_host_counts: bool = False
     send: tuple[str, ...] = ("computed", "credit", "first half", "second half", "flag", "source free")
     flag_on: int = SEND
     awaits: bool = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from forked import Forked
+from host_world import run_in
 from torch.distributed import FileStore
 
 from pipex.runtime import worlds
@@ -41,15 +42,11 @@ def start(
             return None
         worlds.set_threads(ranks)
         world = join(rank)
-        worlds.enter(world)
         try:
-            result = body(world)
-            world.close()
-        except BaseException as error:
-            world.fail(error)
+            return run_in(world, body, (world,))
+        except BaseException:
             world.close()
             raise
-        return result
 
     with Forked([partial(rank_main, rank, body) for rank, body in enumerate(bodies)]) as forked:
         yield forked

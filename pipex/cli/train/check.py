@@ -25,9 +25,9 @@ def prepare(options: Options, ranks: int) -> OneProcess:
     )  # fmt: skip
     if options.resume is not None:
         checkpoint = state.Checkpoint.open(Path(options.resume))
-        state.load_model_state(checkpoint, _names(process))
         assert process.optimizer is not None
-        state.load_optimizer_state(checkpoint, process.optimizer, _names(process))
+        state.read_model_state(checkpoint, _names(process))()
+        state.read_optimizer_state(checkpoint, process.optimizer, _names(process))()
         process.steps = checkpoint.step
     return process
 

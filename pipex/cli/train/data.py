@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import InputError
+from pipex.reading import open_file
 
 STANDARD_LIBRARY_BYTES = 4 << 20  # enough that a short run does not see the same text often; read in milliseconds
 
@@ -73,7 +74,8 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> bytes:
     try:
-        text = file.read_bytes()
+        with open_file(file) as opened:
+            text = opened.read()
     except OSError as error:
         raise _unreadable(file, error) from error
     if not text:

@@ -10,6 +10,7 @@ from pipex.plan.interop.sidecar import sidecar_text
 from pipex.plan.interop.torch_csv import Format, from_torch_csv, to_torch_csv
 from pipex.plan.interop.torch_versions import versions_like
 from pipex.plan.plan import BYTE_ORDER_MARK, MAX_TEXT, Plan
+from pipex.reading import open_file
 
 
 def read_plan(path: str | PathLike[str]) -> Plan:
@@ -55,7 +56,7 @@ def _sidecar_of(path: Path) -> Path:
 def _content(path: Path) -> bytes:
     """The file's bytes; of one that is too long for a plan no more than it takes to see that."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             content = file.read(MAX_TEXT + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}", got=error.strerror) from None

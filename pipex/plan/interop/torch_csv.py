@@ -17,12 +17,16 @@ A plan has the compute actions only, so reading loses idle steps and the exact p
 ``compute_comms`` puts them where torch does (``torch_lowering``). What the file cannot say (family, promise, ...) a
 ``sidecar`` beside it can; without one it is inferred.
 
-Lines end in CR LF, as torch writes them, or all in LF.
+What an editor or a spreadsheet does to a file is read as torch reads it: lines that end in CR LF (as torch writes
+them), LF or CR, the last one perhaps in nothing; cells in quotes, or with blanks around them. Empty lines at the end,
+to torch ranks without actions, are left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -32,7 +36,7 @@ from pipex.plan.causality import RECEIVES, SENDS, Event
 from pipex.plan.communication import communicate
 from pipex.plan.interop.sidecar import plan_with_metadata
 from pipex.plan.interop.torch_lowering import with_torch_actions
-from pipex.plan.interop.torch_versions import WAITS, versions_like, versions_of
+from pipex.plan.interop.torch_versions import WAITED_BY, versions_like, versions_of
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Placement, PlacementName
 from pipex.plan.plan import Orders, Plan, check_stages, plain_text
@@ -90,31 +94,42 @@ def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Pl
     _check_held(plan, rows)
     if kinds & (SENDS | RECEIVES):
         _check_messages(plan, rows)
-    if kinds & WAITS:
+    if kinds & WAITED_BY.keys():
         _check_waits(rows)
     return plan
 
 
 def parse_rows(text: str | bytes) -> Rows:
-    """The cells of a CSV, idle steps and all: ``rows_text(parse_rows(text)) == text`` for lines that end in CR LF.
+    """The cells of a CSV, idle steps and all: ``rows_text(parse_rows(text)) == text`` for what torch has written.
 
     Raises:
         PlanSyntaxError: names line and column of the first wrong character.
     """
-    text = plain_text(text)
-    end = "\r\n" if "\r\n" in text else "\n"
-    lines = text.split(end)
-    rows = []
-    for line, row in enumerate(lines, start=1):
-        cells: list[Action | None] = []
-        column = 1
-        for cell in row.split(",") if row else ():
-            cells.append(parse_action(cell, line=line, column=column) if cell else None)
-            column += len(cell) + 1
-        rows.append(tuple(cells))
-    if lines[-1] or len(lines) == 1:
-        raise syntax_error(len(lines), len(lines[-1]) + 1, lines[-1], "the end of a line")
-    return tuple(rows[:-1])
+    lines = _LINE_END.split(plain_text(text))
+    while len(lines) > 1 and not lines[-1].strip(_BLANK):
+        lines.pop()
+    if not "".join(lines):
+        raise syntax_error(1, 1, "", "a row of actions for each rank")
+    return tuple(tuple(_cells(row, line)) for line, row in enumerate(lines, start=1))
+
+
+_LINE_END = re.compile("\r\n|\n|\r")
+_BLANK = " \t"
+_CELL = re.compile('(?:"([^"]*)"[ \t]*|([^,]*))(?:,|$)')
+
+
+def _cells(row: str, line: int) -> Iterator[Action | None]:
+    begin = 0
+    while begin < len(row):
+        match = _CELL.match(row, begin)
+        assert match is not None  # what is no quoted cell is one without quotes
+        group = 2 if match[1] is None else 1
+        action = match[group].strip(_BLANK)
+        column = match.start(group) + len(match[group]) - len(match[group].lstrip(_BLANK)) + 1
+        yield parse_action(action, line=line, column=column) if action else None
+        begin = match.end()
+    if row.endswith(","):
+        yield None
 
 
 def rows_text(rows: Rows | Orders) -> str:
@@ -225,9 +240,6 @@ def _check_beside(event: Event, seen: set[Action]) -> None:
         raise PlanError(f"{event} comes after what uses the message")
 
 
-_SENDS_OF = {Kind.WAIT_SEND_F: Kind.SEND_F, Kind.WAIT_SEND_B: Kind.SEND_B}
-
-
 def _check_waits(rows: Rows) -> None:
     """Every send and every REDUCE_GRAD is waited for once, after it, and no two reductions of a rank are under way at
     once: what torch 2.15 and later need of a file."""
@@ -238,8 +250,8 @@ def _check_waits(rows: Rows) -> None:
             stage, kind, microbatch, _ = event.action
             if kind in SENDS:
                 sent.add(event.action)
-            elif kind in _SENDS_OF:
-                send = Action(stage, _SENDS_OF[kind], microbatch)
+            elif kind in WAITED_BY and WAITED_BY[kind] in SENDS:
+                send = Action(stage, WAITED_BY[kind], microbatch)
                 if send not in sent:
                     raise _wait_error(f"{event} has nothing to wait for", f"{send} before it, and one wait for it")
                 sent.remove(send)

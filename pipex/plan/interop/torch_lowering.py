@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections import Counter
 
 from pipex.plan.actions import Action, Kind
-from pipex.plan.interop.torch_versions import Versions
+from pipex.plan.causality import SENDS
+from pipex.plan.interop.torch_versions import WAIT_FOR, Versions
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Orders, Plan
 
@@ -69,7 +70,7 @@ def _with_reductions(row: list[Action], microbatches: int, waits: bool) -> list[
                 if backwards[stage] == microbatches:
                     result.append(Action(stage, Kind.REDUCE_GRAD))
                     if waits:
-                        result.append(Action(stage, Kind.WAIT_REDUCE_GRAD))
+                        result.append(Action(stage, WAIT_FOR[Kind.REDUCE_GRAD]))
     return result
 
 
@@ -107,14 +108,12 @@ def _with_waits(row: tuple[Action, ...]) -> tuple[Action, ...]:
     for action in row:
         result.append(action)
         for stage, kind, microbatch, _ in action.each:
-            if kind in _WAITS:
-                waits[action] = Action(stage, _WAITS[kind], microbatch)
+            if kind in SENDS:
+                waits[action] = Action(stage, WAIT_FOR[kind], microbatch)
             elif kind in (Kind.I, Kind.B) and (wait := waits.pop(Action(stage, Kind.SEND_F, microbatch), None)):
                 result.append(wait)
     return (*result, *waits.values())
 
-
-_WAITS = {Kind.SEND_F: Kind.WAIT_SEND_F, Kind.SEND_B: Kind.WAIT_SEND_B}
 
 # kind -> the message it makes, as sent and as received
 _MESSAGES = {

@@ -16,9 +16,12 @@ from pipex.plan.actions import Kind
 Versions = Literal[">=2.15", "<2.15"]
 """Of torch, as pip writes them."""
 
-WAITS = frozenset({Kind.WAIT_SEND_F, Kind.WAIT_SEND_B, Kind.WAIT_REDUCE_GRAD})
-
-_WAITED_FOR = frozenset({Kind.SEND_F, Kind.SEND_B, Kind.REDUCE_GRAD})
+WAIT_FOR = {
+    Kind.SEND_F: Kind.WAIT_SEND_F,
+    Kind.SEND_B: Kind.WAIT_SEND_B,
+    Kind.REDUCE_GRAD: Kind.WAIT_REDUCE_GRAD,
+}
+WAITED_BY = {wait: start for start, wait in WAIT_FOR.items()}
 
 
 def versions_like(torch: str | None) -> Versions:
@@ -39,9 +42,9 @@ def versions_like(torch: str | None) -> Versions:
 
 def versions_of(kinds: Set[Kind]) -> Versions | None:
     """Those that a file with these kinds of actions is for. None: nothing in it tells, so all."""
-    if kinds & WAITS:
+    if kinds & WAITED_BY.keys():
         return ">=2.15"
-    return "<2.15" if kinds & _WAITED_FOR else None
+    return "<2.15" if kinds & WAIT_FOR.keys() else None
 
 
 def _installed() -> str | None:

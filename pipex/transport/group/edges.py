@@ -17,8 +17,6 @@ the table, which tells how long the body is.
 
 from __future__ import annotations
 
-import math
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -300,8 +298,6 @@ def proven(table: bytes, nbytes: int) -> tuple[Form, tuple[int, ...]]:
     for tensor in form:
         if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
             raise _impossible(f"{tensor} that wants a gradient", "one of floats or complex numbers")
-        if math.prod(filter(None, tensor.shape)) * tensor.dtype.itemsize > sys.maxsize:
-            raise _impossible(tensor, "one whose elements can be counted")
     needed = max((begin + tensor.nbytes for tensor, begin in zip(form, offsets, strict=True)), default=0)
     if nbytes != needed:
         raise _impossible(f"{nbytes} bytes", f"{needed}, as its tensors take")

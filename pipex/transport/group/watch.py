@@ -207,10 +207,11 @@ class Watch:
         time.sleep(ANSWER_SECONDS)
         keys = [f"answer/{rank}" for rank in range(self._world.ranks)]
         answers = [Answer(*json.loads(store.get(key))) if store.check([key]) else None for key in keys]
-        rank = culprit(wait.peer, answers)
+        rank, circle = culprit(wait.peer, answers)
         answer = answers[rank]
-        if answer is not None and (circle := circle_from(rank, answers)):
-            state = f"is in a circle of waiting ranks ({circle}) for {self._timeout:.1f} s"
+        if circle:
+            told = " → ".join(map(str, (*circle, rank)))
+            state = f"is in a circle of waiting ranks ({told}) for {self._timeout:.1f} s"
         elif answer is not None:
             state = f"is alive but made no progress for {self._timeout:.1f} s"
         elif store.check([joined_key(rank)]):
@@ -222,36 +223,27 @@ class Watch:
         return Verdict("stalled", rank, step, position, text)
 
 
-def culprit(peer: int, answers: list[Answer | None]) -> int:
+def culprit(peer: int, answers: list[Answer | None]) -> tuple[int, list[int]]:
     """The rank that holds up a wait for ``peer`` (or ``EVERYBODY``), from all ranks' answers; None is no answer.
 
     Follows the chain of waits to a rank that waits for nobody or did not answer. Where ranks wait in a circle, which a
-    validated plan excludes, it is the first rank of the circle.
+    validated plan excludes, it is the first rank of the circle, which comes with it, each rank before the one that it
+    waits for; the list is empty where there is none.
     """
     chain: list[int] = []
     while peer != EVERYBODY and peer not in chain:
         chain.append(peer)
         answer = answers[peer]
         if answer is None or answer.peer is None:
-            return peer
+            return peer, []
         peer = answer.peer
     if peer != EVERYBODY:
-        return min(chain[chain.index(peer) :])
+        circle = chain[chain.index(peer) :]
+        first = circle.index(min(circle))
+        return circle[first], circle[first:] + circle[:first]
     silent = [rank for rank, answer in enumerate(answers) if answer is None]
     busy = [rank for rank, answer in enumerate(answers) if answer is not None and answer.peer is None]
-    return (silent + busy + chain + [0])[0]
-
-
-def circle_from(rank: int, answers: list[Answer | None]) -> str:
-    """The circle of waits that begins and ends at ``rank``, such as "0 → 2 → 0"; empty if there is none."""
-    chain = [rank]
-    while (answer := answers[chain[-1]]) is not None and (peer := answer.peer) is not None:
-        chain.append(peer)
-        if peer == rank:
-            return " → ".join(map(str, chain))
-        if peer == EVERYBODY or peer in chain[:-1]:
-            break
-    return ""
+    return (silent + busy + chain + [0])[0], []
 
 
 def _verdict(raw: bytes) -> Verdict:

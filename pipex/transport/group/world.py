@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pipex.errors import InputError, NativeUnavailable, PeerError, PipexError
-from pipex.torch_internals import gloo_options
+from pipex.torch_internals import gloo_options, nccl_options
 from pipex.transport.group.edges import Group, GroupLinks, GroupReceiver, GroupSender, Lane
 from pipex.transport.group.watch import EVERYBODY, FOREVER, STORE_SECONDS, Watch, joined_key
 from pipex.transport.interface import EdgeSpec, Orders, Phase
@@ -245,8 +245,8 @@ def _gloo_device(one_host: bool) -> ProcessGroupGloo.Device:
 
 def _nccl_group(store: Store, rank: int, device: torch.device) -> Group:
     """A communicator of two ranks, connected at once: one made at first use could wait for a peer that is elsewhere."""
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = FOREVER  # the watch says who holds up a wait; NCCL's own watchdog would only end the process
+    # The watch says who holds up a wait; NCCL's own watchdog would only end the process.
+    options = nccl_options(timeout=FOREVER)
     group = dist.ProcessGroupNCCL(store, rank, 2, options)
     group.eager_connect_single_device(device)
     return cast(Group, group)

@@ -108,11 +108,13 @@ bool is_sound(const pipex::MessageForm& form, std::uint64_t payload_bytes) {
   constexpr Wide kMost = ~Wide{0} >> 2;
   for (std::size_t i = 0; i < form.count(); ++i) {
     const pipex::TensorRecord& record = form.tensor(i);
-    Wide last = 0;
+    Wide last = 0, elements = 1;
     bool empty = false;
     for (int d = 0; d < record.dimensions; ++d) {
       empty = empty || record.shape[d] == 0;
       if (record.shape[d] == 0) continue;
+      if (!below(elements, static_cast<Wide>(record.shape[d]), Wide{1} << 63)) return false;
+      elements *= static_cast<Wide>(record.shape[d]);
       const Wide steps = static_cast<Wide>(record.shape[d] - 1), stride = static_cast<Wide>(record.strides[d]);
       if (record.shape[d] < 0 || record.strides[d] < 0 || !below(steps, stride, kMost)) return false;
       last += steps * stride;

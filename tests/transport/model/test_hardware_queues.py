@@ -6,6 +6,7 @@ the order of enqueueing never waits for a later one, so it can go on, in any que
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -17,6 +18,7 @@ from queue_model import (
     SEND,
     Device,
     EarlyReceives,
+    Grows,
     Run,
     Scheduler,
     Stream,
@@ -55,10 +57,13 @@ def plans(family: str, ranks: Sequence[int], microbatches: Sequence[int]) -> lis
     return found
 
 
-def check(plan: Plan, queues: Mapping[Stream, int], schedulers: Mapping[str, Scheduler], *, keeps: int = 0) -> None:
+def check(
+    plan: Plan, queues: Mapping[Stream, int], schedulers: Mapping[str, Scheduler], *, keeps: int = 0,
+    grows: Grows = lambda edge, message: False,
+) -> None:  # fmt: skip
     orders = communicate(plan)
     for name, scheduler in schedulers.items():
-        run = Run(plan, Device(queues), orders, keeps=keeps)
+        run = Run(plan, Device(queues), orders, keeps=keeps, grows=grows)
         finish(run, scheduler)
         assert run.stuck() == [], f"{plan.family}, {name}"
         assert run.device.early == [], f"{plan.family}, {name}"
@@ -83,6 +88,26 @@ def test_tensors_kept_for_longer_than_planned_block_nobody(family: str) -> None:
     """What arrives beyond the lent ones is copied out."""
     for plan in plans(family, (2,), (4,)):
         check(plan, one_device(2, STREAMS, 1), extremes(), keeps=1)
+
+
+GROWTH: dict[str, Grows] = {
+    "the first message": lambda edge, message: message == 0,
+    "every other message": lambda edge, message: message % 2 == 0,
+    "every message": lambda edge, message: True,
+    "some messages": lambda edge, message: random.Random(f"{edge} {message}").random() < 0.3,
+}
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges_that_grow_block_nobody(family: str, growth: str) -> None:
+    schedulers = extremes() | {"chance": by_chance(0)}
+    for plan in plans(family, (2, 4), (4,)):
+        ranks = plan.placement.ranks
+        for classes in SHARED.values():
+            check(plan, assigned(ranks, STREAMS, classes), schedulers, grows=GROWTH[growth])
+        for queues in (1, 2):
+            check(plan, one_device(ranks, STREAMS, queues), schedulers, keeps=1, grows=GROWTH[growth])
 
 
 SIZES = [*((ranks, tuple(range(1, 9))) for ranks in (2, 3, 4)), (8, (16,))]
@@ -119,6 +144,18 @@ def test_evaluation_does_not_block(placement: Placement) -> None:
     )
     plan = Plan("evaluation", placement, 4, orders, peak_activations=(1,) * placement.ranks, update="never")
     check(plan, one_device(placement.ranks, STREAMS, 1), extremes())
+
+
+def test_growth_for_which_both_hosts_meet_blocks_ranks_that_send_to_each_other() -> None:
+    """So nobody waits for the other end: memory is offered, and taken whenever the sender comes to it."""
+    for in_step in (False, True):
+        blocked = []
+        for scheduler in extremes().values():
+            device = Device(one_device(2, STREAMS, 6))
+            run = Run(exchange(), device, communicate(exchange()), grows=lambda *_: True, growth_in_step=in_step)
+            finish(run, scheduler)
+            blocked.append(bool(run.stuck()))
+        assert blocked == [in_step] * len(blocked)
 
 
 # What the premise is for.
@@ -183,14 +220,14 @@ def test_a_slot_announced_before_its_copy_is_enqueued_blocks_where_processes_sha
 # A rank that dies.
 
 
-def survivors_stuck(shared: str, *, by_stream: bool) -> int:
+def survivors_stuck(shared: str, *, by_stream: bool, grows: Grows = lambda edge, message: False) -> int:
     """After how many of the places at which a rank may be killed something of the others never ends."""
     plan = build("zb-h1", 3, 3)
     stuck = 0
     for scheduler in extremes().values():
         moves = 0
         while True:
-            run = Run(plan, Device(assigned(3, STREAMS, SHARED[shared])), communicate(plan))
+            run = Run(plan, Device(assigned(3, STREAMS, SHARED[shared])), communicate(plan), grows=grows)
             finish(run, scheduler, moves)
             if run.agreed():
                 break
@@ -215,3 +252,9 @@ def test_an_abort_stream_that_shares_a_queue_may_wait_behind_what_it_should_free
 @pytest.mark.parametrize("shared", SHARED)
 def test_an_abort_that_needs_no_queue_frees_the_survivors(shared: str) -> None:
     assert survivors_stuck(shared, by_stream=False) == 0
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_survivors_are_freed_while_edges_grow(growth: str) -> None:
+    for shared in ("none", "compute and send"):
+        assert survivors_stuck(shared, by_stream=True, grows=GROWTH[growth]) == 0

@@ -104,6 +104,27 @@ def test_in_one_of_those_orders_that_differ_in_nothing(size: Size, states: int) 
     assert course.states == states
 
 
+# (size, the messages that go through host memory): states
+THROUGH_HOST: dict[tuple[Size, frozenset[int]], int] = {
+    ((1, 1, 2, ()), frozenset({0})): 350,
+    ((1, 1, 2, ()), frozenset({1})): 823,
+    ((1, 1, 3, ()), frozenset({1})): 10_467,
+    ((1, 1, 3, ()), frozenset({0, 2})): 1_736,
+    ((1, 1, 2, KILL), frozenset({0})): 1_295,
+    ((1, 1, 2, KILL), frozenset({1})): 2_116,
+    ((2, 1, 3, KILL), frozenset({0, 1})): 3_301,
+    ((1, 1, 2, FAIL), frozenset({0})): 3_861,
+}
+
+
+@pytest.mark.parametrize(("size", "messages"), THROUGH_HOST, ids=str)
+def test_messages_through_host_memory_between_others(size: Size, messages: frozenset[int]) -> None:
+    under_way, alive, number, faults = size
+    course = explore(Ring(under_way, alive, number, faults=faults, through_host=messages))
+    assert course.problem is None, course
+    assert course.states == THROUGH_HOST[size, messages]
+
+
 @pytest.mark.parametrize("size", [(1, 1, 2, ()), (1, 1, 2, KILL), (2, 1, 2, KILL), (1, 2, 2, KILL), (1, 1, 1, FAIL)])
 def test_leaving_out_orders_loses_no_end(size: Size) -> None:
     every, some = visit(size), visit(size, first)

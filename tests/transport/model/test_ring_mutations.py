@@ -16,9 +16,13 @@ KILL = ("kill",)
 RULES = Protocol()
 
 
-def search(rules: Protocol, *, messages: int, faults: tuple[str, ...] = (), premise: bool = True) -> Course[State]:
+def search(
+    rules: Protocol, *, messages: int, faults: tuple[str, ...] = (), premise: bool = True,
+    through_host: frozenset[int] = frozenset(),
+) -> Course[State]:  # fmt: skip
     """With one slot for messages under way and one for lent ones: the least that there is."""
-    return explore(Ring(1, 1, messages, faults=faults, premise=premise, protocol=rules))
+    ring = Ring(1, 1, messages, faults=faults, premise=premise, through_host=through_host, protocol=rules)
+    return explore(ring)
 
 
 def without(step: str) -> tuple[str, ...]:
@@ -91,6 +95,21 @@ def test_a_broken_rule_is_found(what: str) -> None:
     course = search(rules, messages=messages, faults=faults)
     assert course.problem == found, course
     assert course.states == states
+
+
+def test_a_copy_to_host_memory_that_does_not_wait_for_the_computation_is_found() -> None:
+    course = search(replace(RULES, to_host_waits=False), messages=3, through_host=frozenset({1}))
+    assert (course.problem, course.states) == ("the host copies message -1 instead of 1", 10)
+
+
+def test_a_message_through_host_memory_that_counts_in_its_slot_blocks_both_streams_for_ever() -> None:
+    """Nobody writes a credit for it."""
+    rules, first = replace(RULES, to_host_counts=True), frozenset({0})
+    course = search(rules, messages=2, through_host=first)
+    assert (course.problem, course.states) == ("premise: the wait for credit 1 of slot 0 is enqueued before it", 13)
+    course = search(rules, messages=2, through_host=first, premise=False)
+    assert course.problem is not None
+    assert course.problem.startswith("stuck: stream 1 at ('credit?', 0, 1), stream 2 at ('flag?', 0, 1)")
 
 
 def test_a_write_that_arrives_after_the_streams_were_freed_takes_their_freedom_back() -> None:
