@@ -521,5 +521,5 @@ class Nothing(nn.Module):
 
 def test_a_stage_that_hands_on_nothing_is_named() -> None:
     plan = pipex.build("looped-bfs", 1, 2, chunks=2)
-    with pytest.raises(pipex.errors.UnsupportedModule, match="stage 0 cannot hand its output .* got tuple"):
+    with pytest.raises(pipex.errors.UnsupportedModule, match=r"stage 0 cannot hand its output .* got tuple"):
         pipex.Pipeline([Nothing(), nn.Linear(6, 3)], plan, LOSS).evaluate(*data(0))
