@@ -163,7 +163,8 @@ def _rank(jobs: Sequence[Mapping[str, Any]], samples: int, warmups: int) -> list
 def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
     batch, target = case.batch()
     reference = OneProcess(case.stages(), case.microbatches, nn.functional.mse_loss)
-    reference.gradients(batch, target)
+    reference.forward_backward(batch, target)
+    reference.reduce_gradients()
     wanted = [p.grad for p in reference.stages[world.rank].parameters() if p.grad is not None]
 
     plan = case.plan()

@@ -12,8 +12,8 @@ from torch.distributed.pipelining import PipelineStage
 
 from pipex.bench.torch_schedules import torch_schedule
 from pipex.plan import Kind, Plan
+from pipex.runtime.loss import LossFunction
 from pipex.runtime.pipeline import Pipeline
-from pipex.runtime.stage_runner import LossFunction
 
 
 class _KeepGradients(torch.optim.Optimizer):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipex.plan.layer_costs import LayerCosts as LayerCosts
     from pipex.plan.search import search as search
     from pipex.runtime.launch import launch as launch
+    from pipex.runtime.microbatch import Whole as Whole
     from pipex.runtime.pipeline import Pipeline as Pipeline
     from pipex.runtime.worlds import current_world as current_world
 
@@ -39,6 +40,7 @@ _HOME = {
     "LayerCosts": "pipex.plan.layer_costs",
     "Pipeline": "pipex.runtime.pipeline",
     "PipexError": "pipex.errors",
+    "Whole": "pipex.runtime.microbatch",
     "build": "pipex.plan",
     "current_world": "pipex.runtime.worlds",
     "drop_in": "pipex.backward.drop_in",

@@ -223,6 +223,16 @@ from_dlpack: Callable[[object], Tensor] = _private("torch._C._from_dlpack", "a t
 # The same for all views; a tensor subclass that wraps others has no address.
 storage_id: Callable[[Any], int] = _attribute("torch.UntypedStorage", "_cdata", "a pipeline")
 
+_found_infinite = _private("torch.amp.GradScaler._found_inf_per_device", "a gradient scaler")
+
+
+def found_infinite(scaler: Any, optimizer: Any) -> dict[Any, Tensor]:
+    """Per device whether ``unscale_`` has met an infinite gradient of the optimizer; what the scaler goes by, to be
+    written to, so that ranks can agree on it."""
+    found: dict[Any, Tensor] = _found_infinite(scaler, optimizer)
+    return found
+
+
 # Keeps a GPU busy for so many of its cycles.
 gpu_sleep: Callable[[int], None] = _private("torch.cuda._sleep", "a measurement on a GPU")
 

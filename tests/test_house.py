@@ -198,8 +198,8 @@ def test_private_names_of_torch_are_used_in_one_file_only() -> None:
 
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
-        "LayerCosts", "Pipeline", "PipexError", "__version__", "build", "current_world", "drop_in", "errors", "launch",
-        "plan", "profile_layers", "search", "split_model", "stage_backward", "stage_backward_input",
+        "LayerCosts", "Pipeline", "PipexError", "Whole", "__version__", "build", "current_world", "drop_in", "errors",
+        "launch", "plan", "profile_layers", "search", "split_model", "stage_backward", "stage_backward_input",
         "stage_backward_weight",
     }  # fmt: skip
     for name in pipex.__all__:

@@ -35,6 +35,16 @@ def test_the_drop_in_s_example_learns() -> None:
     assert "examples/drop_in.py" in README
 
 
+def test_the_fine_tuning_example_learns() -> None:
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(ROOT / "examples" / "fine_tuning.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert len(losses) == 3
+    assert losses[-1] < 0.3
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 

@@ -11,6 +11,10 @@ from pipex.errors import InputError
 from pipex.partition.layers import canonical_names
 
 
+class Keywords(dict[str, Any]):
+    """Keyword arguments of a stage's first layer; the last one of the stage's inputs."""
+
+
 class Stage(nn.Module):
     """Layers ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, as stage ``index`` of ``count``.
 
@@ -50,11 +54,15 @@ class Stage(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
         outputs: Any = inputs
+        keywords: Mapping[str, Any] = {}
+        if inputs and isinstance(inputs[-1], Keywords):
+            outputs, keywords = inputs[:-1], inputs[-1]
         before = self.before_layer
         for position, layer in enumerate(self.layers):
             if before is not None:
                 before(position)
-            outputs = layer(*outputs) if isinstance(outputs, tuple) else layer(outputs)
+            outputs = layer(*outputs, **keywords) if isinstance(outputs, tuple) else layer(outputs)
+            keywords = {}
         return outputs
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pipex.errors import ConfigMismatch
@@ -36,8 +37,13 @@ def agree(world: World, call: str, said: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigMismatch: two ranks say different things (shows both), or as ``share``.
     """
+    return compare(share(world, call, said))
+
+
+def compare(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``agree`` on what every rank has said already; the same on every rank."""
     agreed: dict[str, tuple[int, Any]] = {}
-    for rank, theirs in enumerate(share(world, call, said)):
+    for rank, theirs in enumerate(every):
         for key, value in theirs.items():
             if value is None:
                 continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
+from typing import TypeGuard
 
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from pipex.errors import InputError
 from pipex.plan import Plan
-from pipex.runtime.stage_runner import LossFunction
 
 
 def check_runnable(plan: Plan) -> None:
@@ -24,7 +27,7 @@ def check_runnable(plan: Plan) -> None:
         )
 
 
-def check_arguments(plan: Plan, ranks: int, stages: Sequence[nn.Module], loss_fn: LossFunction) -> None:
+def check_stages(plan: Plan, ranks: int, stages: Sequence[nn.Module]) -> None:
     """Raises InputError if the plan cannot run, or the others do not fit it."""
     placement = plan.placement
     check_runnable(plan)
@@ -34,6 +37,28 @@ def check_arguments(plan: Plan, ranks: int, stages: Sequence[nn.Module], loss_fn
     if len(stages) != placement.stages:
         needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
         raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
+
+
+def check_options(loss_fn: object, optimizer: object, clip_norm: object, scaler: object, seed: object) -> None:
+    """Raises InputError if one of a pipeline's options is not what it must be."""
+    if not callable(loss_fn):
+        raise InputError("loss_fn must be a function", got=type(loss_fn).__name__,
+                         needed="(output, target) -> loss")  # fmt: skip
     if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
         raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
                          fix="make it part of the last stage")  # fmt: skip
+    if optimizer is not None and (isinstance(optimizer, Optimizer) or not callable(optimizer)):
+        raise InputError("optimizer must be a factory, since every rank makes one for its own parameters",
+                         got=f"an instance of {type(optimizer).__name__}", needed="parameters -> optimizer",
+                         fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+    if clip_norm is not None and not (_is_number(clip_norm) and isfinite(clip_norm) and clip_norm > 0):
+        raise InputError("clip_norm cannot be used", got=repr(clip_norm), needed="a finite number above 0, or None",
+                         fix="leave it out not to clip")  # fmt: skip
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise InputError("scaler cannot be used", got=type(scaler).__name__, needed="a torch.amp.GradScaler, or None")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InputError("seed cannot be used", got=repr(seed), needed="an integer from -2^63 to 2^63 - 1")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

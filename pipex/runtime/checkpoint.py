@@ -1,6 +1,7 @@
 """Saving and loading a model in stages and its optimizer, all ranks together.
 
-``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages).
+``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages); ``main`` are
+its main weights by the same names, which are what its optimizer knows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +21,8 @@ from pipex.errors import CheckpointError
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
 from pipex.transport.interface import World
+
+MAIN = "main/"
 
 
 def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
@@ -31,7 +35,7 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 
 def save(
     world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
-    step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any],
+    step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
@@ -44,10 +48,10 @@ def save(
     try:
         if not isinstance(meta, Mapping):
             raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
-        tensors = state.model_state(names)
+        tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
-            optimizer_tensors, values = state.optimizer_state(optimizer, names)
+            optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main})
             tensors |= optimizer_tensors
         object_tensors, object_values = state.object_state(objects, rank)
         tensors |= object_tensors
@@ -75,6 +79,7 @@ def save(
 def load(
     world: World, names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
     objects: Mapping[str, state.Stateful], directory: str | os.PathLike[str],
+    main: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Any]] | str:  # fmt: skip
     """Every rank reads its part; when all have, each puts it in place.
 
@@ -97,7 +102,10 @@ def load(
         state.check_model(checkpoint, whole)
         restores.append(state.read_model_state(checkpoint, names))
         if optimizer is not None:
-            restores.append(state.read_optimizer_state(checkpoint, optimizer, names))
+            restores.append(state.read_optimizer_state(checkpoint, optimizer, {**names, **main}))
+        saved = checkpoint.load(MAIN + name for name in main if MAIN + name in checkpoint.tensors)
+        # Of a run without main weights: what was rounded is all there is.
+        restores.append(lambda: _put({weight: saved.get(MAIN + n, names[n]) for n, weight in main.items()}))
         restores.append(state.read_object_state(checkpoint, objects, world.rank, world.ranks))
     except CheckpointError as failure:
         error = str(failure)
@@ -115,3 +123,9 @@ def load(
     for restore in restores:
         restore()
     return checkpoint.step, meta
+
+
+def _put(values: Mapping[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in values.items():
+            tensor.copy_(value)

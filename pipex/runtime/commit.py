@@ -1,8 +1,4 @@
-"""The end of a step: gradients become an update, on all ranks or on none.
-
-One exchange carries the losses and the gradient norms. It returns only when every rank has finished its actions, so a
-fault before it leaves all parameters at the last step boundary.
-"""
+"""The gradients of a rank's stages, from the last backward to the update: tied ones added up, divided, clipped."""
 
 from __future__ import annotations
 
@@ -31,6 +27,11 @@ class Gradients:
         self._world = world
         self._rank_of = rank_of
         self._trainables = trainables
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """This rank's parameters that are not frozen."""
+        return self._trainables.trained
 
     def edges(self) -> list[EdgeSpec]:
         """The edges over which tied accumulators travel: from every holder to every holder on another rank."""
@@ -65,22 +66,33 @@ class Gradients:
     def _between(self, source: int, destination: int) -> list[tuple[tied.Tie, nn.Parameter]]:
         return [held for held in self._trainables.tied if {source, destination} <= set(held[0].stages)]
 
-    def exchange(self, loss: float | None, clip_norm: float | None) -> float:
-        """Collective. Shares the loss of the rank that has one, and clips all gradients to ``clip_norm`` if given."""
+    def divide(self, count: float) -> None:
+        """Divides all gradients: they were those of a sum."""
+        for parameter in self._trainables.trained:
+            if parameter.grad is not None:
+                parameter.grad.div_(count)
+
+    def norm(self) -> Tensor | None:
+        """Collective. The 2-norm of all gradients of the model together; None if there are none."""
         norms = {}
-        if clip_norm is not None:
-            for stage, parameters in self._trainables.owned.items():
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                norms[stage] = [_encode(norm) for norm in foreach_norm(gradients)] if gradients else []
-        shared = share(self._world, "the end of a step", {"loss": loss, "norms": norms})
-        if clip_norm is not None:
-            # In model order, whatever the placement: the bits of the total do not depend on the cut.
-            by_stage = {int(stage): values for rank in shared for stage, values in rank["norms"].items()}
-            every = [_decode(value) for stage in sorted(by_stage) for value in by_stage[stage]]
-            if every:
-                total = torch.linalg.vector_norm(torch.stack(every))
-                nn.utils.clip_grads_with_norm_(self._trainables.trained, clip_norm, total)
-        return float(next(rank["loss"] for rank in shared if rank["loss"] is not None))
+        for stage, parameters in self._trainables.owned.items():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norms[stage] = [_encode(norm) for norm in foreach_norm(gradients)] if gradients else []
+        # In model order, whatever the placement: the bits of the total do not depend on the cut.
+        by_stage = {int(stage): values for rank in share(self._world, "the gradient norm", norms)
+                    for stage, values in rank.items()}  # fmt: skip
+        every = [_decode(value) for stage in sorted(by_stage) for value in by_stage[stage]]
+        return torch.linalg.vector_norm(torch.stack(every)) if every else None
+
+    def clip(self, clip_norm: float, norm: Tensor) -> None:
+        """Scales all gradients so that their ``norm`` is at most ``clip_norm``."""
+        nn.utils.clip_grads_with_norm_(self._trainables.trained, clip_norm, norm)
+
+    def without(self) -> list[nn.Parameter]:
+        """Trainable parameters of this rank that have no gradient; call it before ``reduce_ties``. Tied ones are left
+        out: another stage may have theirs."""
+        tied_ones = {id(p) for _, p in self._trainables.tied}
+        return [p for p in self._trainables.trained if p.grad is None and id(p) not in tied_ones]
 
     def clear(self) -> None:
         """Forgets all gradients."""

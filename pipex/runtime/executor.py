@@ -27,7 +27,7 @@ class StepData:
     """
 
     step: int
-    inputs: Sequence[tuple[Tensor, ...]]
+    inputs: Sequence[tuple[Any, ...]]
     targets: Sequence[Any]
     weights: Sequence[float]
 
@@ -74,12 +74,6 @@ class Executor:
             (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
         ]
-        # Evaluation goes micro-batch by micro-batch through this rank's stages: free of deadlock with one slot.
-        self._forward_program = [
-            (self._evaluate, runners[stage], self._ends[stage], microbatch)
-            for microbatch in range(plan.microbatches)
-            for stage in sorted(runners)
-        ]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), ())
         self._first_position = 0  # of the program, as the world counts; known when it is connected
@@ -105,11 +99,15 @@ class Executor:
             run(runner, ends, microbatch)
 
     def evaluate(self, data: StepData) -> None:
-        """All forwards; losses are in the last stage's runner afterwards."""
+        """All forwards; losses are in the last stage's runner afterwards.
+
+        Micro-batch by micro-batch through this rank's stages: free of deadlock with one slot, for any number of them.
+        """
         self._data = data
         with torch.no_grad():
-            for run, runner, ends, microbatch in self._forward_program:
-                run(runner, ends, microbatch)
+            for microbatch in range(len(data.weights)):
+                for stage, runner in sorted(self._runners.items()):
+                    self._evaluate(runner, self._ends[stage], microbatch)
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
@@ -180,7 +178,7 @@ class Executor:
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
 
-    def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Tensor, ...]:
+    def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Any, ...]:
         if runner.first:
             return self._data.inputs[microbatch]
         assert ends.activation_in is not None
@@ -219,7 +217,7 @@ class Executor:
         inputs = self._input(runner, ends, microbatch)
         output = runner.compute(data.step, microbatch, inputs)
         if runner.last:
-            runner.losses[microbatch] = runner.loss(output, data.targets[microbatch], data.weights[microbatch])
+            runner.loss(microbatch, output, data.targets[microbatch], data.weights[microbatch])
         else:
             assert ends.activation_out is not None
             ends.activation_out.send(data.step, microbatch, runner.message(output))

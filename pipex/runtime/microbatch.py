@@ -1,36 +1,103 @@
-"""Cuts a batch into micro-batches."""
+"""Cuts a batch into micro-batches.
+
+A batch is a tensor, a tuple or a dict; the first stage takes a tuple as its positional arguments and a dict as its
+keyword arguments. A target is anything of these too, and reaches the loss function as what it is. In either, tuples,
+lists and dicts may stand in each other.
+
+What is cut: tensors with N rows (dimension 0), where N is the one number of rows in the batch that is not 1.
+What every micro-batch gets as it is: tensors of one row (a (1, S) table of positions) or without dimensions, None,
+whatever is no tensor, and what is marked as ``Whole``. Tensors of yet another number of rows are refused.
+
+A list in place of a batch is no argument: it holds one micro-batch after the other, ready, and of any shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipex.errors import InputError
+from pipex.partition.stage import Keywords
 
 
-def as_tensors(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:
-    """A tensor or a sequence of tensors as a tuple, checked.
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Marks a value that every micro-batch gets as it is, though its number of rows may look like the batch's."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a batch becomes micro-batches.
+
+    Attributes:
+        samples: of each micro-batch; nothing where all of the batch goes to every micro-batch.
+        rows: of the tensors that are cut; None where the micro-batches are ready.
+        forms: of the batch, or of each ready micro-batch, in words.
+    """
+
+    samples: tuple[int, ...]
+    rows: int | None
+    forms: tuple[str, ...]
+
+
+def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cut:
+    """Finds out what is to be cut, by the rule above.
+
+    Args:
+        what: "batch" or "target", for messages.
+        microbatches: of the plan.
+        fewer: whether there may be fewer, and any number of ready ones: where the plan's order need not be kept.
 
     Raises:
-        InputError: something in it is no tensor, or they disagree in their number of samples (dimension 0).
+        InputError: it cannot be cut, or is a list of another number of micro-batches.
     """
-    tensors = (value,) if isinstance(value, Tensor) else tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
+    if isinstance(value, list):
+        if not value or (len(value) != microbatches and not fewer):
             raise InputError(
-                f"{what} is not made of tensors", got=type(tensor).__name__, needed="a tensor or a tuple of tensors"
-            )
-    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) > 1:
+                f"a list is a {what} of ready micro-batches", got=f"{len(value)} of them",
+                needed=f"{microbatches}, as many as the plan has",
+                fix="pass a tuple, or a dict, if these are the arguments of one batch",
+            )  # fmt: skip
+        return Cut(tuple(map(_rows_of_first, value)), None, tuple(map(_form, value)))
+    tensors = list(_tensors(value))
+    for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            raise InputError(
+                f"a tensor of the {what} cannot be cut", got=f"a {tensor.layout} tensor", needed="a dense one",
+                fix="pass a list of ready micro-batches",
+            )  # fmt: skip
+    rows = {tensor.shape[0] for tensor in tensors if tensor.dim()}
+    more = sorted(rows - {1})
+    if len(more) > 1:
         raise InputError(
-            f"the tensors of {what} have no common number of samples",
-            got=f"shapes {[tuple(t.shape) for t in tensors]}", needed="the same dimension 0",
+            f"the tensors of the {what} have no common number of samples",
+            got=f"{_form(value)}: {' and '.join(map(str, more))} rows",
+            needed="one size of dimension 0 (and 1 for what all micro-batches get)",
+            fix="mark what is not to be cut as pipex.Whole(...)",
         )  # fmt: skip
-    return tensors
+    if not rows:
+        return Cut((), 1, (_form(value),))
+    most = max(rows)
+    return Cut(
+        tuple(sizes(most, max(1, min(most, microbatches)) if fewer else microbatches, what)), most, (_form(value),)
+    )
 
 
-def sizes(samples: int, microbatches: int) -> list[int]:
+def check_keywords(batch: Any) -> None:
+    """Raises InputError if a dict in place of a batch's arguments has keys that are no names."""
+    for piece in batch if isinstance(batch, list) else (batch,):
+        if isinstance(piece, Mapping) and not all(isinstance(key, str) for key in piece):
+            raise InputError("the batch's dict holds keyword arguments of the first stage", got=f"keys {list(piece)}",
+                             needed="names")  # fmt: skip
+
+
+def sizes(samples: int, microbatches: int, what: str = "batch") -> list[int]:
     """Samples of each micro-batch, largest first, differing by at most one: 10 in 4 gives 3, 3, 2, 2.
 
     Raises:
@@ -38,7 +105,7 @@ def sizes(samples: int, microbatches: int) -> list[int]:
     """
     if samples < microbatches:
         raise InputError(
-            "the batch is too small for the plan",
+            f"the {what} is too small for the plan",
             got=f"{samples} samples for {microbatches} micro-batches", needed="at least one sample per micro-batch",
             fix="use a larger batch or a plan with fewer micro-batches",
         )  # fmt: skip
@@ -46,11 +113,85 @@ def sizes(samples: int, microbatches: int) -> list[int]:
     return [base + 1] * larger + [base] * (microbatches - larger)
 
 
-def split(tensors: Sequence[Tensor], microbatches: int) -> list[tuple[Tensor, ...]]:
-    """Cuts tensors of one number of samples along dimension 0; entry m holds those of micro-batch m.
+def cut(value: Any, how: Cut, microbatches: int, device: torch.device) -> list[Any]:
+    """The micro-batches, each of the batch's own structure, on ``device``.
 
-    Raises:
-        InputError: fewer samples than micro-batches.
+    Args:
+        how: what ``look`` has found.
     """
-    pieces = [torch.split(t, sizes(t.shape[0], microbatches)) for t in tensors]
-    return list(zip(*pieces, strict=True))
+    if how.rows is None:
+        return [_map(piece, lambda t: t.to(device)) for piece in value]
+    return list(_pieces(value, how, microbatches, device))
+
+
+def as_arguments(piece: Any) -> tuple[Any, ...]:
+    """A micro-batch as inputs of the first stage."""
+    if isinstance(piece, Mapping):
+        return (Keywords(piece),)
+    return tuple(piece) if isinstance(piece, (tuple, list)) else (piece,)
+
+
+def _pieces(value: Any, how: Cut, microbatches: int, device: torch.device) -> Sequence[Any]:
+    if isinstance(value, Tensor):
+        tensor = value.to(device)
+        if not tensor.dim() or tensor.shape[0] != how.rows:
+            return [tensor] * microbatches
+        pieces = torch.split(tensor, list(how.samples))
+        # By .data each is a tensor of its own to autograd: what a layer writes into one of them in place does not spoil
+        # what was saved of another.
+        return pieces if tensor.requires_grad else [piece.data for piece in pieces]
+    if isinstance(value, Whole):
+        return [_map(value.value, lambda t: t.to(device))] * microbatches
+    if not value or not isinstance(value, (Mapping, tuple, list)):
+        return [value] * microbatches
+    children = value.values() if isinstance(value, Mapping) else value
+    columns = zip(*(_pieces(child, how, microbatches, device) for child in children), strict=True)
+    return [_like(value, row) for row in columns]
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor in it changed, and no mark left."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Whole):
+        return _map(value.value, change)
+    if isinstance(value, (Mapping, tuple, list)):
+        children = value.values() if isinstance(value, Mapping) else value
+        return _like(value, [_map(child, change) for child in children])
+    return value
+
+
+def _like(value: Any, children: Sequence[Any]) -> Any:
+    """A container as ``value`` is, of other children."""
+    if isinstance(value, Mapping):
+        return dict(zip(value, children, strict=True))
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*children)
+    return list(children) if isinstance(value, list) else tuple(children)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that may have to be cut, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(child)
+
+
+def _rows_of_first(piece: Any) -> int:
+    """Samples of a ready micro-batch: the rows of its first tensor, or 1."""
+    return next((tensor.shape[0] for tensor in _tensors(piece) if tensor.dim()), 1)
+
+
+def _form(value: Any) -> str:
+    """The value in words: ``(float32[8, 6], None)``."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, Whole):
+        return f"Whole({_form(value.value)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_form(child)}' for key, child in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_form, value))})"
+    return "None" if value is None else type(value).__name__

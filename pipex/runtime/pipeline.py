@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
@@ -11,29 +11,30 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 import pipex.plan as plans
-from pipex.errors import CheckpointError, InputError, PipexError
+from pipex.errors import CheckpointError, PipexError
 from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
-from pipex.runtime import checkpoint, microbatch, tied
-from pipex.runtime.agreement import agree
-from pipex.runtime.arguments import check_arguments
+from pipex.runtime import checkpoint, intake, microbatch, tied
+from pipex.runtime.agreement import agree, share
+from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
 from pipex.runtime.executor import Executor, StepData
+from pipex.runtime.loss import Loss, LossFunction, of_batch
+from pipex.runtime.main_weights import MainWeights, refuse_main_grad
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import watch
-from pipex.runtime.stage_runner import LossFunction, StageRunner
+from pipex.runtime.stage_runner import StageRunner
 from pipex.runtime.trainable import Trainables
+from pipex.runtime.update import OptimizerFactory, Update
 from pipex.runtime.wiring import connect
 from pipex.runtime.worlds import current_world
 from pipex.state import Stateful
 from pipex.transport.interface import Buffers, Phase, World
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
 
 _made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
 """How many pipelines each world has. All ranks make them in the same order, so the number says which one it is."""
@@ -42,7 +43,10 @@ _made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
 class Pipeline:
     """A model in stages, trained step by step. Every rank builds it with the same arguments and calls the same methods.
 
-    The number contract: micro-batch m with n_m of the batch's N samples contributes its mean loss times n_m / N.
+    ``step`` is ``forward_backward`` and ``update``; several ``forward_backward`` may come before one ``update``.
+
+    The number contract: micro-batch m with n_m of the batch's N samples contributes its mean loss times n_m / N. Where
+    ``loss_fn`` returns (sum, count), gradients and loss are those of all sums together, divided by all counts together.
     Sums run in rising micro-batch order per stage, whatever the plan; on the CPU in float32 losses, gradients and
     parameters are bit-equal to ``pipex.runtime.reference`` in one process with the same number of threads.
 
@@ -50,9 +54,14 @@ class Pipeline:
         stages: all stages of the model in order, from ``pipex.split_model`` or any modules that map a tensor (or a
             tuple of tensors) to a tensor (or a tuple); as many as the plan has.
         plan: what every rank does in a step, from ``pipex.plan.build``; proven here before anything runs.
-        loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar; runs on the last stage's rank.
-        optimizer: makes the optimizer from this rank's parameters; None to evaluate only.
+        loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar, or the sum of its losses and their number
+            (of tokens that are not ignored, say); runs on the last stage's rank.
+        optimizer: makes the optimizer from this rank's parameters (``update.Parameters``: a list, and by name in its
+            attribute ``named``), on a rank without any too; None to evaluate only.
         clip_norm: the largest 2-norm of all gradients together; None not to clip.
+        scaler: scales what the backward starts from, and is updated with the optimizer, by what all ranks have found.
+        main_weights: whether parameters of fewer bits than float32 get float32 gradients and weights, which the
+            optimizer updates in their place.
         seed: seed of the layers that draw random numbers, each by (seed, step, micro-batch, layer).
         observer: gets an event for every action that this rank ran.
         exact: whether gradients have autograd's bits; None: on the CPU only. On a GPU the weight gradients of a split
@@ -60,6 +69,7 @@ class Pipeline:
 
     Raises:
         InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
+        UnsupportedModule: a parameter brings a ``main_grad``.
         ConfigMismatch: the ranks were given different plans or options.
         PeerError: another rank ended the run.
     """
@@ -72,6 +82,8 @@ class Pipeline:
         *,
         optimizer: OptimizerFactory | None = None,
         clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
+        main_weights: bool = False,
         seed: int = 0,
         observer: Observer | None = None,
         exact: bool | None = None,
@@ -79,19 +91,21 @@ class Pipeline:
         self.world = current_world()
         self._number = _made[self.world] = _made.get(self.world, 0) + 1
         self.plan = plan
-        self.steps = 0  # optimizer steps done
-        self._clip_norm = clip_norm
+        self.steps = 0  # updates made
         self._observer = observer
         self._failed: BaseException | None = None
         with self._together():
             plans.validate(plan)
-            check_arguments(plan, self.world.ranks, stages, loss_fn)
+            check_stages(plan, self.world.ranks, stages)
+            check_options(loss_fn, optimizer, clip_norm, scaler, seed)
             said = {
                 "ranks": plan.placement.ranks,
                 "micro-batches": plan.microbatches,
                 "stages": len(stages),
                 "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})",
                 "clip_norm": str(clip_norm),
+                "scaler": str(scaler is not None),
+                "main_weights": str(main_weights),
                 "seed": seed,
                 "optimizer": str(optimizer is not None),
                 "exact": str(exact),
@@ -99,21 +113,24 @@ class Pipeline:
             self.stages = as_stages(stages)
             said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
             agree(self.world, "Pipeline(...)", said)
+            refuse_main_grad(self.stages)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
             self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
+            self._loss = Loss(loss_fn, self._trains, None if scaler is None else scaler.scale)
             self._runners = {
                 s: StageRunner(
-                    self.stages[s].to(device), placement, loss_fn, self._seeds, exact, accumulators,
+                    self.stages[s].to(device), placement, self._loss, self._seeds, exact, accumulators,
                     watch(self.stages, runnable, s),
                 )
                 for s in placement.stages_of(rank)
             }  # fmt: skip
             self._trainables = Trainables(self.stages, self._runners, accumulators)
             self._gradients = Gradients(self.world, self._rank_of, self._trainables)
-            parameters = self._trainables.trained
-            self.optimizer = optimizer(parameters) if optimizer is not None and parameters else None
+            self._main = MainWeights(self.stages, self._trainables.trained) if main_weights else None
+            names = {id(tensor): name for stage in self.local_stages for name, tensor in stage.names.items()}
+            self._update = Update(self.world, self._gradients, names, self._main, optimizer, clip_norm, scaler)
             orders = plans.communicate(runnable)
             self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
@@ -135,64 +152,98 @@ class Pipeline:
         """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
         return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._links.senders.items()}
 
-    def step(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
-        """One training step: the plan, clipping, the optimizer. Returns the batch's mean loss, the same on every rank.
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's, as ``optimizer=`` has made it: for schedules of the learning rate, and new parameters."""
+        return self._update.optimizer
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """2-norm of all gradients at the last update, before clipping; None unless it was clipped or guarded."""
+        return self._update.norm
+
+    def step(
+        self, batch: Any, target: Any, *, total: float | Tensor | None = None, skip_nonfinite: bool = False
+    ) -> float:
+        """``forward_backward`` and ``update``. Returns the batch's mean loss, the same on every rank.
+
+        Args, Raises: as theirs.
+        """
+        loss, since = self._pass("step", batch, target, total)
+        self._finish(since, skip_nonfinite)
+        return loss
+
+    def forward_backward(self, batch: Any, target: Any, *, total: float | Tensor | None = None) -> float:
+        """The plan, without an update. Returns the batch's mean loss, the same on every rank.
+
+        Gradients of several calls before one ``update`` add up, as in torch: divide the loss by their number for the
+        mean over equal batches. Sums with counts need no such care: ``update`` divides by the counts of all calls.
 
         Args:
-            batch: tensors (N, ...), cut along dimension 0; read on the first stage's rank, may be None elsewhere.
+            batch: a tensor, a tuple of positional or a dict of keyword arguments of the first stage, cut along
+                dimension 0, or a list of ready micro-batches (``pipex.runtime.microbatch``); read on the first stage's
+                rank, may be None elsewhere.
             target: likewise for the last stage's rank.
+            total: by which sums of losses are divided before their backward, for the bits of a process that does so;
+                the count over all calls before the next update. May be None on ranks that do not hold the last stage.
 
         Raises:
-            InputError: the batch cannot be cut, or has no loss; ConfigMismatch: the ranks were given other batches.
+            InputError: an argument cannot be used, or does not fit the others'; nothing has begun then, and the
+                pipeline lives on. The loss function returned what is no loss, or one that nothing can be trained by.
+            ConfigMismatch: the ranks were given other batches; nothing has begun.
             MessageMismatch: the ranks do not run one plan.
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
-        with self._together():
-            if self.plan.update == "never":
-                raise InputError("this pipeline cannot train", got=f"{self.plan.family}, a plan without a backward",
-                                 needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
-            if self.optimizer is None and self._trainables.trained:
-                raise InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory", fix=
-                                 "pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
-            step = self.steps + 1
-            data = self._begin(step, batch, target, training=True)
-            with self._seeds.apart(step, self.world.rank):
-                self._executor.train(data)
-            begin = self._phase(step, Phase.REDUCE)
-            self._gradients.reduce_ties(step, self._links)
-            self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
-            loss = self._gradients.exchange(self._loss(), self._clip_norm)
-            self._times.finish()
-            self._done(begin, step, Phase.REDUCE)
-            begin = self._phase(step, Phase.OPTIMIZER)
-            if self.optimizer is not None:
-                self.optimizer.step()
-            self._gradients.clear()
-            self.steps = step
-            self._executor.reset()
-            self._done(begin, step, Phase.OPTIMIZER)
-            self.world.at(step, Phase.IDLE)
-            return loss
+        loss, since = self._pass("forward_backward", batch, target, total)
+        self._done(since, self.steps + 1, Phase.REDUCE)
+        return loss
 
-    def evaluate(self, batch: Tensor | Sequence[Tensor] | None, target: Tensor | Sequence[Tensor] | None) -> float:
-        """The batch's mean loss in evaluation mode, without gradients; arguments and errors as in ``step``."""
+    def reduce_gradients(self) -> None:
+        """Completes ``.grad`` on every rank, after the last ``forward_backward`` before an update: tied parameters are
+        added up, sums divided by their count, scaled gradients unscaled. Call it to look at gradients, or to change
+        them, before ``update``, which does it otherwise.
+
+        Raises:
+            InputError: there was no ``forward_backward``, some of them had means and some sums, or nothing was counted.
+            PeerError: another rank ended the run.
+        """
+        self._check_alive()
+        self._update.check()
         with self._together():
-            modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
-            for stage in self.local_stages:
-                stage.eval()
-            try:
-                data = self._begin(self.steps + 1, batch, target, training=False)
-                self.world.at(self.steps + 1, Phase.EVALUATING)
-                with self._seeds.apart(self.steps + 1, self.world.rank):
+            self.world.at(self.steps + 1, Phase.REDUCE)
+            self._update.reduce(self.steps + 1, self._links)
+
+    def update(self, *, skip_nonfinite: bool = False) -> bool:
+        """Clips, makes the optimizer's step on every rank, and forgets the gradients.
+
+        Args:
+            skip_nonfinite: leave the optimizer's step out, on all ranks, if the norm of all gradients is not finite.
+
+        Returns:
+            whether the optimizer's step was made: not if it was left out, by this or by the scaler.
+
+        Raises: as ``reduce_gradients``.
+        """
+        return self._finish(monotonic_ns(), skip_nonfinite)
+
+    def evaluate(self, batch: Any, target: Any) -> float:
+        """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
+        may be fewer samples than micro-batches, and any number of ready ones."""
+        modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
+        for stage in self.local_stages:
+            stage.eval()
+        try:
+            data = self._begin("evaluate", batch, target, None)
+            with self._together():
+                self.world.at(data.step, Phase.EVALUATING)
+                with self._seeds.apart(data.step, self.world.rank):
                     self._executor.evaluate(data)
-                self._links.flush()
-                loss = self._gradients.exchange(self._loss(), None)
-                self._executor.reset()
+                loss, _ = self._end()
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
-            finally:
-                for module, training in modes:
-                    module.training = training
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def save(
         self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
@@ -212,7 +263,7 @@ class Pipeline:
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
                 self.world, checkpoint.names_of(self.local_stages), self.optimizer, state or {}, self.steps, directory,
-                meta or {},
+                meta or {}, self._update.main,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
@@ -233,9 +284,11 @@ class Pipeline:
         """
         with self._together():
             own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory)
+            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory,
+                                    self._update.main)  # fmt: skip
             if not isinstance(found, str):
                 self.steps, meta = found
+                self._update.loaded()
                 return meta
         raise CheckpointError(found)  # on every rank
 
@@ -243,64 +296,98 @@ class Pipeline:
         """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
         self._links.close()
 
-    # The start of a step.
+    # The two halves of a step.
 
-    def _begin(self, step: int, batch: Any, target: Any, *, training: bool) -> StepData:
-        self.world.at(step, Phase.START)
-        self._trainables.look()
-        runners = self._runners.values()
-        first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
-        inputs = None if batch is None else microbatch.as_tensors(batch, "the batch")
-        targets = None if target is None else microbatch.as_tensors(target, "the target")
-        for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
-            if needed and not value:
-                raise InputError(f"rank {self.world.rank} holds the {end} stage and needs the {name}", got=value)
-        said = {
-            "the pipeline, counted as they were made": self._number,
-            "step": step,
-            "batch": _describe(inputs),
-            "target": _describe(targets),
-        }
-        agreed = agree(self.world, "step" if training else "evaluate", said)
-        samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
-        if samples != target_samples:
-            raise InputError(
-                "batch and target disagree", got=f"{samples} and {target_samples} samples", needed="the same number"
+    def _pass(self, call: str, batch: Any, target: Any, total: object) -> tuple[float, int]:
+        """The plan. Returns the mean loss, and since when this rank has been done with its actions."""
+        data = self._begin(call, batch, target, total)
+        with self._together():
+            with self._seeds.apart(data.step, self.world.rank):
+                self._executor.train(data)
+            since = self._phase(data.step, Phase.REDUCE)
+            loss, count = self._end()
+            self._times.finish()
+            self._update.counts.append(count)
+            self.world.at(self.steps, Phase.IDLE)
+            return loss, since
+
+    def _finish(self, since: int, skip_nonfinite: bool) -> bool:
+        self.reduce_gradients()
+        with self._together():
+            step = self.steps + 1
+            self._done(since, step, Phase.REDUCE)
+            begin = self._phase(step, Phase.OPTIMIZER)
+            made = self._update.apply(skip_nonfinite)
+            self.steps += made
+            self._done(begin, step, Phase.OPTIMIZER)
+            self.world.at(self.steps, Phase.IDLE)
+            return made
+
+    def _begin(self, call: str, batch: Any, target: Any, total: object) -> StepData:
+        """Agrees on what is to be done. What goes wrong afterwards, before the return, has begun nothing."""
+        self._check_alive()
+        step, training = self.steps + 1, call != "evaluate"
+        with self._together():
+            self.world.at(step, Phase.START)
+            self._trainables.look()
+            runners = self._runners.values()
+            for runner in runners:
+                runner.microbatches_before = len(self._update.counts) * self.plan.microbatches if training else 0
+            first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
+            given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
+                                training=training)  # fmt: skip
+            if training:
+                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced)
+            every = share(
+                self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
             )
-        sizes = microbatch.sizes(samples, self.plan.microbatches)
-        pieces: list[tuple[Tensor, ...]] = []
-        if first and inputs:
-            device = self.world.device
-            pieces = microbatch.split([t.to(device) for t in inputs], self.plan.microbatches)
-        target_pieces: list[Any] = []
-        if last and targets:
-            cut = microbatch.split([t.to(self.world.device) for t in targets], self.plan.microbatches)
-            target_pieces = [t[0] if isinstance(target, Tensor) else t for t in cut]
-        return StepData(step, pieces, target_pieces, [n / samples for n in sizes])
+        try:
+            agreed = intake.agreed(self.plan.microbatches, given, every)
+        except PipexError:
+            self.world.at(self.steps, Phase.IDLE)
+            raise
+        self._loss.total = agreed.total
+        count, samples = len(agreed.samples), sum(agreed.samples)
+        inputs: Sequence[tuple[Any, ...]] = ()
+        targets: Sequence[Any] = ()
+        with self._together():
+            if first and given.batch is not None:
+                pieces = microbatch.cut(batch, given.batch, count, self.world.device)
+                inputs = [microbatch.as_arguments(piece) for piece in pieces]
+            if last and given.target is not None:
+                targets = microbatch.cut(target, given.target, count, self.world.device)
+        return StepData(step, inputs, targets, [n / samples for n in agreed.samples])
+
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
+
+    def _end(self) -> tuple[float, float | None]:
+        """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""
+        self._links.flush()  # before the exchange: past it, what was received on any rank has really arrived
+        runner = next((r for r in self._runners.values() if r.last), None)
+        mine = None
+        if runner is not None:
+            mine = of_batch([runner.losses[m] for m in sorted(runner.losses)], self._loss.total)
+        self._executor.reset()
+        loss, count = next(filter(None, share(self.world, "the losses", mine)))
+        return float(loss), count
 
     # Agreement, failure, progress.
+
+    def _check_alive(self) -> None:
+        if self._failed is not None:
+            raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
 
     @contextmanager
     def _together(self) -> Iterator[None]:
         """What fails here fails on every rank."""
-        if self._failed is not None:
-            raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
+        self._check_alive()
         try:
             yield
         except BaseException as error:
             self._failed = error
             self.world.fail(error)
             raise
-
-    def _loss(self) -> float | None:
-        """The sum of the weighted losses in rising micro-batch order, on the last stage's rank."""
-        runner = next((r for r in self._runners.values() if r.last), None)
-        if runner is None:
-            return None
-        total, *rest = (runner.losses[m] for m in range(self.plan.microbatches))
-        for loss in rest:
-            total = total + loss
-        return total.item()
 
     def _phase(self, step: int, phase: Phase) -> int:
         self.world.at(step, phase)
@@ -309,7 +396,3 @@ class Pipeline:
     def _done(self, begin: int, step: int, phase: Phase) -> None:
         if self._observer is not None:
             self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
-
-
-def _describe(tensors: Sequence[Tensor] | None) -> list[Any] | None:
-    return None if tensors is None else [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]

@@ -7,9 +7,6 @@ of the leaf. Hence
 
     leaf ──unsafe_view──► handed ──► stage          handed has the leaf's memory and strides, is no view of it, and has
                              └─ hook                a version counter of its own; the hook takes the gradient as it is
-
-The micro-batches of the first stage are views of one batch, which share one version counter: a layer that works in
-place on one of them would seem to have changed them all.
 """
 
 from __future__ import annotations
@@ -72,8 +69,3 @@ def _hand(leaf: Tensor, gradients: list[Tensor]) -> Tensor:
         handed.data = leaf.data
     add_hooks(handed, {0: gradients.append})
     return handed
-
-
-def apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A micro-batch of the first stage, whose tensors share memory with the batch, but no version counter."""
-    return tuple(t if t.requires_grad else t.data for t in tensors)

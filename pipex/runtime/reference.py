@@ -1,8 +1,9 @@
 """The same training in one process, with plain autograd: what a pipeline's numbers are compared with.
 
 No plan, no split backward, no transport: micro-batch by micro-batch through all stages, one ``backward`` each. It
-shares with the pipeline only what defines the numbers: how a batch is cut, how random layers are seeded, and that a
-tied parameter has one accumulator per stage; where there is one, the graph is cut between stages, as in a pipeline.
+shares with the pipeline only what defines the numbers: how a batch is cut, what a loss function may return, how random
+layers are seeded, and that a tied parameter has one accumulator per stage; where there is one, the graph is cut between
+stages, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from pipex.partition import as_stages
 from pipex.runtime import microbatch, tied
-from pipex.runtime.received import Received, apart
+from pipex.runtime.loss import Loss, MicroLoss, of_batch
+from pipex.runtime.received import Received
 from pipex.runtime.seeding import Seeds
 
 
@@ -38,7 +40,8 @@ class OneProcess:
         self._accumulators = tied.Accumulators()
         self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
         self._microbatches = microbatches
-        self._loss_fn = loss_fn
+        self._loss = Loss(loss_fn, lambda: bool(self.trained))
+        self._counts: list[float | None] = []  # of each forward_backward since the last update
         self._clip_norm = clip_norm
         self._seed = seed
         self.optimizer: torch.optim.Optimizer | None = optimizer(self.trained) if optimizer else None
@@ -48,58 +51,76 @@ class OneProcess:
         """The parameters that are not frozen, in model order."""
         return list(dict.fromkeys(p for stage in self.stages for p in stage.parameters() if p.requires_grad))
 
-    def step(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> float:
+    def step(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """One training step; returns the batch's mean loss."""
-        self.gradients(batch, target)
+        loss = self.forward_backward(batch, target, total=total)
+        self.update()
+        return loss
+
+    def forward_backward(self, batch: Any, target: Any, *, total: float | None = None) -> float:
+        """Adds to the gradients; returns the batch's mean loss."""
+        self._accumulators.share({stage.index: list(stage.parameters()) for stage in self.stages})
+        losses = []
+        for root, loss in self._losses(batch, target, total):
+            self._backward(root)
+            losses.append(loss)
+        mean, count = of_batch(losses, total)
+        self._counts.append(count)
+        return mean
+
+    def reduce_gradients(self) -> None:
+        """Leaves the gradients of all calls since the last update, not yet clipped, in ``.grad``."""
+        for tie in self._ties:
+            parameter = tied.parameter_of(tie, self.stages)
+            if parameter.requires_grad:
+                parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
+        self._accumulators.clear()
+        counts = [count for count in self._counts if count is not None]
+        if counts:
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    parameter.grad.div_(sum(counts))
+
+    def update(self) -> None:
+        """The optimizer's step."""
+        self.reduce_gradients()
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self._clip_norm)
         if self.optimizer is not None:
             self.optimizer.step()
         for stage in self.stages:
             stage.zero_grad()
+        self._counts.clear()
         self.steps += 1
-        return self.loss
 
-    def evaluate(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> float:
+    def evaluate(self, batch: Any, target: Any) -> float:
         """The batch's mean loss in evaluation mode."""
         for stage in self.stages:
             stage.eval()
         with torch.no_grad():
-            loss = sum(self._losses(batch, target))
+            mean, _ = of_batch([loss for _, loss in self._losses(batch, target, None)], None)
         for stage in self.stages:
             stage.train()
-        return float(loss)
+        return mean
 
-    def gradients(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> None:
-        """Leaves the step's gradients, not yet clipped, in ``.grad`` and its loss in ``loss``."""
-        self._accumulators.share({stage.index: list(stage.parameters()) for stage in self.stages})
-        total: Tensor | None = None
-        for loss in self._losses(batch, target):
-            self._backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        self.loss = total.item()
-        for tie in self._ties:
-            parameter = tied.parameter_of(tie, self.stages)
-            if parameter.requires_grad:
-                parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
-        self._accumulators.clear()
-
-    def _losses(self, batch: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
-        """The weighted losses, one micro-batch after another."""
-        inputs = microbatch.split(microbatch.as_tensors(batch, "the batch"), self._microbatches)
-        targets = microbatch.split(microbatch.as_tensors(target, "the target"), self._microbatches)
-        samples = sum(piece[0].shape[0] for piece in inputs)
-        seeds = Seeds(inputs[0][0].device, self._seed)
+    def _losses(self, batch: Any, target: Any, total: float | None) -> Iterator[tuple[Tensor, MicroLoss]]:
+        """Of one micro-batch after another where its backward starts, and its loss."""
+        device = next((p.device for stage in self.stages for p in stage.parameters()), torch.device("cpu"))
+        how = microbatch.look(batch, "batch", self._microbatches, fewer=not torch.is_grad_enabled())
+        target_how = microbatch.look(target, "target", self._microbatches, fewer=not torch.is_grad_enabled())
+        inputs = microbatch.cut(batch, how, len(how.samples), device)
+        targets = microbatch.cut(target, target_how, len(how.samples), device)
+        self._loss.total = total
+        before = len(self._counts) * self._microbatches if torch.is_grad_enabled() else 0
+        seeds = Seeds(device, self._seed)
         with seeds.apart(self.steps + 1, 0):
             for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
-                seed = seeds.of(self.steps + 1, number)
-                output = self._forward(seed, apart(piece))
+                seed = seeds.of(self.steps + 1, before + number)
+                output = self._forward(seed, microbatch.as_arguments(piece))
                 seed(sum(len(stage.layers) for stage in self.stages))
-                loss = self._loss_fn(output, wanted[0] if isinstance(target, Tensor) else wanted)
-                yield loss.reshape(()) * (piece[0].shape[0] / samples)
+                yield self._loss(output, wanted, how.samples[number] / sum(how.samples))
 
-    def _forward(self, seed: Callable[[int], None], inputs: tuple[Tensor, ...]) -> Any:
+    def _forward(self, seed: Callable[[int], None], inputs: tuple[Any, ...]) -> Any:
         values: Any = inputs
         self._cuts = []
         for stage in self.stages:

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.errors import InputError, MessageMismatch, UnsupportedModule
+from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
-from pipex.runtime.received import Received, apart
+from pipex.runtime.loss import Loss, MicroLoss
+from pipex.runtime.received import Received
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import Watch
 from pipex.runtime.survey import survey
 from pipex.runtime.tied import Accumulators
 from pipex.torch_internals import storage_id
 from pipex.transport.interface import form_of
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
@@ -64,7 +63,7 @@ class StageRunner:
     Args:
         stage: the stage; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
-        loss_fn: called with (output, target) of a micro-batch; used on the last stage only.
+        loss: used on the last stage only.
         seeds: of the random layers, and of the loss.
         exact: as of ``Splitter``.
         accumulators: of the parameters that other stages of this process hold too.
@@ -75,7 +74,7 @@ class StageRunner:
         self,
         stage: Stage,
         placement: Placement,
-        loss_fn: LossFunction,
+        loss: Loss,
         seeds: Seeds,
         exact: bool | None,
         accumulators: Accumulators,
@@ -86,10 +85,11 @@ class StageRunner:
         self.first = placement.before(stage.index) is None
         self.last = placement.after(stage.index) is None
         self.live: dict[int, _Live] = {}
-        self.losses: dict[int, Tensor] = {}  # weighted loss per micro-batch, on the last stage
-        self._loss_fn = loss_fn
+        self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
+        self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds
+        self._loss = loss
         # None of torch's functions that are losses does.
-        self._loss_draws = self.last and getattr(loss_fn, "__module__", None) != "torch.nn.functional"
+        self._loss_draws = self.last and getattr(loss.function, "__module__", None) != "torch.nn.functional"
         self._seeds = seeds
         self._seed: Callable[[int], None] = lambda layer: None  # of the micro-batch at hand
         self._exact = exact
@@ -106,10 +106,10 @@ class StageRunner:
             self._splitter = Splitter.of(self.stage, self._exact)
         self.stage.before_layer = self._before_layer if self.survey.drawing else None
 
-    def compute(self, step: int, microbatch: int, inputs: tuple[Tensor, ...]) -> Any:
+    def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
         if self.survey.drawing or self._loss_draws:
-            self._seed = self._seeds.of(step, microbatch)
+            self._seed = self._seeds.of(step, self.microbatches_before + microbatch)
         with _UNWATCHED if self._watch is None else self._watch.forward():
             output = self.stage(*inputs)
         if self._loss_draws:
@@ -121,21 +121,19 @@ class StageRunner:
             self._seed(self.stage.first_layer + position)
 
     def forward(
-        self, step: int, microbatch: int, inputs: tuple[Tensor, ...], target: Any, weight: float, split: bool
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float, split: bool
     ) -> tuple[Tensor, ...]:
         """F. Returns what the next stage gets; nothing on the last stage, which keeps its loss instead.
 
         Args:
-            inputs: received tensors, or the micro-batch on stage 0.
+            inputs: received tensors; on stage 0 the micro-batch, which may hold anything.
             target: the micro-batch's target; read on the last stage only.
-            weight: the micro-batch's share of the batch's samples; its mean loss is scaled by it before backward.
+            weight: the micro-batch's share of the batch's samples; a mean loss is scaled by it before backward.
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
         received = _NOTHING
-        if self.first:
-            inputs = apart(inputs)
-        else:
+        if not self.first:
             received = Received(inputs, self.survey.plain)
             inputs = received.handed
         if split:
@@ -146,9 +144,8 @@ class StageRunner:
             output = self.compute(step, microbatch, inputs)
         received.check_use()
         if self.last:
-            loss = self.loss(output, target, weight)
-            self.losses[microbatch] = loss.detach()
-            roots: Sequence[Tensor] = (loss,) if loss.requires_grad else ()
+            root = self.loss(microbatch, output, target, weight)
+            roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
             self.live[microbatch] = _Live(received, roots, tape)
             return ()
         outputs = self.message(output)
@@ -169,20 +166,14 @@ class StageRunner:
         buffers = {_memory(b) for kept in self.survey.buffers for b in kept.values() if b is not None} - {0}
         return tuple(t.clone() if _memory(t) in buffers else t for t in tensors)
 
-    def loss(self, output: Any, target: Any, weight: float) -> Tensor:
-        """The weighted mean loss of one micro-batch.
+    def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
+        """Keeps the loss of a micro-batch; returns where its backward starts.
 
         Raises:
-            InputError: the loss function returned no scalar.
+            InputError: as ``Loss``.
         """
-        loss = self._loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(
-                "the loss function must return the mean loss of a micro-batch",
-                got=shape, needed="a tensor with one element", fix="reduce it with .mean()",
-            )  # fmt: skip
-        return loss.reshape(()) * weight
+        root, self.losses[microbatch] = self._loss(output, target, weight)
+        return root
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.

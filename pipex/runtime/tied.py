@@ -95,7 +95,7 @@ class Accumulators:
         """What the stage has accumulated; zeros where it got no gradient."""
         later = any(parameter is held for held in self._later.get(stage, ()))
         gradient = self._aside.get((stage, id(parameter))) if later else parameter.grad
-        return torch.zeros_like(parameter) if gradient is None else gradient
+        return torch.zeros_like(parameter, dtype=parameter.grad_dtype) if gradient is None else gradient
 
     def clear(self) -> None:
         """Forgets what is not in ``.grad``."""

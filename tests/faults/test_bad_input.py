@@ -176,8 +176,8 @@ def test_an_output_that_is_no_message_is_named_at_the_sender(
         (lambda rank: pipeline(loss=nn.Linear(1, 1)), ["loss_fn has parameters"]),
         (lambda rank: pipeline().step(torch.ones(4, 4), torch.ones(6, 4)), ["4 and 6 samples"]),
         (lambda rank: pipeline().step(torch.tensor(1.0), torch.ones(4, 4)), ["dimension 0"]),
-        (lambda rank: pipeline().step([1, 2], torch.ones(4, 4)), ["the batch is not made of tensors; got int"]),
-        (lambda rank: pipeline().step((), torch.ones(4, 4)), ["first stage and needs the batch"]),
+        (lambda rank: pipeline().step([1, 2], torch.ones(4, 4)), ["a list of ready micro-batches"]),
+        (lambda rank: pipeline().step((), torch.ones(4, 4)), ["nothing in the batch can be cut", "got ()"]),
     ],
 )  # fmt: skip
 def test_an_argument_that_cannot_be_used(
@@ -194,15 +194,17 @@ def test_an_argument_that_cannot_be_used(
 @pytest.mark.parametrize("loss", [lambda y, t: (y - t) ** 2, lambda y, t: 0.5], ids=["vector", "float"])
 def test_a_loss_that_is_no_scalar_is_named_on_the_last_rank(errors: Callable[..., list[str]], loss: Any) -> None:
     first, last = errors(lambda rank: step(pipeline(loss=loss)))
-    assert last.startswith("InputError: the loss function must return the mean loss of a micro-batch; got ")
+    assert last.startswith(
+        "InputError: the loss function must return the mean loss of a micro-batch, or its sum and count; got "
+    )
     assert first.startswith("PeerFailed: rank 1 failed: InputError: the loss function must")
 
 
 def test_a_pipeline_that_has_failed_is_not_used_again(errors: Callable[..., list[str]]) -> None:
     def body(rank: int) -> None:
-        pipe = pipeline()
+        pipe = pipeline(loss=lambda y, t: 0.5)
         with pytest.raises(PipexError):
-            step(pipe, samples=1)
+            step(pipe)
         step(pipe)
 
     for text in errors(body):

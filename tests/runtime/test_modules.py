@@ -234,6 +234,21 @@ def test_memory_of_one_element_in_a_dimension_keeps_its_strides() -> None:
     assert handed.data_ptr() == leaf.data_ptr()
 
 
+def test_a_gradient_keeps_the_strides_in_which_autograd_makes_it() -> None:
+    """As a leaf's it would get those of the leaf."""
+    received = Received([torch.randn(4, 3).requires_grad_()], plain=False)
+    received.handed[0].t().backward(torch.ones(3, 4))
+    (gradient,) = received.gradients()
+    assert gradient.stride() == (1, 4)
+
+
+def test_what_is_not_contiguous_is_not_handed_as_a_leaf_to_a_plain_stage() -> None:
+    (contiguous,) = Received([torch.randn(4, 3).requires_grad_()], plain=True).handed
+    (other,) = Received([torch.randn(3, 4).t().requires_grad_()], plain=True).handed
+    assert contiguous.is_leaf
+    assert not other.is_leaf
+
+
 # Random numbers.
 
 
@@ -401,27 +416,36 @@ class Taking(nn.Module):
         return self.inner(F.linear(x, weight))
 
 
-def train_handing(family: str) -> list[str | None]:
+def handing() -> list[nn.Module]:
     torch.manual_seed(0)
-    model = nn.Sequential(Handing(), Taking())
-    pipe = pipex.Pipeline([model[0], model[1]], pipex.build(family, 2, 4), F.mse_loss, optimizer=optimizer)
+    return [lin(), Handing(), Taking()]
+
+
+def train_handing(family: str) -> list[list[str | None]]:
+    """With an I and its W apart in the middle, as only a first stage has them together."""
+    pipe = pipex.Pipeline(handing(), pipex.build(family, 3, 6), F.mse_loss, optimizer=optimizer)
+    (stage,) = pipe.local_stages
+    seen: list[list[str | None]] = []
+    pipe.optimizer.register_step_pre_hook(lambda *_: seen.append([digest(p.grad) for p in stage.parameters()]))
     for step in (1, 2):
         pipe.step(*BATCH(step))
-    return [digest(p) for stage in pipe.local_stages for p in stage.parameters()]
+    return seen
 
 
-@pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1", "zb-h2"])
 def test_a_weight_that_is_handed_on_gets_both_gradients_in_order(family: str) -> None:
-    torch.manual_seed(0)
-    first, last = Handing(), Taking()
-    update = optimizer([*first.parameters(), *last.parameters()])
+    modules = handing()
+    first, second, last = modules
+    update = optimizer(p for module in modules for p in module.parameters())
+    expected: list[list[list[str | None]]] = [[], [], []]
     for step in (1, 2):
-        for x, y in zip(*(t.tensor_split(4) for t in BATCH(step)), strict=True):
-            (F.mse_loss(last(*first(x)), y) * (len(x) / 6)).backward()
+        for x, y in zip(*(t.tensor_split(6) for t in BATCH(step)), strict=True):
+            (F.mse_loss(last(*second(first(x))), y) * (len(x) / 6)).backward()
+        for seen, module in zip(expected, modules, strict=True):
+            seen.append([digest(p.grad) for p in module.parameters()])
         update.step()
         update.zero_grad()
-    found = host_world.launch(train_handing, 2, args=(family,))
-    assert found == [[digest(p) for p in module.parameters()] for module in (first, last)]
+    assert host_world.launch(train_handing, 3, args=(family,)) == expected
 
 
 def test_a_stage_that_returns_nothing_is_named() -> None:

@@ -217,11 +217,12 @@ def test_bad_input_is_named_with_its_numbers(call: Any, message: str) -> None:
 
 
 def test_a_pipeline_that_has_failed_says_so() -> None:
-    pipe = pipeline()
+    pipe = solo(lambda output, target: output - target)
     with pytest.raises(InputError):
-        pipe.step(None, None)
-    with pytest.raises(PipexError, match="has failed before"):
         pipe.step(*data(4, 0))
+    for call in (pipe.step, pipe.evaluate, pipe.forward_backward):
+        with pytest.raises(PipexError, match="has failed before"):
+            call(*data(4, 0))
 
 
 TWO_RANKS = ((Action(0, Kind.F, 0), Action(0, Kind.B, 0)), (Action(1, Kind.F, 0), Action(1, Kind.B, 0)))

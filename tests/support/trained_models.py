@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import random_models
@@ -31,7 +32,9 @@ def train(cell: Cell, model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "gradients": []}
     if pipeline.optimizer is not None:
         pipeline.optimizer.register_step_pre_hook(lambda *_: found["gradients"].append(gradients(own)))
-    found["losses"] = [pipeline.step(*model.batch(step)) for step in range(1, STEPS + 1)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no gradient came to")  # some layers do not use all of their parameters
+        found["losses"] = [pipeline.step(*model.batch(step)) for step in range(1, STEPS + 1)]
     found["tensors"] = tensors(own)
     found["evaluated"] = pipeline.evaluate(*model.batch(STEPS + 1))
     pipeline.close()

@@ -1,0 +1,148 @@
+"""What a step is given: checked and cut on every rank, then agreed on by all, before anything has begun.
+
+So an argument that cannot be used is an error of the same call on all ranks, and the next call finds the pipeline as it
+was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pipex.errors import InputError
+from pipex.plan import Plan
+from pipex.runtime import microbatch
+from pipex.runtime.agreement import compare
+from pipex.runtime.loss import check_total
+from pipex.transport.interface import World
+
+
+@dataclass(slots=True)
+class Given:
+    """What this rank was given for a step.
+
+    Attributes:
+        batch, target: how they become micro-batches; None where they were not given.
+        said: what this rank tells the others of it.
+        problem: why it cannot be used.
+    """
+
+    batch: microbatch.Cut | None = None
+    target: microbatch.Cut | None = None
+    said: dict[str, Any] = field(default_factory=dict)
+    problem: InputError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know of a step.
+
+    Attributes:
+        samples: of each micro-batch.
+        total: what sums of losses are divided by, if it was given.
+    """
+
+    samples: Sequence[int]
+    total: float | None
+
+
+def take(
+    world: World, microbatches: int, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool
+) -> Given:
+    """Checks what this rank was given.
+
+    Args:
+        microbatches: of the plan, which a training step keeps to.
+        first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
+    """
+    given = Given()
+    try:
+        given.said["total"] = check_total(total)
+        for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, last, "last")):
+            if value is None:
+                if needed:
+                    raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
+                continue
+            how = microbatch.look(value, name, microbatches, fewer=not training)
+            if name == "target":
+                given.target = how
+            else:
+                microbatch.check_keywords(value)
+                if not how.samples:
+                    raise InputError(
+                        "nothing in the batch can be cut into micro-batches", got=how.forms[0],
+                        needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches",
+                    )  # fmt: skip
+                given.batch = how
+            ready = how.rows is None
+            given.said |= {
+                name: list(how.forms), f"{name} ready": ready,
+                f"samples of the {name}": list(how.samples) if ready else sum(how.samples) or None,
+            }  # fmt: skip
+    except InputError as problem:
+        given.problem = problem
+        given.said = {"problem": str(problem)}
+    return given
+
+
+def refuse_training(
+    given: Given, plan: Plan, optimizer: Optimizer | None, trains: Callable[[], bool], reduced: bool
+) -> None:
+    """Notes why a pipeline cannot train as it is called, if it cannot.
+
+    Args:
+        trains: whether anything is to be trained.
+        reduced: whether the gradients of the next update are complete.
+    """
+    problem = None
+    if plan.update == "never":
+        problem = InputError("this pipeline cannot train", got=f"{plan.family}, a plan without a backward",
+                             needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
+    elif optimizer is None and trains():
+        problem = InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory",
+                             fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+    elif not torch.is_grad_enabled() and trains():
+        problem = InputError("this pipeline cannot train here", got="a step under no_grad or inference_mode",
+                             needed="gradients", fix="call evaluate, or leave that block")  # fmt: skip
+    elif reduced:
+        problem = InputError("the gradients are complete", got="forward_backward after reduce_gradients",
+                             needed="update first")  # fmt: skip
+    if problem is not None:
+        given.problem, given.said = problem, {"problem": str(problem)}
+
+
+def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> Agreed:
+    """What the ranks have agreed on.
+
+    Args:
+        every: ``given.said`` of all ranks.
+
+    Raises:
+        InputError: a rank cannot use what it was given, or batch and target do not fit.
+        ConfigMismatch: two ranks were given different things.
+    """
+    if given.problem is not None:
+        raise given.problem
+    for rank, said in enumerate(every):
+        if "problem" in said:
+            raise InputError(f"rank {rank} cannot use what it was given: {said['problem']}")
+    all_say = compare(every)
+    ready, target_ready = all_say["batch ready"], all_say["target ready"]
+    if ready is not target_ready:
+        words = {True: "a list of ready micro-batches", False: "to be cut"}
+        raise InputError("batch and target disagree", got=f"a batch that is {words[ready]}, a target that is "
+                         f"{words[target_ready]}", needed="both lists, or none")  # fmt: skip
+    samples = all_say["samples of the batch"]
+    others = all_say.get("samples of the target", samples)  # none where all of it goes to every micro-batch
+    if ready:
+        if len(samples) != len(others):
+            raise InputError("batch and target disagree", got=f"{len(samples)} and {len(others)} micro-batches",
+                             needed="as many of both")  # fmt: skip
+        return Agreed(samples, all_say.get("total"))
+    if samples != others:
+        raise InputError("batch and target disagree", got=f"{samples} and {others} samples", needed="the same number")
+    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say.get("total"))

@@ -1,0 +1,139 @@
+"""What a loss function may return, and what becomes of it.
+
+A mean: the loss of a micro-batch; it counts with the micro-batch's share of the batch's samples.
+A sum and a count: both are added up over all micro-batches, and gradients and loss are those of sum ÷ count. The count
+is complete only after the last forward. So, unless the step was told it (``total``), the backward runs on the sums, and
+the gradients are divided once, when all of them are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipex.errors import InputError
+
+LossFunction = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroLoss:
+    """The loss of one micro-batch.
+
+    Attributes:
+        value: the mean times the micro-batch's share, or the sum; without a graph.
+        count: what the sum is to be divided by; None of a mean.
+    """
+
+    value: Tensor
+    count: Tensor | float | None
+
+
+class Loss:
+    """The loss function of a pipeline's last stage.
+
+    Args:
+        function: (output, target) of a micro-batch -> mean, or (sum, count).
+        trains: whether anything in the pipeline is to be trained, so that a loss must have a graph.
+        scale: applied to what the backward starts from.
+    """
+
+    def __init__(
+        self, function: LossFunction, trains: Callable[[], bool], scale: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.function, self._trains, self._scale = function, trains, scale
+        self.total: float | None = None
+        """of this step, if it was told: then sums are divided by it before their backward"""
+
+    def __call__(self, output: Any, target: Any, share: float) -> tuple[Tensor, MicroLoss]:
+        """Where the backward of a micro-batch starts, and its loss.
+
+        Args:
+            share: of the batch's samples.
+
+        Raises:
+            InputError: the function returned something else, or a loss that nothing can be trained by.
+        """
+        returned = self.function(output, target)
+        count: Tensor | float | None = None
+        if isinstance(returned, tuple):
+            loss, count = returned if len(returned) == 2 else (None, None)
+            usable = _is_scalar(count) or (isinstance(count, (int, float)) and not isinstance(count, bool))
+        else:
+            loss, usable = returned, True
+        if not (usable and isinstance(loss, Tensor) and _is_scalar(loss)):
+            raise InputError(
+                "the loss function must return the mean loss of a micro-batch, or its sum and count",
+                got=_words(returned), needed="a tensor with one element, or such a tensor and a number",
+                fix="reduce it with .mean(), or return (losses.sum(), number of losses)",
+            )  # fmt: skip
+        if self.total is not None and count is None:
+            raise InputError("total= is what sums are divided by", got="a loss function that returns a mean",
+                             needed="one that returns (sum, count)")  # fmt: skip
+        value = loss.reshape(())
+        root = value
+        if count is None:
+            root = value = value * share
+        elif self.total is not None:
+            root = value / self.total
+        if torch.is_grad_enabled():
+            if not root.requires_grad and self._trains():
+                raise InputError(
+                    "the loss does not depend on anything that is trained", got="a loss without a graph",
+                    needed="one that autograd can differentiate",
+                    fix="look for detach(), item(), argmax or no_grad between the parameters and the loss",
+                )  # fmt: skip
+            if self._scale is not None:
+                root = self._scale(root)
+        return root, MicroLoss(value.detach(), count)
+
+
+def of_batch(losses: Sequence[MicroLoss], total: float | None) -> tuple[float, float | None]:
+    """The mean loss, added up in the order given; and what the gradients are still to be divided by, if they are those
+    of a sum.
+
+    Raises:
+        InputError: some are means and some are sums, or a count is negative or not finite.
+    """
+    counts = [loss.count for loss in losses if loss.count is not None]
+    if counts and len(counts) != len(losses):
+        raise InputError("the loss function returned a mean for one micro-batch and a sum for another",
+                         got=f"{len(counts)} sums in {len(losses)} losses", needed="one or the other")  # fmt: skip
+    value, *rest = (loss.value for loss in losses)
+    for other in rest:
+        value = value + other
+    if not counts:
+        return value.item(), None
+    numbers = [float(count) for count in counts]
+    if not all(isfinite(number) and number >= 0 for number in numbers):
+        raise InputError("the loss function returned a count that counts nothing", got=numbers,
+                         needed="finite numbers from 0")  # fmt: skip
+    if total is not None:
+        return (value / total).item(), None
+    count = sum(numbers)
+    return (value / count).item(), count
+
+
+def check_total(total: object) -> float | None:
+    """Raises InputError if sums cannot be divided by it."""
+    if total is None:
+        return None
+    number = total.item() if isinstance(total, Tensor) and total.numel() == 1 else total
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not (isfinite(number) and number > 0):
+        raise InputError("total cannot divide a loss", got=repr(number), needed="a finite number above 0")
+    return float(number)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _words(returned: object) -> str:
+    if isinstance(returned, tuple):
+        return f"({', '.join(map(_words, returned))})"
+    return str(tuple(returned.shape)) if isinstance(returned, Tensor) else type(returned).__name__

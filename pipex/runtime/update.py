@@ -1,0 +1,188 @@
+"""The second half of a step: gradients become an update, on all ranks or on none.
+
+Every rank decides by what all ranks have found: the norm of all gradients, and whether one of them was infinite.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from pipex.errors import InputError
+from pipex.runtime.agreement import compare, share
+from pipex.runtime.commit import Gradients
+from pipex.runtime.main_weights import MainWeights
+from pipex.torch_internals import found_infinite
+from pipex.transport.interface import Links, World
+
+
+class Parameters(list[nn.Parameter]):
+    """What an optimizer's factory gets: the parameters of this rank, in model order.
+
+    Attributes:
+        named: the same as (name in the model, parameter), for parameter groups by name; torch's optimizers take these
+            pairs too.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        super().__init__(parameter for _, parameter in named)
+        self.named = list(named)
+
+
+OptimizerFactory = Callable[[Parameters], Optimizer]
+
+
+class Update:
+    """What this rank does from the last backward on.
+
+    Args:
+        world: the ranks.
+        gradients: this rank's.
+        names: of this rank's parameters, by id.
+        main: the main weights, if there are some.
+        factory: makes the optimizer; None if nothing is updated.
+        clip_norm: the largest norm of all gradients together.
+        scaler: of the losses.
+    """
+
+    def __init__(
+        self, world: World, gradients: Gradients, names: Mapping[int, str], main: MainWeights | None,
+        factory: OptimizerFactory | None, clip_norm: float | None, scaler: GradScaler | None,
+    ) -> None:  # fmt: skip
+        self._world, self._gradients, self._names, self._main = world, gradients, names, main
+        self._clip_norm, self._scaler = clip_norm, scaler
+        self.main = {} if main is None else main.named(names)
+        """the main weights by name"""
+        self._tied = bool(gradients.edges())
+        self._warned: set[int] = set()
+        self.counts: list[float | None] = []
+        """of each forward_backward so far: what its gradients are to be divided by, or None"""
+        self.reduced = False
+        self.optimizer = None if factory is None else self._build(factory)
+        self.norm: float | None = None
+        """of all gradients at the last update, before clipping; None if nothing has asked for it"""
+
+    def check(self) -> None:
+        """Raises InputError if no update can be made of what the backwards have left; it is forgotten then. The same on
+        every rank."""
+        if not self.counts:
+            raise InputError("there are no gradients", got="no forward_backward since the last update")
+        counts = [count for count in self.counts if count is not None]
+        means = len(self.counts) - len(counts)
+        if counts and not sum(counts):
+            problem = InputError("nothing was counted, so there is no mean to train by", got="counts that add up to 0",
+                                 needed="at least one", fix="leave such a batch out")  # fmt: skip
+        elif counts and means:
+            problem = InputError("gradients of means and of sums were added up", got=f"{means} and {len(counts)} calls",
+                                 needed="one or the other", fix="update in between")  # fmt: skip
+        else:
+            return
+        self.forget()
+        raise problem
+
+    def reduce(self, step: int, links: Links) -> None:
+        """Completes the gradients, once. Collective where parameters are tied."""
+        if self.reduced:
+            return
+        self._name_those_without()
+        self._gradients.reduce_ties(step, links)
+        if self._tied:
+            links.flush()
+            share(self._world, "the end of a step", None)  # past it, what was received on any rank has really arrived
+        counts = [count for count in self.counts if count is not None]
+        if counts:
+            self._gradients.divide(sum(counts))
+        if self._main is not None:
+            self._main.take_gradients()
+        if self._scaler is not None and self.optimizer is not None:
+            self._scaler.scale(torch.zeros((), device=self._world.device))  # a scaler begins with the first loss
+            self._scaler.unscale_(self.optimizer)
+        self.reduced = True
+
+    def apply(self, skip_nonfinite: bool) -> bool:
+        """Clips and makes the optimizer's step. Returns whether it was made; then on all ranks."""
+        norm = None
+        if self._clip_norm is not None or skip_nonfinite:
+            norm = self._gradients.norm()
+        self.norm = None if norm is None else norm.item()
+        leave_out = skip_nonfinite and self.norm is not None and not isfinite(self.norm)
+        if self._clip_norm is not None and norm is not None and not leave_out:
+            self._gradients.clip(self._clip_norm, norm)
+        made = self._step(leave_out)
+        if made and self._main is not None:
+            self._main.round()
+        self.forget()
+        return made
+
+    def loaded(self) -> None:
+        """Parameters and optimizer are those of a checkpoint now."""
+        self.forget()
+        if self._main is not None:
+            self._main.round()
+
+    def forget(self) -> None:
+        """Forgets all gradients."""
+        self.counts.clear()
+        self.reduced = False
+        self._gradients.clear()
+        if self._main is not None:
+            self._main.forget_gradients()
+
+    def _step(self, leave_out: bool) -> bool:
+        scaler, optimizer = self._scaler, self.optimizer
+        if scaler is None or optimizer is None or not scaler.is_enabled():
+            if optimizer is not None and not leave_out:
+                optimizer.step()
+            return not leave_out
+        # One rank's infinite gradient is everybody's: all skip the step and lower the scale, or none does. A rank whose
+        # parameters had no gradients has made no check, and takes part in this one all the same.
+        found = found_infinite(scaler, optimizer)
+        any_here = any(bool(value) for value in found.values())
+        every = share(self._world, "the gradient scaler", {"scale": scaler.get_scale(), "infinite": any_here})
+        compare([{"scale": said["scale"]} for said in every])  # else gradients would be those of different losses
+        infinite = leave_out or any(said["infinite"] for said in every)
+        for device in found or (self._world.device,):
+            found[device] = torch.full((), float(infinite), device=device)
+        scaler.step(optimizer)
+        scaler.update()
+        return not infinite
+
+    def _build(self, factory: OptimizerFactory) -> Optimizer:
+        """The optimizer. A rank without parameters has one as well, for schedulers: made for a parameter that is taken
+        out again, since no optimizer of torch begins without."""
+        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
+        if self._main is not None:
+            named = [(name, self._main.of(p)) for name, p in named]
+        nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))
+        parameters = Parameters(named or [nothing])
+        optimizer = factory(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise InputError("the optimizer's factory must return an optimizer", got=type(optimizer).__name__,
+                             needed="a torch.optim.Optimizer",
+                             fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+        if not named:
+            parameters.clear()
+            parameters.named.clear()
+            for group in optimizer.param_groups:
+                group["params"].clear()
+                if "param_names" in group:
+                    group["param_names"].clear()
+        return optimizer
+
+    def _name_those_without(self) -> None:
+        """Warns of each trainable parameter that the backwards have left without a gradient, once."""
+        new = [p for p in self._gradients.without() if id(p) not in self._warned]
+        if new:
+            self._warned |= {id(p) for p in new}
+            names = ", ".join(self._names.get(id(p), "a new parameter") for p in new)
+            warnings.warn(
+                f"no gradient came to {names}; if this is meant, freeze it, else look for where the forward leaves it "
+                "out or detaches it",
+                stacklevel=4,
+            )

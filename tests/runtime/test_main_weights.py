@@ -1,0 +1,257 @@
+"""bfloat16 parameters with float32 gradients and weights, beside a plain loop that keeps them by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import host_world
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipex
+from pipex.errors import UnsupportedModule
+
+MICROBATCHES = 4
+STEPS = 4
+
+
+def layers(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    """Deferred gradients (linear, embedding), others (norm, convolution), and a layer that has float32 weights."""
+    torch.manual_seed(6)
+    model = nn.Sequential(
+        nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(5, 5, 3, padding=1), nn.Linear(8, 8), Wide()
+    )
+    for layer in list(model)[:-1]:
+        layer.to(dtype)
+    return model
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.float())
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 9, (8, 5), generator=generator), torch.randn(8, 5, 3, generator=generator)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+Found = tuple[list[float], dict[str, Tensor], list[Tensor]]
+
+
+def found_in(pipe: pipex.Pipeline, losses: list[float]) -> Found:
+    assert pipe.optimizer is not None
+    held = {name: tensor.detach() for stage in pipe.local_stages for name, tensor in stage.names.items()}
+    return losses, held, [p.detach() for group in pipe.optimizer.param_groups for p in group["params"]]
+
+
+def pipeline(family: str = "zb-h1", **options: Any) -> pipex.Pipeline:
+    ranks = pipex.current_world().ranks
+    stages, plan = pipex.split_model(layers(), ranks), pipex.build(family, ranks, MICROBATCHES)
+    return pipex.Pipeline(stages, plan, nn.functional.mse_loss, optimizer=adam, main_weights=True, **options)
+
+
+def train(family: str, clip_norm: float | None, calls: int) -> Found:
+    pipe = pipeline(family, clip_norm=clip_norm)
+    losses = []
+    for step in range(STEPS):
+        losses += [pipe.forward_backward(*data(10 * step + call)) for call in range(calls)]
+        pipe.update()
+        assert all(p.grad is None for stage in pipe.local_stages for p in stage.parameters())
+        assert all(p.grad is None for group in pipe.optimizer.param_groups for p in group["params"])
+    return found_in(pipe, losses)
+
+
+def by_hand(clip_norm: float | None, calls: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    model = layers()
+    parameters = dict(model.named_parameters())
+    main = {name: nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+    optimizer = adam(main.values())
+    losses = []
+    for step in range(STEPS):
+        for call in range(calls):
+            x, y = data(10 * step + call)
+            summed = torch.zeros(())
+            for a, b in zip(x.split(2), y.split(2), strict=True):
+                loss = nn.functional.mse_loss(model(a), b) * 0.25
+                loss.backward()
+                summed = summed + loss.detach()
+                for name, parameter in parameters.items():
+                    assert parameter.grad is not None
+                    gradient = parameter.grad.float()
+                    so_far = main[name].grad
+                    main[name].grad = gradient if so_far is None else so_far + gradient
+                    parameter.grad = None
+            losses.append(summed.item())
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(main.values(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(main[name])
+    return losses, parameters, {name: p.detach() for name, p in main.items()}
+
+
+@pytest.mark.parametrize(("clip_norm", "calls"), [(None, 1), (0.1, 1), (0.1, 3)])
+@pytest.mark.parametrize(("family", "ranks"), [("1f1b", 1), ("zb-h1", 1), ("1f1b", 2), ("zb-h1", 2), ("zb-h1", 3)])
+def test_gradients_and_weights_have_the_bits_of_those_kept_by_hand(
+    family: str, ranks: int, clip_norm: float | None, calls: int
+) -> None:
+    losses, parameters, main = by_hand(clip_norm, calls)
+    names: list[str] = []
+    for theirs, held, weights in host_world.launch(train, ranks, args=(family, clip_norm, calls)):
+        assert theirs == losses
+        for name, weight in zip(held, weights, strict=True):
+            assert held[name].dtype is parameters[name].dtype
+            assert torch.equal(held[name], parameters[name]), name
+            assert weight.dtype is torch.float32
+            assert torch.equal(weight, main[name]), name
+        names += held
+    assert sorted(names) == sorted(parameters)
+
+
+def test_steps_too_small_for_bfloat16_are_not_lost() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    pipe = pipex.Pipeline(
+        [model], pipex.build("zb-h1", 1, 2), lambda output, _: -output.sum(), main_weights=True,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2**-10),
+    )  # fmt: skip
+    x = torch.ones(2, 1, dtype=torch.bfloat16)
+    for _ in range(8):  # each by 2^-10; bfloat16 has 1 + 2^-7 after 1
+        pipe.step(x, x)
+    assert pipe.local_stages[0].layers[0].weight.item() == 1 + 2**-7
+
+
+def save_and_go_on(directory: str) -> list[float]:
+    pipe = pipeline()
+    for step in range(3):
+        pipe.step(*data(step))
+    pipe.save(directory)
+    return [pipe.step(*data(step)) for step in range(3, 9)]
+
+
+def load_and_go_on(directory: str) -> list[float]:
+    pipe = pipeline()
+    pipe.step(*data(100))
+    pipe.load(directory)
+    return [pipe.step(*data(step)) for step in range(3, 9)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_checkpoint_holds_the_main_weights(ranks: int, tmp_path: Path) -> None:
+    expected = host_world.launch(save_and_go_on, 2, args=(str(tmp_path),))[0]
+    assert host_world.launch(load_and_go_on, ranks, args=(str(tmp_path),)) == [expected] * ranks
+
+
+def load_without_main_weights(directory: str) -> list[bool]:
+    ranks = pipex.current_world().ranks
+    plain = pipex.Pipeline(
+        pipex.split_model(layers(), ranks), pipex.build("1f1b", ranks, MICROBATCHES), nn.functional.mse_loss,
+        optimizer=adam,
+    )  # fmt: skip
+    plain.step(*data(0))
+    plain.save(directory)
+    pipe = pipeline()
+    pipe.load(directory)
+    _, held, weights = found_in(pipe, [])
+    return [torch.equal(tensor.float(), weight) for tensor, weight in zip(held.values(), weights, strict=True)]
+
+
+def test_a_checkpoint_without_main_weights_gives_the_rounded_ones(tmp_path: Path) -> None:
+    found = host_world.launch(load_without_main_weights, 2, args=(str(tmp_path),))
+    assert all(map(all, found))
+    assert sum(map(len, found)) == len(list(layers().parameters()))
+
+
+def test_a_parameter_that_was_set_in_between_is_what_training_goes_on_with() -> None:
+    pipe, other = pipeline(), pipeline()
+    with torch.no_grad():
+        for stage in (*pipe.local_stages, *other.local_stages):
+            for parameter in stage.parameters():
+                parameter.mul_(0.5)
+    halved = by_hand_from_halves()
+    assert pipe.step(*data(0)) == other.step(*data(0))
+    _, held, _ = found_in(pipe, [])
+    for name, tensor in held.items():
+        assert torch.equal(tensor, halved[name]), name
+
+
+def by_hand_from_halves() -> dict[str, Tensor]:
+    model = layers()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    parameters = dict(model.named_parameters())
+    main = {name: nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+    optimizer = adam(main.values())
+    x, y = data(0)
+    for a, b in zip(x.split(2), y.split(2), strict=True):
+        (nn.functional.mse_loss(model(a), b) * 0.25).backward()
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None
+            so_far = main[name].grad
+            main[name].grad = parameter.grad.float() if so_far is None else so_far + parameter.grad.float()
+            parameter.grad = None
+    optimizer.step()
+    return {name: weight.detach().to(parameters[name].dtype) for name, weight in main.items()}
+
+
+def tied_layers() -> nn.Sequential:
+    """Of small integers: no gradient is rounded, whatever the order of additions."""
+    torch.manual_seed(5)
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))).bfloat16()
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randint(-1, 2, (4, 4)))
+    model[2].weight = model[0].weight
+    return model
+
+
+def train_tied() -> Found:
+    ranks = pipex.current_world().ranks
+    pipe = pipex.Pipeline(
+        pipex.split_model(tied_layers(), ranks), pipex.build("zb-h1", ranks, 2), lambda o, t: (o.float() * t).sum(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2**-12), main_weights=True,
+    )  # fmt: skip
+    losses = [pipe.step(*integers(step)) for step in range(1)]
+    return found_in(pipe, losses)
+
+
+def integers(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randint(-1, 2, (2, 2, 4), generator=generator).float()
+    return x.bfloat16(), y
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_tied_parameter_has_one_main_weight(ranks: int) -> None:
+    exact = tied_layers().double()
+    exact[2].weight = exact[0].weight
+    x, y = integers(0)
+    ((exact(x.double()) * y).sum() / 2).backward()
+    expected = {name: (p - p.grad * 2**-12).detach() for name, p in exact.named_parameters()}
+    for _, held, weights in host_world.launch(train_tied, ranks):
+        for name, weight in zip(held, weights, strict=True):
+            assert torch.equal(weight.double(), expected[name]), name
+
+
+@pytest.mark.parametrize("main_weights", [False, True])
+def test_a_parameter_with_a_main_grad_is_refused_by_name(main_weights: bool) -> None:
+    model = layers()
+    model[4].weight.main_grad = torch.zeros(8, 8)  # type: ignore[union-attr]
+    plan = pipex.build("zb-h1", 1, MICROBATCHES)
+    with pytest.raises(UnsupportedModule, match=r"4\.weight carries a main_grad, .* main_weights=True"):
+        pipex.Pipeline(
+            pipex.split_model(model, 1), plan, nn.functional.mse_loss, optimizer=adam, main_weights=main_weights
+        )
