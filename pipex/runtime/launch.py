@@ -30,7 +30,7 @@ import torch
 from pipex.errors import InputError, PeerError, PeerFailed, PipexError, headline, peer_error
 from pipex.runtime import worlds
 from pipex.torch_internals import import_compiler
-from pipex.transport.host import TIMEOUT, HostRun
+from pipex.transport.host import MOST_RANKS, TIMEOUT, HostRun, check_timeout
 from pipex.transport.solo import SoloWorld
 
 GRACE = 5.0
@@ -62,8 +62,8 @@ def launch(
         device: "cpu", or "cuda": each rank has the GPU of its number on its host, by turns where there are fewer GPUs.
 
     Raises:
-        InputError: ``ranks`` is no positive number, or torchrun started another number; no such device; ranks have to
-            be started afresh and cannot import ``fn``; there are not descriptors enough for them.
+        InputError: ``ranks`` or ``timeout`` is no such number, or torchrun started another number of ranks; no such
+            device; ranks have to be started afresh and cannot import ``fn``; there are not descriptors enough for them.
         NativeUnavailable: there is no GPU.
         PeerFailed: ``fn`` raised on a rank; its traceback is on stderr.
         PeerLost: a rank's process died; PeerStalled: a rank made no progress.
@@ -71,8 +71,9 @@ def launch(
     """
     if worlds.under_torchrun():
         return _run_here(fn, args, worlds.join_torchrun(ranks, timeout, device))
-    if ranks is None or ranks < 1:
-        raise InputError("launch needs a number of ranks", got=str(ranks), needed="at least 1")
+    if not isinstance(ranks, int) or not 1 <= ranks <= MOST_RANKS:
+        raise InputError("launch needs a number of ranks", got=repr(ranks), needed=f"a whole number, 1 to {MOST_RANKS}")
+    check_timeout(timeout)
     first = worlds.device_of(device, 0)  # what is wrong with it is said here, once
     if ranks == 1:
         return _run_here(fn, args, SoloWorld(first))

@@ -41,6 +41,15 @@ TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
 
 MAX_TIMEOUT = 1e9
+MOST_RANKS = 4096
+"""that a control page has places for (csrc/host/control.cpp)"""
+
+
+def check_timeout(timeout: object) -> None:
+    """Raises InputError for what is no time-out in seconds."""
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT:
+        needed = f"seconds above 0, at most {MAX_TIMEOUT:g}"
+        raise InputError("a time-out is out of range", got=repr(timeout), needed=needed)
 
 
 class HostRun:
@@ -98,10 +107,7 @@ class HostRun:
 
     def member(self, rank: int, timeout: float) -> _native.Member:
         """What ``join`` makes a world of; for other worlds over the same control page."""
-        if not 0 < timeout <= MAX_TIMEOUT:
-            raise InputError(
-                "a time-out is out of range", got=timeout, needed=f"seconds above 0, at most {MAX_TIMEOUT:g}"
-            )
+        check_timeout(timeout)
         threads = self.ranks * torch.get_num_threads()
         return _native.Member(self._control, rank, timeout, threads <= len(os.sched_getaffinity(0)))
 

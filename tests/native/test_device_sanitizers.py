@@ -148,8 +148,11 @@ GROWTH = [
 @pytest.mark.parametrize(("right", "wrong"), GROWTH)
 def test_growth_with_a_mistake_is_reported(tmp_path: Path, right: str, wrong: str) -> None:
     replace = broken(tmp_path, RING, right, wrong)
-    done = stress(tmp_path, THREADS, 500, 64, settings="seed=1,queues=8,delay=50", replace=replace)
-    assert done.returncode != 0, done.stdout
+    runs = (
+        stress(tmp_path, THREADS, 500, 64, settings=f"seed={seed},queues=8,delay=50", replace=replace)
+        for seed in range(1, 11)  # it shows only where the peer looks at the wrong moment
+    )
+    assert any(done.returncode != 0 for done in runs)
 
 
 def test_memory_that_is_freed_before_the_peer_is_done_is_reported(tmp_path: Path) -> None:

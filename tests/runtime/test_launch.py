@@ -58,15 +58,17 @@ def test_a_forked_rank_runs_any_function_and_sees_what_was_there() -> None:
     assert pipex.launch(lambda: id(here), 2) == [id(here)] * 2
 
 
-@pytest.mark.parametrize("ranks", [0, -1, None])
-def test_a_number_of_ranks_that_cannot_be(ranks: int | None) -> None:
-    with pytest.raises(InputError, match=f"launch needs a number of ranks; got {ranks}; needed at least 1"):
+@pytest.mark.parametrize("ranks", [0, -1, None, 2.5, "2", 4097, 1 << 40])
+def test_a_number_of_ranks_that_cannot_be(ranks: Any) -> None:
+    with pytest.raises(InputError) as error:
         pipex.launch(place, ranks)
+    assert str(error.value) == f"launch needs a number of ranks; got {ranks!r}; needed a whole number, 1 to 4096"
 
 
-def test_the_limit_must_be_positive() -> None:
-    with pytest.raises(PeerFailed, match="InputError: a time-out is out of range; got 0"):
-        pipex.launch(place, 2, timeout=0)
+@pytest.mark.parametrize("timeout", [0, -1.0, "5", None, float("nan"), float("inf")])
+def test_a_limit_that_cannot_be(timeout: Any) -> None:
+    with pytest.raises(InputError, match=f"a time-out is out of range; got {timeout!r}; needed seconds above 0"):
+        pipex.launch(place, 2, timeout=timeout)
 
 
 def test_this_process_is_no_rank_afterwards() -> None:

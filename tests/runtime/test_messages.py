@@ -117,6 +117,61 @@ def test_buffers_stay_once_the_longest_sequence_has_passed() -> None:
     assert_same(sequence_model, batches, 2, "1f1b")
 
 
+READY = [torch.randn(2, length, 4, generator=torch.Generator().manual_seed(length)) for length in range(1, 51)]
+
+
+def ready_in_one_process(steps: int) -> tuple[list[float], list[Tensor]]:
+    torch.manual_seed(0)
+    stages = sequence_model()
+    parameters = [p for stage in stages for p in stage.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    losses = []
+    for step in range(steps):
+        total = torch.zeros(())
+        for m, piece in enumerate(turned_round(step)):
+            loss = near_mean(stages[1](stages[0](piece)), piece) * (len(piece) / (2 * len(READY)))
+            loss.backward()
+            total = loss.detach() if m == 0 else total + loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return losses, [p.detach() for p in parameters]
+
+
+def turned_round(step: int) -> list[Tensor]:
+    """In each step the lengths come in another order."""
+    begin = 7 * step % len(READY)
+    return READY[begin:] + READY[:begin]
+
+
+def ready_over_ranks(steps: int) -> tuple[list[float], list[Tensor], set[tuple[int, ...]], set[int]]:
+    """Also how often each edge has grown, and this process's mappings, after every step from the second on."""
+    torch.manual_seed(0)
+    pipe = pipex.Pipeline(sequence_model(), pipex.build("1f1b", 2, len(READY)), near_mean,
+                          optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))  # fmt: skip
+    losses, grown, resident = [], set(), set()
+    for step in range(steps):
+        pieces = turned_round(step)
+        losses.append(pipe.step(pieces, pieces))
+        if step:
+            grown.add(tuple(buffers.grown for buffers in pipe.buffers.values()))
+            resident.add(sum(buffers.nbytes for buffers in pipe.buffers.values()))
+    return losses, [p.detach() for stage in pipe.local_stages for p in stage.parameters()], grown, resident
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.long)])
+def test_ready_micro_batches_of_fifty_lengths(steps: int) -> None:
+    """Once the longest has passed no edge grows any more, and the bytes of its buffers are bounded by its slots."""
+    losses, parameters = ready_in_one_process(steps)
+    results = host_world.launch(ready_over_ranks, 2, args=(steps,))
+    assert [result[0] for result in results] == [losses] * 2
+    assert all(map(torch.equal, [p for result in results for p in result[1]], parameters))
+    largest = 2 * 50 * 6 * 4  # bytes of the longest activation or its gradient
+    for _, _, grown, nbytes in results:
+        assert len(grown) == 1
+        assert largest <= max(nbytes) < 6 * (1.5 * largest + 4096)
+
+
 class Masked(nn.Module):
     """Notes of its floating inputs whether a gradient is asked for."""
 
