@@ -108,7 +108,7 @@ class DeviceRingSender:
     @property
     def nbytes(self) -> int:
         """Of all payloads and slots now."""
-    def fits(self, form: MessageForm) -> bool:
+    def fits(self, form: MessageForm, stream: int) -> bool:
         """Whether such a message goes from device to device; else its tensors are sent from host memory."""
     def send(self, form: MessageForm, tensors: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
     def send_from_host(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None: ...

@@ -80,8 +80,11 @@ void bind_device(py::module_& module) {
           },
           py::arg("address"), py::arg("offer"))
       .def(
-          "fits", [](device::RingSender& ring, const MessageForm& form) { return ring.fits(form.payload_bytes()); },
-          py::arg("form"), no_gil)
+          "fits",
+          [](device::RingSender& ring, const MessageForm& form, std::uintptr_t stream) {
+            return ring.fits(form.payload_bytes(), to_stream(stream));
+          },
+          py::arg("form"), py::arg("stream"), no_gil)
       .def(
           "send",
           [](device::RingSender& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors,

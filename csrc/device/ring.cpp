@@ -40,7 +40,8 @@ void RingSender::connect(const Address& address, const MemoryOffer& written) {
   written_ = map(*rank_, written, flags_of(size_), peer_);
 }
 
-bool RingSender::fits(std::size_t payload_bytes) {
+bool RingSender::fits(std::size_t payload_bytes, StreamHandle compute) {
+  rank_->check_not_capturing(compute);  // before anything is mapped: that would become a part of the graph
   auto& offer = *reinterpret_cast<PayloadOffer*>(outbox_->offer());
   const std::uint32_t generation = offer.generation.load();
   if (generation != payloads_.size()) {

@@ -67,8 +67,8 @@ class RingSender {
 
   /// Whether a message of so many bytes goes from device to device now; else its tensors must be sent from host memory.
   /// Throws NamedError where what the consumer has offered since cannot be mapped: NativeUnavailable, MessageMismatch.
-  /// Throws Aborted.
-  bool fits(std::size_t payload_bytes);
+  /// Throws InputError while a graph is captured from `compute`, Aborted.
+  bool fits(std::size_t payload_bytes, StreamHandle compute);
 
   /// Enqueues copies behind what `compute` holds now. The sources must stay until Rank::sent() counts the message.
   /// Waits only if more than the planned messages are under way. Throws NamedError (InputError, CudaError), Aborted.

@@ -219,15 +219,15 @@ class DeviceSender:
         return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        world, ring = self._world, self._ring
+        world, ring, stream = self._world, self._ring, self._world.stream
         form, sent = self._forms.of(tensors)
         for tensor in sent:
             if tensor.device != world.device:
                 raise InputError(f"the {self._spec} is on {world.device}",
                                  got=f"a tensor on {tensor.device}", needed=f"one on {world.device}")  # fmt: skip
         try:
-            if ring.fits(form):
-                ring.send(form, [tensor.data_ptr() for tensor in sent], world.stream, step, microbatch)
+            if ring.fits(form, stream):
+                ring.send(form, [tensor.data_ptr() for tensor in sent], stream, step, microbatch)
                 world.keep(sent)
             else:
                 copies = [to(tensor, CPU) for tensor in sent]

@@ -71,13 +71,13 @@ class Pair:
         self.connect()
         self.send()
         self.receive()
-        assert self.sender.fits(form_of(64))
+        assert self.sender.fits(form_of(64), 0)
         return self
 
     def send(self, microbatch: int = 0, stream: int = NULL, *, words: int = 64) -> bool:
         """Whether it went from device memory."""
         form, data = form_of(words), [self.data.data_ptr()]
-        if self.sender.fits(form):
+        if self.sender.fits(form, 0):
             self.sender.send(form, data, stream, 1, microbatch)
             return True
         self.sender.send_from_host(form, data, 1, microbatch)
@@ -175,7 +175,7 @@ def test_messages_without_bytes_need_no_device_memory(make: Callable[..., Pair])
     for microbatch in range(10):  # more than there are slots
         assert not pair.send(2 * microbatch, words=0)
         assert pair.receive(2 * microbatch).shape == (0,)
-        assert not pair.sender.fits(nothing)
+        assert not pair.sender.fits(nothing, 0)
         pair.sender.send_from_host(nothing, [], 1, 2 * microbatch + 1)
         assert pair.capsules(2 * microbatch + 1) == ()
     assert pair.simulator.mappings == 4  # the flags, and the peer's
@@ -193,7 +193,7 @@ def test_growth_waits_for_no_message_under_way(make: Callable[..., Pair]) -> Non
     form, data = form_of(64), [pair.data.data_ptr()]
     back[0].send_from_host(form, data, 1, 0)
     assert back[1].receive(NULL, 1, 0)[1] is not None
-    assert back[0].fits(form)
+    assert back[0].fits(form, 0)
     pair.simulator.call("simulated_hold", held, gate, 1)
     pair.send(0, held)
     back[0].send(form, data, held, 1, 1)  # now both ranks' send streams wait

@@ -111,7 +111,7 @@ class End:
         for part, words, tag in zip(parts, sizes, self.tags(self.number, message), strict=False):
             self.simulator.fill(self.compute, part, words, tag)
         form = _native.MessageForm(*pack_table(form_of(sizes)))
-        if self.sender.fits(form):
+        if self.sender.fits(form, 0):
             self.sender.send(form, parts, self.compute, 1, message)
             self.on_device += 1
             self.filled[place] = self.on_device

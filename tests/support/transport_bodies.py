@@ -49,6 +49,7 @@ def edges(world: DeviceWorld, count: int = 1, slots: int = 1, alive: int = 1, wa
             receiver.receive(0, message)
     yield ends  # type: ignore[misc]
     links.flush()
+    world.exchange(b"")  # all that was sent has arrived: what is on its way through host memory goes with its sender
     links.close()
 
 

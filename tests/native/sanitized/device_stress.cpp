@@ -237,7 +237,7 @@ class Life {
     sender.send_from_host(form, std::vector(kTensors, reinterpret_cast<std::uintptr_t>(data.data())), 0, 0);
     receiver.receive(compute_.get(), 0, 0, news);
     meet();
-    if (!sender.fits(form.payload_bytes())) std::abort();
+    if (!sender.fits(form.payload_bytes(), nullptr)) std::abort();
   }
 
   void send(RingSender& sender, std::uint64_t number) {
@@ -251,7 +251,7 @@ class Life {
       simulator_.fill(compute_.get(), data[i], message.words[i], message.tag + i);
     const pipex::MessageForm form = form_of(message.words, 8);
     const auto microbatch = static_cast<std::uint32_t>(number);
-    if (sender.fits(form.payload_bytes())) {
+    if (sender.fits(form.payload_bytes(), nullptr)) {
       sender.send(form, data, compute_.get(), 1, microbatch);
       filled_[number % kSources] = ++sent_;
     } else {
