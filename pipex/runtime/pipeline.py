@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic_ns
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,13 @@ from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.stage_runner import LossFunction, StageRunner
 from pipex.runtime.wiring import Wiring
 from pipex.runtime.worlds import current_world
-from pipex.transport.interface import Phase
+from pipex.transport.interface import Phase, World
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+_made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
+"""How many pipelines each world has. All ranks make them in the same order, so the number says which one it is."""
 
 
 class Pipeline:
@@ -69,6 +74,7 @@ class Pipeline:
         exact: bool | None = None,
     ) -> None:
         self.world = current_world()
+        self._number = _made[self.world] = _made.get(self.world, 0) + 1
         self.plan = plan
         self.steps = 0  # optimizer steps done
         self._clip_norm = clip_norm
@@ -219,7 +225,10 @@ class Pipeline:
         for name, end, needed, value in (("batch", "first", first, inputs), ("target", "last", last, targets)):
             if needed and not value:
                 raise InputError(f"rank {self.world.rank} holds the {end} stage and needs the {name}", got=value)
-        said = {"step": step, "batch": _describe(inputs), "target": _describe(targets)}
+        said = {
+            "the pipeline, counted as they were made": self._number, "step": step,
+            "batch": _describe(inputs), "target": _describe(targets),
+        }  # fmt: skip
         agreed = agree(self.world, "step" if training else "evaluate", said)
         samples, target_samples = agreed["batch"][0][1][0], agreed["target"][0][1][0]
         if samples != target_samples:

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
-from pipex.errors import PlanError
+from pipex.errors import InputError, PlanError
 from pipex.plan.actions import COMPUTE, PER_STAGE, Action, Kind, parse_action, syntax_error
 from pipex.plan.causality import RECEIVES, SENDS, Event
 from pipex.plan.communication import communicate
@@ -55,8 +55,10 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None 
     Raises:
         PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe and changes the weights
             after all micro-batches.
-        InputError: ``torch`` is no version.
+        InputError: ``format`` or ``torch`` is none.
     """
+    if format not in get_args(Format):
+        raise InputError("no format of torch's CSV", got=repr(format), needed=" or ".join(map(repr, get_args(Format))))
     versions = versions_like(torch)
     validate(plan)
     fix = "keep such a plan in pipex's own text form"
