@@ -6,7 +6,7 @@ import pytest
 
 from pipex.errors import PlanSyntaxError
 from pipex.plan.actions import NONE, Action, Kind, parse_action
-from pipex.plan.interop.torch_versions import WAITS
+from pipex.plan.interop.torch_versions import WAITED_BY
 
 TEXTS = {
     "2F0": Action(2, Kind.F, 0),
@@ -37,7 +37,7 @@ def test_torch_reads_and_writes_the_same_texts() -> None:
     from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
     known = {kind.value for kind in _ComputationType}
-    assert {kind.value for kind in Kind} - known <= {kind.value for kind in WAITS}  # torch 2.15 has them all
+    assert {kind.value for kind in Kind} - known <= {kind.value for kind in WAITED_BY}  # torch 2.15 has them all
     for text, ours in TEXTS.items():
         if ours.kind.value in known:
             theirs = _Action.from_str(text)
