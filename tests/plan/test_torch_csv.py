@@ -186,13 +186,20 @@ def test_a_csv_is_for_the_installed_torch_unless_another_is_named(monkeypatch: p
     assert to_torch_csv(plan, "compute_comms") == COMMS_2_15
 
 
-@pytest.mark.parametrize("torch", ["", "2", "newest", ">=2.15", "v2.15", "2.x"])
-def test_what_is_no_version_of_torch_is_refused(torch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torch", ["", "2", "newest", ">=2.15", "v2.15", "2.x", 2.15])
+def test_what_is_no_version_of_torch_is_refused(torch: Any, tmp_path: Path) -> None:
     problem = f"not a version of torch; got {torch!r}; needed one such as '2.15' or '2.14.1'"
     for format in FORMATS:
         with pytest.raises(InputError, match=re.escape(problem)):
             write_torch_csv(build("1f1b", 2, 2), tmp_path / "a.csv", format, torch)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_format_is_refused() -> None:
+    unknown: Any = "compute"
+    problem = "no format of torch's CSV; got 'compute'; needed 'compute_only' or 'compute_comms'"
+    with pytest.raises(InputError, match=re.escape(problem)):
+        to_torch_csv(build("1f1b", 2, 2), unknown)
 
 
 def test_torch_loads_the_csv_of_its_version_and_no_other(tmp_path: Path) -> None:

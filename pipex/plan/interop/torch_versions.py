@@ -34,7 +34,8 @@ def versions_like(torch: str | None) -> Versions:
     version = _installed() if torch is None else torch
     if version is None:
         return ">=2.15"
-    match = re.match(r"(\d+)\.(\d+)(?!\d)", str(version))
+    # No number: 2.20 would be read as 2.2.
+    match = re.match(r"(\d+)\.(\d+)(?!\d)", version) if isinstance(version, str) else None
     if match is None:
         raise InputError("not a version of torch", got=repr(version), needed="one such as '2.15' or '2.14.1'")
     return ">=2.15" if tuple(map(int, match.groups())) >= (2, 15) else "<2.15"
