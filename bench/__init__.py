@@ -20,6 +20,7 @@
     gpu              times on a GPU, and its ceilings
     products         which matrix products are measured
     gemm             the matrix products of the backward, on a GPU
+    builds           any of them in two builds of pipex by turns
     gpu_check        builds, tests and measures on a machine with a GPU
 
 A benchmark is a file with ``add_arguments`` and ``run``; ``pipex bench`` (pipex/cli/bench.py) has a line for each. How

@@ -12,15 +12,18 @@ The same stages' work alone, without communication, is measured in the same roun
 autograd on inputs and output gradients that are there already, in the order in which the schedule has this rank's
 actions. A round is one step of pipex, one of torch, and this work once. A step's time is the slower rank's.
 
-``overhead_us_per_action`` is (step − compute of the busiest rank) / actions of a rank; it holds what the schedule
-leaves idle at the ends of a step too, which is the same for both.
+    overhead_us_per_action   (step − compute of the busiest rank) / actions of a rank; holds what the schedule leaves
+                             idle at the ends of a step too, which is the same for both
+    net_us_per_action        (step − simulated step) / actions of a rank: the plan simulated with the measured times of
+                             its actions and messages that take none, so what is left is what running it costs
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, samples=20, floor="how many times faster than torch's a step must be, such as 1f1b/1024x64=1")
     parser.add_argument("--min-overhead-ratio", metavar="CASE=RATIO,...",
                         help="torch's overhead per action over pipex's, such as 1f1b/64x4=5")  # fmt: skip
+    parser.add_argument("--min-net-ratio", metavar="CASE=RATIO,...", help="the same of what is not the plan's bubble")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,9 +127,10 @@ def cases(schedules: str, shapes: str, microbatches: int) -> list[Case]:
 
 
 def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
-    """Two rows per case, with the figures step_us, compute_us, overhead_us_per_action and overhead_ratio.
+    """Two rows per case, with the figures step_us, compute_us, simulated_us, overhead_us_per_action, overhead_ratio,
+    net_us_per_action and net_ratio.
 
-    ``overhead_ratio`` is torch's overhead over the row's own; None where the row's own is too small to be seen.
+    A ratio is torch's figure over the row's own; None where the row's own is too small to be seen.
     """
     jobs = [asdict(case) for case in cases]
     ranks = launch(_rank, RANKS, args=(jobs, rounds.samples, rounds.warmups))
@@ -139,22 +144,34 @@ def _rows(case: Case, ranks: Sequence[Mapping[str, Any]]) -> list[Row]:
         for name in (PROVIDER, PEER)
     }
     compute_us = max(quantiles(rank["samples"][COMPUTE]).p50 for rank in ranks)
-    actions = 2 * case.microbatches
-    overhead = {name: (time.p50 - compute_us) / actions for name, time in slowest.items()}
-    return [
-        Row(
-            case.name, name, {"shape": [case.samples, case.width]}, time, slowest[PEER].p50 / time.p50,
-            all(rank["correct"][name] and rank["correct"][COMPUTE] for rank in ranks),
-            {"step_us": time.p50, "compute_us": compute_us, "overhead_us_per_action": overhead[name],
-             "overhead_ratio": overhead[PEER] / overhead[name] if overhead[name] > 0 else None},
-            beyond=() if overhead[name] > 0 else ("overhead_ratio",),
-        )
-        for name, time in slowest.items()
-    ]  # fmt: skip
+    simulated_us = simulated(
+        case.plan(), [{kind: median(times) for kind, times in r["actions"].items()} for r in ranks]
+    )
+    rows = []
+    for name, time in slowest.items():
+        figures: dict[str, float | None] = {"step_us": time.p50, "compute_us": compute_us, "simulated_us": simulated_us}
+        beyond = []
+        for figure, least in (("overhead", compute_us), ("net", simulated_us)):
+            own, peer = (t.p50 - least for t in (time, slowest[PEER]))
+            figures[f"{figure}_us_per_action"] = own / (2 * case.microbatches)
+            figures[f"{figure}_ratio"] = peer / own if own > 0 else None
+            beyond += [f"{figure}_ratio"] * (own <= 0)
+        correct = all(rank["correct"][name] and rank["correct"][COMPUTE] for rank in ranks)
+        rows.append(Row(case.name, name, {"shape": [case.samples, case.width]}, time, slowest[PEER].p50 / time.p50,
+                        correct, figures, beyond))  # fmt: skip
+    return rows
+
+
+def simulated(plan: plans.Plan, stages: Sequence[Mapping[str, float]]) -> float:
+    """The step's time where nothing costs anything but the actions, whose times are given per stage by kind."""
+    costs = plans.Costs.uniform(plan, weight_gradient=0)
+    costs = replace(costs, forward=[stage["F"] for stage in stages], input_gradient=[stage["B"] for stage in stages])
+    return plans.simulate(plan, costs).makespan
 
 
 def _rank(jobs: Sequence[Mapping[str, Any]], samples: int, warmups: int) -> list[dict[str, Any]]:
-    """On each rank, for each case: its samples in µs, and whether its gradients were right, by provider."""
+    """On each rank, for each case: its samples in µs and whether its gradients were right, by provider, and the mean F
+    and B of each round of the work alone, in µs."""
     world = current_world()
     with torch_group.joined(world):
         return [_measure_case(world, Case(**job), Rounds(samples, warmups)) for job in jobs]
@@ -178,7 +195,11 @@ def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
     }
     times = rounds.interleave({name: step.sample for name, step in steps.items()})
     pipex_step.close()
-    return {"samples": times, "correct": {name: step.correct for name, step in steps.items()}}
+    return {
+        "samples": times,
+        "actions": {kind: microseconds[-rounds.samples :] for kind, microseconds in compute.microseconds.items()},
+        "correct": {name: step.correct for name, step in steps.items()},
+    }
 
 
 class TimedStep:

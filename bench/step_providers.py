@@ -4,6 +4,7 @@ rank and returns this rank's gradients."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -74,7 +75,11 @@ class TorchStep:
 
 
 class ComputeAlone:
-    """This rank's stage on inputs and output gradients that are there already, in the order of its actions."""
+    """This rank's stage on inputs and output gradients that are there already, in the order of its actions.
+
+    Attributes:
+        microseconds: per kind of action, the mean time of one in each run.
+    """
 
     def __init__(self, stages: Sequence[nn.Module], plan: Plan, rank: int, batch: Tensor, target: Tensor) -> None:
         self._stage = stages[rank]
@@ -84,6 +89,7 @@ class ComputeAlone:
         self._targets = target.chunk(plan.microbatches) if rank == len(stages) - 1 else None
         self._inputs: list[Tensor] = []
         self._gradients: list[Tensor] = []
+        self.microseconds: dict[str, list[float]] = {kind: [] for kind in ("F", "B")}
         for inputs, wanted in zip(batch.chunk(plan.microbatches), target.chunk(plan.microbatches), strict=True):
             values = [inputs]
             for stage in stages:
@@ -97,8 +103,9 @@ class ComputeAlone:
         for parameter in self._parameters:
             parameter.grad = None
         roots: dict[int, Tensor] = {}
+        spent = dict.fromkeys(self.microseconds, 0.0)
         for action in self._order:
-            microbatch = action.microbatch
+            microbatch, begin = action.microbatch, perf_counter()
             if action.kind is Kind.F:
                 inputs = self._inputs[microbatch].detach()
                 output = self._stage(inputs.requires_grad_(self._inputs[microbatch].requires_grad))
@@ -109,4 +116,7 @@ class ComputeAlone:
                 roots.pop(microbatch).backward()  # type: ignore[no-untyped-call]
             else:
                 roots.pop(microbatch).backward(self._gradients[microbatch])  # type: ignore[no-untyped-call]
+            spent[action.kind.value] += perf_counter() - begin
+        for kind, seconds in spent.items():
+            self.microseconds[kind].append(seconds / len(self._inputs) * 1e6)
         return [p.grad for p in self._parameters if p.grad is not None]

@@ -41,6 +41,7 @@ void RingSender::connect(const Address& address, const MemoryOffer& written) {
 }
 
 bool RingSender::fits(std::size_t payload_bytes, StreamHandle compute) {
+  const Current current(*rank_->gpu());
   rank_->check_not_capturing(compute);  // before anything is mapped: that would become a part of the graph
   auto& offer = *reinterpret_cast<PayloadOffer*>(outbox_->offer());
   const std::uint32_t generation = offer.generation.load();

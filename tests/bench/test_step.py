@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -26,43 +27,58 @@ def test_both_providers_get_the_gradients_of_one_process(capsys: pytest.CaptureF
     assert all(row["correct"] is True for row in rows)
     assert all(row["step_us"] == row["p50_us"] > 0 for row in rows)
     for row in rows:  # 3 F and 3 B per rank; all figures are rounded to five digits
-        overhead = (row["step_us"] - row["compute_us"]) / 6
-        assert row["overhead_us_per_action"] == pytest.approx(overhead, abs=1e-4 * row["step_us"])
+        for figure, least in (("overhead", row["compute_us"]), ("net", row["simulated_us"])):
+            per_action = (row["step_us"] - least) / 6
+            assert row[f"{figure}_us_per_action"] == pytest.approx(per_action, abs=1e-4 * row["step_us"])
+        assert 0 < row["compute_us"] < row["simulated_us"]
     assert code == 1
     assert "pipex bench: gpipe/8x2: ratio of pipex is " in output.err
 
 
+def rank(pipex: list[float], torch: list[float], compute: list[float], *, torch_right: bool = True) -> dict[str, Any]:
+    """What a rank measures, where an F takes 10 µs and a B 30."""
+    return {
+        "samples": {"pipex": pipex, "torch": torch, "compute": compute},
+        "actions": {"F": [10.0, 10.0, 1000.0], "B": [30.0, 2.0, 30.0]},
+        "correct": {"pipex": True, "torch": torch_right, "compute": True},
+    }
+
+
 def test_the_slower_rank_makes_the_step_and_the_busiest_the_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine = {"pipex": True, "torch": True, "compute": True}
     ranks = [
-        {"samples": {"pipex": [900.0, 100.0], "torch": [2100.0, 2100.0], "compute": [500.0, 500.0]}, "correct": fine},
-        {
-            "samples": {"pipex": [700.0, 700.0], "torch": [100.0, 100.0], "compute": [600.0, 600.0]},
-            "correct": {**fine, "torch": False},
-        },
+        rank([900.0, 100.0], [2100.0, 2100.0], [400.0, 400.0]),
+        rank([700.0, 700.0], [100.0, 100.0], [410.0, 410.0], torch_right=False),
     ]
     monkeypatch.setattr(step, "launch", lambda *args, **kwargs: [[rank] for rank in ranks])
     pipex, torch_ = step.measure([Case("1f1b", 64, 4, microbatches=10)], Rounds(2, 0))
     assert pipex.figures == {
         "step_us": 800.0,
-        "compute_us": 600.0,
-        "overhead_us_per_action": 10.0,
-        "overhead_ratio": 7.5,
+        "compute_us": 410.0,
+        "simulated_us": 11 * (10.0 + 30.0),  # as many as micro-batches, and one of the other stage
+        "overhead_us_per_action": 19.5,
+        "overhead_ratio": (2100 - 410) / (800 - 410),
+        "net_us_per_action": 18.0,
+        "net_ratio": (2100 - 440) / (800 - 440),
     }
-    assert torch_.figures["overhead_us_per_action"] == 75.0
+    assert torch_.figures["overhead_us_per_action"] == 84.5
+    assert torch_.figures["net_us_per_action"] == 83.0
     assert (pipex.ratio, torch_.ratio) == (2100 / 800, 1.0)
     assert (pipex.correct, torch_.correct) == (True, False)
 
 
-def test_an_overhead_too_small_to_be_seen_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = {
-        "samples": {"pipex": [500.0], "torch": [600.0], "compute": [500.0]},
-        "correct": {"pipex": True, "torch": True, "compute": True},
-    }
-    monkeypatch.setattr(step, "launch", lambda *args, **kwargs: [[rank], [rank]])
+@pytest.mark.parametrize(
+    ("took", "seen"), [(121.0, set()), (120.0, {"net_ratio"}), (80.0, {"net_ratio", "overhead_ratio"})]
+)
+def test_an_overhead_too_small_to_be_seen_has_no_ratio(
+    took: float, seen: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = rank([took], [600.0], [80.0])
+    monkeypatch.setattr(step, "launch", lambda *args, **kwargs: [[one], [one]])
     pipex, _ = step.measure([Case("gpipe", 64, 4, microbatches=2)], Rounds(1, 0))
-    assert pipex.figures["overhead_ratio"] is None
-    assert failures([pipex], [Floor(pipex.case, "pipex", "overhead_ratio", 1e9)]) == []
+    unseen = {figure for figure in ("net_ratio", "overhead_ratio") if pipex.figures[figure] is None}
+    floors = [Floor(pipex.case, "pipex", figure, 1e9) for figure in ("net_ratio", "overhead_ratio")]
+    assert len(failures([pipex], floors)) == 2 - len(unseen)
+    assert unseen == seen
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def grow(end: End) -> None:
     end.send(0)
     end.receive(0)
     end.member.exchange(b"")
-    assert end.sender.fits(form_of_all(end))
+    assert end.sender.fits(form_of_all(end), 0)
 
 
 def form_of_all(end: End) -> _native.MessageForm:
@@ -196,7 +196,7 @@ def test_what_cannot_be_mapped_since_its_owner_has_died_is_a_lost_rank(simulated
         if dying == "consumer":
             end.send(0)
         os.read(waits, 1)
-        end.receive(0) if dying == "producer" else end.sender.fits(form_of_all(end))
+        end.receive(0) if dying == "producer" else end.sender.fits(form_of_all(end), 0)
 
     with Forked([die, live]) as forked:
         os.read(tells, 1)

@@ -203,7 +203,7 @@ def test_growth_waits_for_no_message_under_way(make: Callable[..., Pair]) -> Non
             assert not pair.send(1, words=1000)
             pair.receive(0, stream)
             pair.receive(1, stream)
-            return pair.sender.fits(form_of(1000))
+            return pair.sender.fits(form_of(1000), 0)
 
         grown = other.submit(grow)
         try:

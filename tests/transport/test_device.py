@@ -58,7 +58,7 @@ class Gpus:
         if first:
             sender.send(0, 0, first)
             receiver.receive(0, 0)
-            assert sender._ring.fits(sender._forms.of(first)[0])
+            assert sender._ring.fits(sender._forms.of(first)[0], 0)
         yield sender, receiver
 
     def close(self) -> None:
