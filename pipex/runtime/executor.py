@@ -89,6 +89,11 @@ class Executor:
                 ends.activation_out = links.senders[stage, after, "activation"]
                 ends.gradient_in = links.receivers[after, stage, "gradient"]
 
+    def disconnect(self) -> None:
+        """Lets go of the ends."""
+        for ends in self._ends.values():
+            ends.activation_in = ends.activation_out = ends.gradient_in = ends.gradient_out = None
+
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data

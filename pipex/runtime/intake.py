@@ -90,13 +90,15 @@ def take(
 
 
 def refuse_training(
-    given: Given, plan: Plan, optimizer: Optimizer | None, trains: Callable[[], bool], reduced: bool
-) -> None:
+    given: Given, plan: Plan, optimizer: Optimizer | None, trains: Callable[[], bool], reduced: bool,
+    without_main: Sequence[str],
+) -> None:  # fmt: skip
     """Notes why a pipeline cannot train as it is called, if it cannot.
 
     Args:
         trains: whether anything is to be trained.
         reduced: whether the gradients of the next update are complete.
+        without_main: names of parameters that should have a main weight.
     """
     problem = None
     if plan.update == "never":
@@ -111,6 +113,12 @@ def refuse_training(
     elif reduced:
         problem = InputError("the gradients are complete", got="forward_backward after reduce_gradients",
                              needed="update first")  # fmt: skip
+    elif without_main:
+        problem = InputError(
+            "parameters without a main weight", got=", ".join(without_main),
+            needed="all that are trained, and of bfloat16 or float16, when the pipeline is made",
+            fix="thaw, add or replace parameters before that, or make the pipeline anew",
+        )  # fmt: skip
     if problem is not None:
         given.problem, given.said = problem, {"problem": str(problem)}
 

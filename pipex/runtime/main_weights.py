@@ -45,6 +45,10 @@ class MainWeights:
         """What the optimizer updates in the parameter's place: itself if it has bits enough."""
         return self._of.get(id(parameter), parameter)
 
+    def lacks(self, parameter: nn.Parameter) -> bool:
+        """Whether it has fewer bits, and no main weight."""
+        return parameter.dtype in SHORT and id(parameter) not in self._of
+
     def take_gradients(self) -> None:
         """The gradients of the parameters become those of their main weights: the same tensors, not copies."""
         for index, (parameter, main) in enumerate(self._pairs):

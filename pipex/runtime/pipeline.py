@@ -94,22 +94,17 @@ class Pipeline:
         self.steps = 0  # updates made
         self._observer = observer
         self._failed: BaseException | None = None
+        self._closed = False
         with self._together():
             plans.validate(plan)
             check_stages(plan, self.world.ranks, stages)
             check_options(loss_fn, optimizer, clip_norm, scaler, seed)
             said = {
-                "ranks": plan.placement.ranks,
-                "micro-batches": plan.microbatches,
-                "stages": len(stages),
-                "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})",
-                "clip_norm": str(clip_norm),
-                "scaler": str(scaler is not None),
-                "main_weights": str(main_weights),
-                "seed": seed,
-                "optimizer": str(optimizer is not None),
-                "exact": str(exact),
-            }
+                "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
+                "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "optimizer": str(optimizer is not None),
+                "clip_norm": str(clip_norm), "scaler": str(scaler is not None), "main_weights": str(main_weights),
+                "seed": seed, "exact": str(exact),
+            }  # fmt: skip
             self.stages = as_stages(stages)
             said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
             agree(self.world, "Pipeline(...)", said)
@@ -207,7 +202,7 @@ class Pipeline:
             InputError: there was no ``forward_backward``, some of them had means and some sums, or nothing was counted.
             PeerError: another rank ended the run.
         """
-        self._check_alive()
+        self._check_alive(buffers=True)
         self._update.check()
         with self._together():
             self.world.at(self.steps + 1, Phase.REDUCE)
@@ -293,7 +288,10 @@ class Pipeline:
         raise CheckpointError(found)  # on every rank
 
     def close(self) -> None:
-        """Frees the buffers between ranks. Safe to repeat; ``pipex.launch`` ends the world itself."""
+        """Frees the buffers between ranks; what needs them is a PipexError afterwards. Safe to repeat;
+        ``pipex.launch`` ends the world itself."""
+        self._closed = True
+        self._executor.disconnect()
         self._links.close()
 
     # The two halves of a step.
@@ -325,7 +323,7 @@ class Pipeline:
 
     def _begin(self, call: str, batch: Any, target: Any, total: object) -> StepData:
         """Agrees on what is to be done. What goes wrong afterwards, before the return, has begun nothing."""
-        self._check_alive()
+        self._check_alive(buffers=True)
         step, training = self.steps + 1, call != "evaluate"
         with self._together():
             self.world.at(step, Phase.START)
@@ -337,7 +335,8 @@ class Pipeline:
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training:
-                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced)
+                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced,
+                                       self._update.without_main())  # fmt: skip
             every = share(
                 self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
             )
@@ -374,9 +373,11 @@ class Pipeline:
 
     # Agreement, failure, progress.
 
-    def _check_alive(self) -> None:
+    def _check_alive(self, *, buffers: bool = False) -> None:
         if self._failed is not None:
             raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
+        if buffers and self._closed:
+            raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
 
     @contextmanager
     def _together(self) -> Iterator[None]:

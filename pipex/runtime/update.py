@@ -86,6 +86,12 @@ class Update:
         self.forget()
         raise problem
 
+    def without_main(self) -> list[str]:
+        """Names of what has fewer bits, is trained and has no main weight."""
+        if self._main is None:
+            return []
+        return [self._names.get(id(p), "a new parameter") for p in self._gradients.trained if self._main.lacks(p)]
+
     def reduce(self, step: int, links: Links) -> None:
         """Completes the gradients, once. Collective where parameters are tied."""
         if self.reduced:
@@ -122,6 +128,8 @@ class Update:
 
     def loaded(self) -> None:
         """Parameters and optimizer are those of a checkpoint now."""
+        if self.reduced and self._scaler is not None and self._scaler.is_enabled():
+            self._scaler.update(self._scaler.get_scale())  # forgets that it has unscaled gradients, and nothing else
         self.forget()
         if self._main is not None:
             self._main.round()

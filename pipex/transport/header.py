@@ -41,6 +41,7 @@ from pipex.transport.interface import EdgeSpec, Form, TensorForm
 MAGIC = b"pipx"
 VERSION = 2
 MAX_DIMENSIONS = 8
+MAX_TENSORS = 4096  # of a message (csrc/host/message.hpp)
 LAYOUT = struct.Struct("<4sI16siiBBHIQQQ")
 SIZE = LAYOUT.size
 assert SIZE == 64
@@ -92,8 +93,11 @@ def pack_table(form: Sequence[TensorForm]) -> tuple[bytes, int]:
     """The table of a message, and the bytes of its tensors.
 
     Raises:
-        InputError: a tensor has more than 8 dimensions, or a dtype that cannot cross.
+        InputError: more than 4096 tensors, or one that has more than 8 dimensions or a dtype that cannot cross.
     """
+    if len(form) > MAX_TENSORS:
+        raise InputError("a message between stages has too many tensors", got=len(form),
+                         needed=f"at most {MAX_TENSORS}", fix="pass fewer, larger ones")  # fmt: skip
     rows, end = [], 0
     for tensor in form:
         dimensions = len(tensor.shape)

@@ -121,6 +121,7 @@ class Receiver(Protocol):
 
         Raises:
             MessageMismatch: the message is not that of (step, microbatch) on this edge.
+            OutOfSharedMemory, OutOfDeviceMemory: there is no memory for a larger message.
             PeerError: another rank ended the run.
         """
 

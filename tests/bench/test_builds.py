@@ -33,7 +33,7 @@ def test_medians_of_what_both_builds_report_are_compared() -> None:
 
 
 def test_a_folder_without_a_build_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no build of pipex there; got .*; needed a folder with the package pipex"):
+    with pytest.raises(InputError, match="no build of pipex there"):
         builds.main([str(tmp_path), "step"])
 
 

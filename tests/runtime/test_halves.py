@@ -308,6 +308,19 @@ def test_ranks_with_other_scales_are_told_both() -> None:
         host_world.launch(scales_differ, 2)
 
 
+def test_a_load_between_the_halves_starts_the_scaler_anew(tmp_path: Path) -> None:
+    scaler = GradScaler("cpu", init_scale=2.0**4, growth_interval=100)
+    pipe = pipeline("1f1b", scaler=scaler)
+    pipe.step(*data(0))
+    pipe.save(tmp_path)
+    wanted = pipe.step(*data(1))
+    pipe.forward_backward(*data(2))
+    pipe.reduce_gradients()
+    pipe.load(tmp_path)
+    assert (pipe.step(*data(1)), pipe.steps) == (wanted, 2)
+    assert scaler.get_scale() == 2.0**4
+
+
 def test_without_the_guard_torch_s_rule_holds() -> None:
     pipe = pipeline("1f1b", steep_layers, steep, optimizer=partial(torch.optim.SGD, lr=0.1))
     pipe.step(*steep_data(1, STEEP))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pipex
-from pipex.errors import UnsupportedModule
+from pipex.errors import InputError, UnsupportedModule
 
 MICROBATCHES = 4
 STEPS = 4
@@ -255,3 +255,26 @@ def test_a_parameter_with_a_main_grad_is_refused_by_name(main_weights: bool) -> 
         pipex.Pipeline(
             pipex.split_model(model, 1), plan, nn.functional.mse_loss, optimizer=adam, main_weights=main_weights
         )
+
+
+def thaw() -> tuple[float, str, float]:
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    model[2].bias.requires_grad_(False)
+    world = pipex.current_world()
+    pipe = pipex.Pipeline(pipex.split_model(model, world.ranks), pipex.build("1f1b", world.ranks, 2),
+                          nn.functional.mse_loss, optimizer=adam, main_weights=True)  # fmt: skip
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    first = pipe.step(x, x)
+    model[2].bias.requires_grad_(True)
+    with pytest.raises(InputError) as refused:
+        pipe.step(x, x)
+    model[2].bias.requires_grad_(False)
+    return first, str(refused.value), pipe.step(x, x)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_parameter_thawed_too_late_for_a_main_weight_is_named_and_the_run_goes_on(ranks: int) -> None:
+    for first, refused, second in pipex.launch(thaw, ranks):
+        assert "parameters without a main weight; got 2.bias; needed all that are trained" in refused
+        assert second < first

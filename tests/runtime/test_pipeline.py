@@ -216,6 +216,23 @@ def test_bad_input_is_named_with_its_numbers(call: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+def closed(directory: Path) -> int:
+    pipe = pipeline("1f1b")
+    batch = data(4, 0)
+    pipe.step(*batch)
+    pipe.close()
+    pipe.close()
+    for call in (pipe.step, pipe.evaluate):
+        with pytest.raises(PipexError, match="this pipeline is closed"):
+            call(*batch)
+    pipe.save(directory)
+    return pipe.load(directory) == {} and pipe.steps
+
+
+def test_a_closed_pipeline_says_so_and_can_still_be_saved(tmp_path: Path) -> None:
+    assert pipex.launch(closed, 2, args=(tmp_path,)) == [1, 1]
+
+
 def test_a_pipeline_that_has_failed_says_so() -> None:
     pipe = solo(lambda output, target: output - target)
     with pytest.raises(InputError):

@@ -265,6 +265,8 @@ def test_what_cannot_cross_is_refused_before_anything_is_sent() -> None:
             sender.send(1, 0, [torch.zeros(1), torch.zeros([1] * 9)])
         with pytest.raises(InputError, match="float8_e4m3fnuz cannot go between stages"):
             sender.send(1, 0, [torch.zeros(2, dtype=torch.float8_e4m3fnuz)])
+        with pytest.raises(InputError, match="too many tensors; got 4097; needed at most 4096"):
+            sender.send(1, 0, [torch.zeros(1)] * 4097)
         sender.send(1, 0, [torch.ones(2, 3)])
         assert receiver.receive(1, 0)[0].sum() == 6
 

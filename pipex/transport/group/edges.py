@@ -37,8 +37,6 @@ from pipex.transport.interface import Buffers, EdgeKind, EdgeSpec, Form, Receive
 HEAD_ROWS = 32
 """Rows of a table that go with its header; a message of more tensors takes another round trip."""
 HEAD_BYTES = header.SIZE + HEAD_ROWS * header.RECORD.size
-MAX_TENSORS = 4096
-"""Of one message (csrc/host/message.hpp)."""
 
 
 class Group(Protocol):
@@ -125,9 +123,6 @@ class GroupSender:
             if tensor.device != lane.device:
                 raise InputError(f"the {spec} is in memory of {lane.device}",
                                  got=f"a tensor on {tensor.device}", needed=f"one on {lane.device}")  # fmt: skip
-        if len(tensors) > MAX_TENSORS:
-            raise InputError("a message between stages has too many tensors",
-                             got=len(tensors), needed=f"at most {MAX_TENSORS}")  # fmt: skip
         sent = [header.as_sent(tensor) for tensor in tensors]
         form = tuple(
             TensorForm(tuple(as_sent.shape), as_sent.dtype, as_sent.stride(), tensor.requires_grad)
@@ -239,8 +234,8 @@ class GroupReceiver:
         ).pack()
         if raw != needed:
             raise header.mismatch(spec, header.describe(raw), header.describe(needed))
-        if count > MAX_TENSORS:
-            raise _impossible(f"{count} tensors", f"at most {MAX_TENSORS}")
+        if count > header.MAX_TENSORS:
+            raise _impossible(f"{count} tensors", f"at most {header.MAX_TENSORS}")
         rows = count * header.RECORD.size
         table = head[header.SIZE :][:rows]
         if len(table) < rows:
