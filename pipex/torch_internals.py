@@ -203,9 +203,13 @@ saved_approximate: Callable[[Any], str] = attrgetter("_saved_approximate")
 children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
 parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgetter("_parameters")
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
-forward_hooks_of: Callable[[nn.Module], tuple[dict[int, Any], dict[int, Any]]] = attrgetter(
-    "_forward_pre_hooks", "_forward_hooks"
-)
+parts_of: Callable[
+    [nn.Module],
+    tuple[
+        dict[str, nn.Parameter | None], dict[str, Tensor | None], dict[str, nn.Module | None], dict[int, Any],
+        dict[int, Any],
+    ],
+] = attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")  # fmt: skip
 
 
 def hooks_on_all_modules() -> bool:

@@ -74,6 +74,7 @@ class Executor:
             (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
         ]
+        self._live = [runner.live for runner in runners.values()]
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), ())
         self._first_position = 0  # of the program, as the world counts; known when it is connected
@@ -138,7 +139,7 @@ class Executor:
             data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
         )  # fmt: skip
         self._note(begin, Kind.F, runner, microbatch)
-        self.peak_live = max(self.peak_live, sum(len(r.live) for r in self._runners.values()))
+        self.peak_live = max(self.peak_live, sum(map(len, self._live)))
         if not runner.last:
             self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
 

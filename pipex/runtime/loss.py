@@ -75,8 +75,7 @@ class Loss:
         if self.total is not None and count is None:
             raise InputError("total= is what sums are divided by", got="a loss function that returns a mean",
                              needed="one that returns (sum, count)")  # fmt: skip
-        value = loss.reshape(())
-        root = value
+        root = value = loss.reshape(()) if loss.dim() else loss
         if count is None:
             root = value = value * share
         elif self.total is not None:

@@ -126,6 +126,8 @@ def cut(value: Any, how: Cut, microbatches: int, device: torch.device) -> list[A
 
 def as_arguments(piece: Any) -> tuple[Any, ...]:
     """A micro-batch as inputs of the first stage."""
+    if isinstance(piece, Tensor):
+        return (piece,)
     if isinstance(piece, Mapping):
         return (Keywords(piece),)
     return tuple(piece) if isinstance(piece, (tuple, list)) else (piece,)
@@ -136,10 +138,10 @@ def _pieces(value: Any, how: Cut, microbatches: int, device: torch.device) -> Se
         tensor = value.to(device)
         if not tensor.dim() or tensor.shape[0] != how.rows:
             return [tensor] * microbatches
-        pieces = torch.split(tensor, list(how.samples))
-        # By .data each is a tensor of its own to autograd: what a layer writes into one of them in place does not spoil
-        # what was saved of another.
-        return pieces if tensor.requires_grad else [piece.data for piece in pieces]
+        # Not as views each is a tensor of its own to autograd: what a layer writes into one of them in place does not
+        # spoil what was saved of another.
+        split = torch.split if tensor.requires_grad else torch.unsafe_split_with_sizes
+        return split(tensor, list(how.samples))
     if isinstance(value, Whole):
         return [_map(value.value, lambda t: t.to(device))] * microbatches
     if not value or not isinstance(value, (Mapping, tuple, list)):

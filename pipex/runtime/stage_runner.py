@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -101,10 +102,11 @@ class StageRunner:
     def look(self) -> None:
         """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
         before, self.survey = self.survey.parameters, survey(self.stage)
-        if list(map(id, before)) != list(map(id, self.survey.parameters)):
+        now = self.survey.parameters
+        if len(before) != len(now) or not all(map(is_, before, now)):
             self._splitter.close()
             self._splitter = Splitter.of(self.stage, self._exact)
-        self.stage.before_layer = self._before_layer if self.survey.drawing else None
+        self._call_before_layers(self._before_layer if self.survey.drawing else None)
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
@@ -210,7 +212,11 @@ class StageRunner:
         self.live.clear()
         self.losses.clear()
         self._splitter.fused.clear()
-        self.stage.before_layer = None
+        self._call_before_layers(None)
+
+    def _call_before_layers(self, function: Callable[[int], None] | None) -> None:
+        if self.stage.before_layer is not function:  # a module's attributes are slow to set
+            self.stage.before_layer = function
 
     def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if self.last:

@@ -5,13 +5,13 @@ One walk over the modules of the stage at the beginning of every step (18 µs fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pipex.partition import Stage
-from pipex.torch_internals import buffers_of, children_of, forward_hooks_of, hooks_on_all_modules, parameters_of
+from pipex.torch_internals import children_of, hooks_on_all_modules, parts_of
 
 _CONTIGUOUS: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
 """These do not write to their input, and give a contiguous one a contiguous gradient."""
@@ -50,32 +50,26 @@ def survey(stage: Stage) -> Survey:
     seen: set[int] = set()
     hooked = hooks_on_all_modules()
     drawing = set()
-    for position, layer in enumerate(stage.layers):
-        modules = list(_modules(layer))
-        if hooked or not all(map(_never_draws, modules)):
-            drawing.add(position)
-        for module in modules:
+    for position, layer in enumerate(children_of(stage.layers).values()):
+        todo = [layer]
+        while todo:  # as layer.modules(), but one that is used twice comes twice
+            module = todo.pop()
+            if module is None:
+                continue
+            held, kept, children, before, after = parts_of(module)
+            if type(module) not in _NEVER_DRAW or before or after or hooked or "forward" in vars(module):
+                drawing.add(position)
+            if children:
+                todo += reversed(children.values())
             if id(module) not in seen:
                 seen.add(id(module))
-                parameters.update((id(p), p) for p in parameters_of(module).values() if p is not None)
-                if kept := buffers_of(module):
+                for parameter in held.values():
+                    if parameter is not None:
+                        parameters[id(parameter)] = parameter
+                if kept:
                     buffers.append(kept)
     plain = 0 not in drawing and type(_first(stage.layers[0])) in _CONTIGUOUS
     return Survey(list(parameters.values()), buffers, frozenset(drawing), plain)
-
-
-def _modules(module: nn.Module) -> Iterable[nn.Module]:
-    """As ``module.modules()``, but one that is used twice comes twice."""
-    found = [module]
-    for child in children_of(module).values():
-        if child is not None:
-            found += _modules(child)
-    return found
-
-
-def _never_draws(module: nn.Module) -> bool:
-    before, after = forward_hooks_of(module)
-    return type(module) in _NEVER_DRAW and not before and not after and "forward" not in vars(module)
 
 
 def _first(layer: nn.Module) -> nn.Module:
