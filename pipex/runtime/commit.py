@@ -46,19 +46,21 @@ class Gradients:
         ]
 
     def reduce_ties(self, step: int, links: Links) -> None:
-        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder."""
+        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None where
+        none of them has one."""
         rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
         edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
         for edge in edges:
             if edge.source_rank == rank:
-                tensors = [own(edge.source, p) for _, p in self._between(edge.source, edge.destination)]
+                tensors = [tied.packed(own(edge.source, p), p) for _, p in self._between(edge.source, edge.destination)]
                 links.senders[edge.source, edge.destination, "tied"].send(step, 0, tensors)
-        received: dict[tuple[str, int], Tensor] = {}
+        received: dict[tuple[str, int], Tensor | None] = {}
         for edge in edges:
             if edge.destination_rank == rank:
                 incoming = links.receivers[edge.source, edge.destination, "tied"].receive(step, 0)
                 between = self._between(edge.source, edge.destination)
-                received.update({(tie.name, edge.source): t for (tie, _), t in zip(between, incoming, strict=True)})
+                received.update({(tie.name, edge.source): tied.unpacked(t, p)
+                                 for (tie, p), t in zip(between, incoming, strict=True)})  # fmt: skip
         for tie, p in self._trainables.tied:
             if any(rank_of[s] == rank for s in tie.stages):
                 p.grad = tied.total([own(s, p) if rank_of[s] == rank else received[tie.name, s] for s in tie.stages])
@@ -89,10 +91,9 @@ class Gradients:
         nn.utils.clip_grads_with_norm_(self._trainables.trained, clip_norm, norm)
 
     def without(self) -> list[nn.Parameter]:
-        """Trainable parameters of this rank that have no gradient; call it before ``reduce_ties``. Tied ones are left
-        out: another stage may have theirs."""
-        tied_ones = {id(p) for _, p in self._trainables.tied}
-        return [p for p in self._trainables.trained if p.grad is None and id(p) not in tied_ones]
+        """Trainable parameters of this rank that have no gradient; call it after ``reduce_ties``, which gives tied ones
+        that of other stages."""
+        return [p for p in self._trainables.trained if p.grad is None]
 
     def clear(self) -> None:
         """Forgets all gradients."""

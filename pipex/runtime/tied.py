@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +93,10 @@ class Accumulators:
             key = stage, id(parameter)
             parameter.grad, self._aside[key] = self._aside.get(key), parameter.grad
 
-    def of(self, stage: int, parameter: nn.Parameter) -> Tensor:
-        """What the stage has accumulated; zeros where it got no gradient."""
+    def of(self, stage: int, parameter: nn.Parameter) -> Tensor | None:
+        """What the stage has accumulated; None where no use of the parameter got a gradient."""
         later = any(parameter is held for held in self._later.get(stage, ()))
-        gradient = self._aside.get((stage, id(parameter))) if later else parameter.grad
-        return torch.zeros_like(parameter, dtype=parameter.grad_dtype) if gradient is None else gradient
+        return self._aside.get((stage, id(parameter))) if later else parameter.grad
 
     def clear(self) -> None:
         """Forgets what is not in ``.grad``."""
@@ -105,9 +106,20 @@ class Accumulators:
 _NOTHING = nullcontext()
 
 
-def total(accumulators: Sequence[Tensor]) -> Tensor:
-    """The sum in stage order."""
-    first, *rest = accumulators
-    for gradient in rest:
-        first = first + gradient
-    return first
+def total(accumulators: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum in stage order, of the stages that have a gradient. None if none has, as in torch: an optimizer leaves
+    out what has no gradient, while zeros would let momentum and weight decay move it."""
+    found = [gradient for gradient in accumulators if gradient is not None]
+    if len(found) == 1:
+        return found[0].clone()  # it may lie in the memory of a message
+    return reduce(add, found) if found else None
+
+
+def packed(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """As it goes into a message; no gradient goes as an empty tensor."""
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device) if gradient is None else gradient
+
+
+def unpacked(tensor: Tensor, parameter: nn.Parameter) -> Tensor | None:
+    """The gradient that was packed."""
+    return tensor if tensor.shape == parameter.shape else None
