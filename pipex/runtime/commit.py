@@ -52,7 +52,8 @@ class Gradients:
         edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
         for edge in edges:
             if edge.source_rank == rank:
-                tensors = [tied.packed(own(edge.source, p), p) for _, p in self._between(edge.source, edge.destination)]
+                between = self._between(edge.source, edge.destination)
+                tensors = [tied.packed(own(edge.source, p), p) for _, p in between]
                 links.senders[edge.source, edge.destination, "tied"].send(step, 0, tensors)
         received: dict[tuple[str, int], Tensor | None] = {}
         for edge in edges:

@@ -302,6 +302,7 @@ class Pipeline:
         with self._together():
             with self._seeds.apart(data.step, self.world.rank):
                 self._executor.train(data)
+            self._trainables.refuse_strays()
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
@@ -337,9 +338,8 @@ class Pipeline:
             if training:
                 intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced,
                                        self._update.without_main())  # fmt: skip
-            every = share(
-                self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
-            )
+            every = share(self.world, call, {"the pipeline, counted as they were made": self._number, "step": step,
+                                             **self._trainables.said, **given.said})  # fmt: skip
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
         except PipexError:

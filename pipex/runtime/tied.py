@@ -57,6 +57,36 @@ def parameter_of(tie: Tie, stages: Sequence[Stage]) -> nn.Parameter:
     return first
 
 
+def name_in(stage: Stage, parameter: nn.Parameter) -> str:
+    """What a parameter of the stage is called, one that was added to it too."""
+    for name, tensor in (*stage.names.items(), *stage.named_parameters(prefix=f"stage {stage.index}")):
+        if tensor is parameter:
+            return name
+    return "a parameter"
+
+
+def refuse_new(stages: Sequence[Stage], ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises UnsupportedModule if a parameter stands in several stages that were not among the ties.
+
+    Args:
+        parameters: of the ties, by name.
+    """
+    known = {id(parameters[tie.name]): tie.stages for tie in ties}
+    holders: dict[int, list[tuple[Stage, nn.Parameter]]] = {}
+    for stage in stages:
+        for parameter in stage.parameters():
+            holders.setdefault(id(parameter), []).append((stage, parameter))
+    for key, ((stage, parameter), *others) in holders.items():
+        indices = stage.index, *(other.index for other, _ in others)
+        if others and indices != known.get(key):
+            raise UnsupportedModule(
+                f"{name_in(stage, parameter)} was tied when the model was in stages already",
+                got=f"one parameter of the stages {', '.join(map(str, indices))}",
+                needed="ties that the pipeline knows of, whose gradients are added",
+                fix="tie parameters first, then cut the model and make the pipeline",
+            )  # fmt: skip
+
+
 class Accumulators:
     """One gradient per stage for the parameters that several stages of this process hold.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 from torch import nn
 
+from pipex.errors import UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime import tied
 from pipex.runtime.stage_runner import StageRunner
+from pipex.torch_internals import parameters_of
 
 
 class Trainables:
@@ -24,19 +27,54 @@ class Trainables:
         self._stages, self._runners, self.accumulators = stages, runners, accumulators
         self.ties = tied.ties_of(stages)
         """the model's tied parameters, the same list on every rank"""
+        self.said: dict[str, object] = {}
+        """what this rank tells the others at the beginning of a step"""
         self._tied: dict[str, nn.Parameter] = {}
+        self._held: dict[int, list[nn.Parameter]] = {}  # by stage of this rank
+        self._here: set[int] = set()  # the ids of these
+        self._elsewhere: list[tuple[Stage, Mapping[str, nn.Parameter | None]]] = []  # of the modules of other ranks
         self.look()
 
     def look(self) -> None:
         """Called by every rank at the beginning of a step.
 
         Raises:
-            UnsupportedModule: a tied parameter was replaced in one of its stages only.
+            UnsupportedModule: a tied parameter was replaced in one of its stages only, or one was tied just now.
         """
         for runner in self._runners.values():
             runner.look()
         self._tied = {tie.name: tied.parameter_of(tie, self._stages) for tie in self.ties}
-        self.accumulators.share({s: runner.survey.parameters for s, runner in self._runners.items()})
+        held = {s: runner.survey.parameters for s, runner in self._runners.items()}
+        if not all(s in self._held and _same(parameters, self._held[s]) for s, parameters in held.items()):
+            tied.refuse_new(self._stages, self.ties, self._tied)
+            self._held = held
+            self._here = {id(parameter) for parameters in held.values() for parameter in parameters}
+            self.accumulators.share(held)
+            self._elsewhere = [
+                (stage, kept) for stage in self._stages if stage.index not in held
+                for module in stage.layers.modules() if (kept := parameters_of(module))
+            ]  # fmt: skip
+
+    def refuse_strays(self) -> None:
+        """Called when the backwards of a step are done: a rank's copy of another rank's parameter is never updated, so
+        its gradient would be lost, and its value is that of the beginning.
+
+        Raises:
+            UnsupportedModule: such a copy has got a gradient.
+        """
+        for stage, kept in self._elsewhere:
+            for parameter in kept.values():
+                if parameter is None or parameter.grad is None or id(parameter) in self._here:
+                    continue
+                raise UnsupportedModule(
+                    f"{tied.name_in(stage, parameter)} got a gradient on a rank without its stage {stage.index}, where "
+                    "it would be lost",
+                    got="a use outside of its stage, as by a penalty over all parameters in the loss, or a gradient "
+                    "from before the pipeline was made",
+                    needed="uses by layers that have it among their parameters",
+                    fix="register it in the layer that uses it, before the model is cut; hand a penalty on as an output "
+                    "of its stage; empty .grad before training",
+                )
 
     @property
     def every(self) -> list[nn.Parameter]:
@@ -62,3 +100,7 @@ class Trainables:
     def tied(self) -> list[tuple[tied.Tie, nn.Parameter]]:
         """The model's tied parameters that are not frozen, in an order that is the same on every rank."""
         return [(tie, self._tied[tie.name]) for tie in self.ties if self._tied[tie.name].requires_grad]
+
+
+def _same(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))

@@ -20,6 +20,7 @@ from random_models import digest
 from torch import Tensor, nn
 
 import pipex
+from pipex.errors import PipexError, UnsupportedModule
 
 PLACES = [pytest.param("looped-bfs", 1, id="one rank"), pytest.param("1f1b", 2, id="two ranks"),
           pytest.param("zb-h1", 2, id="two ranks, split")]  # fmt: skip
@@ -106,3 +107,98 @@ def test_a_tied_parameter_that_no_use_reached_has_no_gradient(family: str, ranks
     found = host_world.launch(train_sided, ranks, args=(family,))
     assert_plain([result for result, _ in found], model, losses)
     assert [told for _, told in found] == [["no gradient came to 0.side"]] * ranks
+
+
+# Uses that a rank does not know of.
+
+
+class Borrowing(nn.Module):
+    """Uses a parameter that it does not hold."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.inner, self.borrowed = lin(), [weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(x), self.borrowed[0])
+
+
+def stray(how: str) -> tuple[nn.Sequential, Callable[[Tensor, Tensor], Tensor]]:
+    torch.manual_seed(0)
+    first = lin()
+    model = nn.Sequential(first, Borrowing(first.weight) if how == "borrowed" else lin())
+    if how == "borrowed":
+        return model, F.mse_loss
+    return model, lambda o, t: F.mse_loss(o, t) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def train_stray(family: str, how: str) -> tuple[list[float], str, dict[str, str | None]]:
+    model, loss = stray(how)
+    pipe = pipeline(model, family, loss=loss)
+    losses, problem, before = [], "", digests(pipe)
+    try:
+        losses = [pipe.step(*batch(step)) for step in range(3)]
+    except PipexError as error:
+        problem = f"{type(error).__name__} {error}"
+    return losses, problem, digests(pipe) if losses else {n: d for n, d in digests(pipe).items() if before[n] != d}
+
+
+@pytest.mark.parametrize("how", ["borrowed", "a penalty in the loss"])
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
+def test_a_gradient_on_a_rank_that_does_not_train_it_is_refused_by_name(family: str, how: str) -> None:
+    """It was lost, and the rank went on with the parameter as it was in the beginning."""
+    (_, first, moved), (_, second, moved_too) = host_world.launch(train_stray, 2, args=(family, how))
+    words = "0.weight got a gradient on a rank without its stage 0"
+    assert second.startswith(f"UnsupportedModule {words}")
+    assert first.startswith("PeerFailed")
+    assert words in first
+    assert not moved  # on neither rank has the step been made
+    assert not moved_too
+
+
+@pytest.mark.parametrize("how", ["borrowed", "a penalty in the loss"])
+def test_a_use_outside_of_its_stage_but_on_its_rank_trains_as_in_torch(how: str) -> None:
+    model, loss_fn = stray(how)
+    update, losses = sgd(model.parameters()), []
+    for step in range(3):
+        x, y = batch(step)
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        update.step()
+        update.zero_grad()
+    ((found, problem, parameters),) = host_world.launch(train_stray, 1, args=("looped-bfs", how))
+    assert not problem
+    assert_plain([(found, parameters)], model, losses)
+
+
+# Ties that the pipeline was not made with.
+
+
+def plain_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(lin(), lin())
+
+
+def tie_later(giver: int, taker: int) -> None:
+    model = plain_layers()
+    pipe = pipeline(model, "1f1b" if pipex.current_world().ranks == 2 else "looped-bfs")
+    pipe.step(*batch(0))
+    model[taker].weight = model[giver].weight
+    pipe.step(*batch(1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("giver", "taker"), [(0, 1), (1, 0)])
+def test_a_parameter_that_is_tied_between_steps_is_refused_by_name(giver: int, taker: int, ranks: int) -> None:
+    words = r"0\.weight was tied when .* got one parameter of the stages 0, 1; needed ties that"
+    with pytest.raises(PipexError, match=words):  # on the other rank it is a PeerFailed with these words
+        host_world.launch(tie_later, ranks, args=(giver, taker))
+
+
+def test_a_parameter_that_is_tied_after_the_cut_is_refused_by_name() -> None:
+    model = plain_layers()
+    stages = pipex.split_model(model, 2)
+    model[1].weight = model[0].weight
+    with pytest.raises(UnsupportedModule, match=r"0\.weight was tied when .* got one parameter of the stages 0, 1"):
+        pipex.Pipeline(stages, pipex.build("looped-bfs", 1, 1, chunks=2), F.mse_loss, optimizer=sgd)
