@@ -46,8 +46,8 @@ class Gradients:
         ]
 
     def reduce_ties(self, step: int, links: Links) -> None:
-        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None where
-        none of them has one."""
+        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None
+        where none of them has one."""
         rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
         edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
         for edge in edges:
@@ -71,7 +71,7 @@ class Gradients:
 
     def divide(self, count: float) -> None:
         """Divides all gradients: they were those of a sum."""
-        for parameter in self._trainables.trained:
+        for parameter in self._trainables.every:  # frozen since the backward too: the optimizer goes by gradients
             if parameter.grad is not None:
                 parameter.grad.div_(count)
 
@@ -89,7 +89,7 @@ class Gradients:
 
     def clip(self, clip_norm: float, norm: Tensor) -> None:
         """Scales all gradients so that their ``norm`` is at most ``clip_norm``."""
-        nn.utils.clip_grads_with_norm_(self._trainables.trained, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(self._trainables.every, clip_norm, norm)
 
     def without(self) -> list[nn.Parameter]:
         """Trainable parameters of this rank that have no gradient; call it after ``reduce_ties``, which gives tied ones
@@ -100,7 +100,7 @@ class Gradients:
         """Forgets all gradients."""
         for parameter in self._trainables.every:
             parameter.grad = None
-        self._trainables.accumulators.clear()
+        self._trainables.forget()
 
 
 def _encode(norm: Tensor) -> tuple[str, float]:

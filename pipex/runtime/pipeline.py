@@ -302,7 +302,7 @@ class Pipeline:
         with self._together():
             with self._seeds.apart(data.step, self.world.rank):
                 self._executor.train(data)
-            self._trainables.refuse_strays()
+            self._trainables.backward_done()
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
@@ -328,7 +328,7 @@ class Pipeline:
         step, training = self.steps + 1, call != "evaluate"
         with self._together():
             self.world.at(step, Phase.START)
-            self._trainables.look()
+            self._trainables.look(training)
             runners = self._runners.values()
             for runner in runners:
                 runner.microbatches_before = len(self._update.counts) * self.plan.microbatches if training else 0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 from pipex.partition import Stage, tied
+from pipex.torch_internals import hooks_of, post_accumulate_hooks
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Tie:
 
     name: str
     stages: tuple[int, ...]
+
+    @property
+    def between(self) -> str:
+        """Its stages in words."""
+        return ", ".join(map(str, self.stages))
 
 
 def ties_of(stages: Sequence[Stage]) -> list[Tie]:
@@ -50,11 +56,22 @@ def parameter_of(tie: Tie, stages: Sequence[Stage]) -> nn.Parameter:
     first, *others = (stages[holder].parameter(tie.name) for holder in tie.stages)
     if any(other is not first for other in others):
         raise UnsupportedModule(
-            f"{tie.name} was one parameter of the stages {', '.join(map(str, tie.stages))} when the pipeline was made",
+            f"{tie.name} was one parameter of the stages {tie.between} when the pipeline was made",
             got="several parameters", needed="one, whose gradients are added",
             fix="replace it in all of these stages, or make a new pipeline",
         )  # fmt: skip
     return first
+
+
+def refuse_hooks(tie: Tie, parameter: nn.Parameter) -> None:
+    """Raises UnsupportedModule if the parameter has some: in one process they see the sum of its uses, here no hook
+    can."""
+    if hooks_of(parameter) or post_accumulate_hooks(parameter):
+        raise UnsupportedModule(
+            f"{tie.name} stands in the stages {tie.between}, and its hooks would see the gradient of one of them at a "
+            "time", got="a hook on the parameter", needed="none while it is trained",
+            fix="change its gradient between reduce_gradients() and update()",
+        )  # fmt: skip
 
 
 def name_in(stage: Stage, parameter: nn.Parameter) -> str:

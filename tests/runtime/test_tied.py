@@ -202,3 +202,105 @@ def test_a_parameter_that_is_tied_after_the_cut_is_refused_by_name() -> None:
     model[1].weight = model[0].weight
     with pytest.raises(UnsupportedModule, match=r"0\.weight was tied when .* got one parameter of the stages 0, 1"):
         pipex.Pipeline(stages, pipex.build("looped-bfs", 1, 1, chunks=2), F.mse_loss, optimizer=sgd)
+
+
+# What is frozen, thawed and hooked.
+
+
+def tied_layers() -> nn.Sequential:
+    model = plain_layers()
+    model[1].weight = model[0].weight
+    return model
+
+
+def freeze_on_one_rank(_: int) -> tuple[str, list[float]]:
+    pipe = pipeline(tied_layers())
+    losses = [pipe.step(*batch(0))]
+    held, problem = [p for stage in pipe.local_stages for p in stage.parameters()], ""
+    if pipe.world.rank == 0:
+        held[0].requires_grad_(False)
+    try:
+        pipe.step(*batch(1))
+    except PipexError as error:
+        problem = f"{type(error).__name__} {error}"
+    held[0].requires_grad_(False)
+    losses.append(pipe.step(*batch(1)))  # with the same on both the pipeline goes on
+    held[0].requires_grad_(True)
+    losses.append(pipe.step(*batch(2)))
+    return problem, losses
+
+
+def test_a_tied_parameter_that_is_frozen_on_one_rank_is_refused_before_anything_has_begun() -> None:
+    """The rank on which it was not frozen waited for a gradient until the time-out."""
+    model = tied_layers()
+    update, losses = sgd(model.parameters()), []
+    for step in range(3):
+        model[0].weight.requires_grad_(step != 1)
+        losses.append(plain_step(model, update, step))
+    words = (
+        "ConfigMismatch the ranks disagree about which parameters of the stages 0, 1 are trained; "
+        "got [] on rank 0, ['0.weight'] on rank 1"
+    )
+    for problem, found in host_world.launch(freeze_on_one_rank, 2, args=(0,)):
+        assert problem.startswith(words)
+        assert found == losses
+
+
+def summed(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
+    return (output - target).square().sum(), output.numel()
+
+
+def freeze_before_update(family: str, rank: int | None) -> Found:
+    pipe = pipeline(tied_layers(), family, loss=summed, clip_norm=1.0)
+    losses = []
+    for step in range(2):
+        losses.append(pipe.forward_backward(*batch(step)))
+        if rank in (None, pipe.world.rank):
+            for stage in pipe.local_stages:
+                stage.requires_grad_(False)
+        pipe.update()
+        for stage in pipe.local_stages:
+            stage.requires_grad_(True)
+    return losses, digests(pipe)
+
+
+@pytest.mark.parametrize(("family", "ranks"), PLACES)
+@pytest.mark.parametrize("rank", [None, 0], ids=["everywhere", "on the first rank"])
+def test_what_is_frozen_before_the_update_is_updated_as_in_torch(family: str, ranks: int, rank: int | None) -> None:
+    """Its gradient was applied undivided and unclipped; a tied one that was frozen on one rank let the other wait."""
+    model = tied_layers()
+    update, losses = sgd(model.parameters()), []
+    for step in range(2):
+        x, y = batch(step)
+        loss, count = summed(model(x), y)
+        loss.backward()
+        losses.append((loss.detach() / count).item())
+        gradients = {p: p.grad for p in model.parameters()}
+        for gradient in gradients.values():
+            gradient.div_(count)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        update.step()
+        update.zero_grad()
+    assert_plain(host_world.launch(freeze_before_update, ranks, args=(family, rank)), model, losses)
+
+
+def train_hooked(kind: str, frozen: bool) -> tuple[list[float], float]:
+    model = tied_layers()
+    register = getattr(model[0].weight, kind)
+    removed = register(lambda gradient: None)
+    removed.remove()
+    register(lambda gradient: None)
+    model[0].weight.requires_grad_(not frozen)
+    pipe = pipeline(model, "1f1b" if pipex.current_world().ranks == 2 else "looped-bfs")
+    evaluated = pipe.evaluate(*batch(0))
+    return [pipe.step(*batch(step)) for step in range(2)], evaluated
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_tied_parameter_is_refused_by_name(kind: str, ranks: int) -> None:
+    """It saw the gradient of each stage instead of their sum."""
+    words = r"0\.weight stands in the stages 0, 1, and its hooks would see the gradient of one of them at a time"
+    with pytest.raises(PipexError, match=words):
+        host_world.launch(train_hooked, ranks, args=(kind, False))
+    assert len(host_world.launch(train_hooked, ranks, args=(kind, True))) == ranks  # nothing is refused while frozen
