@@ -213,6 +213,35 @@ def tied_layers() -> nn.Sequential:
     return model
 
 
+def thaw(model: nn.Module, update: torch.optim.Optimizer) -> None:
+    model[0].weight.requires_grad_(True)
+    update.add_param_group({"params": [model[0].weight]})
+
+
+def train_thawed(family: str) -> Found:
+    model = tied_layers()
+    model[0].weight.requires_grad_(False)
+    pipe = pipeline(model, family)
+    losses = []
+    for step in range(4):
+        if step == 2:
+            thaw(model, pipe.optimizer)
+        losses.append(pipe.step(*batch(step)))
+    return losses, digests(pipe)
+
+
+@pytest.mark.parametrize(("family", "ranks"), PLACES)
+def test_a_tied_parameter_that_is_thawed_trains_as_in_torch(family: str, ranks: int) -> None:
+    model = tied_layers()
+    model[0].weight.requires_grad_(False)
+    update, losses = sgd(p for p in model.parameters() if p.requires_grad), []
+    for step in range(4):
+        if step == 2:
+            thaw(model, update)
+        losses.append(plain_step(model, update, step))
+    assert_plain(host_world.launch(train_thawed, ranks, args=(family,)), model, losses)
+
+
 def freeze_on_one_rank(_: int) -> tuple[str, list[float]]:
     pipe = pipeline(tied_layers())
     losses = [pipe.step(*batch(0))]
@@ -251,7 +280,7 @@ def summed(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
 
 
 def freeze_before_update(family: str, rank: int | None) -> Found:
-    pipe = pipeline(tied_layers(), family, loss=summed, clip_norm=1.0)
+    pipe = pipeline(tied_layers(), family, loss=summed, clip_norm=0.01)
     losses = []
     for step in range(2):
         losses.append(pipe.forward_backward(*batch(step)))
@@ -278,7 +307,7 @@ def test_what_is_frozen_before_the_update_is_updated_as_in_torch(family: str, ra
         gradients = {p: p.grad for p in model.parameters()}
         for gradient in gradients.values():
             gradient.div_(count)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         update.step()
         update.zero_grad()
     assert_plain(host_world.launch(freeze_before_update, ranks, args=(family, rank)), model, losses)
@@ -304,3 +333,117 @@ def test_a_hook_on_a_tied_parameter_is_refused_by_name(kind: str, ranks: int) ->
     with pytest.raises(PipexError, match=words):
         host_world.launch(train_hooked, ranks, args=(kind, False))
     assert len(host_world.launch(train_hooked, ranks, args=(kind, True))) == ranks  # nothing is refused while frozen
+
+
+# Copies on several ranks.
+
+
+def train_model(make: Callable[[int], nn.Sequential]) -> Found:
+    model = make(pipex.current_world().rank)
+    pipe = pipeline(model, "1f1b" if pipex.current_world().ranks > 1 else "looped-bfs")
+    return [pipe.step(*batch(step)) for step in range(2)], digests(pipe)
+
+
+def seeded_apart(rank: int) -> nn.Sequential:
+    torch.manual_seed(rank)
+    model = nn.Sequential(lin(), lin())
+    model[1].weight = model[0].weight
+    return model
+
+
+class Projected(nn.Module):
+    def __init__(self, projection: Tensor) -> None:
+        super().__init__()
+        self.inner = lin()
+        self.register_buffer("projection", projection, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) @ self.projection
+
+
+def projected_apart(rank: int) -> nn.Sequential:
+    torch.manual_seed(rank)
+    projection = torch.randn(SIZE, SIZE)
+    return nn.Sequential(Projected(projection), Projected(projection))
+
+
+def in_other_dtypes(rank: int) -> nn.Sequential:
+    return tied_layers().to([torch.float32, torch.float64][rank])
+
+
+def tied_on_one_rank(rank: int) -> nn.Sequential:
+    return [tied_layers, plain_layers][rank]()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (seeded_apart, r"0\.weight of stage 0, 1 begins with .*; got torch\.float32 \(6, 6\), checksum \w+ on rank"),
+        (projected_apart, r"what stage 0\.layers\.0\.projection of stage 0, 1 begins with .* checksum \w+ on rank 0"),
+        (in_other_dtypes, r"got torch\.float32 \(6, 6\), checksum \w+ on rank 0, torch\.float64 \(6, 6\)"),
+        (tied_on_one_rank, r"tied parameters; got 0\.weight of the stages 0, 1 on rank 0, none on rank 1"),
+    ],
+)  # fmt: skip
+def test_copies_that_begin_differently_are_refused_by_name(make: Callable[[int], nn.Sequential], words: str) -> None:
+    """Each rank trained its own for ever."""
+    with pytest.raises(PipexError, match=words):
+        host_world.launch(train_model, 2, args=(make,))
+
+
+def untied_and_seeded_apart(rank: int) -> nn.Sequential:
+    """Of every layer but its own a rank has something else, or nothing."""
+    torch.manual_seed(0)
+    layers = [lin(), lin()]
+    layers[1 - rank] = nn.Linear(SIZE, SIZE, device="meta") if rank else lin()
+    return nn.Sequential(*layers)
+
+
+def test_what_a_rank_has_in_place_of_other_ranks_layers_does_not_matter() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(lin(), lin())
+    update = sgd(model.parameters())
+    losses = [plain_step(model, update, step) for step in range(2)]
+    assert_plain(host_world.launch(train_model, 2, args=(untied_and_seeded_apart,)), model, losses)
+
+
+def sharing_memory(_: int) -> nn.Sequential:
+    model = plain_layers()
+    model[1].weight.data = model[0].weight.data.t()
+    return model
+
+
+def buffer_of_a_parameter(_: int) -> nn.Sequential:
+    first = lin()
+    return nn.Sequential(first, Projected(first.weight.detach()))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (sharing_memory, r"0\.weight of stage 0 and 1\.weight of stage 1 share memory"),
+        (buffer_of_a_parameter, r"0\.weight of stage 0 and stage 1\.layers\.0\.projection of stage 1 share memory"),
+    ],
+)
+def test_parameters_of_two_ranks_that_share_memory_are_refused_by_name(
+    make: Callable[[int], nn.Sequential], words: str
+) -> None:
+    with pytest.raises(PipexError, match=rf"UnsupportedModule: {words}"):
+        host_world.launch(train_model, 2, args=(make,))
+    assert host_world.launch(train_model, 1, args=(make,))  # on one rank they are one
+
+
+def views_of_one_buffer(_: int) -> nn.Sequential:
+    """The weights are columns of one matrix, the biases lie behind each other."""
+    model = plain_layers()
+    weights, biases = torch.cat([m.weight.data for m in model], 1), torch.cat([m.bias.data for m in model])
+    for layer, weight, bias in zip(model, weights.split(SIZE, 1), biases.split(SIZE), strict=True):
+        layer.weight.data, layer.bias.data = weight, bias
+    return model
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parameters_that_are_apart_in_one_buffer_train_as_in_torch(ranks: int) -> None:
+    model = views_of_one_buffer(0)
+    update = sgd(model.parameters())
+    losses = [plain_step(model, update, step) for step in range(2)]
+    assert_plain(host_world.launch(train_model, ranks, args=(views_of_one_buffer,)), model, losses)
