@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 
 from torch import nn
@@ -57,6 +57,8 @@ class Trainables:
                 (stage, kept) for stage in self._stages if stage.index not in held
                 for module in stage.layers.modules() if (kept := parameters_of(module))
             ]  # fmt: skip
+            for _, parameter in self._strays():  # left from before: of no use here, as the parameter is not updated
+                parameter.grad = None
         self.said = self._trained_ties() if self.ties and training else {}
 
     def _trained_ties(self) -> dict[str, object]:
@@ -82,19 +84,23 @@ class Trainables:
                 updated, so this would be lost, and was made with the value of the beginning.
         """
         self._summed |= self._at_begin
+        for stage, parameter in self._strays():
+            raise UnsupportedModule(
+                f"{tied.name_in(stage, parameter)} got a gradient on a rank without its stage {stage.index}, where it "
+                "would be lost",
+                got="a use outside of its stage, as by a penalty over all parameters in the loss, or a backward "
+                "outside of the pipeline",
+                needed="uses by layers that have it among their parameters",
+                fix="register it in the layer that uses it, before the model is cut; hand a penalty on as an output "
+                "of its stage; empty .grad before a step",
+            )
+
+    def _strays(self) -> Iterator[tuple[Stage, nn.Parameter]]:
+        """What has a gradient here, though only other ranks train it; with a stage that has it."""
         for stage, kept in self._elsewhere:
             for parameter in kept.values():
-                if parameter is None or parameter.grad is None or id(parameter) in self._here:
-                    continue
-                raise UnsupportedModule(
-                    f"{tied.name_in(stage, parameter)} got a gradient on a rank without its stage {stage.index}, where "
-                    "it would be lost",
-                    got="a use outside of its stage, as by a penalty over all parameters in the loss, or a gradient "
-                    "from before the pipeline was made",
-                    needed="uses by layers that have it among their parameters",
-                    fix="register it in the layer that uses it, before the model is cut; hand a penalty on as an "
-                    "output of its stage; empty .grad before training",
-                )
+                if parameter is not None and parameter.grad is not None and id(parameter) not in self._here:
+                    yield stage, parameter
 
     @property
     def every(self) -> list[nn.Parameter]:

@@ -172,6 +172,21 @@ def test_a_use_outside_of_its_stage_but_on_its_rank_trains_as_in_torch(how: str)
     assert_plain([(found, parameters)], model, losses)
 
 
+def train_after_a_backward(_: int) -> Found:
+    model = plain_layers()
+    model(batch(5)[0]).sum().backward()
+    model.zero_grad(set_to_none=False)
+    pipe = pipeline(model)
+    return [pipe.step(*batch(step)) for step in range(2)], digests(pipe)
+
+
+def test_gradients_from_before_the_pipeline_are_no_strays() -> None:
+    model = plain_layers()
+    update = sgd(model.parameters())
+    losses = [plain_step(model, update, step) for step in range(2)]
+    assert_plain(host_world.launch(train_after_a_backward, 2, args=(0,)), model, losses)
+
+
 # Ties that the pipeline was not made with.
 
 
