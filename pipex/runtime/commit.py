@@ -46,19 +46,22 @@ class Gradients:
         ]
 
     def reduce_ties(self, step: int, links: Links) -> None:
-        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder."""
+        """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None
+        where none of them has one."""
         rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
         edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
         for edge in edges:
             if edge.source_rank == rank:
-                tensors = [own(edge.source, p) for _, p in self._between(edge.source, edge.destination)]
+                between = self._between(edge.source, edge.destination)
+                tensors = [tied.packed(own(edge.source, p), p) for _, p in between]
                 links.senders[edge.source, edge.destination, "tied"].send(step, 0, tensors)
-        received: dict[tuple[str, int], Tensor] = {}
+        received: dict[tuple[str, int], Tensor | None] = {}
         for edge in edges:
             if edge.destination_rank == rank:
                 incoming = links.receivers[edge.source, edge.destination, "tied"].receive(step, 0)
                 between = self._between(edge.source, edge.destination)
-                received.update({(tie.name, edge.source): t for (tie, _), t in zip(between, incoming, strict=True)})
+                received.update({(tie.name, edge.source): tied.unpacked(t, p)
+                                 for (tie, p), t in zip(between, incoming, strict=True)})  # fmt: skip
         for tie, p in self._trainables.tied:
             if any(rank_of[s] == rank for s in tie.stages):
                 p.grad = tied.total([own(s, p) if rank_of[s] == rank else received[tie.name, s] for s in tie.stages])
@@ -68,7 +71,7 @@ class Gradients:
 
     def divide(self, count: float) -> None:
         """Divides all gradients: they were those of a sum."""
-        for parameter in self._trainables.trained:
+        for parameter in self._trainables.every:  # frozen since the backward too: the optimizer goes by gradients
             if parameter.grad is not None:
                 parameter.grad.div_(count)
 
@@ -86,19 +89,18 @@ class Gradients:
 
     def clip(self, clip_norm: float, norm: Tensor) -> None:
         """Scales all gradients so that their ``norm`` is at most ``clip_norm``."""
-        nn.utils.clip_grads_with_norm_(self._trainables.trained, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(self._trainables.every, clip_norm, norm)
 
     def without(self) -> list[nn.Parameter]:
-        """Trainable parameters of this rank that have no gradient; call it before ``reduce_ties``. Tied ones are left
-        out: another stage may have theirs."""
-        tied_ones = {id(p) for _, p in self._trainables.tied}
-        return [p for p in self._trainables.trained if p.grad is None and id(p) not in tied_ones]
+        """Trainable parameters of this rank that have no gradient; call it after ``reduce_ties``, which gives tied ones
+        that of other stages."""
+        return [p for p in self._trainables.trained if p.grad is None]
 
     def clear(self) -> None:
         """Forgets all gradients."""
         for parameter in self._trainables.every:
             parameter.grad = None
-        self._trainables.accumulators.clear()
+        self._trainables.forget()
 
 
 def _encode(norm: Tensor) -> tuple[str, float]:

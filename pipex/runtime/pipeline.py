@@ -23,6 +23,7 @@ from pipex.runtime import checkpoint, intake, microbatch, tied
 from pipex.runtime.agreement import agree, share
 from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
+from pipex.runtime.copies import said_of_copies
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.loss import Loss, LossFunction, of_batch
 from pipex.runtime.main_weights import MainWeights, refuse_main_grad
@@ -69,8 +70,8 @@ class Pipeline:
 
     Raises:
         InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
-        UnsupportedModule: a parameter brings a ``main_grad``.
-        ConfigMismatch: the ranks were given different plans or options.
+        UnsupportedModule: a parameter brings a ``main_grad``, or shares memory with one of another rank.
+        ConfigMismatch: the ranks were given different plans or options, or copies of a tied parameter that differ.
         PeerError: another rank ended the run.
     """
 
@@ -99,15 +100,14 @@ class Pipeline:
             plans.validate(plan)
             check_stages(plan, self.world.ranks, stages)
             check_options(loss_fn, optimizer, clip_norm, scaler, seed)
+            self.stages = as_stages(stages)
             said = {
                 "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
                 "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "optimizer": str(optimizer is not None),
                 "clip_norm": str(clip_norm), "scaler": str(scaler is not None), "main_weights": str(main_weights),
-                "seed": seed, "exact": str(exact),
+                "seed": seed, "exact": str(exact), "layers per stage": str([len(s.layers) for s in self.stages]),
             }  # fmt: skip
-            self.stages = as_stages(stages)
-            said["layers per stage"] = str([len(stage.layers) for stage in self.stages])
-            agree(self.world, "Pipeline(...)", said)
+            agree(self.world, "Pipeline(...)", said | said_of_copies(self.stages, plan.placement, self.world.rank))
             refuse_main_grad(self.stages)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
@@ -302,6 +302,7 @@ class Pipeline:
         with self._together():
             with self._seeds.apart(data.step, self.world.rank):
                 self._executor.train(data)
+            self._trainables.backward_done()
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
@@ -327,7 +328,7 @@ class Pipeline:
         step, training = self.steps + 1, call != "evaluate"
         with self._together():
             self.world.at(step, Phase.START)
-            self._trainables.look()
+            self._trainables.look(training)
             runners = self._runners.values()
             for runner in runners:
                 runner.microbatches_before = len(self._update.counts) * self.plan.microbatches if training else 0
@@ -337,9 +338,8 @@ class Pipeline:
             if training:
                 intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced,
                                        self._update.without_main())  # fmt: skip
-            every = share(
-                self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
-            )
+            every = share(self.world, call, {"the pipeline, counted as they were made": self._number, "step": step,
+                                             **self._trainables.said, **given.said})  # fmt: skip
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
         except PipexError:

@@ -47,9 +47,14 @@ class OneProcess:
         self.optimizer: torch.optim.Optimizer | None = optimizer(self.trained) if optimizer else None
 
     @property
+    def every(self) -> list[nn.Parameter]:
+        """The parameters, each once, in model order."""
+        return list(dict.fromkeys(p for stage in self.stages for p in stage.parameters()))
+
+    @property
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are not frozen, in model order."""
-        return list(dict.fromkeys(p for stage in self.stages for p in stage.parameters() if p.requires_grad))
+        """Those that are not frozen."""
+        return [p for p in self.every if p.requires_grad]
 
     def step(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """One training step; returns the batch's mean loss."""
@@ -72,12 +77,11 @@ class OneProcess:
         """Leaves the gradients of all calls since the last update, not yet clipped, in ``.grad``."""
         for tie in self._ties:
             parameter = tied.parameter_of(tie, self.stages)
-            if parameter.requires_grad:
-                parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
+            parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
         self._accumulators.clear()
         counts = [count for count in self._counts if count is not None]
         if counts:
-            for parameter in self.trained:
+            for parameter in self.every:
                 if parameter.grad is not None:
                     parameter.grad.div_(sum(counts))
 
@@ -85,7 +89,7 @@ class OneProcess:
         """The optimizer's step."""
         self.reduce_gradients()
         if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, self._clip_norm)
+            nn.utils.clip_grad_norm_(self.every, self._clip_norm)
         if self.optimizer is not None:
             self.optimizer.step()
         for stage in self.stages:

@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 from pipex.partition import Stage, tied
+from pipex.torch_internals import hooks_of, post_accumulate_hooks
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Tie:
 
     name: str
     stages: tuple[int, ...]
+
+    @property
+    def between(self) -> str:
+        """Its stages in words."""
+        return ", ".join(map(str, self.stages))
 
 
 def ties_of(stages: Sequence[Stage]) -> list[Tie]:
@@ -48,11 +56,52 @@ def parameter_of(tie: Tie, stages: Sequence[Stage]) -> nn.Parameter:
     first, *others = (stages[holder].parameter(tie.name) for holder in tie.stages)
     if any(other is not first for other in others):
         raise UnsupportedModule(
-            f"{tie.name} was one parameter of the stages {', '.join(map(str, tie.stages))} when the pipeline was made",
+            f"{tie.name} was one parameter of the stages {tie.between} when the pipeline was made",
             got="several parameters", needed="one, whose gradients are added",
             fix="replace it in all of these stages, or make a new pipeline",
         )  # fmt: skip
     return first
+
+
+def refuse_hooks(tie: Tie, parameter: nn.Parameter) -> None:
+    """Raises UnsupportedModule if the parameter has some: in one process they see the sum of its uses, here no hook
+    can."""
+    if hooks_of(parameter) or post_accumulate_hooks(parameter):
+        raise UnsupportedModule(
+            f"{tie.name} stands in the stages {tie.between}, and its hooks would see the gradient of one of them at a "
+            "time", got="a hook on the parameter", needed="none while it is trained",
+            fix="change its gradient between reduce_gradients() and update()",
+        )  # fmt: skip
+
+
+def name_in(stage: Stage, parameter: nn.Parameter) -> str:
+    """What a parameter of the stage is called, one that was added to it too."""
+    for name, tensor in (*stage.names.items(), *stage.named_parameters(prefix=f"stage {stage.index}")):
+        if tensor is parameter:
+            return name
+    return "a parameter"
+
+
+def refuse_new(stages: Sequence[Stage], ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises UnsupportedModule if a parameter stands in several stages that were not among the ties.
+
+    Args:
+        parameters: of the ties, by name.
+    """
+    known = {id(parameters[tie.name]): tie.stages for tie in ties}
+    holders: dict[int, list[tuple[Stage, nn.Parameter]]] = {}
+    for stage in stages:
+        for parameter in stage.parameters():
+            holders.setdefault(id(parameter), []).append((stage, parameter))
+    for key, ((stage, parameter), *others) in holders.items():
+        indices = stage.index, *(other.index for other, _ in others)
+        if others and indices != known.get(key):
+            raise UnsupportedModule(
+                f"{name_in(stage, parameter)} was tied when the model was in stages already",
+                got=f"one parameter of the stages {', '.join(map(str, indices))}",
+                needed="ties that the pipeline knows of, whose gradients are added",
+                fix="tie parameters first, then cut the model and make the pipeline",
+            )  # fmt: skip
 
 
 class Accumulators:
@@ -91,11 +140,10 @@ class Accumulators:
             key = stage, id(parameter)
             parameter.grad, self._aside[key] = self._aside.get(key), parameter.grad
 
-    def of(self, stage: int, parameter: nn.Parameter) -> Tensor:
-        """What the stage has accumulated; zeros where it got no gradient."""
+    def of(self, stage: int, parameter: nn.Parameter) -> Tensor | None:
+        """What the stage has accumulated; None where no use of the parameter got a gradient."""
         later = any(parameter is held for held in self._later.get(stage, ()))
-        gradient = self._aside.get((stage, id(parameter))) if later else parameter.grad
-        return torch.zeros_like(parameter, dtype=parameter.grad_dtype) if gradient is None else gradient
+        return self._aside.get((stage, id(parameter))) if later else parameter.grad
 
     def clear(self) -> None:
         """Forgets what is not in ``.grad``."""
@@ -105,9 +153,20 @@ class Accumulators:
 _NOTHING = nullcontext()
 
 
-def total(accumulators: Sequence[Tensor]) -> Tensor:
-    """The sum in stage order."""
-    first, *rest = accumulators
-    for gradient in rest:
-        first = first + gradient
-    return first
+def total(accumulators: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum in stage order, of the stages that have a gradient. None if none has, as in torch: an optimizer leaves
+    out what has no gradient, while zeros would let momentum and weight decay move it."""
+    found = [gradient for gradient in accumulators if gradient is not None]
+    if len(found) == 1:
+        return found[0].clone()  # it may lie in the memory of a message
+    return reduce(add, found) if found else None
+
+
+def packed(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """As it goes into a message; no gradient goes as an empty tensor."""
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device) if gradient is None else gradient
+
+
+def unpacked(tensor: Tensor, parameter: nn.Parameter) -> Tensor | None:
+    """The gradient that was packed."""
+    return tensor if tensor.shape == parameter.shape else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
 
 from torch import nn
 
+from pipex.errors import UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime import tied
 from pipex.runtime.stage_runner import StageRunner
+from pipex.torch_internals import parameters_of
 
 
 class Trainables:
@@ -24,19 +27,80 @@ class Trainables:
         self._stages, self._runners, self.accumulators = stages, runners, accumulators
         self.ties = tied.ties_of(stages)
         """the model's tied parameters, the same list on every rank"""
+        self.said: dict[str, object] = {}
+        """what this rank tells the others at the beginning of a step"""
         self._tied: dict[str, nn.Parameter] = {}
+        self._at_begin: set[str] = set()  # names of those that are trained in the step at hand
+        self._summed: set[str] = set()  # and in any step since the last update, which adds them up
+        self._held: dict[int, list[nn.Parameter]] = {}  # by stage of this rank
+        self._here: set[int] = set()  # the ids of these
+        self._elsewhere: list[tuple[Stage, Mapping[str, nn.Parameter | None]]] = []  # of the modules of other ranks
         self.look()
 
-    def look(self) -> None:
-        """Called by every rank at the beginning of a step.
+    def look(self, training: bool = True) -> None:
+        """Called by every rank at the beginning of a step, or of an evaluation.
 
         Raises:
-            UnsupportedModule: a tied parameter was replaced in one of its stages only.
+            UnsupportedModule: a tied parameter was replaced in one of its stages only, or has hooks; or one was tied
+                just now.
         """
         for runner in self._runners.values():
             runner.look()
         self._tied = {tie.name: tied.parameter_of(tie, self._stages) for tie in self.ties}
-        self.accumulators.share({s: runner.survey.parameters for s, runner in self._runners.items()})
+        held = {s: runner.survey.parameters for s, runner in self._runners.items()}
+        if not all(s in self._held and _same(parameters, self._held[s]) for s, parameters in held.items()):
+            tied.refuse_new(self._stages, self.ties, self._tied)
+            self._held = held
+            self._here = {id(parameter) for parameters in held.values() for parameter in parameters}
+            self.accumulators.share(held)
+            self._elsewhere = [
+                (stage, kept) for stage in self._stages if stage.index not in held
+                for module in stage.layers.modules() if (kept := parameters_of(module))
+            ]  # fmt: skip
+            for _, parameter in self._strays():  # left from before: of no use here, as the parameter is not updated
+                parameter.grad = None
+        self.said = self._trained_ties() if self.ties and training else {}
+
+    def _trained_ties(self) -> dict[str, object]:
+        """By stages that share them, the names of the tied parameters that are trained: these stages' ranks exchange
+        their gradients."""
+        self._at_begin.clear()
+        names: dict[str, list[str]] = {}
+        for tie in self.ties:
+            if self._tied[tie.name].requires_grad:
+                tied.refuse_hooks(tie, self._tied[tie.name])
+                self._at_begin.add(tie.name)
+            if not self._held.keys().isdisjoint(tie.stages):
+                trained = names.setdefault(f"which parameters of the stages {tie.between} are trained", [])
+                if tie.name in self._at_begin | self._summed:
+                    trained.append(tie.name)
+        return dict(names)
+
+    def backward_done(self) -> None:
+        """Called by every rank when the backwards of a step are done.
+
+        Raises:
+            UnsupportedModule: this rank's copy of another rank's parameter has got a gradient. The copy is never
+                updated, so this would be lost, and was made with the value of the beginning.
+        """
+        self._summed |= self._at_begin
+        for stage, parameter in self._strays():
+            raise UnsupportedModule(
+                f"{tied.name_in(stage, parameter)} got a gradient on a rank without its stage {stage.index}, where it "
+                "would be lost",
+                got="a use outside of its stage, as by a penalty over all parameters in the loss, or a backward "
+                "outside of the pipeline",
+                needed="uses by layers that have it among their parameters",
+                fix="register it in the layer that uses it, before the model is cut; hand a penalty on as an output "
+                "of its stage; empty .grad before a step",
+            )
+
+    def _strays(self) -> Iterator[tuple[Stage, nn.Parameter]]:
+        """What has a gradient here, though only other ranks train it; with a stage that has it."""
+        for stage, kept in self._elsewhere:
+            for parameter in kept.values():
+                if parameter is not None and parameter.grad is not None and id(parameter) not in self._here:
+                    yield stage, parameter
 
     @property
     def every(self) -> list[nn.Parameter]:
@@ -51,14 +115,24 @@ class Trainables:
 
     @property
     def owned(self) -> dict[int, list[nn.Parameter]]:
-        """By stage, those of ``trained`` that no earlier stage of the model has."""
+        """By stage, those of ``every`` that no earlier stage of the model has."""
         found = {}
         for stage, runner in sorted(self._runners.items()):
             others = {id(self._tied[tie.name]) for tie in self.ties if stage in tie.stages[1:]}
-            found[stage] = [p for p in runner.survey.parameters if p.requires_grad and id(p) not in others]
+            found[stage] = [p for p in runner.survey.parameters if id(p) not in others]
         return found
 
     @property
     def tied(self) -> list[tuple[tied.Tie, nn.Parameter]]:
-        """The model's tied parameters that are not frozen, in an order that is the same on every rank."""
-        return [(tie, self._tied[tie.name]) for tie in self.ties if self._tied[tie.name].requires_grad]
+        """The model's tied parameters that were trained in a step since ``forget``, in an order that is the same on
+        every rank; as the ranks have agreed on at its beginning, whatever was frozen since."""
+        return [(tie, self._tied[tie.name]) for tie in self.ties if tie.name in self._summed]
+
+    def forget(self) -> None:
+        """The gradients are gone."""
+        self.accumulators.clear()
+        self._summed.clear()
+
+
+def _same(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))

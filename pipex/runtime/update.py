@@ -96,8 +96,8 @@ class Update:
         """Completes the gradients, once. Collective where parameters are tied."""
         if self.reduced:
             return
-        self._name_those_without()
         self._gradients.reduce_ties(step, links)
+        self._name_those_without()
         if self._tied:
             links.flush()
             share(self._world, "the end of a step", None)  # past it, what was received on any rank has really arrived

@@ -378,26 +378,6 @@ def test_a_tied_parameter_that_is_replaced_in_one_stage_is_refused_by_name() -> 
         untie()
 
 
-def thaw_tied(_: int) -> tuple[list[float], str | None]:
-    torch.manual_seed(0)
-    model = nn.Sequential(lin(), nn.Tanh(), lin())
-    model[2].weight = model[0].weight
-    model[0].weight.requires_grad_(False)
-    pipe = pipex.Pipeline(pipex.split_model(model, 2), pipex.build("1f1b", 2, 3), F.mse_loss, optimizer=optimizer)
-    losses = []
-    for step in (1, 2, 3):
-        if step == 2:
-            model[0].weight.requires_grad_(True)
-            pipe.optimizer.add_param_group({"params": [model[0].weight]})
-        losses.append(pipe.step(*BATCH(step)))
-    return losses, digest(model[0].weight)
-
-
-def test_a_tied_parameter_that_is_thawed_stays_one() -> None:
-    one, two = host_world.launch(thaw_tied, 2, args=(0,))
-    assert one == two
-
-
 class Handing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -170,8 +170,9 @@ class Plain:
             for stage, stand_ins in zip(self.stages, self.stand_ins, strict=True):
                 for name, stand_in in stand_ins.items():
                     parameter = stage.get_parameter(name)
-                    mine, other = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, stand_in))
-                    parameter.grad, stand_in.grad = mine + other, None
+                    mine, other = parameter.grad, stand_in.grad
+                    parameter.grad = other if mine is None else mine if other is None else mine + other
+                    stand_in.grad = None
             found["losses"].append(total.item())
             found["gradients"].append(gradients(enumerate(self.layers)))
             update.step()

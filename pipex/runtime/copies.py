@@ -1,0 +1,119 @@
+"""What several ranks have a copy of, looked at once, when a pipeline is made.
+
+Every rank that holds a stage with a tied parameter, or a shared buffer, has a copy of its own; that these are one
+tensor rests on an equal beginning and equal updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.partition import Stage
+from pipex.plan import Placement
+from pipex.runtime import tied
+from pipex.torch_internals import storage_id
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter or buffer of the model, and the stages that hold it."""
+
+    name: str
+    tensor: Tensor
+    stages: list[int]
+
+    @property
+    def called(self) -> str:
+        return f"{self.name} of stage {', '.join(map(str, self.stages))}"
+
+
+def said_of_copies(stages: Sequence[Stage], placement: Placement, rank: int) -> dict[str, str]:
+    """What this rank tells the others when a pipeline is made, so that copies begin as equals.
+
+    Raises:
+        UnsupportedModule: tensors that are not one share memory, and that of different ranks.
+    """
+    held = _held(stages)
+    _refuse_overlaps(held, placement)
+    names = ", ".join(f"{tie.name} of the stages {tie.between}" for tie in tied.ties_of(stages))
+    said = {"tied parameters": names or "none"}
+    for one in held:
+        ranks = {placement.rank_of(stage) for stage in one.stages}
+        if rank in ranks and len(ranks) > 1:  # other ranks never use theirs, which may be anything
+            said[f"what {one.called} begins with (seed the ranks alike)"] = _content(one.tensor)
+    return said
+
+
+def _held(stages: Sequence[Stage]) -> list[_Held]:
+    held: dict[int, _Held] = {}
+    for stage in stages:
+        prefix = f"stage {stage.index}"
+        names = (*stage.names.items(), *stage.named_parameters(prefix), *stage.named_buffers(prefix))
+        for name, tensor in names:  # under the first of its names
+            one = held.setdefault(id(tensor), _Held(name, tensor, []))
+            if stage.index not in one.stages:
+                one.stages.append(stage.index)
+    return list(held.values())
+
+
+def _content(tensor: Tensor) -> str:
+    if nn.parameter.is_lazy(tensor):
+        return "nothing yet"
+    form = f"{tensor.dtype} {tuple(tensor.shape)}"
+    if not _has_bytes(tensor):
+        return form
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return f"{form}, checksum {crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    """Whether it lies in memory as it is: no lazy one, none on the meta device, none that is sparse or wraps others."""
+    if nn.parameter.is_lazy(tensor) or type(tensor.detach()) is not Tensor:
+        return False
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _refuse_overlaps(held: Iterable[_Held], placement: Placement) -> None:
+    """Raises UnsupportedModule if a parameter lies in memory of something that another rank holds too."""
+    by_storage: dict[int, list[tuple[int, int, _Held]]] = {}
+    for one in held:
+        if _has_bytes(one.tensor):
+            by_storage.setdefault(storage_id(one.tensor.untyped_storage()), []).append((*_extent(one.tensor), one))
+    for together in by_storage.values():
+        together.sort(key=lambda placed: placed[0])
+        for position, (_, end, one) in enumerate(together):
+            for begin, _, other in together[position + 1 :]:
+                if begin >= end:
+                    break
+                ranks = {placement.rank_of(stage) for stage in (*one.stages, *other.stages)}
+                written = isinstance(one.tensor, nn.Parameter) or isinstance(other.tensor, nn.Parameter)
+                if written and len(ranks) > 1 and _overlap(one.tensor, other.tensor):
+                    raise UnsupportedModule(
+                        f"{one.called} and {other.called} share memory, but not a rank",
+                        got="two tensors that are updated apart from each other",
+                        needed="one parameter, which both layers hold, or memory of their own",
+                        fix="assign the parameter itself (head.weight = embed.weight, not .data)",
+                    )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of the storage that it may use, and the one behind the last."""
+    begin = int(tensor.storage_offset())
+    last = begin + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin * tensor.itemsize, (last + 1) * tensor.itemsize
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage, whose extents overlap, have an element in common: columns of one matrix, say,
+    have none. Of different dtypes they count as having one."""
+    if one.itemsize != other.itemsize:
+        return True
+    used = torch.zeros(max(_extent(one)[1], _extent(other)[1]) // one.itemsize, dtype=torch.bool)
+    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
