@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import InputError, NativeUnavailable
-from pipex.transport.header import describe, edge_header, mismatch
+from pipex.errors import NativeUnavailable
+from pipex.transport.header import check_memory, describe, edge_header, mismatch
 from pipex.transport.host import TIMEOUT, Forms, HostLinks, HostRun, HostWorld, Tables
 from pipex.transport.interface import Buffers, EdgeSpec, Links, Orders, TensorForm
 from pipex.transport.opening import exchange_offers
@@ -220,11 +220,8 @@ class DeviceSender:
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         world, ring, stream = self._world, self._ring, self._world.stream
+        check_memory(self._spec, tensors, world.device)
         form, sent = self._forms.of(tensors)
-        for tensor in sent:
-            if tensor.device != world.device:
-                raise InputError(f"the {self._spec} is on {world.device}",
-                                 got=f"a tensor on {tensor.device}", needed=f"one on {world.device}")  # fmt: skip
         try:
             if ring.fits(form, stream):
                 ring.send(form, [tensor.data_ptr() for tensor in sent], stream, step, microbatch)

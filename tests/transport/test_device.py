@@ -271,7 +271,7 @@ def test_another_message_than_comes_next_is_named_at_the_receiver(
 
 def test_tensors_that_cannot_cross_are_refused_before_anything_is_sent(gpus: Gpus) -> None:
     with gpus.edge() as (sender, receiver):
-        with pytest.raises(InputError, match="is on cpu; got a tensor on meta; needed one on cpu"):
+        with pytest.raises(InputError, match="is in memory of cpu; got a tensor on meta; needed one on cpu"):
             sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
         with pytest.raises(InputError, match="too many dimensions; got 9"):
             sender.send(1, 0, [torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, 1)])
