@@ -324,10 +324,13 @@ def _tensor(memory: Tensor, form: TensorForm) -> Tensor:
 def _new(nbytes: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except RuntimeError:  # torch has no other type for it in host memory
+    except RuntimeError as error:
+        # In host memory torch has no type of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         of_device = OutOfDeviceMemory if device.type == "cuda" else OutOfSharedMemory
         raise of_device("there is no memory for a message between stages", got=f"{nbytes} bytes",
-                        fix="use smaller micro-batches") from None  # fmt: skip
+                        fix="use smaller micro-batches") from error  # fmt: skip
 
 
 def _as_tensor(memory: bytearray) -> Tensor:
