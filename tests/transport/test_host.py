@@ -6,10 +6,13 @@ import gc
 import math
 import os
 import random
+import resource
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from cases import case
 from threads_as_ranks import each
 from torch import Tensor
 
-from pipex.errors import ConfigMismatch, InputError, MessageMismatch
+from pipex.errors import ConfigMismatch, InputError, MessageMismatch, OutOfSharedMemory
 from pipex.transport.header import DTYPES
 from pipex.transport.host import HostLinks, HostRun, HostWorld
 from pipex.transport.interface import Buffers, EdgeSpec, Receiver, Sender
@@ -174,6 +177,45 @@ def test_buffers_grow_with_the_largest_message_and_no_more() -> None:
         assert exchange(10_000)[1] == 2
         settled = [exchange(elements) for elements in (3, 10_000, 500, 10_000) * 50]
         assert len(set(settled)) == 1
+
+
+@pytest.fixture
+def much(tmp_path: Path) -> Tensor:
+    """4 TiB that take none."""
+    (tmp_path / "sparse").touch()
+    return torch.from_file(str(tmp_path / "sparse"), shared=True, size=1 << 42, dtype=torch.uint8)
+
+
+def test_a_message_that_no_memory_holds_leaves_the_edge_as_it_was(much: Tensor) -> None:
+    with edge() as (sender, receiver):
+        for m in range(8):  # more often than there are slots
+            before = sender.buffers
+            with pytest.raises(OutOfSharedMemory, match=r"got \d+ bytes available; needed 43980"):
+                sender.send(1, m, [much])
+            assert sender.buffers == before
+            sender.send(1, m, [torch.full((10,), float(m))])
+            assert receiver.receive(1, m)[0].tolist() == [m] * 10
+        assert sender.buffers.grown == 0
+        assert sender.buffers.nbytes < 1000
+
+
+def test_where_half_more_is_too_much_just_enough_is_made() -> None:
+    """The kernel's own limit on the size of a file, which a memfd is, stands in for a machine without free memory."""
+    with edge(slots=2, alive=1) as (sender, receiver):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        held = []
+        try:
+            for m, (elements, limit) in enumerate([(1 << 18, before[0]), (300_000, 5 << 18), (10, 1 << 20)]):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+                sender.send(1, m, [torch.full((elements,), float(m))])
+                held.append(receiver.receive(1, m)[0])  # so that each goes through another slot
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert [(t.numel(), t.unique().item()) for t in held] == [(1 << 18, 0), (300_000, 1), (10, 2)]
+        assert sender.buffers.grown == 1
+        assert sender.buffers.nbytes < 4 * (1 << 18) + 4 * 300_000 + 2000
 
 
 def test_a_full_plan_of_slots_never_waits() -> None:
