@@ -189,6 +189,7 @@ class DeviceLinks(HostLinks):
                 outgoing = self._outgoing[str(spec)]
                 address, written = offers[spec.destination_rank][str(spec)]
                 outgoing.connect(bytes.fromhex(address), bytes.fromhex(written))
+                self.rings.append(outgoing)
                 self.senders[edge] = DeviceSender(world, spec, outgoing)
 
     def close_descriptors(self) -> None:
@@ -196,6 +197,7 @@ class DeviceLinks(HostLinks):
             ring.close_descriptor()
 
     def flush(self) -> None:
+        super().flush()
         self._world.flush()
 
     def close(self) -> None:

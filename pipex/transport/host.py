@@ -167,12 +167,14 @@ class HostWorld:
                 links.receivers[edge] = HostReceiver(self, spec, incoming[str(spec)])
             elif spec.source_rank == self.rank:
                 address = bytes.fromhex(offers[spec.destination_rank][str(spec)])
-                links.senders[edge] = HostSender(self, spec, _native.RingSender(
+                ring = _native.RingSender(
                     self._member, spec.destination_rank, address, spec.slots, spec.alive, edge_header(spec, digest)
-                ))  # fmt: skip
+                )
+                links.rings.append(ring)
+                links.senders[edge] = HostSender(self, spec, ring)
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
-        for ring in incoming.values():
-            ring.close_descriptor()
+        for opened in incoming.values():
+            opened.close_descriptor()
         return links
 
     def fail(self, error: BaseException) -> None:
@@ -207,13 +209,17 @@ class HostLinks:
         self.first_position = first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
+        self.rings: list[_native.RingSender | _native.DeviceRingSender] = []  # of the senders
 
     def flush(self) -> None:
-        """Nothing to wait for: ``send`` has copied."""
+        """Nothing to wait for, ``send`` has copied; but what the consumers have mapped needs no descriptor any more."""
+        for ring in self.rings:
+            ring.close_descriptors()
 
     def close(self) -> None:
         self.senders.clear()
         self.receivers.clear()
+        self.rings.clear()
 
 
 _Key = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, bool], ...]

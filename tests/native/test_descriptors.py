@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from few_descriptors import descriptors
 from forked import Forked, outcomes
 
 from pipex import _native
+from pipex.errors import InputError
+from pipex.transport import header
 
 FULL = "no file descriptor left: Too many open files; needed more than the"
 
@@ -51,6 +55,28 @@ def test_a_member_without_a_descriptor_is_told_so() -> None:
     kind, said = message(lambda: _native.Member(control, 0, 1.0, False), 0)
     assert kind == "InputError"
     assert FULL in said
+
+
+def test_an_edge_needs_one_descriptor_to_grow_and_says_where_there_is_none() -> None:
+    member = _native.Member(_native.Control(1), 0, 1.0, False)
+    edge = header.Header(bytes(16), 0, 1, "activation", 0, 0, 0, 0, 0).pack()
+    receiver = _native.RingReceiver(member, 0, 1, 1, edge)
+    sender = _native.RingSender(member, 0, receiver.address, 1, 1, edge)
+    nothing = _native.MessageForm(b"", 0)
+    with pytest.raises(InputError, match="shared memory between ranks cannot be made; got " + FULL), descriptors(0):
+        sender.send(nothing, [], 1, 0)
+    with descriptors(1):
+        sender.send(nothing, [], 1, 0)
+    assert receiver.receive(1, 0) == ((b"", 0), ())
+
+
+def test_the_start_time_of_a_forked_child_is_its_own() -> None:
+    control = _native.Control(1)
+    address = bytes.fromhex(outcomes([lambda: _native.Control(1).address.hex()])[0]["result"])
+    own, child = (struct.unpack_from("<iiQ", each) for each in (control.address, address))
+    assert own[0] == os.getpid() != child[0]
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    assert own[2] == started < child[2]
 
 
 def test_a_living_peer_is_not_lost_to_a_process_whose_descriptors_are_all_in_use() -> None:

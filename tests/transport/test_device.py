@@ -320,6 +320,23 @@ def test_edges_of_every_kind_open_together(gpus: Gpus) -> None:
             assert torch.equal(receivers[key].receive(1, 0)[0], sent)
 
 
+def test_a_flush_closes_the_descriptors_of_what_was_mapped(gpus: Gpus) -> None:
+    def shared() -> int:
+        names = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+        return sum("memfd:pipex" in name for name in names)
+
+    links = each(gpus.worlds, lambda world: world.open([spec_of()], DIGEST))
+    before = shared()
+    for m in range(2):
+        links[0].senders[0, 1, "activation"].send(1, m, [torch.ones(3)])
+    assert shared() == before + 2
+    for m in range(2):
+        links[1].receivers[0, 1, "activation"].receive(1, m)
+    links[0].flush()
+    assert shared() == before
+    each(links, lambda each: each.close())
+
+
 def test_a_missing_driver_is_named() -> None:
     with pytest.raises(NativeUnavailable, match="the CUDA driver cannot be loaded"):
         device.join(HostRun.create(1), 0, CPU, library="no such library")

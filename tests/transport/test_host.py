@@ -376,6 +376,22 @@ def held() -> tuple[int, int, int]:
     return len(descriptors), sum("memfd:pipex" in name for name in descriptors), len(os.listdir("/proc/self/task"))
 
 
+def test_a_flush_closes_the_descriptors_of_what_was_mapped_and_no_others() -> None:
+    with joined(2) as worlds:
+        links = each(worlds, lambda world: world.open([edge_spec(slots=4)], DIGEST))
+        sender, receiver = links[0].senders[0, 1, "activation"], links[1].receivers[0, 1, "activation"]
+        _, before, _ = held()
+        for m in range(4):
+            sender.send(1, m, [torch.full((3,), float(m))])
+        kept = [receiver.receive(1, m) for m in range(3)]
+        links[0].flush()
+        assert held()[1] == before + 1
+        kept.append(receiver.receive(1, 3))
+        links[0].flush()
+        assert held()[1] == before
+        assert [tensor.tolist() for (tensor,) in kept] == [[m] * 3 for m in range(4)]
+
+
 @pytest.mark.timing  # no other process may come or go
 def test_a_run_leaves_no_descriptor_thread_or_name_behind() -> None:
     before, names = held(), os.listdir("/dev/shm")
