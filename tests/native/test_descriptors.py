@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from built import ROOT, compiled
 from few_descriptors import descriptors
 from forked import Forked, outcomes
 
@@ -48,6 +51,20 @@ def test_memory_that_cannot_be_made_for_want_of_a_descriptor_is_told_so() -> Non
     kind, said = message(lambda: _native.Control(2), 0)
     assert kind == "InputError"
     assert "shared memory between ranks cannot be made; got " + FULL in said
+
+
+def test_a_full_table_of_the_host_is_not_said_to_be_the_limit_of_this_process() -> None:
+    source = ROOT / "tests" / "native" / "full_file_table.cpp"
+    full = compiled([os.environ.get("CXX", "g++"), "-shared", "-fPIC"], [source], ".so")
+    program = "from pipex import _native; _native.Control(2)"
+    environment = {**os.environ, "LD_PRELOAD": str(full)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (
+        "shared memory between ranks cannot be made; got no file descriptor left: Too many open files in system; "
+        in (done.stderr)
+    )
+    assert "needed fewer open files in all processes of this host; end some, or raise fs.file-max" in done.stderr
+    assert "ulimit" not in done.stderr
 
 
 def test_a_member_without_a_descriptor_is_told_so() -> None:
