@@ -59,10 +59,12 @@ class RingSender:
     ) -> None: ...
     @property
     def grown(self) -> int:
-        """How often a message was larger than all before it, the first one not counted."""
+        """How often slots had to become larger, the first one not counted."""
     @property
     def nbytes(self) -> int:
         """Of all slots now."""
+    def close_descriptors(self) -> None:
+        """Closes those of memory that the consumer has mapped; every send does so too."""
     def send(self, form: MessageForm, tensors: Sequence[int], step: int, microbatch: int) -> None:
         """Copies from the addresses ``tensors``."""
 
@@ -108,6 +110,8 @@ class DeviceRingSender:
     @property
     def nbytes(self) -> int:
         """Of all payloads and slots now."""
+    def close_descriptors(self) -> None:
+        """As of ``RingSender``."""
     def fits(self, form: MessageForm, stream: int) -> bool:
         """Whether such a message goes from device to device; else its tensors are sent from host memory."""
     def send(self, form: MessageForm, tensors: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
@@ -128,10 +132,11 @@ class DeviceRingReceiver:
     def connect(self, offer: bytes) -> None: ...
     def close_descriptor(self) -> None: ...
     def receive(
-        self, stream: int, step: int, microbatch: int
+        self, stream: int, step: int, microbatch: int, may_grow: bool = True
     ) -> tuple[tuple[bytes, int] | None, tuple[object, ...] | None]:
         """As of ``RingReceiver``; no capsules, and nothing done, where ``alive`` slots are lent: call ``receive_into``
-        then."""
+        then. Where there is no memory for larger payloads the message stays; without ``may_grow`` it is received, and
+        none are made for one as small again."""
     def receive_into(self, to: Sequence[int], stream: int, step: int, microbatch: int) -> None: ...
     def close(self) -> None: ...
 

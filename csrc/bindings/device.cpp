@@ -34,12 +34,12 @@ MemoryOffer to_offer(const py::bytes& raw) {
 StreamHandle to_stream(std::uintptr_t stream) { return reinterpret_cast<StreamHandle>(stream); }
 
 py::tuple receive_on_device(device::RingReceiver& ring, std::uintptr_t stream, std::uint64_t step,
-                            std::uint32_t microbatch) {
+                            std::uint32_t microbatch, bool may_grow) {
   Received received;
   const MessageForm* form = nullptr;
   {
     const py::gil_scoped_release no_gil;
-    received = ring.receive(to_stream(stream), step, microbatch, form);
+    received = ring.receive(to_stream(stream), step, microbatch, may_grow, form);
   }
   const py::object seen = to_python(form);
   if (received.empty()) return py::make_tuple(seen, py::none());
@@ -73,6 +73,7 @@ void bind_device(py::module_& module) {
       .def_property_readonly("offer", [](const device::RingSender& ring) { return to_bytes(ring.offer()); })
       .def_property_readonly("grown", &device::RingSender::grown)
       .def_property_readonly("nbytes", &device::RingSender::bytes)
+      .def("close_descriptors", &device::RingSender::close_descriptors)
       .def(
           "connect",
           [](device::RingSender& ring, const py::bytes& address, const py::bytes& offer) {
@@ -119,7 +120,8 @@ void bind_device(py::module_& module) {
           "connect", [](device::RingReceiver& ring, const py::bytes& offer) { ring.connect(to_offer(offer)); },
           py::arg("offer"))
       .def("close_descriptor", &device::RingReceiver::close_descriptor)
-      .def("receive", &receive_on_device, py::arg("stream"), py::arg("step"), py::arg("microbatch"))
+      .def("receive", &receive_on_device, py::arg("stream"), py::arg("step"), py::arg("microbatch"),
+           py::arg("may_grow") = true)
       .def(
           "receive_into",
           [](device::RingReceiver& ring, const std::vector<std::uintptr_t>& to, std::uintptr_t stream,

@@ -54,6 +54,7 @@ void bind_ring(py::module_& module) {
            py::arg("header"))
       .def_property_readonly("grown", &Outbox::grown)
       .def_property_readonly("nbytes", &Outbox::bytes)
+      .def("close_descriptors", &Outbox::close_descriptors)
       .def(
           "send",
           [](Outbox& ring, const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,

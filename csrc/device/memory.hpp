@@ -11,14 +11,14 @@
 
 namespace pipex::device {
 
-/// What lies in one end's memory; both ends compute it from the edge.
+/// What lies in an allocation; both ends compute it from the number of slots and the bytes of a payload.
 ///
 ///     proof | one flag per slot | one payload per slot | up to 2 MiB of nothing
 ///
 /// Proof and flags stand on lines of 128 bytes of their own: a flag is polled by the GPU that owns it while the peer
 /// writes its neighbour.
 struct MemoryLayout {
-  std::size_t slot_bytes;  // 0 in the producer's memory, which has flags only
+  std::size_t slot_bytes;  // 0 where there are flags only
   std::uint32_t slots;
 
   std::size_t flag(std::uint32_t slot) const;

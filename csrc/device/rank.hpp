@@ -45,7 +45,7 @@ class Rank {
   /// Throws InputError if a graph is being captured from `stream`: counters would be constants in it.
   void check_not_capturing(StreamHandle stream) const;
 
-  /// How many tensors have been copied from their source, in the order of the sends.
+  /// How many messages have been copied from their sources, in the order of the sends.
   std::uint64_t sent();
 
   /// Waits until all have, which also means that all of them have arrived. Throws Aborted.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "common/named_error.hpp"
@@ -11,7 +12,8 @@
 namespace pipex::device {
 namespace {
 
-constexpr std::size_t kMostGenerations = 255;  // a header has a byte for it
+// A header has a byte for it. Half more each time never gets there; where memory is short it is less.
+constexpr std::size_t kMostGenerations = 255;
 
 MemoryLayout flags_of(const RingSize& size) { return {0, size.slots()}; }
 
@@ -124,13 +126,22 @@ void DeviceLender::connect(const MemoryOffer& released, int peer) {
   released_ = map(*rank_, released, {0, slots_}, peer);
 }
 
+DeviceLender::Payloads DeviceLender::make(std::size_t bytes) const {
+  return {bytes, allocate(*rank_, {bytes, slots_})};
+}
+
 void DeviceLender::grow(std::size_t bytes) {
   const std::size_t before = payloads_.empty() ? 0 : payloads_.back().bytes;
   const bool taken = offer().taken.load() == payloads_.size();
-  if (bytes <= before || !taken || payloads_.size() == kMostGenerations) return;
-  bytes = std::max(bytes, before + before / 2);
-  payloads_.push_back({bytes, allocate(*rank_, {bytes, slots_})});
-  offer().bytes = bytes;
+  if (bytes <= std::max(before, refused_) || !taken || payloads_.size() == kMostGenerations) return;
+  const std::size_t half_more = before + before / 2;
+  try {
+    payloads_.push_back(make(std::max(bytes, half_more)));
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) != "OutOfDeviceMemory" || bytes >= half_more) throw;
+    payloads_.push_back(make(bytes));
+  }
+  offer().bytes = payloads_.back().bytes;
   offer().memory = payloads_.back().memory->offer();
   offer().generation.store(static_cast<std::uint32_t>(payloads_.size()));
 }
@@ -229,13 +240,17 @@ std::uint32_t RingReceiver::front(StreamHandle compute, std::uint64_t step, std:
   return slot;
 }
 
-Received RingReceiver::receive(StreamHandle compute, std::uint64_t step, std::uint32_t microbatch,
+Received RingReceiver::receive(StreamHandle compute, std::uint64_t step, std::uint32_t microbatch, bool may_grow,
                                const MessageForm*& form) {
   const Current current(*rank_->gpu());
   const std::uint32_t slot = front(compute, step, microbatch);
   Received received;
   if (inbox_.place() == kInSlot) {
-    lender_->grow(inbox_.form().payload_bytes());
+    const std::size_t bytes = inbox_.form().payload_bytes();
+    if (may_grow)
+      lender_->grow(bytes);
+    else
+      lender_->refuse(bytes);
     received = lender_->receive(slot, inbox_.form());
   } else if (lender_->may_lend()) {
     lender_->await(slot, compute, peer_);

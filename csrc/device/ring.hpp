@@ -7,7 +7,8 @@
 // A message that does not fit into the payloads, as the first one, goes through the slot's host memory, which grows by
 // itself (host/ring.hpp). On receiving it the consumer makes larger payloads and offers them in the ring; the producer
 // maps what is offered when it sends the next time. The header says of which of these generations a payload is. None is
-// freed before the ring is: there is a handful at most, each half as large again as the one before it.
+// freed before the ring is: there is a handful at most, each half as large again as the one before it. Where there is
+// no memory for larger ones, such messages go on through host memory.
 //
 // Message u through a slot's payload, counted from 1 by both hosts:
 //
@@ -27,6 +28,7 @@
 // queues are first in, first out, nothing is ever stuck, with one queue as with many.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -79,6 +81,9 @@ class RingSender {
   void send_from_host(const MessageForm& form, const std::vector<std::uintptr_t>& tensors, std::uint64_t step,
                       std::uint32_t microbatch);
 
+  /// See Outbox.
+  void close_descriptors() { outbox_->close_descriptors(); }
+
   std::uint64_t grown() const { return payloads_.empty() ? 0 : payloads_.size() - 1; }
   std::size_t bytes() const { return mapped_bytes_ + (outbox_ ? outbox_->bytes() : 0); }
 
@@ -108,9 +113,12 @@ class DeviceLender final : public Lender {
   const std::shared_ptr<OwnMemory>& written() const { return written_; }
   void connect(const MemoryOffer& released, int peer);
 
-  /// Makes payloads for messages of so many bytes, and offers them, unless the producer has yet to take the last offer.
-  /// Throws NamedError: OutOfDeviceMemory, NativeUnavailable, CudaError.
+  /// Makes payloads for messages of so many bytes, and offers them, unless the producer has yet to take the last offer
+  /// or they were refused. Throws NamedError: OutOfDeviceMemory, NativeUnavailable, CudaError.
   void grow(std::size_t bytes);
+
+  /// From here on messages of so many bytes and less make nothing grow.
+  void refuse(std::size_t bytes) { refused_ = std::max(refused_, bytes); }
 
   /// Throws MessageMismatch if the payload of a slot's message cannot be there.
   void check_place(std::uint8_t place, const MessageForm& form) const;
@@ -143,12 +151,14 @@ class DeviceLender final : public Lender {
     std::shared_ptr<OwnMemory> memory;
   };
 
+  Payloads make(std::size_t bytes) const;
   PayloadOffer& offer() { return *reinterpret_cast<PayloadOffer*>(ring_.data() + layout_.offer()); }
 
   const std::shared_ptr<Rank> rank_;
   const std::uint32_t slots_;
   const std::shared_ptr<OwnMemory> written_;  // flags
   std::vector<Payloads> payloads_;            // by generation
+  std::size_t refused_ = 0;                   // bytes for which there was no memory
   std::unique_ptr<PeerMemory> released_;      // null: not connected yet, or closed
   std::vector<Use> uses_;                     // by slot
   std::vector<bool> on_device_;               // by slot: whether it was awaited, so that a flag gives it back
@@ -174,9 +184,12 @@ class RingReceiver {
 
   /// Waits on the host for the next message and checks its header; `compute` waits for its payload. The tensors are in
   /// host memory where the message came through it. Empty, and nothing done, if `alive` messages lie in slots already:
-  /// then receive_into() must be called. `form` gets the form where it is another than before. Throws HeaderMismatch,
-  /// NamedError (MessageMismatch, InputError, CudaError, OutOfDeviceMemory), Aborted.
-  Received receive(StreamHandle compute, std::uint64_t step, std::uint32_t microbatch, const MessageForm*& form);
+  /// then receive_into() must be called. `form` gets the form where it is another than before. Where the message came
+  /// through host memory and `may_grow`, device memory is made for the next ones; without, for none as small again.
+  /// Throws HeaderMismatch, NamedError (MessageMismatch, InputError, CudaError; OutOfDeviceMemory, only if `may_grow`,
+  /// and the message stays where it is), Aborted.
+  Received receive(StreamHandle compute, std::uint64_t step, std::uint32_t microbatch, bool may_grow,
+                   const MessageForm*& form);
 
   /// The same, into memory of the caller's. Throws as receive().
   void receive_into(const std::vector<std::uintptr_t>& to, StreamHandle compute, std::uint64_t step,

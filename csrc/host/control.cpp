@@ -9,7 +9,7 @@
 namespace pipex {
 namespace {
 
-constexpr std::uint32_t kVersion = 1;  // of the layout of this page and of the ring
+constexpr std::uint32_t kVersion = 2;  // of the layout of this page and of the ring
 constexpr int kMaxRanks = 4096;
 
 }  // namespace

@@ -25,6 +25,7 @@ Outbox::Outbox(std::shared_ptr<Member> member, int peer, const Address& address,
                      std::to_string(ring_.size()) + " bytes", std::to_string(layout_.total()),
                      "use one version of pipex on all ranks");
   ring_.close_descriptor();
+  unopened_.reserve(layout_.slots);
   for (std::uint32_t slot = layout_.slots; slot > 0; --slot) stack_.push_back(slot - 1);
 }
 
@@ -50,28 +51,37 @@ std::uint32_t Outbox::take() {
 std::byte* Outbox::memory(std::uint32_t slot, std::size_t bytes) {
   if (!unopened_.empty()) close_descriptors();
   std::optional<Segment>& memory = memories_[slot];
-  if (!memory || memory->size() < bytes) {
-    if (bytes > room_) {
-      // A half more than before, so that ever longer messages do not make new memory each time.
-      if (room_ > 0) ++grown_;
-      room_ = std::max(bytes, room_ + room_ / 2);
-    }
+  if (memory && memory->size() >= bytes) return memory->data();
+  try {
+    Segment made = make(bytes);
+    const Address address = made.address();
     if (memory) bytes_ -= memory->size();
     std::erase(unopened_, slot);
-    memory.reset();  // before there is more: the consumer has let go of the slot, and maps the new one next
-    try {
-      memory.emplace(Segment::create(room_));
-    } catch (...) {
-      away_[slot] = false;  // not taken after all
-      stack_.push_back(slot);
-      throw;
-    }
-    bytes_ += memory->size();
-    cell(slot).address = memory->address();
-    cell(slot).generation.fetch_add(1);
-    unopened_.push_back(slot);
+    memory.emplace(std::move(made));  // the consumer has let go of the slot, and maps the new one next
+    cell(slot).address = address;
+  } catch (...) {
+    away_[slot] = false;  // not taken after all
+    stack_.push_back(slot);
+    throw;
   }
+  if (bytes > room_ && room_ > 0) ++grown_;
+  room_ = std::max(room_, memory->size());
+  bytes_ += memory->size();
+  cell(slot).generation.fetch_add(1);
+  unopened_.push_back(slot);
   return memory->data();
+}
+
+/// With as much room as the other slots', or half more, so that ever longer messages do not make new memory each time;
+/// with no more than `bytes` where there is none for that.
+Segment Outbox::make(std::size_t bytes) const {
+  const std::size_t room = bytes > room_ ? std::max(bytes, room_ + room_ / 2) : room_;
+  try {
+    return Segment::create(room);
+  } catch (const NamedError& error) {
+    if (std::string_view(error.python_class) != "OutOfSharedMemory" || room == bytes) throw;
+  }
+  return Segment::create(bytes);
 }
 
 void Outbox::close_descriptors() {

@@ -50,13 +50,16 @@ class Outbox {
 
   std::byte* offer() const { return ring_.data() + layout_.offer(); }
 
-  /// How often a message was larger than all before it, and the bytes of all slots now.
+  /// Closes the descriptors of memory that the consumer has mapped; every send does so too.
+  void close_descriptors();
+
+  /// How often slots had to become larger, the first one not counted, and the bytes of all slots now.
   std::uint64_t grown() const { return grown_; }
   std::size_t bytes() const { return bytes_; }
 
  private:
   bool collect();
-  void close_descriptors();
+  Segment make(std::size_t bytes) const;
   SlotCell& cell(std::uint32_t slot) const { return *reinterpret_cast<SlotCell*>(ring_.data() + layout_.cell(slot)); }
 
   const std::shared_ptr<Member> member_;
@@ -69,7 +72,7 @@ class Outbox {
   std::vector<std::optional<Segment>> memories_;
   std::vector<std::uint32_t> unopened_;  // slots whose memory the consumer may still have to map
   MessageHeader header_;
-  std::size_t room_ = 0;  // of a memory that is made now
+  std::size_t room_ = 0;  // of the largest memory until now
   std::uint64_t grown_ = 0;
   std::size_t bytes_ = 0;
 };
@@ -79,7 +82,8 @@ class Inbox {
  public:
   Inbox(std::shared_ptr<Member> member, int peer, Lender& lender, const MessageHeader& edge);
 
-  /// Waits for the next message, which stays until pop(). Throws HeaderMismatch, MessageMismatch, InputError, Aborted.
+  /// Waits for the next message, which stays until pop(). Throws HeaderMismatch, MessageMismatch, InputError,
+  /// OutOfSharedMemory (its slot cannot be mapped), Aborted.
   std::uint32_t front(std::uint64_t step, std::uint32_t microbatch);
   void pop();
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <utility>
 
 #include "common/named_error.hpp"
@@ -54,6 +55,8 @@ MessageForm::MessageForm(std::string table, std::uint64_t payload_bytes)
     : table_(std::move(table)), payload_bytes_(payload_bytes), records_(table_.size() / sizeof(TensorRecord)) {
   if (table_.size() % sizeof(TensorRecord) != 0 || records_.size() > kMaxTensors)
     throw impossible("a table of " + std::to_string(table_.size()) + " bytes");
+  if (payload_bytes > std::numeric_limits<std::int64_t>::max())
+    throw impossible(std::to_string(payload_bytes) + " bytes");
   if (!records_.empty()) std::memcpy(records_.data(), table_.data(), table_.size());
   for (const TensorRecord& record : records_) {
     const std::size_t span = span_of(record);

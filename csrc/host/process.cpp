@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -12,6 +13,12 @@
 #include <string>
 
 namespace pipex {
+namespace {
+
+int generation = 0;
+std::atomic<std::uint64_t> own_start = 0;  // of this process; 0: not read yet
+
+}  // namespace
 
 std::optional<std::uint64_t> start_time(pid_t pid) {
   const Descriptor file(::open(("/proc/" + std::to_string(pid) + "/stat").c_str(), O_RDONLY | O_CLOEXEC));
@@ -32,13 +39,20 @@ std::optional<std::uint64_t> start_time(pid_t pid) {
 }
 
 std::uint64_t own_start_time() {
+  fork_generation();  // from here on a fork forgets what was read
+  const std::uint64_t known = own_start.load();
+  if (known != 0) return known;
   const std::optional<std::uint64_t> start = start_time(::getpid());
   if (!start) throw system_failure("/proc does not tell when this process has started", errno);
+  own_start.store(*start);
   return *start;
 }
 
 NamedError system_failure(const std::string& problem, int error) {
-  if (error != EMFILE && error != ENFILE) return {"PipexError", problem, std::strerror(error), "", ""};
+  if (error == ENFILE)
+    return {"PipexError", problem, "no file descriptor left: " + std::string(std::strerror(error)),
+            "fewer open files in all processes of this host", "end some, or raise fs.file-max (sysctl)"};
+  if (error != EMFILE) return {"PipexError", problem, std::strerror(error), "", ""};
   rlimit limit{};
   ::getrlimit(RLIMIT_NOFILE, &limit);
   return {"InputError", problem, "no file descriptor left: " + std::string(std::strerror(error)),
@@ -52,8 +66,10 @@ std::int64_t now_ns() {
 }
 
 int fork_generation() {
-  static int generation = 0;
-  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++generation; });
+  static const int registered = ::pthread_atfork(nullptr, nullptr, [] {
+    ++generation;
+    own_start.store(0);
+  });
   return registered == 0 ? generation : 0;
 }
 

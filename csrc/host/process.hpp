@@ -16,10 +16,11 @@ namespace pipex {
 /// ended.
 std::optional<std::uint64_t> start_time(pid_t pid);
 
-/// That of this process; throws where it cannot be told.
+/// That of this process, which is read once; throws where it cannot be told.
 std::uint64_t own_start_time();
 
-/// The error where `error` (an errno) left `problem` undone; of a process without a descriptor left it says so.
+/// The error where `error` (an errno) left `problem` undone; where this process or the host has no descriptor left, it
+/// says so.
 NamedError system_failure(const std::string& problem, int error);
 
 /// Nanoseconds on a clock that all processes of one host share and that never jumps.

@@ -88,7 +88,7 @@ def commit(directory: Path, step: int, shards: Sequence[ShardInfo], meta: Mappin
         os.replace(partial, directory / MANIFEST)
         sync_directory(directory)
     # The new checkpoint stands; a file that cannot be deleted now is tried again by the next save.
-    with suppress(OSError):
+    with suppress(OSError, CheckpointError):  # of the manifest, which is read again
         _remove_unused(directory)
 
 

@@ -20,7 +20,7 @@ from functools import cache
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipex.errors import CheckpointError
@@ -48,6 +48,7 @@ class Serialized:
         """
         Raises:
             CheckpointError: a tensor is sparse, has no data, or is of a dtype that could not be read back; named.
+                Or this process cannot try whether one can be read back.
         """
         for name, tensor in tensors.items():
             if tensor.layout != torch.strided or tensor.is_meta or not _is_read_back(tensor.dtype):
@@ -89,18 +90,23 @@ class Serialized:
         return len(text).to_bytes(8, "little") + text
 
 
-@cache
+@cache  # what is told, not what is raised: a failure to ask says nothing of the dtype
 def _is_read_back(dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return False
-    saved = torch.arange(1, 1 + dtype.itemsize, dtype=torch.uint8).view(dtype)
-    header = json.dumps({"a": {"dtype": DTYPES[dtype], "shape": [1], "data_offsets": [0, saved.nbytes]}}).encode()
-    with open(os.memfd_create("pipex"), "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header + bytes(saved.view(torch.uint8).tolist()))
-        file.flush()
-        try:
-            with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as opened:
+    data = bytes(range(1, 1 + dtype.itemsize))
+    header = json.dumps({"a": {"dtype": DTYPES[dtype], "shape": [1], "data_offsets": [0, len(data)]}}).encode()
+    try:
+        with open(os.memfd_create("pipex"), "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header + data)
+            file.flush()
+            with safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device="cpu") as opened:
                 read = opened.get_tensor("a")
-        except Exception:  # SafetensorError, or of one that this torch lacks an AttributeError
-            return False
-    return read.dtype == dtype and torch.equal(read.view(torch.uint8), saved.view(torch.uint8))
+    except (SafetensorError, AttributeError):  # a dtype that the package, or this torch, does not know
+        return False
+    except (OSError, RuntimeError) as error:  # the latter from torch, which opens the file once more
+        raise CheckpointError(
+            f"cannot try whether a tensor of {dtype} can be read back", got=str(error),
+            needed="/proc, and three more file descriptors", fix="raise their limit (ulimit -n)",
+        ) from error  # fmt: skip
+    return read.dtype == dtype and bytes(read.view(torch.uint8).tolist()) == data

@@ -6,7 +6,8 @@
 The host part is that of ``pipex.transport.host``: the same control page, the same watch over peers. Tensors are copied
 by the GPU's copy engine from where the producer computed them into a slot of the consumer's memory, where they are
 used; streams wait for them, no host does. A message larger than all before it goes through host memory, and the
-consumer makes larger slots. Where the GPUs cannot do that, all ranks go over host memory instead and say why.
+consumer makes larger slots; where it has no memory for them, such messages go on through the host's. Where the GPUs
+cannot do any of that, all ranks go over host memory instead and say why.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pipex import _native
-from pipex.errors import InputError, NativeUnavailable
-from pipex.transport.header import describe, edge_header, mismatch
+from pipex.errors import NativeUnavailable, OutOfDeviceMemory
+from pipex.transport.header import check_memory, describe, edge_header, mismatch
 from pipex.transport.host import TIMEOUT, Forms, HostLinks, HostRun, HostWorld, Tables
 from pipex.transport.interface import Buffers, EdgeSpec, Links, Orders, TensorForm
 from pipex.transport.opening import exchange_offers
@@ -188,6 +189,7 @@ class DeviceLinks(HostLinks):
                 outgoing = self._outgoing[str(spec)]
                 address, written = offers[spec.destination_rank][str(spec)]
                 outgoing.connect(bytes.fromhex(address), bytes.fromhex(written))
+                self.rings.append(outgoing)
                 self.senders[edge] = DeviceSender(world, spec, outgoing)
 
     def close_descriptors(self) -> None:
@@ -195,6 +197,7 @@ class DeviceLinks(HostLinks):
             ring.close_descriptor()
 
     def flush(self) -> None:
+        super().flush()
         self._world.flush()
 
     def close(self) -> None:
@@ -220,11 +223,8 @@ class DeviceSender:
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         world, ring, stream = self._world, self._ring, self._world.stream
+        check_memory(self._spec, tensors, world.device)
         form, sent = self._forms.of(tensors)
-        for tensor in sent:
-            if tensor.device != world.device:
-                raise InputError(f"the {self._spec} is on {world.device}",
-                                 got=f"a tensor on {tensor.device}", needed=f"one on {world.device}")  # fmt: skip
         try:
             if ring.fits(form, stream):
                 ring.send(form, [tensor.data_ptr() for tensor in sent], stream, step, microbatch)
@@ -246,7 +246,7 @@ class DeviceReceiver:
     def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         world, tables, stream = self._world, self._tables, self._world.stream
         try:
-            seen, capsules = self._ring.receive(stream, step, microbatch)
+            seen, capsules = self._take(stream, step, microbatch)
             tables.learn(seen)
             if capsules is None:  # more are kept than the plan says: this message gets memory of its own
                 found = [strided(tensor, world.device) for tensor in tables.form]
@@ -260,6 +260,23 @@ class DeviceReceiver:
         return tuple(
             t if t.device == world.device else to(t, world.device).requires_grad_(t.requires_grad) for t in received
         )
+
+    def _take(
+        self, stream: int, step: int, microbatch: int
+    ) -> tuple[tuple[bytes, int] | None, tuple[object, ...] | None]:
+        """The next message, also where there is no device memory for larger slots: it lies whole in the host's."""
+        try:
+            return self._ring.receive(stream, step, microbatch)
+        except OutOfDeviceMemory:
+            torch.cuda.empty_cache()  # torch keeps what it has freed
+        try:
+            return self._ring.receive(stream, step, microbatch)
+        except OutOfDeviceMemory as error:
+            warnings.warn(
+                f"messages of this size go over host memory on the {self._spec}, which is slower: {error}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        return self._ring.receive(stream, step, microbatch, may_grow=False)
 
 
 def strided(form: TensorForm, device: torch.device) -> Tensor:

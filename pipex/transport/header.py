@@ -122,17 +122,38 @@ def read_table(table: bytes) -> tuple[Form, tuple[int, ...]]:
     """What the tensors of a message are, and where each begins; the table was proven by ``_native.MessageForm``.
 
     Raises:
-        MessageMismatch: a dtype that nobody sends.
+        MessageMismatch: a dtype that nobody sends, or a gradient is wanted of one that has none.
     """
     form, offsets = [], []
     for dtype, dimensions, wanted, code, bits, offset, *sizes in RECORD.iter_unpack(table):
         if dtype >= len(DTYPES) or DLPACK[DTYPES[dtype]] != (code, bits):
             raise MessageMismatch(f"a message has a tensor of unknown dtype {dtype}", needed=f"one of {DTYPES}",
                                   fix="use one version of pipex on all ranks")  # fmt: skip
+        one = DTYPES[dtype]
+        if wanted and not (one.is_floating_point or one.is_complex):
+            raise MessageMismatch(f"a message wants a gradient of a tensor of dtype {one}",
+                                  needed="one of floats or complex numbers",
+                                  fix="use one version of pipex on all ranks")  # fmt: skip
         shape, strides = tuple(sizes[:dimensions]), tuple(sizes[MAX_DIMENSIONS:][:dimensions])
-        form.append(TensorForm(shape, DTYPES[dtype], strides, bool(wanted)))
+        form.append(TensorForm(shape, one, strides, bool(wanted)))
         offsets.append(offset)
     return tuple(form), tuple(offsets)
+
+
+def check_memory(spec: EdgeSpec, tensors: Sequence[Tensor], device: torch.device) -> None:
+    """
+    Raises:
+        InputError: a tensor's values do not lie in memory of the ``device``, which the edge sends from.
+    """
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise InputError(
+                f"a tensor for the {spec} is not dense", got=f"layout {tensor.layout}", needed="torch.strided",
+                fix="use sparse=False in an embedding whose weight is in stages of several ranks, or to_dense()",
+            )  # fmt: skip
+        if tensor.device != device:
+            raise InputError(f"the {spec} is in memory of {device}",
+                             got=f"a tensor on {tensor.device}", needed=f"one on {device}")  # fmt: skip
 
 
 def is_spread(tensor: Tensor) -> bool:

@@ -21,7 +21,17 @@ from torch import Tensor
 from pipex import _native
 from pipex.errors import InputError, MessageMismatch, PeerError, headline
 from pipex.torch_internals import from_dlpack
-from pipex.transport.header import AS_BYTES, as_sent, describe, edge_header, is_spread, mismatch, pack_table, read_table
+from pipex.transport.header import (
+    AS_BYTES,
+    as_sent,
+    check_memory,
+    describe,
+    edge_header,
+    is_spread,
+    mismatch,
+    pack_table,
+    read_table,
+)
 from pipex.transport.interface import (
     Buffers,
     EdgeKind,
@@ -36,6 +46,8 @@ from pipex.transport.interface import (
 )
 from pipex.transport.opening import exchange_offers
 from pipex.transport.places import Places
+
+_MEMORY = torch.device("cpu")  # also where the stages are on a GPU (pipex.transport.staged)
 
 TIMEOUT = 300.0
 """Seconds without any progress of the awaited rank after which it counts as stalled."""
@@ -155,12 +167,14 @@ class HostWorld:
                 links.receivers[edge] = HostReceiver(self, spec, incoming[str(spec)])
             elif spec.source_rank == self.rank:
                 address = bytes.fromhex(offers[spec.destination_rank][str(spec)])
-                links.senders[edge] = HostSender(self, spec, _native.RingSender(
+                ring = _native.RingSender(
                     self._member, spec.destination_rank, address, spec.slots, spec.alive, edge_header(spec, digest)
-                ))  # fmt: skip
+                )
+                links.rings.append(ring)
+                links.senders[edge] = HostSender(self, spec, ring)
         self.exchange(b"")  # every producer has opened its rings; from here on nobody else can
-        for ring in incoming.values():
-            ring.close_descriptor()
+        for opened in incoming.values():
+            opened.close_descriptor()
         return links
 
     def fail(self, error: BaseException) -> None:
@@ -195,13 +209,17 @@ class HostLinks:
         self.first_position = first_position
         self.senders: dict[tuple[int, int, EdgeKind], Sender] = {}
         self.receivers: dict[tuple[int, int, EdgeKind], Receiver] = {}
+        self.rings: list[_native.RingSender | _native.DeviceRingSender] = []  # of the senders
 
     def flush(self) -> None:
-        """Nothing to wait for: ``send`` has copied."""
+        """Nothing to wait for, ``send`` has copied; but what the consumers have mapped needs no descriptor any more."""
+        for ring in self.rings:
+            ring.close_descriptors()
 
     def close(self) -> None:
         self.senders.clear()
         self.receivers.clear()
+        self.rings.clear()
 
 
 _Key = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, bool], ...]
@@ -255,11 +273,8 @@ class HostSender:
         return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        check_memory(self._spec, tensors, _MEMORY)
         form, sent = self._forms.of(tensors)
-        for tensor in sent:
-            if not tensor.is_cpu:
-                raise InputError(f"the {self._spec} is in host memory",
-                                 got=f"a tensor on {tensor.device}", needed="one on the CPU")  # fmt: skip
         try:
             self._ring.send(form, [tensor.data_ptr() for tensor in sent], step, microbatch)
         except _native.Aborted as ending:
@@ -283,7 +298,6 @@ class Tables:
         if seen is not None:
             try:
                 self.form, _ = read_table(seen[0])
-                check_gradients(self.form)
                 self._problem = None
             except MessageMismatch as error:
                 self._problem = error
@@ -300,13 +314,6 @@ class Tables:
                 tensor = tensor.view(view)
             tensors.append(tensor.requires_grad_() if wanted else tensor)
         return tuple(tensors)
-
-
-def check_gradients(form: Form) -> None:
-    for tensor in form:
-        if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-            raise MessageMismatch(f"a gradient is wanted of a tensor of dtype {tensor.dtype}",
-                                  fix="use one version of pipex on all ranks")  # fmt: skip
 
 
 class HostReceiver:

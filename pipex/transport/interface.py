@@ -83,7 +83,8 @@ class Buffers:
 
     Attributes:
         nbytes: of all its buffers now.
-        grown: how often a message was larger than all before it, the first one not counted.
+        grown: how often they had to become larger, the first message not counted. Not with every message that is
+            larger than all before it, where they are made larger than asked.
     """
 
     nbytes: int
@@ -100,7 +101,8 @@ class Sender(Protocol):
         The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier).
 
         Raises:
-            InputError: a tensor is on another device, of more than 8 dimensions or of a dtype that cannot cross.
+            InputError: a tensor is sparse, on another device, of more than 8 dimensions, or of a dtype that cannot
+                cross.
             OutOfSharedMemory, OutOfDeviceMemory: there is no memory for a larger message.
             PeerError: another rank ended the run.
         """
@@ -111,8 +113,9 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for; over NCCL
-    only their headers do."""
+    """The consumer's end of an edge. As many messages as the edge has slots arrive without being asked for. Over NCCL
+    only their headers and the first 32 rows of their tables do; over Gloo also their bodies, but none that is larger
+    than all that were received when its receive was posted."""
 
     def receive(self, step: int, microbatch: int) -> tuple[Tensor, ...]:
         """Waits for the next message and returns its tensors: of the shapes, dtypes and strides sent, without a graph,

@@ -47,7 +47,8 @@ class StagedSender:
         return self._sender.buffers
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        self._sender.send(step, microbatch, [to(t, CPU).requires_grad_(t.requires_grad) for t in tensors])
+        copies = [to(t, CPU).requires_grad_(t.requires_grad) if t.layout == torch.strided else t for t in tensors]
+        self._sender.send(step, microbatch, copies)  # which refuses by name what is not dense
 
 
 class StagedReceiver:

@@ -102,7 +102,10 @@ def test_a_closed_descriptor_can_no_longer_be_opened() -> None:
         _native.Control.open(address)
 
 
-@pytest.mark.parametrize(("value", "error"), [((2, 1), ConfigMismatch), ((1, 0), InputError), ((1, 4000), InputError)])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [((1, 1), ConfigMismatch), ((3, 1), ConfigMismatch), ((2, 0), InputError), ((2, 4000), InputError)],
+)
 def test_a_page_of_another_version_or_size_is_refused(value: tuple[int, int], error: type[Exception]) -> None:
     control = _native.Control(1)
     with mmap.mmap(control.fd, 0) as memory:

@@ -229,6 +229,34 @@ def test_too_little_device_memory_for_a_larger_message_is_named_and_the_message_
     assert torch.equal(pair.receive(1), pair.data)
 
 
+def test_where_half_more_is_too_much_just_enough_is_made(make: Callable[..., Pair]) -> None:
+    pair = make().connect()
+    pair.data = torch.arange(300_000, dtype=torch.float32)
+    for microbatch, words in enumerate([1 << 18, 1 << 18, 300_000, 300_000]):
+        if words == 300_000:  # 4 slots of 1.2 MB; of half more than 1 MiB they would take 8 MiB
+            pair.simulator.set("memory", 6 << 20)
+        assert pair.send(microbatch, words=words) == microbatch % 2
+        assert torch.equal(pair.receive(microbatch), pair.data[:words])
+    assert pair.sender.grown == 1
+
+
+def test_without_growth_a_message_arrives_and_none_as_small_makes_any(make: Callable[..., Pair]) -> None:
+    pair = make().open()
+    pair.send(words=1000)
+    seen, (capsule,) = pair.receiver.receive(NULL, 1, 0, may_grow=False)
+    assert seen is not None
+    assert torch.equal(torch.from_dlpack(capsule), pair.data)
+    del capsule
+    for microbatch, (words, fits) in enumerate([(999, False), (1000, False), (64, True)], 1):
+        assert pair.send(microbatch, words=words) == fits
+        assert torch.equal(pair.receive(microbatch), pair.data[:words])
+    assert pair.sender.grown == 0
+    pair.data = torch.arange(1001, dtype=torch.float32)
+    for microbatch, fits in ((4, False), (5, True)):
+        assert pair.send(microbatch, words=1001) == fits
+        assert torch.equal(pair.receive(microbatch), pair.data)
+
+
 HOSTILE = {
     "generation 0": (0, "<I", 0, MessageMismatch, "got device memory of generation 0; needed 2"),
     "generation 3": (0, "<I", 3, MessageMismatch, "got device memory of generation 3; needed 2"),

@@ -133,7 +133,7 @@ def test_what_lacks_an_order_is_reported(tmp_path: Path, source: Path, right: st
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
-BYTES, PLACE = "  offer().bytes = bytes;\n", "static_cast<std::uint8_t>(payloads_.size())"
+BYTES, PLACE = "  offer().bytes = payloads_.back().bytes;\n", "static_cast<std::uint8_t>(payloads_.size())"
 GROWTH = [
     pytest.param(BYTES, "  offer().generation.store(payloads_.size());\n"
                         "  std::this_thread::sleep_for(std::chrono::milliseconds(20));\n" + BYTES,

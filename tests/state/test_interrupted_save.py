@@ -57,6 +57,21 @@ def test_a_shard_that_rank_0_does_not_see_is_named(tmp_path: Path, tensors_of: T
         commit(tmp_path / "host0", 1, shards, {})
 
 
+@pytest.mark.parametrize("error", [CheckpointError("unreadable"), OSError(errno.EIO, "Input/output error")])
+def test_a_checkpoint_that_stands_is_not_said_to_have_failed_by_what_is_cleared_up_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_holds: Save, tensors_of: TensorsOf, error: Exception
+) -> None:
+    shards = [write_shard(tmp_path, 1, rank, tensors_of(1, rank), {f"rank{rank}": 1}) for rank in range(2)]
+
+    def unreadable(directory: Path) -> set[str]:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipex.state.save._used", unreadable)
+        commit(tmp_path, 1, shards, {"lr": 0.1})
+    assert_holds(tmp_path, 1)
+
+
 # The kernel's own limit on the size of a file stands in for a disk that is full after so many bytes.
 
 

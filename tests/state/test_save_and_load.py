@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from few_descriptors import descriptors
 from torch import Tensor
 
 from pipex.errors import CheckpointError
@@ -164,6 +165,32 @@ def test_a_type_that_an_older_package_lacks_is_named(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match=r"the tensor a cannot be saved; got complex128\[1\].*, complex64, "):
         write_shard(tmp_path, 1, 0, {"a": torch.zeros(1, dtype=torch.complex128)}, {})
     serialize._is_read_back.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_the_default_device_is_nothing_to_a_save(tmp_path: Path, save: Save, assert_holds: Save, device: str) -> None:
+    serialize._is_read_back.cache_clear()
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        for dtype in serialize.DTYPES:
+            assert serialize._is_read_back(dtype)
+    finally:
+        torch.set_default_device(before)
+    save(tmp_path, 1)
+    assert_holds(tmp_path, 1)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_a_save_without_a_descriptor_left_is_told_so_and_the_next_one_goes_on(
+    tmp_path: Path, save: Save, assert_holds: Save, spare: int
+) -> None:
+    serialize._is_read_back.cache_clear()
+    message = "cannot try whether a tensor of torch.float32 can be read back; got .*; needed .*file descriptors"
+    with pytest.raises(CheckpointError, match=message), descriptors(spare):
+        save(tmp_path, 1)
+    save(tmp_path, 1)
+    assert_holds(tmp_path, 1)
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_another_message_than_comes_next_is_named_at_the_receiver(
 
 def test_tensors_that_cannot_cross_are_refused_before_anything_is_sent(gpus: Gpus) -> None:
     with gpus.edge() as (sender, receiver):
-        with pytest.raises(InputError, match="is on cpu; got a tensor on meta; needed one on cpu"):
+        with pytest.raises(InputError, match="is in memory of cpu; got a tensor on meta; needed one on cpu"):
             sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
         with pytest.raises(InputError, match="too many dimensions; got 9"):
             sender.send(1, 0, [torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, 1)])
@@ -318,6 +318,23 @@ def test_edges_of_every_kind_open_together(gpus: Gpus) -> None:
             sender.send(1, 0, [sent])
             receivers = first.receivers if key in first.receivers else second.receivers
             assert torch.equal(receivers[key].receive(1, 0)[0], sent)
+
+
+def test_a_flush_closes_the_descriptors_of_what_was_mapped(gpus: Gpus) -> None:
+    def shared() -> int:
+        names = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+        return sum("memfd:pipex" in name for name in names)
+
+    links = each(gpus.worlds, lambda world: world.open([spec_of()], DIGEST))
+    before = shared()
+    for m in range(2):
+        links[0].senders[0, 1, "activation"].send(1, m, [torch.ones(3)])
+    assert shared() == before + 2
+    for m in range(2):
+        links[1].receivers[0, 1, "activation"].receive(1, m)
+    links[0].flush()
+    assert shared() == before
+    each(links, lambda each: each.close())
 
 
 def test_a_missing_driver_is_named() -> None:
@@ -396,9 +413,63 @@ def test_one_hardware_queue_by_the_environment_is_warned_of_once(
     assert warned[1] == []
 
 
-@pytest.mark.parametrize("call", [1, 3], ids=["when an edge is opened", "when it grows"])
-def test_too_little_device_memory_is_a_named_error_on_every_rank(simulated_cuda: Path, call: int) -> None:
-    with device_world.start([talk] * 2, simulated_cuda, ["", f"fail:cuMemAlloc_v2=2@{call}"]) as forked:
+def test_too_little_device_memory_for_larger_messages_leaves_them_in_the_hosts(simulated_cuda: Path) -> None:
+    with device_world.start([talk] * 2, simulated_cuda, ["", "fail:cuMemAlloc_v2=2@3"]) as forked:
+        outcomes = [forked.outcome(rank) for rank in range(2)]
+    seen: list[dict[str, Any]] = [outcome.get("result", outcome) for outcome in outcomes]
+    assert [rank["result"] for rank in seen] == [[6.0 * (m + 1 - rank) for m in range(5)] for rank in range(2)], seen
+    assert [rank["staged"] for rank in seen] == [None, None]
+    assert seen[0]["warnings"] == []
+    (warning,) = seen[1]["warnings"]  # not at every message
+    assert warning.startswith(f"messages of this size go over host memory on the {spec_of(1, 1)}, which is slower: ")
+    assert "OutOfDeviceMemory" not in warning
+    assert "needed 2097152 bytes" in warning
+
+
+def test_what_found_no_memory_in_the_receiver_goes_on_through_the_host_and_larger_ones_may_again(gpus: Gpus) -> None:
+    gpus.simulator.set("poison", 1)
+    with gpus.edge(torch.zeros(10)) as (sender, receiver):
+        nbytes = sender.buffers.nbytes
+        gpus.simulator.set("fail:cuMemAlloc_v2", sim.OUT_OF_MEMORY)
+        kept = []
+        for m, elements in enumerate([1000, 10, 1000, 999]):
+            sent = torch.randn(elements)
+            sender.send(1, m, [sent])
+            if m == 0:
+                with pytest.warns(RuntimeWarning, match=r"needed \d+ bytes"):
+                    kept.append((receiver.receive(1, m)[0], sent))
+            else:
+                kept.append((receiver.receive(1, m)[0], sent))
+            del kept[:-1]
+            assert torch.equal(*kept[0])
+        assert sender.buffers.grown == 0
+        assert sender.buffers.nbytes > nbytes  # of the host's slots
+        gpus.simulator.set("fail:cuMemAlloc_v2", "2@1000")
+        for m, elements in enumerate([1000, 1001, 1001], 4):
+            fits = sender._ring.fits(sender._forms.of([torch.zeros(elements)])[0], 0)
+            assert fits == (m == 6)
+            sender.send(1, m, [torch.full((elements,), float(m))])
+            assert torch.equal(receiver.receive(1, m)[0], torch.full((elements,), float(m)))
+        assert sender.buffers.grown == 1
+        kept.clear()
+
+
+def test_what_torch_keeps_for_later_is_taken_before_growth_is_given_up(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings are errors here: none is given."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpus.simulator.set("fail:cuMemAlloc_v2", "2@1000"))
+    with gpus.edge() as (sender, receiver):
+        gpus.simulator.set("fail:cuMemAlloc_v2", sim.OUT_OF_MEMORY)
+        for m in range(2):
+            sent = torch.randn(100)
+            sender.send(1, m, [sent])
+            assert torch.equal(receiver.receive(1, m)[0], sent)
+            assert sender._ring.fits(sender._forms.of([sent])[0], 0)
+
+
+def test_too_little_device_memory_to_open_an_edge_is_a_named_error_on_every_rank(simulated_cuda: Path) -> None:
+    with device_world.start([talk] * 2, simulated_cuda, ["", "fail:cuMemAlloc_v2=2@1"]) as forked:
         other, owner = (forked.outcome(rank) for rank in range(2))
     assert owner["error"] == "OutOfDeviceMemory"
     assert "needed" in owner["text"]

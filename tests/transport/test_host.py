@@ -6,10 +6,13 @@ import gc
 import math
 import os
 import random
+import resource
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from cases import case
 from threads_as_ranks import each
 from torch import Tensor
 
-from pipex.errors import ConfigMismatch, InputError, MessageMismatch
+from pipex.errors import ConfigMismatch, InputError, MessageMismatch, OutOfSharedMemory
 from pipex.transport.header import DTYPES
 from pipex.transport.host import HostLinks, HostRun, HostWorld
 from pipex.transport.interface import Buffers, EdgeSpec, Receiver, Sender
@@ -176,6 +179,45 @@ def test_buffers_grow_with_the_largest_message_and_no_more() -> None:
         assert len(set(settled)) == 1
 
 
+@pytest.fixture
+def much(tmp_path: Path) -> Tensor:
+    """4 TiB that take none."""
+    (tmp_path / "sparse").touch()
+    return torch.from_file(str(tmp_path / "sparse"), shared=True, size=1 << 42, dtype=torch.uint8)
+
+
+def test_a_message_that_no_memory_holds_leaves_the_edge_as_it_was(much: Tensor) -> None:
+    with edge() as (sender, receiver):
+        for m in range(8):  # more often than there are slots
+            before = sender.buffers
+            with pytest.raises(OutOfSharedMemory, match=r"got \d+ bytes available; needed 43980"):
+                sender.send(1, m, [much])
+            assert sender.buffers == before
+            sender.send(1, m, [torch.full((10,), float(m))])
+            assert receiver.receive(1, m)[0].tolist() == [m] * 10
+        assert sender.buffers.grown == 0
+        assert sender.buffers.nbytes < 1000
+
+
+def test_where_half_more_is_too_much_just_enough_is_made() -> None:
+    """The kernel's own limit on the size of a file, which a memfd is, stands in for a machine without free memory."""
+    with edge(slots=2, alive=1) as (sender, receiver):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        held = []
+        try:
+            for m, (elements, limit) in enumerate([(1 << 18, before[0]), (300_000, 5 << 18), (10, 1 << 20)]):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+                sender.send(1, m, [torch.full((elements,), float(m))])
+                held.append(receiver.receive(1, m)[0])  # so that each goes through another slot
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert [(t.numel(), t.unique().item()) for t in held] == [(1 << 18, 0), (300_000, 1), (10, 2)]
+        assert sender.buffers.grown == 1
+        assert sender.buffers.nbytes < 4 * (1 << 18) + 4 * 300_000 + 2000
+
+
 def test_a_full_plan_of_slots_never_waits() -> None:
     with edge(slots=5, alive=1) as (sender, receiver):
         sent = [torch.randn(1000) for _ in range(5)]
@@ -259,7 +301,7 @@ def test_another_message_than_comes_next_is_named_at_the_receiver(step: int, mic
 
 def test_what_cannot_cross_is_refused_before_anything_is_sent() -> None:
     with edge() as (sender, receiver):
-        with pytest.raises(InputError, match="on meta; needed one on the CPU"):
+        with pytest.raises(InputError, match="on meta; needed one on cpu"):
             sender.send(1, 0, [torch.zeros(2, 3, device="meta")])
         with pytest.raises(InputError, match="too many dimensions; got 9"):
             sender.send(1, 0, [torch.zeros(1), torch.zeros([1] * 9)])
@@ -332,6 +374,22 @@ def held() -> tuple[int, int, int]:
     gc.collect()
     descriptors = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
     return len(descriptors), sum("memfd:pipex" in name for name in descriptors), len(os.listdir("/proc/self/task"))
+
+
+def test_a_flush_closes_the_descriptors_of_what_was_mapped_and_no_others() -> None:
+    with joined(2) as worlds:
+        links = each(worlds, lambda world: world.open([edge_spec(slots=4)], DIGEST))
+        sender, receiver = links[0].senders[0, 1, "activation"], links[1].receivers[0, 1, "activation"]
+        _, before, _ = held()
+        for m in range(4):
+            sender.send(1, m, [torch.full((3,), float(m))])
+        kept = [receiver.receive(1, m) for m in range(3)]
+        links[0].flush()
+        assert held()[1] == before + 1
+        kept.append(receiver.receive(1, 3))
+        links[0].flush()
+        assert held()[1] == before
+        assert [tensor.tolist() for (tensor,) in kept] == [[m] * 3 for m in range(4)]
 
 
 @pytest.mark.timing  # no other process may come or go

@@ -137,6 +137,15 @@ FAILURES = {
         (torch.zeros(2, 3, dtype=torch.float8_e4m3fnuz), TENSORS[1]), "InputError",
         "tensors of dtype torch.float8_e4m3fnuz cannot go between stages; needed one of (…",
     ),
+    "a sparse tensor": at_sender(
+        (torch.eye(3).to_sparse(), TENSORS[1]), "InputError",
+        f"a tensor for the {DESCRIBED} is not dense; got layout torch.sparse_coo; needed torch.strided; use "
+        "sparse=False in an embedding whose weight is in stages of several ranks, or to_dense()",
+    ),
+    "a tensor elsewhere": at_sender(
+        (TENSORS[0], torch.zeros(4, device="meta")), "InputError",
+        f"the {DESCRIBED} is in memory of cpu; got a tensor on meta; needed one on cpu",
+    ),
     "another step": at_receiver(send(step=7), mismatch(header(step=7))),
     "another micro-batch": at_receiver(send(microbatch=6), mismatch(header(microbatch=6))),
     "too much to exchange": Failure(

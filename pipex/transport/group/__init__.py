@@ -1,7 +1,7 @@
 """Ranks on any hosts, joined through torch.distributed: Gloo for CPU memory, NCCL for GPU memory.
 
 world         the ranks of a run: joining, all-gather of bytes, opening edges, leaving
-edges         the two ends of an edge: a checked header goes before every tensor
+edges         the two ends of an edge: a checked header goes before every message
 watch         who failed: one verdict for all ranks, found by two threads that wait for it
 rendezvous    the store that torchrun's environment names
 """

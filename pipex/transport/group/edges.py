@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from pipex import _native
-from pipex.errors import InputError, MessageMismatch, OutOfDeviceMemory, OutOfSharedMemory, PipexError
+from pipex.errors import MessageMismatch, OutOfDeviceMemory, OutOfSharedMemory, PipexError
 from pipex.transport import header
 from pipex.transport.group.watch import Watch
 from pipex.transport.header import Header
@@ -119,10 +119,7 @@ class GroupSender:
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         spec, lane = self._spec, self._lane
-        for tensor in tensors:
-            if tensor.device != lane.device:
-                raise InputError(f"the {spec} is in memory of {lane.device}",
-                                 got=f"a tensor on {tensor.device}", needed=f"one on {lane.device}")  # fmt: skip
+        header.check_memory(spec, tensors, lane.device)
         sent = [header.as_sent(tensor) for tensor in tensors]
         form = tuple(
             TensorForm(tuple(as_sent.shape), as_sent.dtype, as_sent.stride(), tensor.requires_grad)
@@ -290,9 +287,6 @@ def proven(table: bytes, nbytes: int) -> tuple[Form, tuple[int, ...]]:
     """
     _native.MessageForm(table, nbytes)
     form, offsets = header.read_table(table)
-    for tensor in form:
-        if tensor.wants_gradient and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-            raise _impossible(f"{tensor} that wants a gradient", "one of floats or complex numbers")
     needed = max((begin + tensor.nbytes for tensor, begin in zip(form, offsets, strict=True)), default=0)
     if nbytes != needed:
         raise _impossible(f"{nbytes} bytes", f"{needed}, as its tensors take")
@@ -330,10 +324,13 @@ def _tensor(memory: Tensor, form: TensorForm) -> Tensor:
 def _new(nbytes: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except RuntimeError:  # torch has no other type for it in host memory
+    except RuntimeError as error:
+        # In host memory torch has no type of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         of_device = OutOfDeviceMemory if device.type == "cuda" else OutOfSharedMemory
         raise of_device("there is no memory for a message between stages", got=f"{nbytes} bytes",
-                        fix="use smaller micro-batches") from None  # fmt: skip
+                        fix="use smaller micro-batches") from error  # fmt: skip
 
 
 def _as_tensor(memory: bytearray) -> Tensor:

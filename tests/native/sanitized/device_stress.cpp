@@ -235,7 +235,7 @@ class Life {
     const pipex::MessageForm form = form_of(words, 8);
     const pipex::MessageForm* news = nullptr;
     sender.send_from_host(form, std::vector(kTensors, reinterpret_cast<std::uintptr_t>(data.data())), 0, 0);
-    receiver.receive(compute_.get(), 0, 0, news);
+    receiver.receive(compute_.get(), 0, 0, true, news);
     meet();
     if (!sender.fits(form.payload_bytes(), nullptr)) std::abort();
   }
@@ -265,7 +265,7 @@ class Life {
     const Message message(peer_, number, traffic_);
     const auto microbatch = static_cast<std::uint32_t>(number);
     const pipex::MessageForm* news = nullptr;
-    pipex::Received received = receiver.receive(compute_.get(), 1, microbatch, news);
+    pipex::Received received = receiver.receive(compute_.get(), 1, microbatch, true, news);
     const auto own = message.in(own_, traffic_);
     if (received.empty()) {
       receiver.receive_into(own, compute_.get(), 1, microbatch);

@@ -42,7 +42,7 @@ const Mapping* mapping_of(const Range& range) {
 using namespace simulated;
 
 SIMULATED Result cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
-  *free = std::size_t{1} << 30;
+  *free = state().settings.memory;
   *total = std::size_t{2} << 30;
   return enter("cuMemGetInfo_v2");
 }
@@ -50,7 +50,7 @@ SIMULATED Result cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
 SIMULATED Result cuMemAlloc_v2(DevicePointer* pointer, std::size_t bytes) {
   if (const Result result = enter("cuMemAlloc_v2")) return result;
   if (bytes == 0) return kInvalidValue;
-  if (bytes > std::size_t{1} << 30) return kOutOfMemory;
+  if (bytes > state().settings.memory) return kOutOfMemory;
   Mapping mapping{{0, bytes}};
   if (const Result result = create_memory(&mapping)) return result;
   *pointer = mapping.range.begin;

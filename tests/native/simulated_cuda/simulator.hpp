@@ -7,6 +7,7 @@
 //     seed        of the chance                                          queues      hardware queues per priority (8)
 //     delay       longest pause in µs between two pieces of work (0)     shared      1: all priorities share the queues
 //     poison      1: a slot is spoilt before it is filled                bug         what to do wrong (operations.cpp)
+//     memory      bytes of the largest allocation (1 GiB)
 //     fail:NAME   that function returns this number; N@3: from its third call on
 //     attribute:N what cuDeviceGetAttribute says of N
 //
@@ -50,6 +51,7 @@ struct Settings {
   int sown = 0;  // which time the seed was set, of all in this process and those it was forked from
   int queues = 8;
   std::atomic<int> delay_us = 0;
+  std::atomic<std::size_t> memory = std::size_t{1} << 30;
   bool shared = false, poison = false;
   std::string bug;
   std::map<std::string, Failure> failures;

@@ -36,6 +36,8 @@ void Settings::set(const std::string& key, const std::string& value) {
     queues = std::stoi(value);
   } else if (key == "delay") {
     delay_us = std::stoi(value);
+  } else if (key == "memory") {
+    memory = std::stoull(value);
   } else if (key == "shared") {
     shared = value == "1";
   } else if (key == "poison") {

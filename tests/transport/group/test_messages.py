@@ -190,7 +190,10 @@ def row(**changes: int) -> bytes:
         ({"begin": 4}, "of 96"),
         ({"size0": 1 << 62, "stride0": 0}, "larger than any memory"),  # to torch, which counts elements
         ({"size2": 1}, "something where nothing may stand"),
-        ({"wanted": 1, "dtype": 4, "code": 0, "bits": 64, "size0": 1}, r"int64\[1, 3\] that wants a gradient"),
+        (
+            {"wanted": 1, "dtype": 4, "code": 0, "bits": 64, "size0": 1},
+            "wants a gradient of a tensor of dtype torch.int64",
+        ),
     ],
 )
 def test_a_table_that_says_what_cannot_be_is_refused(changes: dict[str, int], named: str) -> None:
@@ -209,6 +212,7 @@ def test_a_table_that_says_what_cannot_be_is_refused(changes: dict[str, int], na
         ({"nbytes": 95}, "of 95"),
         ({"nbytes": 97}, "got 97 bytes; needed 96"),
         ({"nbytes": 1 << 60}, f"got {1 << 60} bytes; needed 96"),
+        ({"nbytes": 1 << 63}, f"got {1 << 63} bytes"),
     ],
 )
 def test_a_number_or_size_that_is_not_its_table_s_is_refused(changes: dict[str, int], named: str) -> None:
@@ -221,6 +225,36 @@ def test_what_no_memory_holds_is_refused_by_name() -> None:
     header, _ = head_of(TENSORS, tensors=1, nbytes=1 << 60)
     with pytest.raises(OutOfSharedMemory, match=f"got {1 << 60} bytes"):
         received(header + row(size0=1, size1=1 << 58), BODY)
+
+
+def test_an_empty_tensor_behind_all_memory_is_refused() -> None:
+    begin = 1 << 63
+    header, _ = head_of(TENSORS, tensors=1, nbytes=begin)
+    with pytest.raises(MessageMismatch, match=f"got {begin} bytes"):
+        received(header + row(size0=0, begin=begin), BODY)
+
+
+def test_what_fails_otherwise_is_not_told_as_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    header, table = head_of(TENSORS)
+    monkeypatch.setattr(torch, "empty", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        received(header + table, BODY)
+
+
+def test_a_lack_of_memory_keeps_what_torch_says_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    def full(*arguments: object, **options: object) -> Tensor:
+        raise said
+
+    header, table = head_of(TENSORS)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(OutOfSharedMemory, match="got 96 bytes") as caught:
+        received(header + table, BODY)
+    assert caught.value.__cause__ is said
 
 
 def test_a_tensor_is_read_from_where_its_table_says() -> None:
