@@ -19,7 +19,7 @@ from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
-from pipex.runtime import checkpoint, intake, microbatch, tied
+from pipex.runtime import checkpoint, intake, microbatch, modes, tied
 from pipex.runtime.agreement import agree, share
 from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
@@ -224,9 +224,8 @@ class Pipeline:
     def evaluate(self, batch: Any, target: Any) -> float:
         """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
         may be fewer samples than micro-batches, and any number of ready ones."""
-        modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
-        for stage in self.local_stages:
-            stage.eval()
+        with self._together():
+            before = modes.evaluate(self.local_stages)
         try:
             data = self._begin("evaluate", batch, target, None)
             with self._together():
@@ -237,8 +236,7 @@ class Pipeline:
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
         finally:
-            for module, training in modes:
-                module.training = training
+            modes.restore(self.local_stages, before)
 
     def save(
         self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
