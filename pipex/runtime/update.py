@@ -57,8 +57,6 @@ class Update:
     ) -> None:  # fmt: skip
         self._world, self._gradients, self._names, self._main = world, gradients, names, main
         self._clip_norm, self._scaler = clip_norm, scaler
-        self.main = {} if main is None else main.named(names)
-        """the main weights by name"""
         self._tied = bool(gradients.edges())
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
@@ -67,6 +65,14 @@ class Update:
         self.optimizer = None if factory is None else self._build(factory)
         self.norm: float | None = None
         """of all gradients at the last update, before clipping; None if nothing has asked for it"""
+
+    @property
+    def main(self) -> dict[str, nn.Parameter]:
+        """The main weights by name, as the parameters are now."""
+        if self._main is None:
+            return {}
+        self._main.follow()
+        return self._main.named(self._names)
 
     def check(self) -> None:
         """Raises InputError if no update can be made of what the backwards have left; it is forgotten then. The same on
@@ -113,6 +119,9 @@ class Update:
 
     def apply(self, skip_nonfinite: bool) -> bool:
         """Clips and makes the optimizer's step. Returns whether it was made; then on all ranks."""
+        if self._main is not None:  # what was done since reduce_gradients
+            self._main.follow()
+            self._main.take_gradients()
         norm = None
         if self._clip_norm is not None or skip_nonfinite:
             norm = self._gradients.norm()
