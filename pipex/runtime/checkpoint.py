@@ -20,9 +20,8 @@ from pipex import state
 from pipex.errors import CheckpointError
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
+from pipex.state.optimizer import MAIN
 from pipex.transport.interface import World
-
-MAIN = "main/"
 
 
 def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,74 @@ def load_and_go_on(directory: str) -> list[float]:
 def test_a_checkpoint_holds_the_main_weights(ranks: int, tmp_path: Path) -> None:
     expected = host_world.launch(save_and_go_on, 2, args=(str(tmp_path),))[0]
     assert host_world.launch(load_and_go_on, ranks, args=(str(tmp_path),)) == [expected] * ranks
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": adam,
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+def load_across(optimizer: str, from_main: bool, directory: str) -> Found:
+    """Three steps with main weights or without; then three without them or with."""
+    made = OPTIMIZERS[optimizer]
+    pipe = pipeline(optimizer=made, main_weights=from_main)
+    for step in range(3):
+        pipe.step(*data(step))
+    pipe.save(directory)
+    pipe = pipeline(optimizer=made, main_weights=not from_main)
+    pipe.step(*data(100))
+    pipe.load(directory)
+    losses = [pipe.step(*data(step)) for step in range(3, 6)]
+    return found_in(pipe, losses)
+
+
+def across_by_hand(optimizer: str, from_main: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """With torch's own ``load_state_dict`` in between. NAdam's product of decays stays what it was, though."""
+    model = layers()
+    parameters = dict(model.named_parameters())
+    losses, state = [], {}
+    for with_main in (from_main, not from_main):
+        stepped = {n: nn.Parameter(p.detach().float()) if with_main else p for n, p in parameters.items()}
+        by_hand = OPTIMIZERS[optimizer](stepped.values())
+        if state:
+            products = [s["mu_product"].clone() for s in state["state"].values() if "mu_product" in s]
+            by_hand.load_state_dict(state)
+            for one, product in zip(by_hand.state.values(), products, strict=False):
+                one["mu_product"] = product
+        for step in range(3):
+            if with_main:
+                losses.append(accumulate_by_hand(model, stepped, 3 * bool(state) + step))
+            else:
+                x, y = data(3 * bool(state) + step)
+                summed = torch.zeros(())
+                for a, b in zip(x.split(2), y.split(2), strict=True):
+                    loss = nn.functional.mse_loss(model(a), b) * 0.25
+                    loss.backward()
+                    summed = summed + loss.detach()
+                losses.append(summed.item())
+            by_hand.step()
+            by_hand.zero_grad()
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(stepped[name])
+        state = by_hand.state_dict()
+    return losses[3:], parameters
+
+
+@pytest.mark.parametrize("from_main", [True, False], ids=["from main weights", "to main weights"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_goes_on_with_main_weights_or_without(
+    ranks: int, optimizer: str, from_main: bool, tmp_path: Path
+) -> None:
+    losses, parameters = across_by_hand(optimizer, from_main)
+    for theirs, held, _ in host_world.launch(load_across, ranks, args=(optimizer, from_main, str(tmp_path))):
+        assert theirs == losses
+        for name, tensor in held.items():
+            assert torch.equal(tensor, parameters[name]), name
 
 
 def load_without_main_weights(directory: str) -> list[bool]:
