@@ -50,6 +50,13 @@ class MainWeights:
         """Whether it has fewer bits, and no main weight."""
         return parameter.dtype in SHORT and id(parameter) not in self._of
 
+    def take_gradient(self, parameter: nn.Parameter) -> None:
+        """That of one parameter, before they are complete: so it can be seen whether somebody has cleared it."""
+        main = self.of(parameter)
+        if main is not parameter:
+            index = next(i for i, (p, _) in enumerate(self._pairs) if p is parameter)
+            main.grad = self._taken[index] = parameter.grad
+
     def take_gradients(self) -> None:
         """The gradients of the parameters become those of their main weights: the same tensors, not copies.
 

@@ -6,7 +6,8 @@ evaluation, and take it out again for training. So it is called, and ``training`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -15,19 +16,23 @@ from pipex.partition import Stage
 Modes = dict[nn.Module, bool]
 
 
-def evaluate(stages: Iterable[Stage]) -> Modes:
-    """Puts the layers into evaluation mode. Returns in which mode each of their modules was."""
+@contextmanager
+def evaluation(stages: Iterable[Stage], together: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The layers are in evaluation mode inside, and each of their modules in its own mode again afterwards.
+
+    Args:
+        together: around what must not fail on one rank alone.
+    """
     layers = {layer: None for stage in stages for layer in stage.layers}  # one that is used twice is told once
     modes = {module: module.training for layer in layers for module in layer.modules()}
-    for layer in layers:
-        layer.eval()
-    return modes
-
-
-def restore(stages: Iterable[Stage], modes: Modes) -> None:
-    """Puts each of their modules into its own mode again."""
-    for layer in {layer: None for stage in stages for layer in stage.layers}:
-        _restore(layer, modes)
+    with together():
+        for layer in layers:
+            layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            _restore(layer, modes)
 
 
 def _restore(module: nn.Module, modes: Modes) -> None:

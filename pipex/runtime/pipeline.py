@@ -124,8 +124,8 @@ class Pipeline:
             self._trainables = Trainables(self.stages, self._runners, accumulators)
             self._gradients = Gradients(self.world, self._rank_of, self._trainables)
             self._main = MainWeights(self.stages, self._trainables.trained) if main_weights else None
-            names = {id(tensor): name for stage in self.local_stages for name, tensor in stage.names.items()}
-            self._update = Update(self.world, self._gradients, names, self._main, optimizer, clip_norm, scaler)
+            self._update = Update(self.world, self._gradients, self.local_stages, self._main, optimizer, clip_norm,
+                                  scaler)  # fmt: skip
             orders = plans.communicate(runnable)
             self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
@@ -221,12 +221,16 @@ class Pipeline:
         """
         return self._finish(monotonic_ns(), skip_nonfinite)
 
+    def zero_grad(self) -> None:
+        """Forgets every ``forward_backward`` since the last ``update``: gradients and what they are to be divided by.
+        Every rank must call it, and none waits for another. ``update`` does it by itself."""
+        self._check_alive()
+        self._update.zero_grad()
+
     def evaluate(self, batch: Any, target: Any) -> float:
         """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
         may be fewer samples than micro-batches, and any number of ready ones."""
-        with self._together():
-            before = modes.evaluate(self.local_stages)
-        try:
+        with modes.evaluation(self.local_stages, self._together):
             data = self._begin("evaluate", batch, target, None)
             with self._together():
                 self.world.at(data.step, Phase.EVALUATING)
@@ -235,8 +239,6 @@ class Pipeline:
                 loss, _ = self._end()
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
-        finally:
-            modes.restore(self.local_stages, before)
 
     def save(
         self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
@@ -303,7 +305,7 @@ class Pipeline:
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
-            self._update.counts.append(count)
+            self._update.add(count, self._loss.total)
             self.world.at(self.steps, Phase.IDLE)
             return loss, since
 
@@ -333,13 +335,13 @@ class Pipeline:
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training:
-                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced,
-                                       self._update.without_main())  # fmt: skip
+                intake.refuse_training(given, self.plan, self._update, self._trains)
             every = share(
                 self.world, call, {"the pipeline, counted as they were made": self._number, "step": step, **given.said}
             )
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
+            self._update.check_total(agreed.total, training)
         except PipexError:
             self.world.at(self.steps, Phase.IDLE)
             raise

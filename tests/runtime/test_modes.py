@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import host_world
@@ -103,9 +104,8 @@ def test_every_module_is_in_its_mode_again_and_one_that_was_not_to_change_has_no
     before = copy.deepcopy(model.state_dict())
     found = [(name, module.training) for name, module in model.named_modules() if name]
     merges = model[0][0].merges
-    kept = modes.evaluate(stages)
-    assert not any(module.training for name, module in model.named_modules() if name and name != "1")
-    modes.restore(stages, kept)
+    with modes.evaluation(stages, nullcontext):
+        assert not any(module.training for name, module in model.named_modules() if name and name != "1")
     assert [(name, module.training) for name, module in model.named_modules() if name] == found
     assert model[0][0].merges == merges
     for name, tensor in model[0].state_dict().items():
