@@ -257,8 +257,8 @@ class Pipeline:
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
-                self.world, checkpoint.names_of(self.local_stages), self.optimizer, state or {}, self.steps, directory,
-                meta or {}, self._update.main,
+                self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
+                self._update.main,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
@@ -278,8 +278,7 @@ class Pipeline:
                 pipeline is at an end.
         """
         with self._together():
-            own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory,
+            found = checkpoint.load(self.world, self.local_stages, self.stages, self.optimizer, state or {}, directory,
                                     self._update.main)  # fmt: skip
             if not isinstance(found, str):
                 self.steps, meta = found

@@ -67,7 +67,7 @@ class Update:
         factory: OptimizerFactory | None, clip_norm: float | None, scaler: GradScaler | None,
     ) -> None:  # fmt: skip
         self._world, self._gradients, self._main = world, gradients, main
-        self._names = {id(tensor): name for stage in stages for name, tensor in stage.names.items()}
+        self._stages = stages
         self._clip_norm, self._scaler = clip_norm, scaler
         self._tied = bool(gradients.edges())
         self._warned: set[int] = set()
@@ -82,6 +82,11 @@ class Update:
         self.optimizer = None if factory is None else self._build(factory)
         self.norm: float | None = None
         """of all gradients at the last update, before clipping; None if nothing has asked for it"""
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """Of this rank's parameters, by id, as they are now."""
+        return {id(tensor): name for stage in self._stages for name, tensor in stage.names.items()}
 
     @property
     def main(self) -> dict[str, nn.Parameter]:
@@ -152,7 +157,9 @@ class Update:
         """Names of what has fewer bits, is trained and has no main weight."""
         if self._main is None:
             return []
-        return [self._names.get(id(p), "a new parameter") for p in self._gradients.trained if self._main.lacks(p)]
+        lacking = [p for p in self._gradients.trained if self._main.lacks(p)]
+        names = self._names if lacking else {}
+        return [names.get(id(p), "a new parameter") for p in lacking]
 
     def reduce(self, step: int, links: Links) -> None:
         """Completes the gradients, once. Collective where parameters are tied."""
@@ -241,7 +248,8 @@ class Update:
     def _build(self, factory: OptimizerFactory) -> Optimizer:
         """The optimizer. A rank without parameters has one as well, for schedulers: made for a parameter that is taken
         out again, since no optimizer of torch begins without."""
-        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
+        names = self._names
+        named = [(names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
         if self._main is not None:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))
@@ -265,7 +273,8 @@ class Update:
         new = [p for p in self._gradients.without() if id(p) not in self._warned]
         if new:
             self._warned |= {id(p) for p in new}
-            names = ", ".join(self._names.get(id(p), "a new parameter") for p in new)
+            known = self._names
+            names = ", ".join(known.get(id(p), "a new parameter") for p in new)
             warnings.warn(
                 f"no gradient came to {names}; if this is meant, freeze it, else look for where the forward leaves it "
                 "out or detaches it",

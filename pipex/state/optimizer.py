@@ -101,13 +101,14 @@ def _parameters(optimizer: Optimizer, names: Mapping[str, Tensor]) -> Parameters
     """(group, name, parameter) of all parameters of the optimizer."""
     name_of = {id(tensor): name for name, tensor in names.items()}
     result: Parameters = []
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in name_of:
                 raise CheckpointError(
                     "the optimizer has a parameter that is in no stage of this rank",
-                    got=f"one of shape {list(parameter.shape)}",
-                    fix="give the optimizer only parameters of its own stages",
+                    got=f"one of shape {list(parameter.shape)} in parameter group {number}",
+                    needed="only parameters of its own stages",
+                    fix="take one that was replaced or removed out of its group's params, and out of optimizer.state",
                 )
             result.append((group, name_of[id(parameter)], parameter))
     return result
