@@ -5,6 +5,7 @@ Every rank decides by what all ranks have found: the norm of all gradients, and 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from math import isfinite
@@ -254,7 +255,18 @@ class Update:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))
         parameters = Parameters(named or [nothing])
-        optimizer = factory(parameters)
+        try:
+            optimizer = factory(parameters)
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise InputError(
+                f"the optimizer's factory has chosen none of rank {self._world.rank}'s parameters",
+                got=", ".join(name for name, _ in named) or "a rank on which nothing is trained",
+                needed="an optimizer on every rank",
+                fix="freeze what is not to be trained before the pipeline is made (requires_grad_(False)), and give "
+                "the optimizer all parameters that the factory gets",
+            ) from error
         if not isinstance(optimizer, Optimizer):
             raise InputError("the optimizer's factory must return an optimizer", got=type(optimizer).__name__,
                              needed="a torch.optim.Optimizer",
@@ -278,5 +290,13 @@ class Update:
             warnings.warn(
                 f"no gradient came to {names}; if this is meant, freeze it, else look for where the forward leaves it "
                 "out or detaches it",
-                stacklevel=4,
+                stacklevel=_outside(),
             )
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the line that has called pipex."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "pipex":
+        frame, level = frame.f_back, level + 1
+    return level
