@@ -259,17 +259,28 @@ def test_ranks_with_other_scales_are_told_both() -> None:
         host_world.launch(scales_differ, 2)
 
 
-def test_a_load_between_the_halves_starts_the_scaler_anew(tmp_path: Path) -> None:
+def load_between(directory: str) -> Found:
     scaler = GradScaler("cpu", init_scale=2.0**4, growth_interval=100)
     pipe = pipeline("1f1b", scaler=scaler)
     pipe.step(*data(0))
-    pipe.save(tmp_path)
-    wanted = pipe.step(*data(1))
+    pipe.save(directory)
+    pipe.step(*data(3))
     pipe.forward_backward(*data(2))
     pipe.reduce_gradients()
-    pipe.load(tmp_path)
-    assert (pipe.step(*data(1)), pipe.steps) == (wanted, 2)
-    assert scaler.get_scale() == 2.0**4
+    pipe.load(directory)
+    return [pipe.step(*data(1)), pipe.steps, scaler.get_scale()], parameters_of(pipe)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_load_between_the_halves_starts_the_scaler_anew(ranks: int, tmp_path: Path) -> None:
+    model, losses = layers(), []
+    optimizer = adam(model.parameters())
+    for step in range(2):
+        losses.append(backward(model, data(step)))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = host_world.launch(load_between, ranks, args=(str(tmp_path),))
+    assert_same(found, plain(model, [losses[1], 2, 2.0**4]))
 
 
 def test_without_the_guard_torch_s_rule_holds() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -234,3 +237,145 @@ def test_a_scale_that_changes_between_calls_is_refused_and_the_pipeline_goes_on(
     values = [backward(model, data(2))]
     optimizer.step()
     assert_same(host_world.launch(rescaled, ranks), plain(model, values))
+
+
+# All of it at once.
+
+
+def short_and_tied() -> nn.Sequential:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16()
+    model[2].weight = model[0].weight
+    return model
+
+
+def counted(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    real = target != 0  # as many as there are, other numbers in every micro-batch
+    return (output.float()[real] - target[real]).square().sum(), real.sum()
+
+
+def short_batch(step: int, call: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + call)
+    x, y = torch.randn(2, 4 + call, 6, generator=generator)
+    y[torch.rand(y.shape, generator=generator) < 0.3] = 0
+    if (step, call) == (1, 1):
+        y[0] = 2e38  # whose square is infinite, and all ranks leave this update out
+    return x.bfloat16(), y
+
+
+def all_at_once(family: str, chunks: int) -> Any:
+    scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    ranks = pipex.current_world().ranks
+    plan = pipex.build(family, ranks, 2, chunks=chunks)
+    pipe = pipex.Pipeline(
+        pipex.split_model(short_and_tied(), plan.placement.stages), plan, counted, main_weights=True, scaler=scaler,
+        clip_norm=0.5, optimizer=partial(torch.optim.AdamW, lr=1e-2),
+    )  # fmt: skip
+    values: list[Any] = []
+    for step in range(4):
+        for call in range(2):
+            pipe.forward_backward(*short_batch(step, call))
+        if step == 2:  # dropped: that of another try
+            pipe.zero_grad()
+            for call in range(2):
+                pipe.forward_backward(*short_batch(step, call + 2))
+        values += [pipe.update(), scaler.get_scale()]
+    return values, parameters_of(pipe)
+
+
+@pytest.mark.parametrize(("family", "ranks", "chunks"), [("1f1b", 2, 1), ("zb-h1", 3, 1), ("looped-bfs", 1, 3)])
+def test_a_scaler_with_ties_and_sums_and_accumulation_and_main_weights(family: str, ranks: int, chunks: int) -> None:
+    model = short_and_tied()
+    parameters = dict(model.named_parameters())
+    main = {name: nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(main.values(), lr=1e-2)
+    scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    values: list[Any] = []
+    for step in range(4):
+        # Each use of the tied weight has a gradient of its own; they are added once.
+        apart = [nn.Parameter(model[0].weight.detach().clone()) for _ in range(2)]
+        sources = [apart[0], model[0].bias, model[1].weight, model[1].bias, apart[1], model[2].bias]
+        gradients: list[Tensor | None] = [None] * len(sources)
+        count = 0.0
+        for call in (2, 3) if step == 2 else (0, 1):
+            x, y = short_batch(step, call)
+            for a, b in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
+                for weight, bias in zip(sources[::2], sources[1::2], strict=True):
+                    a = nn.functional.linear(a, weight, bias)
+                loss, number = counted(a, b)
+                count += float(number)
+                found = torch.autograd.grad(scaler.scale(loss), sources)
+                gradients = [f.float() if g is None else g + f.float() for g, f in zip(gradients, found, strict=True)]
+        first, *others, last, bias = gradients
+        for weight, gradient in zip(main.values(), (first + last, *others, bias), strict=True):
+            weight.grad = gradient / count
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(main.values(), 0.5)
+        infinite = not all(weight.grad.isfinite().all() for weight in main.values())
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(main[name])
+        values += [not infinite, scaler.get_scale()]
+    assert values[::2] == [True, False, True, True]
+    assert_same(host_world.launch(all_at_once, ranks, args=(family, chunks)), plain(model, values))
+
+
+# A factory, and whom a warning tells.
+
+
+def choose_by_name() -> None:
+    pipeline("1f1b", optimizer=lambda parameters: torch.optim.SGD(
+        [p for name, p in parameters.named if name.startswith("5.")], lr=0.1))  # fmt: skip
+
+
+def test_a_factory_that_chooses_nothing_on_a_rank_is_told_what_to_do() -> None:
+    with pytest.raises(
+        PeerFailed, match=r"chosen none of rank 0's parameters; got 0\.weight, .* freeze what is not to"
+    ):
+        host_world.launch(choose_by_name, 2)
+
+
+class Unused(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("call", ["step", "update", "reduce_gradients"])
+def test_a_warning_of_no_gradient_is_of_the_line_that_called(call: str) -> None:
+    pipe = pipeline(model=lambda: nn.Sequential(nn.Linear(6, 3), Unused(3, 3)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if call == "step":
+            pipe.step(*data(0))
+            line = here() - 1
+        else:
+            pipe.forward_backward(*data(0))
+            getattr(pipe, call)()
+            line = here() - 1
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, line)
+
+
+def here() -> int:
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return frame.f_back.f_lineno
+
+
+def load_between() -> list[Any]:
+    """With a scaler, and without an optimizer, which a model needs none of that is frozen all over."""
+    scaler = GradScaler("cpu", init_scale=16.0)
+    pipe = pipeline("1f1b", lambda: layers().requires_grad_(False), optimizer=None, scaler=scaler)
+    with tempfile.TemporaryDirectory() as directory:
+        pipe.save(directory)
+        wanted = pipe.forward_backward(*data(0))
+        pipe.reduce_gradients()
+        pipe.load(directory)
+    return [wanted == pipe.forward_backward(*data(0)), scaler.get_scale()]
+
+
+def test_a_load_between_the_halves_needs_no_optimizer() -> None:
+    assert host_world.launch(load_between, 1) == [[True, 16.0]]
