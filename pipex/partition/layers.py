@@ -49,6 +49,11 @@ def canonical_names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in tensors}
 
 
+def module_names(model: nn.Module) -> dict[int, str]:
+    """id of each module -> its name in the model, the first one if it has several."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
 def _is_plain_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 

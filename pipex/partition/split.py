@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipex.errors import ConfigMismatch, InputError
 from pipex.partition.balance import Balance, layer_counts
-from pipex.partition.layers import canonical_names, layers_of
+from pipex.partition.layers import layers_of
 from pipex.partition.profile import LossFunction, profile_layers
 from pipex.partition.stage import Stage
 from pipex.plan import Plan
@@ -57,7 +57,6 @@ def split_model(
         ConfigMismatch: with ``exchange``, another rank is doing something else.
     """
     layers = layers_of(model)
-    canonical = canonical_names(model)
     if isinstance(stages, Plan) and len(stages.placement.pipes) > 1:
         raise InputError(
             "a model is cut for plans with one copy of it", got=f"{stages.family}, which has two", needed="another plan"
@@ -75,7 +74,7 @@ def split_model(
     parts: list[Stage] = []
     first = 0
     for index, count in enumerate(counts):
-        parts.append(Stage(index, len(counts), first, layers[first : first + count], canonical))
+        parts.append(Stage(index, len(counts), first, layers[first : first + count], model))
         first += count
     assert [layer for part in parts for layer in part.layers] == layers, "every layer lands exactly once, in order"
     return parts

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipex.errors import InputError
-from pipex.partition.layers import canonical_names
+from pipex.errors import InputError, UnsupportedModule
+from pipex.partition.layers import canonical_names, module_names
 
 
 class Keywords(dict[str, Any]):
@@ -24,32 +24,80 @@ class Stage(nn.Module):
     before_layer: Callable[[int], object] | None = None
     """called in a forward ahead of each layer, with the layer's position in here"""
 
-    def __init__(
-        self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], canonical: Mapping[int, str]
-    ) -> None:
-        """``canonical``: ``canonical_names`` of the model."""
+    def __init__(self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], model: nn.Module) -> None:
+        """``model``: what the layers are of, and the tensors called by."""
         super().__init__()
         self.index = index
         self.count = count
         self.first_layer = first_layer
         self.layers = nn.ModuleList(layers)
+        self._layers = len(layers)
         # Paths, not tensors: Module.to() replaces buffers, and may replace parameters.
-        self._paths: dict[str, str] = {}
-        persistent = self.layers.state_dict().keys()
-        for path, tensor in _tensors(self.layers).items():
-            if path in persistent:
-                self._paths.setdefault(canonical[id(tensor)], path)
+        canonical, modules = canonical_names(model), module_names(model)
+        self._canonical = {path: canonical[id(tensor)] for path, tensor in _tensors(self.layers).items()}
+        named = self.layers.named_modules(remove_duplicate=False)
+        self._modules_canonical = {path: modules[id(module)] for path, module in named if path}
+        self._paths: dict[str, str] = {}  # of a tied one the first
+        for path, name in self._canonical.items():
+            self._paths.setdefault(name, path)
 
     @property
     def names(self) -> dict[str, Tensor]:
         """The name that the unsplit model has for each parameter and persistent buffer of this stage (such as
-        ``blocks.3.attn.weight``) -> the tensor. A tied one stands once, under the first of its names."""
-        tensors = _tensors(self.layers)
-        return {name: tensors[path] for name, path in self._paths.items()}
+        ``blocks.3.attn.weight``) -> the tensor. A tied one stands once, under the first of its names.
+
+        What was put into a module after the split is called by where it stands in there, as in a model that was changed
+        alike and then split.
+
+        Raises:
+            UnsupportedModule: layers were added or taken out, or different tensors would be called alike.
+        """
+        if len(self.layers) != self._layers:
+            raise UnsupportedModule(
+                f"stage {self.index} has other layers than when the model was split", got=f"{len(self.layers)} of them",
+                needed=f"{self._layers}", fix="wrap a layer, or change the model before it is split",
+            )  # fmt: skip
+        persistent = self.layers.state_dict().keys()
+        named: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for path, tensor in _tensors(self.layers).items():
+            if id(tensor) in seen or not (isinstance(tensor, nn.Parameter) or path in persistent):
+                continue
+            seen.add(id(tensor))
+            name = self._canonical.get(path)
+            if name is None or self._paths[name] != path:  # new, or tied no longer to what it was called by
+                name = self._name_of_new(path)
+            if named.setdefault(name, tensor) is not tensor:
+                raise UnsupportedModule(
+                    f"two tensors of stage {self.index} are called {name}", got=f"another one at layers.{path}",
+                    needed="a name for each", fix="change modules that are used twice before the model is split",
+                )  # fmt: skip
+        return named
+
+    def _name_of_new(self, path: str) -> str:
+        """By the canonical name of the nearest module around it that was there when the model was split."""
+        module, rest = path, ""
+        while module not in self._modules_canonical:
+            module, _, last = module.rpartition(".")
+            rest = f".{last}{rest}"
+        return self._modules_canonical[module] + rest
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The parameter that the unsplit model calls so."""
-        return self.layers.get_parameter(self._paths[name])
+        """The parameter that the unsplit model calls so.
+
+        Raises:
+            UnsupportedModule: it has been moved, or is none any more.
+        """
+        path = self._paths[name]
+        try:
+            return self.layers.get_parameter(path)
+        except AttributeError:
+            position, _, inside = path.partition(".")
+            raise UnsupportedModule(
+                f"{name} stands in several stages, and was {inside} of layer {self.first_layer + int(position)}",
+                got="no parameter of that name in there", needed="one that stays where it is",
+                fix="parametrize, wrap or remove it before the pipeline is made",
+            ) from None  # fmt: skip
 
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
@@ -82,8 +130,8 @@ def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
         raise InputError("a pipeline needs at least one stage", got="none")
     stages = [module for module in modules if isinstance(module, Stage)]
     if not stages:
-        canonical = canonical_names(nn.ModuleList(modules))
-        return [Stage(index, len(modules), index, [module], canonical) for index, module in enumerate(modules)]
+        model = nn.ModuleList(modules)
+        return [Stage(index, len(modules), index, [module], model) for index, module in enumerate(modules)]
     if [(stage.index, stage.count) for stage in stages] != [(index, len(modules)) for index in range(len(modules))]:
         raise InputError(
             "these are not all the stages of one split, in order",

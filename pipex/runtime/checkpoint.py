@@ -1,13 +1,13 @@
 """Saving and loading a model in stages and its optimizer, all ranks together.
 
-``names`` are a rank's tensors by the names that they have in the unsplit model (``names_of`` its stages); ``main`` are
-its main weights by the same names, which are what its optimizer knows.
+``main`` are a rank's main weights, which are what its optimizer knows, by the names that their parameters have in the
+unsplit model (``names_of`` its stages).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipex import state
-from pipex.errors import CheckpointError
+from pipex.errors import CheckpointError, UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
+from pipex.state.optimizer import MAIN
 from pipex.transport.interface import World
-
-MAIN = "main/"
 
 
 def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
-    """The tensors of stages by name; of a tied parameter the replica in the first, which is the optimizer's."""
+    """The tensors of stages by name; of a tied parameter the replica in the first, which is the optimizer's.
+
+    Raises:
+        CheckpointError: they cannot be named, after what was changed in them.
+    """
     names: dict[str, Tensor] = {}
-    for stage in stages:
-        names = stage.names | names
+    try:
+        for stage in stages:
+            names = stage.names | names
+    except UnsupportedModule as problem:
+        raise CheckpointError(str(problem)) from problem
     return names
 
 
 def save(
-    world: World, names: Mapping[str, Tensor], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
+    world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
     step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
@@ -48,6 +54,7 @@ def save(
     try:
         if not isinstance(meta, Mapping):
             raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
+        names = names_of(stages)
         tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
@@ -77,14 +84,15 @@ def save(
 
 
 def load(
-    world: World, names: Mapping[str, Tensor], whole: Mapping[str, Tensor], optimizer: Optimizer | None,
+    world: World, stages: Sequence[Stage], model: Sequence[Stage], optimizer: Optimizer | None,
     objects: Mapping[str, state.Stateful], directory: str | os.PathLike[str],
     main: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Any]] | str:  # fmt: skip
     """Every rank reads its part; when all have, each puts it in place.
 
     Args:
-        whole: the tensors of the whole model by name; only their shapes and dtypes are read.
+        stages: those of this rank.
+        model: all; only shapes and dtypes of their tensors are read.
 
     Returns:
         the optimizer steps that were done, and the ``meta`` that was saved; or what is wrong (there is no checkpoint,
@@ -99,7 +107,8 @@ def load(
         meta = checkpoint.meta.get("pipex")
         if not isinstance(meta, dict):
             raise CheckpointError(f"{directory} was not saved by a pipeline")
-        state.check_model(checkpoint, whole)
+        names = names_of(stages)
+        state.check_model(checkpoint, names_of(model))
         restores.append(state.read_model_state(checkpoint, names))
         if optimizer is not None:
             restores.append(state.read_optimizer_state(checkpoint, optimizer, {**names, **main}))

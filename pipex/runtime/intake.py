@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from pipex.errors import InputError
 from pipex.plan import Plan
 from pipex.runtime import microbatch
 from pipex.runtime.agreement import compare
 from pipex.runtime.loss import check_total
+from pipex.runtime.update import Update, cleared
 from pipex.transport.interface import World
 
 
@@ -89,31 +89,30 @@ def take(
     return given
 
 
-def refuse_training(
-    given: Given, plan: Plan, optimizer: Optimizer | None, trains: Callable[[], bool], reduced: bool,
-    without_main: Sequence[str],
-) -> None:  # fmt: skip
+def refuse_training(given: Given, plan: Plan, update: Update, trains: Callable[[], bool]) -> None:
     """Notes why a pipeline cannot train as it is called, if it cannot.
 
     Args:
+        update: what comes after.
         trains: whether anything is to be trained.
-        reduced: whether the gradients of the next update are complete.
-        without_main: names of parameters that should have a main weight.
     """
     problem = None
+    given.said["calls of forward_backward since the last update"] = len(update.counts)
     if plan.update == "never":
         problem = InputError("this pipeline cannot train", got=f"{plan.family}, a plan without a backward",
                              needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
-    elif optimizer is None and trains():
+    elif update.optimizer is None and trains():
         problem = InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory",
                              fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
     elif not torch.is_grad_enabled() and trains():
         problem = InputError("this pipeline cannot train here", got="a step under no_grad or inference_mode",
                              needed="gradients", fix="call evaluate, or leave that block")  # fmt: skip
-    elif reduced:
+    elif update.reduced:
         problem = InputError("the gradients are complete", got="forward_backward after reduce_gradients",
                              needed="update first")  # fmt: skip
-    elif without_main:
+    elif update.dropped():
+        problem = cleared()
+    elif without_main := update.without_main():
         problem = InputError(
             "parameters without a main weight", got=", ".join(without_main),
             needed="all that are trained, and of bfloat16 or float16, when the pipeline is made",

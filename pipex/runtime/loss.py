@@ -69,7 +69,7 @@ class Loss:
         if not (usable and isinstance(loss, Tensor) and _is_scalar(loss)):
             raise InputError(
                 "the loss function must return the mean loss of a micro-batch, or its sum and count",
-                got=_words(returned), needed="a tensor with one element, or such a tensor and a number",
+                got=_words(returned), needed="a real tensor with one element, or such a tensor and a number",
                 fix="reduce it with .mean(), or return (losses.sum(), number of losses)",
             )  # fmt: skip
         if self.total is not None and count is None:
@@ -129,10 +129,12 @@ def check_total(total: object) -> float | None:
 
 
 def _is_scalar(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
 
 
 def _words(returned: object) -> str:
     if isinstance(returned, tuple):
         return f"({', '.join(map(_words, returned))})"
-    return str(tuple(returned.shape)) if isinstance(returned, Tensor) else type(returned).__name__
+    if not isinstance(returned, Tensor):
+        return type(returned).__name__
+    return f"{'complex ' if returned.is_complex() else ''}{tuple(returned.shape)}"

@@ -8,7 +8,8 @@ What is cut: tensors with N rows (dimension 0), where N is the one number of row
 What every micro-batch gets as it is: tensors of one row (a (1, S) table of positions) or without dimensions, None,
 whatever is no tensor, and what is marked as ``Whole``. Tensors of yet another number of rows are refused.
 
-A list in place of a batch is no argument: it holds one micro-batch after the other, ready, and of any shapes.
+A list in place of a batch is no argument: it holds one micro-batch after the other, ready, and of any shapes. Each
+weighs as many samples as the first of its tensors that has not 1 row has rows.
 """
 
 from __future__ import annotations
@@ -64,7 +65,11 @@ def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cu
                 needed=f"{microbatches}, as many as the plan has",
                 fix="pass a tuple, or a dict, if these are the arguments of one batch",
             )  # fmt: skip
-        return Cut(tuple(map(_rows_of_first, value)), None, tuple(map(_form, value)))
+        ready = tuple(map(_rows, value))
+        if what == "batch" and not any(ready):
+            raise InputError("the ready micro-batches of the batch are all empty", got="0 samples",
+                             needed="at least one in all", fix="leave such a batch out")  # fmt: skip
+        return Cut(ready, None, tuple(map(_form, value)))
     tensors = list(_tensors(value))
     for tensor in tensors:
         if tensor.layout is not torch.strided:
@@ -144,7 +149,7 @@ def _pieces(value: Any, how: Cut, microbatches: int, device: torch.device) -> Se
         return split(tensor, list(how.samples))
     if isinstance(value, Whole):
         return [_map(value.value, lambda t: t.to(device))] * microbatches
-    if not value or not isinstance(value, (Mapping, tuple, list)):
+    if not isinstance(value, (Mapping, tuple, list)) or not len(value):
         return [value] * microbatches
     children = value.values() if isinstance(value, Mapping) else value
     columns = zip(*(_pieces(child, how, microbatches, device) for child in children), strict=True)
@@ -181,9 +186,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(child)
 
 
-def _rows_of_first(piece: Any) -> int:
-    """Samples of a ready micro-batch: the rows of its first tensor, or 1."""
-    return next((tensor.shape[0] for tensor in _tensors(piece) if tensor.dim()), 1)
+def _rows(piece: Any) -> int:
+    """Samples of a ready micro-batch: the number of rows that is not 1, as where a batch is cut, of the first tensor
+    that has such; else 1."""
+    return next((tensor.shape[0] for tensor in _tensors(piece) if tensor.dim() and tensor.shape[0] != 1), 1)
 
 
 def _form(value: Any) -> str:

@@ -19,7 +19,7 @@ from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
 from pipex.partition import Stage, as_stages
 from pipex.plan import Plan
-from pipex.runtime import checkpoint, intake, microbatch, tied
+from pipex.runtime import checkpoint, intake, microbatch, modes, tied
 from pipex.runtime.agreement import agree, share
 from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
@@ -124,8 +124,8 @@ class Pipeline:
             self._trainables = Trainables(self.stages, self._runners, accumulators)
             self._gradients = Gradients(self.world, self._rank_of, self._trainables)
             self._main = MainWeights(self.stages, self._trainables.trained) if main_weights else None
-            names = {id(tensor): name for stage in self.local_stages for name, tensor in stage.names.items()}
-            self._update = Update(self.world, self._gradients, names, self._main, optimizer, clip_norm, scaler)
+            self._update = Update(self.world, self._gradients, self.local_stages, self._main, optimizer, clip_norm,
+                                  scaler)  # fmt: skip
             orders = plans.communicate(runnable)
             self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
             self._times = times_of(self.world.device, observer)
@@ -221,13 +221,16 @@ class Pipeline:
         """
         return self._finish(monotonic_ns(), skip_nonfinite)
 
+    def zero_grad(self) -> None:
+        """Forgets every ``forward_backward`` since the last ``update``: gradients and what they are to be divided by.
+        Every rank must call it, and none waits for another. ``update`` does it by itself."""
+        self._check_alive()
+        self._update.zero_grad()
+
     def evaluate(self, batch: Any, target: Any) -> float:
         """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
         may be fewer samples than micro-batches, and any number of ready ones."""
-        modes = [(m, m.training) for stage in self.local_stages for m in stage.modules()]
-        for stage in self.local_stages:
-            stage.eval()
-        try:
+        with modes.evaluation(self.local_stages, self._together):
             data = self._begin("evaluate", batch, target, None)
             with self._together():
                 self.world.at(data.step, Phase.EVALUATING)
@@ -236,9 +239,6 @@ class Pipeline:
                 loss, _ = self._end()
                 self.world.at(self.steps, Phase.IDLE)
                 return loss
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def save(
         self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
@@ -257,8 +257,8 @@ class Pipeline:
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
-                self.world, checkpoint.names_of(self.local_stages), self.optimizer, state or {}, self.steps, directory,
-                meta or {}, self._update.main,
+                self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
+                self._update.main,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
@@ -278,8 +278,7 @@ class Pipeline:
                 pipeline is at an end.
         """
         with self._together():
-            own, whole = checkpoint.names_of(self.local_stages), checkpoint.names_of(self.stages)
-            found = checkpoint.load(self.world, own, whole, self.optimizer, state or {}, directory,
+            found = checkpoint.load(self.world, self.local_stages, self.stages, self.optimizer, state or {}, directory,
                                     self._update.main)  # fmt: skip
             if not isinstance(found, str):
                 self.steps, meta = found
@@ -306,7 +305,7 @@ class Pipeline:
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             self._times.finish()
-            self._update.counts.append(count)
+            self._update.add(count, self._loss.total)
             self.world.at(self.steps, Phase.IDLE)
             return loss, since
 
@@ -336,12 +335,12 @@ class Pipeline:
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training:
-                intake.refuse_training(given, self.plan, self.optimizer, self._trains, self._update.reduced,
-                                       self._update.without_main())  # fmt: skip
+                intake.refuse_training(given, self.plan, self._update, self._trains)
             every = share(self.world, call, {"the pipeline, counted as they were made": self._number, "step": step,
                                              **self._trainables.said, **given.said})  # fmt: skip
         try:
             agreed = intake.agreed(self.plan.microbatches, given, every)
+            self._update.check_total(agreed.total, training)
         except PipexError:
             self.world.at(self.steps, Phase.IDLE)
             raise

@@ -5,8 +5,9 @@ Every rank decides by what all ranks have found: the norm of all gradients, and 
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 
 import torch
@@ -15,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from pipex.errors import InputError
+from pipex.partition import Stage
 from pipex.runtime.agreement import compare, share
 from pipex.runtime.commit import Gradients
 from pipex.runtime.main_weights import MainWeights
@@ -38,13 +40,23 @@ class Parameters(list[nn.Parameter]):
 OptimizerFactory = Callable[[Parameters], Optimizer]
 
 
+def cleared() -> InputError:
+    """The error where somebody has cleared gradients that something else belongs to."""
+    return InputError(
+        "the gradients of forward_backward were cleared, but not all that belongs to them",
+        got="no gradient where there was one (optimizer.zero_grad(), say)",
+        needed="those of all calls since the last update, or none of their counts and tied sums either",
+        fix="call the pipeline's own zero_grad() to drop them, on every rank",
+    )
+
+
 class Update:
     """What this rank does from the last backward on.
 
     Args:
         world: the ranks.
         gradients: this rank's.
-        names: of this rank's parameters, by id.
+        stages: this rank's.
         main: the main weights, if there are some.
         factory: makes the optimizer; None if nothing is updated.
         clip_norm: the largest norm of all gradients together.
@@ -52,21 +64,67 @@ class Update:
     """
 
     def __init__(
-        self, world: World, gradients: Gradients, names: Mapping[int, str], main: MainWeights | None,
+        self, world: World, gradients: Gradients, stages: Sequence[Stage], main: MainWeights | None,
         factory: OptimizerFactory | None, clip_norm: float | None, scaler: GradScaler | None,
     ) -> None:  # fmt: skip
-        self._world, self._gradients, self._names, self._main = world, gradients, names, main
+        self._world, self._gradients, self._main = world, gradients, main
+        self._stages = stages
         self._clip_norm, self._scaler = clip_norm, scaler
-        self.main = {} if main is None else main.named(names)
-        """the main weights by name"""
         self._tied = bool(gradients.edges())
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
         """of each forward_backward so far: what its gradients are to be divided by, or None"""
+        self._total: float | None = None  # of these calls
+        self._scales: list[torch.Tensor] = []  # of their losses
+        self._one = torch.ones((), device=world.device)
+        self._found: object = None  # where the scaler keeps what it has found in the gradients
+        self._has_gradient: nn.Parameter | None = None
         self.reduced = False
         self.optimizer = None if factory is None else self._build(factory)
         self.norm: float | None = None
         """of all gradients at the last update, before clipping; None if nothing has asked for it"""
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """Of this rank's parameters, by id, as they are now."""
+        return {id(tensor): name for stage in self._stages for name, tensor in stage.names.items()}
+
+    @property
+    def main(self) -> dict[str, nn.Parameter]:
+        """The main weights by name, as the parameters are now."""
+        if self._main is None:
+            return {}
+        self._main.follow()
+        return self._main.named(self._names)
+
+    def add(self, count: float | None, total: float | None) -> None:
+        """Notes a forward_backward: what its gradients are still to be divided by, and what its sums were."""
+        self.counts.append(count)
+        self._total = total
+        if self._scaler is not None and self._scaler.is_enabled():
+            self._scales.append(self._scaler.scale(self._one))  # kept as a tensor: to ask for it waits for the GPU
+        if self._has_gradient is None or self._has_gradient.grad is None:
+            self._has_gradient = next((p for p in self._gradients.trained if p.grad is not None), None)
+        if self._main is not None and self._has_gradient is not None:
+            self._main.take_gradient(self._has_gradient)
+
+    def check_total(self, total: float | None, training: bool) -> None:
+        """Raises InputError if a forward_backward is told another total than those whose gradients it adds to; the same
+        on every rank."""
+        if training and self.counts and total != self._total:
+            raise InputError("total= is the count over all calls before an update", got=f"{total} after {self._total}",
+                             needed="the same in each of them", fix="leave it out of all if it is not known before "
+                             "the first: sums are divided by the counts of all calls then")  # fmt: skip
+
+    def dropped(self) -> bool:
+        """Whether somebody has cleared the gradients, but not what else there is of the calls that made them."""
+        held = self._has_gradient
+        if not self.counts or self.reduced or held is None:
+            return False
+        main = self._main
+        if held.grad is None:
+            return all(p.grad is None for p in self._gradients.trained)
+        return main is not None and all(main.of(p).grad is None for p in (held, *self._gradients.trained))
 
     def check(self) -> None:
         """Raises InputError if no update can be made of what the backwards have left; it is forgotten then. The same on
@@ -81,21 +139,35 @@ class Update:
         elif counts and means:
             problem = InputError("gradients of means and of sums were added up", got=f"{means} and {len(counts)} calls",
                                  needed="one or the other", fix="update in between")  # fmt: skip
+        elif (scale := self._other_scale()) is not None:
+            problem = InputError("the gradient scaler was updated between forward_backward and update", got=scale,
+                                 needed="one scale", fix="give each pipeline a scaler of its own")  # fmt: skip
         else:
             return
-        self.forget()
+        self.zero_grad()
         raise problem
+
+    def _other_scale(self) -> str | None:
+        if self._scaler is None or not self._scales or self.reduced:
+            return None
+        now = self._scaler.scale(self._one)
+        then = next((scale for scale in self._scales if not torch.equal(scale, now)), None)
+        return None if then is None else f"losses scaled by {then.item()}, and a scale of {now.item()} now"
 
     def without_main(self) -> list[str]:
         """Names of what has fewer bits, is trained and has no main weight."""
         if self._main is None:
             return []
-        return [self._names.get(id(p), "a new parameter") for p in self._gradients.trained if self._main.lacks(p)]
+        lacking = [p for p in self._gradients.trained if self._main.lacks(p)]
+        names = self._names if lacking else {}
+        return [names.get(id(p), "a new parameter") for p in lacking]
 
     def reduce(self, step: int, links: Links) -> None:
         """Completes the gradients, once. Collective where parameters are tied."""
         if self.reduced:
             return
+        if self.dropped():
+            raise cleared()
         self._gradients.reduce_ties(step, links)
         self._name_those_without()
         if self._tied:
@@ -109,10 +181,14 @@ class Update:
         if self._scaler is not None and self.optimizer is not None:
             self._scaler.scale(torch.zeros((), device=self._world.device))  # a scaler begins with the first loss
             self._scaler.unscale_(self.optimizer)
+            self._found = found_infinite(self._scaler, self.optimizer)
         self.reduced = True
 
     def apply(self, skip_nonfinite: bool) -> bool:
         """Clips and makes the optimizer's step. Returns whether it was made; then on all ranks."""
+        if self._main is not None:  # what was done since reduce_gradients
+            self._main.follow()
+            self._main.take_gradients()
         norm = None
         if self._clip_norm is not None or skip_nonfinite:
             norm = self._gradients.norm()
@@ -123,20 +199,25 @@ class Update:
         made = self._step(leave_out)
         if made and self._main is not None:
             self._main.round()
-        self.forget()
+        self._forget()
         return made
 
     def loaded(self) -> None:
         """Parameters and optimizer are those of a checkpoint now."""
-        if self.reduced and self._scaler is not None and self._scaler.is_enabled():
-            self._scaler.update(self._scaler.get_scale())  # forgets that it has unscaled gradients, and nothing else
-        self.forget()
+        self.zero_grad()
         if self._main is not None:
             self._main.round()
 
-    def forget(self) -> None:
-        """Forgets all gradients."""
+    def zero_grad(self) -> None:
+        """Forgets all gradients before an update has been made of them."""
+        scaler = self._scaler
+        if self.reduced and scaler is not None and scaler.is_enabled() and self.optimizer is not None:
+            scaler.update(scaler.get_scale())  # forgets that it has unscaled gradients, and nothing else
+        self._forget()
+
+    def _forget(self) -> None:
         self.counts.clear()
+        self._scales.clear()
         self.reduced = False
         self._gradients.clear()
         if self._main is not None:
@@ -151,6 +232,10 @@ class Update:
         # One rank's infinite gradient is everybody's: all skip the step and lower the scale, or none does. A rank whose
         # parameters had no gradients has made no check, and takes part in this one all the same.
         found = found_infinite(scaler, optimizer)
+        if found is not self._found:
+            raise InputError("the gradient scaler was updated between reduce_gradients and update",
+                             got="a scaler that does not know these gradients", needed="the one that unscaled them",
+                             fix="give each pipeline a scaler of its own")  # fmt: skip
         any_here = any(bool(value) for value in found.values())
         every = share(self._world, "the gradient scaler", {"scale": scaler.get_scale(), "infinite": any_here})
         compare([{"scale": said["scale"]} for said in every])  # else gradients would be those of different losses
@@ -164,12 +249,24 @@ class Update:
     def _build(self, factory: OptimizerFactory) -> Optimizer:
         """The optimizer. A rank without parameters has one as well, for schedulers: made for a parameter that is taken
         out again, since no optimizer of torch begins without."""
-        named = [(self._names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
+        names = self._names
+        named = [(names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(self._gradients.trained)]
         if self._main is not None:
             named = [(name, self._main.of(p)) for name, p in named]
         nothing = ("none", nn.Parameter(torch.zeros(1, 1, device=self._world.device)))
         parameters = Parameters(named or [nothing])
-        optimizer = factory(parameters)
+        try:
+            optimizer = factory(parameters)
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise InputError(
+                f"the optimizer's factory has chosen none of rank {self._world.rank}'s parameters",
+                got=", ".join(name for name, _ in named) or "a rank on which nothing is trained",
+                needed="an optimizer on every rank",
+                fix="freeze what is not to be trained before the pipeline is made (requires_grad_(False)), and give "
+                "the optimizer all parameters that the factory gets",
+            ) from error
         if not isinstance(optimizer, Optimizer):
             raise InputError("the optimizer's factory must return an optimizer", got=type(optimizer).__name__,
                              needed="a torch.optim.Optimizer",
@@ -188,9 +285,18 @@ class Update:
         new = [p for p in self._gradients.without() if id(p) not in self._warned]
         if new:
             self._warned |= {id(p) for p in new}
-            names = ", ".join(self._names.get(id(p), "a new parameter") for p in new)
+            known = self._names
+            names = ", ".join(known.get(id(p), "a new parameter") for p in new)
             warnings.warn(
                 f"no gradient came to {names}; if this is meant, freeze it, else look for where the forward leaves it "
                 "out or detaches it",
-                stacklevel=4,
+                stacklevel=_outside(),
             )
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the line that has called pipex."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "pipex":
+        frame, level = frame.f_back, level + 1
+    return level

@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipex.errors import CheckpointError
+from pipex.state import model
 from pipex.state.checkpoint import Checkpoint, Restore
 from pipex.state.files import first_few
 from pipex.state.manifest import shown
 
 PREFIX = "optimizer/"
+MAIN = "main/"
+"""of main weights: float32 tensors that the optimizer had in place of the model's, under the same names"""
+
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group
 
 
@@ -73,6 +77,7 @@ def read_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer, names: Ma
     options = [_common_options(group, parameters, saved) for group in optimizer.param_groups]
     for group, values in zip(optimizer.param_groups, options, strict=True):
         _check_options(checkpoint, group, values)
+    dtypes = {name: _dtype_of(checkpoint, name) for name in saved}
     tensors = checkpoint.load(f"{PREFIX}{name}/{key}" for name, record in saved.items() for key in record["tensors"])
 
     def restore() -> None:
@@ -83,7 +88,7 @@ def read_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer, names: Ma
             record = saved[name]
             state = {key: tensors[f"{PREFIX}{name}/{key}"] for key in record["tensors"]}
             if state or record["values"]:
-                placed = {key: _place(key, tensor, parameter, group) for key, tensor in state.items()}
+                placed = {key: _place(key, tensor, parameter, group, dtypes[name]) for key, tensor in state.items()}
                 optimizer.state[parameter] = {**placed, **record["values"]}
 
     return restore
@@ -96,13 +101,14 @@ def _parameters(optimizer: Optimizer, names: Mapping[str, Tensor]) -> Parameters
     """(group, name, parameter) of all parameters of the optimizer."""
     name_of = {id(tensor): name for name, tensor in names.items()}
     result: Parameters = []
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in name_of:
                 raise CheckpointError(
                     "the optimizer has a parameter that is in no stage of this rank",
-                    got=f"one of shape {list(parameter.shape)}",
-                    fix="give the optimizer only parameters of its own stages",
+                    got=f"one of shape {list(parameter.shape)} in parameter group {number}",
+                    needed="only parameters of its own stages",
+                    fix="take one that was replaced or removed out of its group's params, and out of optimizer.state",
                 )
             result.append((group, name_of[id(parameter)], parameter))
     return result
@@ -192,8 +198,18 @@ def _set_options(group: dict[str, Any], values: dict[str, Any]) -> None:
             group[key] = tuple(value) if isinstance(current, tuple) else value
 
 
-def _place(key: str, tensor: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+def _dtype_of(checkpoint: Checkpoint, name: str) -> str:
+    """What the optimizer that was saved had for this parameter: a main weight, or the parameter itself."""
+    form = checkpoint.tensors.get(MAIN + name) or checkpoint.tensors.get(model.PREFIX + name, "")
+    return form.partition("[")[0]
+
+
+def _place(key: str, tensor: Tensor, parameter: Tensor, group: dict[str, Any], dtype: str) -> Tensor:
     # torch keeps the step count on the host unless the update runs in a CUDA graph or a fused kernel.
     if key == "step" and not (group.get("capturable") or group.get("fused")):
         return tensor
+    # What had the dtype of its parameter, element by element or row by row, has that of the one which is there now: a
+    # main weight where there was none, or the other way round. A scalar (a product of decays) has a dtype of its own.
+    if tensor.dim() and str(tensor.dtype) == f"torch.{dtype}":
+        return tensor.to(parameter.device, parameter.dtype)
     return tensor.to(parameter.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import host_world
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -310,6 +311,8 @@ def pipeline() -> pipex.Pipeline:
         (ids(0), torch.ones(1, 5), "the target is too small for the plan; got 1 samples"),
         ("text", ids(0), "nothing in the batch can be cut into micro-batches; got str"),
         ((torch.tensor(3.0), None), ids(0), "nothing in the batch can be cut"),
+        (ids(0).numpy(), ids(0), "nothing in the batch can be cut into micro-batches; got ndarray"),
+        ([ids(0, 0)] * 3, [ids(0, 0)] * 3, "the ready micro-batches of the batch are all empty; got 0 samples"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_an_error_and_the_next_step_is_right(batch: Any, target: Any, shown: str) -> None:
@@ -319,6 +322,47 @@ def test_a_batch_that_does_not_fit_is_an_error_and_the_next_step_is_right(batch:
     assert shown in str(error.value)
     x = {"input_ids": ids(0), "position_ids": torch.arange(5)[None]}
     assert pipe.step(x, ids(1)) == other.step(x, ids(1))
+
+
+class Ambiguous:
+    """As an array is, of more than one element: neither true nor false."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+    def __len__(self) -> int:
+        raise TypeError("no length")
+
+
+def test_what_has_no_truth_value_goes_to_every_micro_batch() -> None:
+    array, thing, x = np.arange(3), Ambiguous(), torch.arange(4).view(4, 1)
+    for piece in cut({"x": x, "more": (array, thing, (), [array])}, 2):
+        found, same, _, (inner,) = piece["more"]
+        assert found is array
+        assert inner is array
+        assert same is thing
+
+
+def all_empty() -> list[str]:
+    pipe, found = pipeline(), []
+    for call in (pipe.step, pipe.evaluate):
+        with pytest.raises(InputError) as error:
+            call([ids(0, 0)] * 3, [ids(0, 0)] * 3)
+        found.append(str(error.value))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ready_micro_batches_without_a_sample_are_refused_everywhere(ranks: int) -> None:
+    for texts in host_world.launch(all_empty, ranks):
+        assert all("are all empty; got 0 samples; needed at least one" in text for text in texts)
+
+
+def test_a_ready_micro_batch_weighs_as_what_is_cut() -> None:
+    table, x = torch.arange(5)[None], ids(0, 5)
+    pieces = cut((table, x), 2)
+    assert microbatch.look(pieces, "batch", 2).samples == microbatch.look((table, x), "batch", 2).samples == (3, 2)
+    assert microbatch.look([(Whole(torch.eye(7)), ids(0, 1)), ids(1, 0), None], "batch", 3).samples == (1, 0, 1)
 
 
 def differ() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,74 +11,25 @@ from typing import Any
 import host_world
 import pytest
 import torch
+from plain_loop import (
+    LOSS,
+    MICROBATCHES,
+    Found,
+    adam,
+    assert_same,
+    backward,
+    data,
+    layers,
+    micro_batches,
+    parameters_of,
+    pipeline,
+    plain,
+)
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pipex
 from pipex.errors import InputError, PeerFailed
-
-LOSS = nn.functional.mse_loss
-MICROBATCHES = 3
-
-
-def layers() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
-
-
-def data(step: int, samples: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(samples, 6, generator=generator), torch.randn(samples, 3, generator=generator)
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def pipeline(
-    family: str = "zb-h1", model: Callable[[], nn.Module] = layers, loss: Any = LOSS, **options: Any
-) -> pipex.Pipeline:
-    ranks = pipex.current_world().ranks
-    plan = pipex.build(family, ranks, MICROBATCHES)
-    return pipex.Pipeline(pipex.split_model(model(), ranks), plan, loss, **{"optimizer": adam, **options})
-
-
-def micro_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*(torch.tensor_split(t, MICROBATCHES) for t in batch), strict=True))
-
-
-def backward(model: nn.Module, batch: tuple[Tensor, Tensor], loss: Any = LOSS) -> float:
-    """Plain torch: adds the gradients of the mean over the batch; returns the mean."""
-    total = torch.zeros(())
-    for x, y in micro_batches(batch):
-        part = loss(model(x), y) * (len(x) / len(batch[0]))
-        part.backward()
-        total = total + part.detach()
-    return total.item()
-
-
-Found = tuple[list[Any], dict[str, Tensor]]
-
-
-def parameters_of(pipe: pipex.Pipeline) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for stage in pipe.local_stages for name, tensor in stage.names.items()}
-
-
-def assert_same(found: Sequence[Found], expected: Found) -> None:
-    """Every rank has the expected values, and together they have all parameters, bit for bit."""
-    values, parameters = expected
-    seen = set()
-    for theirs, held in found:
-        assert theirs == values
-        seen |= held.keys()
-        for name, tensor in held.items():
-            assert torch.equal(tensor, parameters[name]), name
-    assert seen == parameters.keys()
-
-
-def plain(model: nn.Module, values: list[Any]) -> Found:
-    return values, {name: parameter.detach() for name, parameter in model.named_parameters()}
-
 
 # Several forward_backward before one update.
 
@@ -308,17 +259,28 @@ def test_ranks_with_other_scales_are_told_both() -> None:
         host_world.launch(scales_differ, 2)
 
 
-def test_a_load_between_the_halves_starts_the_scaler_anew(tmp_path: Path) -> None:
+def load_between(directory: str) -> Found:
     scaler = GradScaler("cpu", init_scale=2.0**4, growth_interval=100)
     pipe = pipeline("1f1b", scaler=scaler)
     pipe.step(*data(0))
-    pipe.save(tmp_path)
-    wanted = pipe.step(*data(1))
+    pipe.save(directory)
+    pipe.step(*data(3))
     pipe.forward_backward(*data(2))
     pipe.reduce_gradients()
-    pipe.load(tmp_path)
-    assert (pipe.step(*data(1)), pipe.steps) == (wanted, 2)
-    assert scaler.get_scale() == 2.0**4
+    pipe.load(directory)
+    return [pipe.step(*data(1)), pipe.steps, scaler.get_scale()], parameters_of(pipe)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_load_between_the_halves_starts_the_scaler_anew(ranks: int, tmp_path: Path) -> None:
+    model, losses = layers(), []
+    optimizer = adam(model.parameters())
+    for step in range(2):
+        losses.append(backward(model, data(step)))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = host_world.launch(load_between, ranks, args=(str(tmp_path),))
+    assert_same(found, plain(model, [losses[1], 2, 2.0**4]))
 
 
 def test_without_the_guard_torch_s_rule_holds() -> None:

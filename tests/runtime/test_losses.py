@@ -184,6 +184,8 @@ def test_nothing_counted_is_an_error_and_the_next_step_is_right() -> None:
         (lambda o, t: (sum_of(o, t), True), "got .*, bool"),
         (lambda o, t: (sum_of(o, t),), "or its sum and count"),
         (lambda o, t: (sum_of(o, t), torch.ones(2)), "or its sum and count"),
+        (lambda o, t: (sum_of(o, t), torch.tensor(3 + 0j)), r"got \(\(\), complex \(\)\); needed a real tensor"),
+        (lambda o, t: sum_of(o, t) + 0j, r"got complex \(\); needed a real tensor"),
         (lambda o, t: (sum_of(o, t), -1), "a count that counts nothing"),
         (lambda o, t: (sum_of(o, t), float("nan")), "a count that counts nothing"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def found_in(pipe: pipex.Pipeline, losses: list[float]) -> Found:
 def pipeline(family: str = "zb-h1", **options: Any) -> pipex.Pipeline:
     ranks = pipex.current_world().ranks
     stages, plan = pipex.split_model(layers(), ranks), pipex.build(family, ranks, MICROBATCHES)
-    return pipex.Pipeline(stages, plan, nn.functional.mse_loss, optimizer=adam, main_weights=True, **options)
+    return pipex.Pipeline(stages, plan, nn.functional.mse_loss, **{"optimizer": adam, "main_weights": True, **options})
 
 
 def train(family: str, clip_norm: float | None, calls: int) -> Found:
@@ -155,6 +156,74 @@ def test_a_checkpoint_holds_the_main_weights(ranks: int, tmp_path: Path) -> None
     assert host_world.launch(load_and_go_on, ranks, args=(str(tmp_path),)) == [expected] * ranks
 
 
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": adam,
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+def load_across(optimizer: str, from_main: bool, directory: str) -> Found:
+    """Three steps with main weights or without; then three without them or with."""
+    made = OPTIMIZERS[optimizer]
+    pipe = pipeline(optimizer=made, main_weights=from_main)
+    for step in range(3):
+        pipe.step(*data(step))
+    pipe.save(directory)
+    pipe = pipeline(optimizer=made, main_weights=not from_main)
+    pipe.step(*data(100))
+    pipe.load(directory)
+    losses = [pipe.step(*data(step)) for step in range(3, 6)]
+    return found_in(pipe, losses)
+
+
+def across_by_hand(optimizer: str, from_main: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """With torch's own ``load_state_dict`` in between. NAdam's product of decays stays what it was, though."""
+    model = layers()
+    parameters = dict(model.named_parameters())
+    losses, state = [], {}
+    for with_main in (from_main, not from_main):
+        stepped = {n: nn.Parameter(p.detach().float()) if with_main else p for n, p in parameters.items()}
+        by_hand = OPTIMIZERS[optimizer](stepped.values())
+        if state:
+            products = [s["mu_product"].clone() for s in state["state"].values() if "mu_product" in s]
+            by_hand.load_state_dict(state)
+            for one, product in zip(by_hand.state.values(), products, strict=False):
+                one["mu_product"] = product
+        for step in range(3):
+            if with_main:
+                losses.append(accumulate_by_hand(model, stepped, 3 * bool(state) + step))
+            else:
+                x, y = data(3 * bool(state) + step)
+                summed = torch.zeros(())
+                for a, b in zip(x.split(2), y.split(2), strict=True):
+                    loss = nn.functional.mse_loss(model(a), b) * 0.25
+                    loss.backward()
+                    summed = summed + loss.detach()
+                losses.append(summed.item())
+            by_hand.step()
+            by_hand.zero_grad()
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(stepped[name])
+        state = by_hand.state_dict()
+    return losses[3:], parameters
+
+
+@pytest.mark.parametrize("from_main", [True, False], ids=["from main weights", "to main weights"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_goes_on_with_main_weights_or_without(
+    ranks: int, optimizer: str, from_main: bool, tmp_path: Path
+) -> None:
+    losses, parameters = across_by_hand(optimizer, from_main)
+    for theirs, held, _ in host_world.launch(load_across, ranks, args=(optimizer, from_main, str(tmp_path))):
+        assert theirs == losses
+        for name, tensor in held.items():
+            assert torch.equal(tensor, parameters[name]), name
+
+
 def load_without_main_weights(directory: str) -> list[bool]:
     ranks = pipex.current_world().ranks
     plain = pipex.Pipeline(
@@ -206,6 +275,140 @@ def by_hand_from_halves() -> dict[str, Tensor]:
             parameter.grad = None
     optimizer.step()
     return {name: weight.detach().to(parameters[name].dtype) for name, weight in main.items()}
+
+
+# What is done to parameters and gradients, in every way and at every time.
+
+
+def zero(grads_of: list[nn.Parameter]) -> None:
+    for parameter in grads_of:
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def shorten(grads_of: list[nn.Parameter]) -> None:
+    for parameter in grads_of:
+        assert parameter.grad is not None
+        parameter.grad.mul_(0.5)
+
+
+def replace(grads_of: list[nn.Parameter]) -> None:
+    for parameter in grads_of:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.clamp(-1e-3, 1e-3)
+
+
+def drop(grads_of: list[nn.Parameter]) -> None:
+    for parameter in grads_of[::2]:
+        parameter.grad = None
+
+
+CHANGES = {change.__name__: change for change in (zero, shorten, replace, drop)}
+
+
+def change_gradients(change: str, by_optimizer: bool) -> Found:
+    pipe, losses = pipeline(clip_norm=0.01), []
+    assert pipe.optimizer is not None
+    for step in range(STEPS):
+        losses.append(pipe.forward_backward(*data(step)))
+        pipe.reduce_gradients()
+        of_optimizer = [p for group in pipe.optimizer.param_groups for p in group["params"]]
+        of_model = [p for stage in pipe.local_stages for p in stage.parameters()]
+        CHANGES[change](of_optimizer if by_optimizer else of_model)
+        pipe.update()
+    return found_in(pipe, losses)
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True], ids=["of the model", "of the optimizer"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_gradients_between_the_halves_is_stepped_by(change: str, by_optimizer: bool) -> None:
+    model = layers()
+    parameters = dict(model.named_parameters())
+    main = {name: nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+    optimizer = adam(main.values())
+    losses = []
+    for step in range(STEPS):
+        losses.append(accumulate_by_hand(model, main, step))
+        CHANGES[change](list(main.values()))
+        nn.utils.clip_grad_norm_(main.values(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(main[name])
+    theirs, held, weights = change_gradients(change, by_optimizer)
+    assert theirs == losses
+    for name, weight in zip(held, weights, strict=True):
+        assert torch.equal(held[name], parameters[name]), name
+        assert torch.equal(weight, main[name]), name
+
+
+def accumulate_by_hand(model: nn.Sequential, main: dict[str, nn.Parameter], step: int) -> float:
+    x, y = data(step)
+    summed = torch.zeros(())
+    for a, b in zip(x.split(2), y.split(2), strict=True):
+        loss = nn.functional.mse_loss(model(a), b) * 0.25
+        loss.backward()
+        summed = summed + loss.detach()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            so_far = main[name].grad
+            main[name].grad = parameter.grad.float() if so_far is None else so_far + parameter.grad.float()
+            parameter.grad = None
+    return summed.item()
+
+
+SETTERS = {
+    "in place": lambda p: p.mul_(0.5),
+    "through data": lambda p: p.data.fill_(0.25),
+    "by new data": lambda p: setattr(p, "data", p.data * 2),
+}
+
+
+def set_parameters(how: str, when: str, directory: str) -> list[bool]:
+    """Sets every parameter, without a step by the optimizer; are they what was set, main weights too?"""
+    pipe = pipeline(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    pipe.step(*data(0))
+    if when != "before":
+        pipe.forward_backward(*data(1))
+    if when == "between":
+        pipe.reduce_gradients()
+    parameters = [p for stage in pipe.local_stages for p in stage.parameters()]
+    with torch.no_grad():
+        for parameter in parameters:
+            SETTERS[how](parameter)
+    expected = [p.detach().clone() for p in parameters]
+    if when == "before":
+        pipe.save(directory)
+        pipe.load(directory)
+        pipe.forward_backward(*data(1))
+    pipe.update()
+    _, held, weights = found_in(pipe, [])
+    return [torch.equal(p, e) for p, e in zip(held.values(), expected, strict=True)] + [
+        torch.equal(w, e.float()) for w, e in zip(weights, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("when", ["before", "after the backward", "between"])
+@pytest.mark.parametrize("how", SETTERS)
+def test_a_parameter_may_be_set_in_any_way_at_any_time(how: str, when: str, tmp_path: Path) -> None:
+    for found in host_world.launch(set_parameters, 2, args=(how, when, str(tmp_path))):
+        assert all(found)
+
+
+def test_a_main_weight_may_be_set_too() -> None:
+    pipe = pipeline(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    assert pipe.optimizer is not None
+    pipe.step(*data(0))
+    weights = [p for group in pipe.optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(0.75)
+    expected = [weight.detach().clone() for weight in weights]
+    pipe.step(*data(1))
+    _, held, _ = found_in(pipe, [])
+    for weight, wanted, (name, parameter) in zip(weights, expected, held.items(), strict=True):
+        assert torch.equal(weight, wanted), name
+        assert torch.equal(parameter, wanted.to(parameter.dtype)), name
 
 
 def tied_layers() -> nn.Sequential:
