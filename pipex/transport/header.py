@@ -61,6 +61,7 @@ DLPACK = {
 DTYPES = tuple(DLPACK)
 AS_BYTES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 """What arrives as uint8, to be viewed."""
+_DENSE = torch.strided
 _CODE_OF = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
@@ -146,7 +147,7 @@ def check_memory(spec: EdgeSpec, tensors: Sequence[Tensor], device: torch.device
         InputError: a tensor's values do not lie in memory of the ``device``, which the edge sends from.
     """
     for tensor in tensors:
-        if tensor.layout != torch.strided:
+        if tensor.layout is not _DENSE:
             raise InputError(
                 f"a tensor for the {spec} is not dense", got=f"layout {tensor.layout}", needed="torch.strided",
                 fix="use sparse=False in an embedding whose weight is in stages of several ranks, or to_dense()",

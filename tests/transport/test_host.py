@@ -24,6 +24,7 @@ from pipex.errors import ConfigMismatch, InputError, MessageMismatch, OutOfShare
 from pipex.transport.header import DTYPES
 from pipex.transport.host import HostLinks, HostRun, HostWorld
 from pipex.transport.interface import Buffers, EdgeSpec, Receiver, Sender
+from pipex.transport.staged import StagedSender
 
 DIGEST = bytes(range(16))
 
@@ -310,6 +311,16 @@ def test_what_cannot_cross_is_refused_before_anything_is_sent() -> None:
         with pytest.raises(InputError, match="too many tensors; got 4097; needed at most 4096"):
             sender.send(1, 0, [torch.zeros(1)] * 4097)
         sender.send(1, 0, [torch.ones(2, 3)])
+        assert receiver.receive(1, 0)[0].sum() == 6
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.eye(3).to_mkldnn()], ids=lambda t: str(t.layout))
+def test_what_is_not_dense_is_refused_on_its_way_over_host_memory_too(tensor: Tensor) -> None:
+    with edge() as (sender, receiver):
+        for end in (sender, StagedSender(sender)):
+            with pytest.raises(InputError, match=f"got layout {tensor.layout}; needed torch.strided"):
+                end.send(1, 0, [torch.ones(3), tensor])
+        StagedSender(sender).send(1, 0, [torch.ones(2, 3)])
         assert receiver.receive(1, 0)[0].sum() == 6
 
 
