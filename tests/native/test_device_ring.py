@@ -18,7 +18,7 @@ from pipex import _native
 def exchange(library: Path, traffic: Traffic) -> list[dict[str, Any]]:
     control = _native.Control(2)
     bodies = [partial(converse, library, control, rank, traffic) for rank in range(2)]
-    return outcomes(bodies, seconds=2 * traffic.timeout)  # a rank that waits for ever says first for whom
+    return outcomes(bodies, seconds=30 + 2 * traffic.timeout)  # who waits for ever says first for whom
 
 
 def assert_all_well(library: Path, traffic: Traffic) -> list[dict[str, Any]]:
