@@ -220,12 +220,12 @@ class Executor:
     def _evaluate(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
         inputs = self._input(runner, ends, microbatch)
-        output = runner.compute(data.step, microbatch, inputs)
-        if runner.last:
-            runner.loss(microbatch, output, data.targets[microbatch], data.weights[microbatch])
-        else:
+        outputs = runner.evaluate(
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None, data.weights[microbatch]
+        )
+        if not runner.last:
             assert ends.activation_out is not None
-            ends.activation_out.send(data.step, microbatch, runner.message(output))
+            ends.activation_out.send(data.step, microbatch, outputs)
 
     def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
         self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)

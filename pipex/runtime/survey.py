@@ -5,13 +5,13 @@ One walk over the modules of the stage at the beginning of every step (18 µs fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipex.partition import Stage
-from pipex.torch_internals import buffers_of, children_of, forward_hooks_of, hooks_on_all_modules, parameters_of
+from pipex.torch_internals import children_of, forward_hooks_of, hooks_on_all_modules, parameters_of
 
 _CONTIGUOUS: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
 """These do not write to their input, and give a contiguous one a contiguous gradient."""
@@ -32,13 +32,11 @@ forward of its own or a parametrization (which gives it another type) too."""
 class Survey:
     """Attributes:
     parameters: each once, in model order, frozen ones too.
-    buffers: where its modules keep their buffers by name: what a forward reassigns shows in there.
     drawing: positions of the layers that may draw random numbers.
     plain: whether it begins with a layer for which ``Received`` has less to do.
     """
 
     parameters: list[nn.Parameter]
-    buffers: list[Mapping[str, Tensor | None]]
     drawing: frozenset[int]
     plain: bool
 
@@ -46,7 +44,6 @@ class Survey:
 def survey(stage: Stage) -> Survey:
     """Walks over the stage."""
     parameters: dict[int, nn.Parameter] = {}
-    buffers: list[Mapping[str, Tensor | None]] = []
     seen: set[int] = set()
     hooked = hooks_on_all_modules()
     drawing = set()
@@ -58,10 +55,8 @@ def survey(stage: Stage) -> Survey:
             if id(module) not in seen:
                 seen.add(id(module))
                 parameters.update((id(p), p) for p in parameters_of(module).values() if p is not None)
-                if kept := buffers_of(module):
-                    buffers.append(kept)
     plain = 0 not in drawing and type(_first(stage.layers[0])) in _CONTIGUOUS
-    return Survey(list(parameters.values()), buffers, frozenset(drawing), plain)
+    return Survey(list(parameters.values()), frozenset(drawing), plain)
 
 
 def _modules(module: nn.Module) -> Iterable[nn.Module]:
