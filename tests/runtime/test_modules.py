@@ -497,6 +497,39 @@ def test_a_weight_that_is_handed_on_gets_both_gradients_in_order(family: str) ->
     assert host_world.launch(train_handing, 3, args=(family,)) == expected
 
 
+def with_penalty() -> tuple[nn.Sequential, Callable[[Tensor, Tensor], Tensor]]:
+    """A loss function that uses a weight of the last stage itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(lin(), nn.Tanh(), lin(), nn.Tanh(), lin(), lin())
+    return model, lambda output, target: F.mse_loss(output, target) + 0.1 * model[5].weight.square().sum()
+
+
+def train_with_penalty(family: str) -> list[list[str | None]]:
+    model, loss = with_penalty()
+    pipe = pipex.Pipeline(pipex.split_model(model, 2), pipex.build(family, 2, 3), loss, optimizer=optimizer)
+    (stage,) = pipe.local_stages
+    seen: list[list[str | None]] = []
+    pipe.optimizer.register_step_pre_hook(lambda *_: seen.append([digest(p.grad) for p in stage.parameters()]))
+    for step in (1, 2):
+        pipe.step(*BATCH(step))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1", "zb-h2"])
+def test_a_weight_in_the_loss_gets_both_gradients_in_order(family: str) -> None:
+    model, loss = with_penalty()
+    update = optimizer(model.parameters())
+    expected: list[list[str | None]] = []
+    for step in (1, 2):
+        for x, y in zip(*(t.split(2) for t in BATCH(step)), strict=True):
+            (loss(model(x), y) * (2 / 6)).backward()
+        expected.append([digest(p.grad) for p in model.parameters()])
+        update.step()
+        update.zero_grad()
+    first, last = host_world.launch(train_with_penalty, 2, args=(family,))
+    assert [one + other for one, other in zip(first, last, strict=True)] == expected
+
+
 def test_a_stage_that_returns_nothing_is_named() -> None:
     class Nothing(nn.Module):
         def forward(self, x: Tensor) -> tuple[()]:
