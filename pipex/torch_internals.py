@@ -205,11 +205,8 @@ parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgette
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 parts_of: Callable[
     [nn.Module],
-    tuple[
-        dict[str, nn.Parameter | None], dict[str, Tensor | None], dict[str, nn.Module | None], dict[int, Any],
-        dict[int, Any],
-    ],
-] = attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")  # fmt: skip
+    tuple[dict[str, nn.Parameter | None], dict[str, nn.Module | None], dict[int, Any], dict[int, Any]],
+] = attrgetter("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
 
 
 def hooks_on_all_modules() -> bool:

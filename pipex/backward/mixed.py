@@ -92,10 +92,17 @@ class Mixed:
 
     def take(self, roots: Sequence[Any]) -> None:
         """Called before a pass from these nodes."""
-        for node in _reachable(roots):
+        nodes = list(_reachable(roots))
+        users = {}
+        for node in nodes:
             places = [n for n, (following, _) in enumerate(node.next_functions) if following in self._accumulators]
-            if places and (tape := self._tape_of(node)) is not None:
-                self._take_from(node, places, tape)
+            if places:
+                users[node] = places
+        # The tape that the pass goes over, if it is one of ours: nodes of the loss come after its end, and are its too.
+        tape = next(filter(None, map(self._tape_of, nodes)), None) if users else None
+        if tape is not None:
+            for node, places in users.items():
+                self._take_from(node, places, self._tape_of(node) or tape)
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
+from pipex.runtime.precision import as_recorded, forget_casts
 from pipex.runtime.stage_runner import StageRunner
+from pipex.torch_internals import any_autocast
 from pipex.transport.interface import Links, Receiver, Sender, World
 
 
@@ -98,6 +100,7 @@ class Executor:
     def train(self, data: StepData) -> None:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data
+        forget_casts()
         self._times.start()
         at, step = self._world.at, data.step
         for position, (run, runner, ends, microbatch) in enumerate(self._program, self._first_position):
@@ -110,6 +113,7 @@ class Executor:
         Micro-batch by micro-batch through this rank's stages: free of deadlock with one slot, for any number of them.
         """
         self._data = data
+        forget_casts()
         with torch.no_grad():
             for microbatch in range(len(data.weights)):
                 for stage, runner in sorted(self._runners.items()):
@@ -151,7 +155,11 @@ class Executor:
 
     def _W(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         begin = self._times.now()
-        runner.backward_weight(microbatch, (runner.index, microbatch) in self._deferral.followed)
+        more = (runner.index, microbatch) in self._deferral.followed
+        if any_autocast():
+            as_recorded(runner.backward_weight, microbatch, more)
+        else:
+            runner.backward_weight(microbatch, more)
         self._note(begin, Kind.W, runner, microbatch)
 
     def _W_made_with_I(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
@@ -179,7 +187,7 @@ class Executor:
     ) -> None:  # fmt: skip
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = self._times.now()
-        found = run(microbatch, gradients)
+        found = as_recorded(run, microbatch, gradients) if any_autocast() else run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
@@ -221,12 +229,12 @@ class Executor:
     def _evaluate(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
         inputs = self._input(runner, ends, microbatch)
-        output = runner.compute(data.step, microbatch, inputs)
-        if runner.last:
-            runner.loss(microbatch, output, data.targets[microbatch], data.weights[microbatch])
-        else:
+        outputs = runner.evaluate(
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None, data.weights[microbatch]
+        )
+        if not runner.last:
             assert ends.activation_out is not None
-            ends.activation_out.send(data.step, microbatch, runner.message(output))
+            ends.activation_out.send(data.step, microbatch, outputs)
 
     def _note(self, begin: Any, kind: Kind, runner: StageRunner, microbatch: int) -> None:
         self._times.note(begin, self._data.step, kind.value, runner.index, microbatch)

@@ -38,6 +38,8 @@ GRACE = 5.0
 
 _Report = dict[str, Any]
 
+_OTHER_THREADS = "this process has other threads"
+
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
@@ -69,11 +71,11 @@ def launch(
         PeerLost: a rank's process died; PeerStalled: a rank made no progress.
         KeyboardInterrupt: Ctrl-C; the ranks have ended. A second Ctrl-C kills them.
     """
+    check_timeout(timeout)
     if worlds.under_torchrun():
         return _run_here(fn, args, worlds.join_torchrun(ranks, timeout, device))
     if not isinstance(ranks, int) or not 1 <= ranks <= MOST_RANKS:
         raise InputError("launch needs a number of ranks", got=repr(ranks), needed=f"a whole number, 1 to {MOST_RANKS}")
-    check_timeout(timeout)
     first = worlds.device_of(device, 0)  # what is wrong with it is said here, once
     if ranks == 1:
         return _run_here(fn, args, SoloWorld(first))
@@ -129,14 +131,13 @@ class _Launcher:
     def _start(self) -> None:
         try:
             why_afresh = _why_afresh(self._device, self._run.ranks)
-            forking = why_afresh is None
-            context = multiprocessing.get_context("fork" if forking else "spawn")
+            context = multiprocessing.get_context("fork" if why_afresh is None else "spawn")
             if why_afresh is None:
                 import_compiler()  # or the first optimizer of every rank would: a second each
             else:
-                _check_importable(self._job, why_afresh)
+                _check_importable(self._job[0], why_afresh)
             with _interrupts_held_back():
-                self._start_ranks(context, forking)
+                self._start_ranks(context, why_afresh)
         except OSError as error:
             raise InputError(
                 f"{self._run.ranks} ranks cannot be started", got=error.strerror,
@@ -144,18 +145,27 @@ class _Launcher:
                 fix="raise the limits of this shell (ulimit -n, ulimit -u), or start fewer ranks",
             ) from error  # fmt: skip
 
-    def _start_ranks(self, context: Any, forking: bool) -> None:
+    def _start_ranks(self, context: Any, why_afresh: str | None) -> None:
+        run = self._run if why_afresh is None else self._run.address
         for rank in range(self._run.ranks):
             ours, theirs = context.Pipe(duplex=False)
             self._pipes.append(ours)
             process = context.Process(
                 target=_rank_main, name=f"pipex rank {rank}",
-                args=(self._run if forking else self._run.address, rank, os.getpid(), theirs, *self._job),
+                args=(run, rank, os.getpid(), theirs, *self._job),
             )  # fmt: skip
             with warnings.catch_warnings():
                 # Python warns of forking a process with threads; _why_afresh has looked at what they are.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
+                try:
+                    process.start()
+                except OSError:
+                    raise
+                except Exception as error:  # pickle has no one error
+                    if why_afresh is None:
+                        raise
+                    raise _not_importable(why_afresh, f"{_name(self._job[0])} with its arguments: {error}",
+                                          "pass what pickle can hold") from error  # fmt: skip
             self._processes.append(process)
             theirs.close()
 
@@ -285,32 +295,38 @@ def _why_afresh(device: str, ranks: int) -> str | None:
         return None
     python = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
     native = [f"{others - len(python)} of libraries"] if others > len(python) else []
-    return f"this process has other threads ({', '.join(python + native)}), which a fork could leave hanging"
+    return f"{_OTHER_THREADS} ({', '.join(python + native)}), which a fork could leave hanging"
 
 
-def _check_importable(job: tuple[Any, ...], why_afresh: str) -> None:
-    """Refuses what a process that is started afresh could not get at, before any is."""
+def _check_importable(fn: Callable[..., Any], why_afresh: str) -> None:
+    """Refuses a function that a process which is started afresh could not get at, before any is. Its arguments can be
+    pickled only while a process starts: queues and locks refuse otherwise, and tensors leave a server behind."""
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    name = getattr(job[0], "__qualname__", repr(job[0]))
-
-    def refused(got: str, fix: str) -> InputError:
-        return InputError(
-            f"launch has to start its ranks afresh, since {why_afresh}; they cannot import what they are to run",
-            got=got, needed="a function at the top of a module, and arguments that pickle can hold", fix=fix,
-        )  # fmt: skip
-
     if getattr(main, "__spec__", None) is None and file is not None and not os.path.exists(file):
-        raise refused(f"a program from {file}, which each rank would run again", "put the program into a file")
-    try:
-        pickled = ForkingPickler.dumps(job)
-    except Exception as error:  # pickle has no one error either
-        raise refused(f"{name}: {error}", "put it into a module, or call launch before threads are started") from error
-    if file is None and b"__main__" in bytes(pickled):
-        raise refused(
-            f"{name} of an interactive session",
-            "put it into a module and import it, or launch before threads are started",
+        raise _not_importable(
+            why_afresh, f"a program from {file}, which each rank would run again", "put the program into a file"
         )
+    try:
+        pickled = ForkingPickler.dumps(fn)
+    except Exception as error:  # pickle has no one error
+        raise _not_importable(why_afresh, f"{_name(fn)}: {error}", "put it into a module") from error
+    if file is None and b"__main__" in bytes(pickled):
+        raise _not_importable(
+            why_afresh, f"{_name(fn)} of an interactive session", "put it into a module and import it"
+        )
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", repr(fn))
+
+
+def _not_importable(why_afresh: str, got: str, fix: str) -> InputError:
+    return InputError(
+        f"launch has to start its ranks afresh, since {why_afresh}; they cannot import what they are to run",
+        got=got, needed="a function at the top of a module, and arguments that pickle can hold",
+        fix=f"{fix}, or launch before threads are started" if why_afresh.startswith(_OTHER_THREADS) else fix,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipex.partition import as_stages
 from pipex.runtime import microbatch, tied
+from pipex.runtime.aliases import fold
 from pipex.runtime.loss import Loss, MicroLoss, of_batch
 from pipex.runtime.received import Received
 from pipex.runtime.seeding import Seeds
@@ -130,8 +131,9 @@ class OneProcess:
         for stage in self.stages:
             values = values if isinstance(values, tuple) else (values,)
             if self._ties and stage.index and torch.is_grad_enabled():
-                received = Received([v.detach().requires_grad_(v.requires_grad) for v in values], plain=False)
-                self._cuts.append((values, received))
+                sent = tuple(fold(values, self._cuts[-1][1].overlapping if self._cuts else ()))
+                received = Received([v.detach().requires_grad_(v.requires_grad) for v in sent], plain=False)
+                self._cuts.append((sent, received))
                 values = received.handed
             # Seeding a layer that draws nothing changes nothing.
             stage.before_layer = lambda position, first=stage.first_layer: seed(first + position)

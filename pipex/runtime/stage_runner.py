@@ -15,13 +15,13 @@ from pipex.backward import Splitter, Tape
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
+from pipex.runtime.aliases import fold
 from pipex.runtime.loss import Loss, MicroLoss
 from pipex.runtime.received import Received
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import Watch
 from pipex.runtime.survey import survey
 from pipex.runtime.tied import Accumulators
-from pipex.torch_internals import storage_id
 from pipex.transport.interface import form_of
 
 
@@ -41,12 +41,6 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
                 fix="return tensors from the last layer of the stage",
             )  # fmt: skip
     return tensors
-
-
-def _memory(tensor: Tensor) -> int:
-    """The same for all views of the same memory; 0 for a sparse tensor, which has no storage of its own."""
-    # Not the address: a tensor subclass that wraps others has a storage without one.
-    return storage_id(tensor.untyped_storage()) if tensor.layout is torch.strided else 0
 
 
 @dataclass(slots=True)
@@ -134,9 +128,8 @@ class StageRunner:
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
-        received = _NOTHING
+        received = self.received(inputs)
         if not self.first:
-            received = Received(inputs, self.survey.plain)
             inputs = received.handed
         if split:
             with self._splitter.record() as tape:
@@ -144,29 +137,40 @@ class StageRunner:
         else:
             tape = None
             output = self.compute(step, microbatch, inputs)
-        received.check_use()
         if self.last:
             root = self.loss(microbatch, output, target, weight)
+            received.check_use(self.index)
             roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
             self.live[microbatch] = _Live(received, roots, tape)
             return ()
-        outputs = self.message(output)
+        received.check_use(self.index)
+        outputs = self.message(output, received)
         self.live[microbatch] = _Live(received, [t for t in outputs if t.requires_grad], tape)
         return outputs
 
-    def message(self, output: Any) -> tuple[Tensor, ...]:
-        """What goes to the next stage of the stage's output. A buffer of the stage goes as a copy: a message is read
-        later, and the next micro-batch may have written to the buffer by then.
+    def evaluate(
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float
+    ) -> tuple[Tensor, ...]:
+        """The forward alone; arguments and result as of ``forward``."""
+        received = self.received(inputs)
+        output = self.compute(step, microbatch, inputs if self.first else received.handed)
+        if self.last:
+            self.loss(microbatch, output, target, weight)
+        received.check_use(self.index)
+        return () if self.last else self.message(output, received)
+
+    def received(self, inputs: tuple[Any, ...]) -> Received:
+        """What came from the stage before, if there is one."""
+        return _NOTHING if self.first else Received(inputs, self.survey.plain)
+
+    def message(self, output: Any, received: Received) -> tuple[Tensor, ...]:
+        """What goes to the next stage of the stage's output.
 
         Raises:
             UnsupportedModule: as ``output_tensors``.
         """
         tensors = output_tensors(self.stage, output)
-        if not self.survey.buffers:
-            return tensors
-        # As they are now: a forward may put another tensor in a buffer's place.
-        buffers = {_memory(b) for kept in self.survey.buffers for b in kept.values() if b is not None} - {0}
-        return tuple(t.clone() if _memory(t) in buffers else t for t in tensors)
+        return tensors if len(tensors) == 1 else tuple(fold(tensors, received.overlapping))
 
     def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
         """Keeps the loss of a micro-batch; returns where its backward starts.

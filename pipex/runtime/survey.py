@@ -5,10 +5,9 @@ One walk over the modules of the stage at the beginning of every step (18 µs fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipex.partition import Stage
 from pipex.torch_internals import children_of, hooks_on_all_modules, parts_of
@@ -32,13 +31,11 @@ forward of its own or a parametrization (which gives it another type) too."""
 class Survey:
     """Attributes:
     parameters: each once, in model order, frozen ones too.
-    buffers: where its modules keep their buffers by name: what a forward reassigns shows in there.
     drawing: positions of the layers that may draw random numbers.
     plain: whether it begins with a layer for which ``Received`` has less to do.
     """
 
     parameters: list[nn.Parameter]
-    buffers: list[Mapping[str, Tensor | None]]
     drawing: frozenset[int]
     plain: bool
 
@@ -46,7 +43,6 @@ class Survey:
 def survey(stage: Stage) -> Survey:
     """Walks over the stage."""
     parameters: dict[int, nn.Parameter] = {}
-    buffers: list[Mapping[str, Tensor | None]] = []
     seen: set[int] = set()
     hooked = hooks_on_all_modules()
     drawing = set()
@@ -56,7 +52,7 @@ def survey(stage: Stage) -> Survey:
             module = todo.pop()
             if module is None:
                 continue
-            held, kept, children, before, after = parts_of(module)
+            held, children, before, after = parts_of(module)
             if type(module) not in _NEVER_DRAW or before or after or hooked or "forward" in vars(module):
                 drawing.add(position)
             if children:
@@ -66,10 +62,8 @@ def survey(stage: Stage) -> Survey:
                 for parameter in held.values():
                     if parameter is not None:
                         parameters[id(parameter)] = parameter
-                if kept:
-                    buffers.append(kept)
     plain = 0 not in drawing and type(_first(stage.layers[0])) in _CONTIGUOUS
-    return Survey(list(parameters.values()), buffers, frozenset(drawing), plain)
+    return Survey(list(parameters.values()), frozenset(drawing), plain)
 
 
 def _first(layer: nn.Module) -> nn.Module:

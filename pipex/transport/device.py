@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import NativeUnavailable, OutOfDeviceMemory
-from pipex.transport.header import check_memory, describe, edge_header, mismatch
+from pipex.transport.header import check_memory, copied, describe, edge_header, mismatch
 from pipex.transport.host import TIMEOUT, Forms, HostLinks, HostRun, HostWorld, Tables
 from pipex.transport.interface import Buffers, EdgeSpec, Links, Orders, TensorForm
 from pipex.transport.opening import exchange_offers
@@ -227,6 +227,8 @@ class DeviceSender:
         form, sent = self._forms.of(tensors)
         try:
             if ring.fits(form, stream):
+                if self._spec.kind == "activation":
+                    sent = [s if t.requires_grad else copied(s) for s, t in zip(sent, tensors, strict=True)]
                 ring.send(form, [tensor.data_ptr() for tensor in sent], stream, step, microbatch)
                 world.keep(sent)
             else:

@@ -170,6 +170,16 @@ def as_sent(tensor: Tensor) -> Tensor:
     return found.contiguous() if is_spread(found) else found
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """As ``as_sent``, in memory of its own, with the strides of an expanded tensor too."""
+    sent = as_sent(tensor)
+    found = sent.clone()
+    if found.stride() == sent.stride():
+        return found
+    elements = TensorForm(tuple(sent.shape), sent.dtype, sent.stride()).nbytes // sent.itemsize
+    return sent.as_strided((elements,), (1,)).clone().as_strided(sent.shape, sent.stride())
+
+
 def describe(raw: bytes) -> str:
     """Says in words what a received header announces; never fails, whatever the bytes are."""
     magic, version, digest, source, destination, kind, _, count, microbatch, step, sequence, nbytes = LAYOUT.unpack(raw)

@@ -98,7 +98,8 @@ class Sender(Protocol):
         """Hands a message over, in plan order: dense tensors, any number of any shapes. Never waits while the plan's
         slots hold; buffers grow where a message is larger than all before it.
 
-        The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier).
+        The tensors must not be written to before ``Links.flush`` returns (a copying back end may be done earlier), but
+        for activations that require no grad: a stage may keep what it hands on, and change it in its next forward.
 
         Raises:
             InputError: a tensor is sparse, on another device, of more than 8 dimensions, or of a dtype that cannot

@@ -65,10 +65,16 @@ def test_a_number_of_ranks_that_cannot_be(ranks: Any) -> None:
     assert str(error.value) == f"launch needs a number of ranks; got {ranks!r}; needed a whole number, 1 to 4096"
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0, "5", None, float("nan"), float("inf")])
-def test_a_limit_that_cannot_be(timeout: Any) -> None:
-    with pytest.raises(InputError, match=f"a time-out is out of range; got {timeout!r}; needed seconds above 0"):
+@pytest.mark.parametrize("timeout", [0, -1.0, "5", None, float("nan"), float("inf"), 1e300])
+def test_a_limit_that_cannot_be(monkeypatch: pytest.MonkeyPatch, timeout: Any) -> None:
+    with pytest.raises(
+        InputError, match=f"a time-out is out of range; got {re.escape(repr(timeout))}; needed seconds above 0"
+    ):
         pipex.launch(place, 2, timeout=timeout)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=f"a time-out is out of range; got {re.escape(repr(timeout))}"):
+        pipex.launch(place, timeout=timeout)
 
 
 def test_this_process_is_no_rank_afterwards() -> None:
@@ -215,6 +221,9 @@ def test_ranks_share_gpus_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 # Started afresh.
 
 
+LOCAL = r"test_[a-z_]*\.<locals>\.<lambda>"
+
+
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads for each rank, and another thread in this process: a fork might hang, so ranks are spawned."""
@@ -243,15 +252,46 @@ def refused(call: Any) -> str:
 
 @pytest.mark.usefixtures("threads")
 def test_what_ranks_that_are_started_afresh_cannot_import_is_named_before_any_starts() -> None:
-    here = threading.Lock()
-    for call, got in (
-        (lambda: pipex.launch(lambda: 1, 2), "refused"),
-        (lambda: pipex.launch(place, 2, args=(here,)), "place: cannot pickle '_thread.lock' object"),
-    ):
+    here, local = threading.Lock(), lambda: 1
+    for call, got, fix in (
+        (lambda: pipex.launch(local, 2), rf"{LOCAL}: Can't (pickle|get) local object .*", "put it into a module"),
+        (lambda: pipex.launch(place, 2, args=(here,)), "place with its arguments: cannot pickle '_thread.lock' object",
+         "pass what pickle can hold"),
+    ):  # fmt: skip
         said = refused(call)
-        assert "launch has to start its ranks afresh, since this process has other threads (Thread-" in said
-        assert got in said or "<lambda>: Can't" in said
-        assert "put it into a module, or call launch before threads are started" in said
+        assert said.startswith("launch has to start its ranks afresh, since this process has other threads (Thread-")
+        assert re.search(f"; got {got}; needed a function at the top of a module", said), said
+        assert said.endswith(f"{fix}, or launch before threads are started")
+
+
+def test_threads_are_not_blamed_where_it_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    local = lambda: 1  # noqa: E731
+    for said in (
+        refused(lambda: pipex.launch(local, 2)), refused(lambda: pipex.launch(place, 2, args=(threading.Lock(),)))
+    ):  # fmt: skip
+        assert "since CUDA is in use in this process" in said
+        assert "launch before threads" not in said
+
+
+def put(queue: Any, done: Any, lock: Any, tensor: torch.Tensor, pipe: Connection) -> None:
+    with lock:
+        queue.put(tensor.sum().item())
+        pipe.send(pipex.current_world().rank)
+    done.wait(60)
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_processes_share_may_be_given_to_ranks_that_are_started_afresh() -> None:
+    context = multiprocessing.get_context("spawn")
+    queue, done, lock = context.Queue(), context.Event(), context.Lock()
+    ours, theirs = context.Pipe(duplex=False)
+    threads = threading.active_count()
+    done.set()
+    assert pipex.launch(put, 2, args=(queue, done, lock, torch.ones(3), theirs)) == [None, None]
+    assert [queue.get(timeout=60) for _ in range(2)] == [3, 3]
+    assert {ours.recv() for _ in range(2)} == {0, 1}
+    assert threading.active_count() == threads  # no server for what was pickled
 
 
 PROGRAM = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import host_world
 import pytest
@@ -93,6 +95,45 @@ class Counts(nn.Module):
         return self.inner(x) / self.count
 
 
+class Keeping(nn.Module):
+    """Keeps something in a way that torch does not know of."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, lin()
+        self.register_buffer("scale", torch.ones(SIZE))
+        self.box: list[Any] = [0.0]
+        self.nested = {"counts": {"n": 1}, "seen": {0}, "tensors": [torch.ones(SIZE), torch.ones(SIZE)]}
+        self.bytes = bytearray(4)
+        self.cache: dict[Any, Any] = {}
+        self.shape: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.how:
+            case "list":
+                self.box[0] += 1
+            case "longer list":
+                self.box.append(0.0)
+            case "dict":
+                self.nested["counts"]["n"] += 1
+            case "set":
+                self.nested["seen"].add(len(self.nested["seen"]))
+            case "tensor":
+                self.nested["tensors"][1].add_(1)
+            case "another tensor":
+                self.nested["tensors"][0] = self.nested["tensors"][0] + 1
+            case "bytes":
+                self.bytes[1] += 1
+            case "data":
+                self.scale.data.mul_(1.1)
+            case "made once":  # which changes nothing
+                if len(x) not in self.cache:
+                    self.cache[len(x)] = torch.ones(SIZE)
+                self.shape = x.shape[1:]
+                return self.inner(x) * self.cache[len(x)]
+        return self.inner(x) * self.scale
+
+
 class Masked(nn.Module):
     """Its buffer is another module's too."""
 
@@ -119,12 +160,19 @@ def masked(writes: bool) -> list[nn.Module]:
     return [Masked(mask, False), lin(), Masked(mask, writes), lin()]
 
 
+KEPT = {
+    "list": "box", "longer list": "box", "dict": "nested", "set": "nested", "tensor": "nested",
+    "another tensor": "nested", "bytes": "bytes", "data": "scale", "made once": "",
+}  # fmt: skip
+
+
 def layers(name: str) -> list[nn.Module]:
     made = {
         "batch norm": lambda: twice(lambda: nn.BatchNorm1d(SIZE)),
         "frozen batch norm": lambda: twice(lambda: nn.BatchNorm1d(SIZE).eval()),
         "counter": lambda: twice(Counts),
         "table": lambda: twice(Table),
+        **{how: partial(twice, partial(Keeping, how)) for how in KEPT},
         "a mask for two": lambda: masked(False),
         "a mask for two that is changed": lambda: masked(True),
     }
@@ -158,7 +206,7 @@ def plain_twice(name: str) -> tuple[list[float], float]:
         return losses, F.mse_loss(model.eval()(x), y).item()
 
 
-@pytest.mark.parametrize("name", ["frozen batch norm", "table", "a mask for two"])
+@pytest.mark.parametrize("name", ["frozen batch norm", "table", "a mask for two", "made once"])
 @pytest.mark.parametrize(("family", "ranks", "chunks"), [("1f1b", 2, 1), ("interleaved", 2, 2), ("looped-bfs", 1, 4)])
 def test_what_no_forward_changes_may_be_used_in_several_stages(name: str, family: str, ranks: int, chunks: int) -> None:
     losses, evaluated = plain_twice(name)
@@ -170,9 +218,10 @@ def test_what_no_forward_changes_may_be_used_in_several_stages(name: str, family
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("batch norm", r"BatchNorm1d \(layer 0\) is used in the stages 0, 1 and .* a change of num_batches_tracked"),
+        ("batch norm", r"BatchNorm1d \(layer 0\) is used in the stages 0, 1 and .* a change of running_mean"),
         ("counter", r"Counts \(layer 0\) is used in the stages 0, 1 and .* a change of count"),
         ("a mask for two that is changed", r"Masked \(layer 2\) is used in the stages 0, 1 and .* a change of mask"),
+        *((how, rf"Keeping \(layer 0\) is used in .* a change of {what}") for how, what in KEPT.items() if what),
     ],
 )
 def test_what_a_forward_changes_may_not(name: str, what: str) -> None:
@@ -426,6 +475,39 @@ def test_a_weight_that_is_handed_on_gets_both_gradients_in_order(family: str) ->
         update.step()
         update.zero_grad()
     assert host_world.launch(train_handing, 3, args=(family,)) == expected
+
+
+def with_penalty() -> tuple[nn.Sequential, Callable[[Tensor, Tensor], Tensor]]:
+    """A loss function that uses a weight of the last stage itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(lin(), nn.Tanh(), lin(), nn.Tanh(), lin(), lin())
+    return model, lambda output, target: F.mse_loss(output, target) + 0.1 * model[5].weight.square().sum()
+
+
+def train_with_penalty(family: str) -> list[list[str | None]]:
+    model, loss = with_penalty()
+    pipe = pipex.Pipeline(pipex.split_model(model, 2), pipex.build(family, 2, 3), loss, optimizer=optimizer)
+    (stage,) = pipe.local_stages
+    seen: list[list[str | None]] = []
+    pipe.optimizer.register_step_pre_hook(lambda *_: seen.append([digest(p.grad) for p in stage.parameters()]))
+    for step in (1, 2):
+        pipe.step(*BATCH(step))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1", "zb-h2"])
+def test_a_weight_in_the_loss_gets_both_gradients_in_order(family: str) -> None:
+    model, loss = with_penalty()
+    update = optimizer(model.parameters())
+    expected: list[list[str | None]] = []
+    for step in (1, 2):
+        for x, y in zip(*(t.split(2) for t in BATCH(step)), strict=True):
+            (loss(model(x), y) * (2 / 6)).backward()
+        expected.append([digest(p.grad) for p in model.parameters()])
+        update.step()
+        update.zero_grad()
+    first, last = host_world.launch(train_with_penalty, 2, args=(family,))
+    assert [one + other for one, other in zip(first, last, strict=True)] == expected
 
 
 def test_a_stage_that_returns_nothing_is_named() -> None:

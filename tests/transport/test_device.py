@@ -192,7 +192,7 @@ def test_a_source_is_kept_until_it_has_been_copied(gpus: Gpus) -> None:
         gpus.simulator.set("delay", 200_000)  # µs, at most, before each eighth of a copy
         dying = []
         for m in range(2):
-            tensor = torch.full((1 << 16,), float(m))
+            tensor = torch.full((1 << 16,), float(m), requires_grad=True)
             dying.append(weakref.ref(tensor))
             sender.send(1, m, [tensor])
             del tensor
@@ -204,16 +204,27 @@ def test_a_source_is_kept_until_it_has_been_copied(gpus: Gpus) -> None:
             assert torch.equal(receiver.receive(1, m)[0], torch.full((1 << 16,), float(m)))
 
 
+def test_what_requires_no_grad_may_be_written_to_at_once(gpus: Gpus) -> None:
+    with gpus.edge(torch.zeros(1 << 16)) as (sender, receiver):
+        gpus.simulator.set("delay", 100_000)
+        tensor = torch.ones(1 << 16)
+        sender.send(1, 0, [tensor])
+        tensor.fill_(2)
+        gpus.worlds[0].flush()
+        gpus.simulator.set("delay", 0)
+        assert torch.equal(receiver.receive(1, 0)[0], torch.ones(1 << 16))
+
+
 def test_what_was_copied_is_let_go_at_later_sends(gpus: Gpus) -> None:
     with gpus.edge(torch.zeros(2, 3), slots=8) as (sender, receiver):
-        first = torch.zeros(2, 3)
+        first = torch.zeros(2, 3, requires_grad=True)
         dying = weakref.ref(first)
         sender.send(1, 0, [first])
         del first
         receiver.receive(1, 0)
         deadline = time.monotonic() + 20
         for m in range(1, 1000):
-            sender.send(1, m, [torch.zeros(2, 3)])
+            sender.send(1, m, [torch.zeros(2, 3, requires_grad=True)])
             receiver.receive(1, m)
             if dying() is None:
                 break

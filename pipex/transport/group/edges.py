@@ -128,6 +128,8 @@ class GroupSender:
         table, nbytes = header.pack_table(form)
         while len(self._under_way) >= spec.slots:
             self._wait_oldest()
+        if len(tensors) == 1 and spec.kind == "activation" and not tensors[0].requires_grad:
+            sent = [header.copied(tensors[0])]  # those of several tensors are copied together
         body = _body(sent, form, table, nbytes, lane.staging)
         raw = Header(
             self._digest, spec.source, spec.destination, spec.kind, len(tensors), microbatch, step, self._sequence,

@@ -1,0 +1,97 @@
+"""Tensors of one message that share memory, which would be apart behind a cut.
+
+In one process a layer that works in place on one of them changes the others. So one that a stage returns twice crosses
+once, and is one tensor on the other side too:
+
+    (y, y, z)  ──►  y, z, note  ──►  (y, y, z)
+
+and of those that overlap otherwise (y and y[:2], y and y.detach()) the next stage is told, which may read them, but not
+change one in place. Both is said by a note at the end of the message, which most messages have no need of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pipex.torch_internals import storage_id
+
+_NOTE = (1, 1, 1, 1, 1, 1, 2)
+"""The first dimensions of a note: int16[*_NOTE, n] for n tensors, the place of each in the message, and whether it
+overlaps with another one. A message whose last tensor looks like a note gets one itself."""
+
+
+def fold(tensors: Sequence[Tensor], known: Collection[int]) -> Sequence[Tensor]:
+    """The message of these tensors, of which there is more than one.
+
+    Args:
+        known: the memory (``memory_of``) of tensors that overlapped with others when they were received.
+    """
+    memories = list(map(memory_of, tensors))
+    if len(set(memories)) == len(memories) and not known and not _is_note(tensors[-1]):
+        return tensors
+    sent: list[Tensor] = []
+    places = []
+    for tensor in tensors:
+        places.append(next((n for n, other in enumerate(sent) if other is tensor), len(sent)))
+        if places[-1] == len(sent):
+            sent.append(tensor)
+    flags = [any(_shared(one, other, known) for other in sent if other is not one) for one in sent]
+    if len(sent) == len(tensors) and not any(flags) and not _is_note(tensors[-1]):
+        return tensors
+    note = torch.tensor([places, [flags[place] for place in places]], dtype=torch.int16, device=sent[0].device)
+    return *sent, note.view(*_NOTE, len(tensors))
+
+
+def unfold(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int], frozenset[int]] | None:
+    """Of a message with a note: what was sent, the place there of each tensor, and the places of those that overlap."""
+    if len(tensors) < 2 or not _is_note(tensors[-1]):
+        return None
+    places, flags = tensors[-1].flatten(0, 5)[0].tolist()
+    return tensors[:-1], places, frozenset(place for place, flag in zip(places, flags, strict=True) if flag)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same for all views of the same memory."""
+    return storage_id(tensor.untyped_storage())  # not the address: a subclass that wraps other tensors has none
+
+
+def _is_note(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.int16 and tensor.shape[:-1] == _NOTE
+
+
+def _shared(one: Tensor, other: Tensor, known: Collection[int]) -> bool:
+    memory, its = memory_of(one), memory_of(other)
+    return (memory in known and its in known) or (memory == its and overlap(one, other))
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one storage have an element in common, or a part of one."""
+    if one.itemsize != other.itemsize:
+        return bool(one.numel() and other.numel())  # a tensor as another dtype: nearly always the same bytes
+    first = min(one.storage_offset(), other.storage_offset())
+    return _overlap(
+        one.shape, one.stride(), one.storage_offset() - first, other.shape, other.stride(),
+        other.storage_offset() - first,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _overlap(
+    shape: Sequence[int], strides: Sequence[int], begin: int, other: Sequence[int], its_strides: Sequence[int],
+    its_begin: int,
+) -> bool:  # fmt: skip
+    if 0 in shape or 0 in other:
+        return False
+    ends = [
+        at + 1 + sum((size - 1) * stride for size, stride in zip(sizes, steps, strict=True))
+        for at, sizes, steps in ((begin, shape, strides), (its_begin, other, its_strides))
+    ]
+    if ends[0] <= its_begin or ends[1] <= begin:
+        return False
+    elements = torch.zeros(max(ends), dtype=torch.bool)
+    elements[torch.arange(max(ends)).as_strided(shape, strides, begin)] = True  # a write to it may not overlap itself
+    return bool(elements.as_strided(other, its_strides, its_begin).any())
