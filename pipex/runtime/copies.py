@@ -17,7 +17,7 @@ from pipex.errors import UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime import tied
-from pipex.torch_internals import storage_id
+from pipex.runtime.aliases import memory_of, overlap
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _refuse_overlaps(held: Iterable[_Held], placement: Placement) -> None:
     by_storage: dict[int, list[tuple[int, int, _Held]]] = {}
     for one in held:
         if _has_bytes(one.tensor):
-            by_storage.setdefault(storage_id(one.tensor.untyped_storage()), []).append((*_extent(one.tensor), one))
+            by_storage.setdefault(memory_of(one.tensor), []).append((*_extent(one.tensor), one))
     for together in by_storage.values():
         together.sort(key=lambda placed: placed[0])
         for position, (_, end, one) in enumerate(together):
@@ -93,7 +93,7 @@ def _refuse_overlaps(held: Iterable[_Held], placement: Placement) -> None:
                     break
                 ranks = {placement.rank_of(stage) for stage in (*one.stages, *other.stages)}
                 written = isinstance(one.tensor, nn.Parameter) or isinstance(other.tensor, nn.Parameter)
-                if written and len(ranks) > 1 and _overlap(one.tensor, other.tensor):
+                if written and len(ranks) > 1 and overlap(one.tensor, other.tensor):
                     raise UnsupportedModule(
                         f"{one.called} and {other.called} share memory, but not a rank",
                         got="two tensors that are updated apart from each other",
@@ -107,13 +107,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     begin = int(tensor.storage_offset())
     last = begin + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin * tensor.itemsize, (last + 1) * tensor.itemsize
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage, whose extents overlap, have an element in common: columns of one matrix, say,
-    have none. Of different dtypes they count as having one."""
-    if one.itemsize != other.itemsize:
-        return True
-    used = torch.zeros(max(_extent(one)[1], _extent(other)[1]) // one.itemsize, dtype=torch.bool)
-    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
