@@ -244,8 +244,9 @@ def test_a_sender_keeps_the_messages_of_its_slots_alive_and_no_more(run: Callabl
         for microbatch in range(9):
             buffer = Buffer(array("f", [microbatch] * 1000).tobytes())
             buffers.append(weakref.ref(buffer))
-            links.senders[0, 1, "activation"].send(1, microbatch, [torch.frombuffer(buffer, dtype=torch.float32)])
-            del buffer
+            tensor = torch.frombuffer(buffer, dtype=torch.float32).requires_grad_()  # without it would be a copy
+            links.senders[0, 1, "activation"].send(1, microbatch, [tensor])
+            del buffer, tensor
             alive.append([number for number, reference in enumerate(buffers) if reference() is not None])
         assert alive == [[0], *([number - 1, number] for number in range(1, 9))]
         world.exchange(b"")
