@@ -25,7 +25,7 @@ import pipex
 from pipex.errors import InputError, MessageMismatch
 from pipex.transport.device import DeviceReceiver, DeviceSender, DeviceWorld
 from pipex.transport.header import DTYPES, as_sent
-from pipex.transport.interface import EdgeSpec, TensorForm
+from pipex.transport.interface import EdgeKind, EdgeSpec, TensorForm
 
 DIGEST = bytes(range(16))
 SECONDS = 15.0  # that a stress may take
@@ -34,12 +34,15 @@ Ends = list[tuple[DeviceSender, DeviceReceiver]]
 
 
 @contextmanager
-def edges(world: DeviceWorld, count: int = 1, slots: int = 1, alive: int = 1, warm: int = 1 << 15) -> Iterator[Ends]:
-    """So many edges to the other rank and from it, all open at once; nothing else is. Messages of up to ``warm`` bytes
-    go from device to device: the first ones, through host memory, have gone already."""
+def edges(
+    world: DeviceWorld, count: int = 1, slots: int = 1, alive: int = 1, warm: int = 1 << 15,
+    kind: EdgeKind = "activation",
+) -> Iterator[Ends]:  # fmt: skip
+    """So many edges to the other rank, of this kind, and from it, all open at once; nothing else is. Messages of up to
+    ``warm`` bytes go from device to device: the first ones, through host memory, have gone already."""
     specs = []
     for i in range(count):
-        specs.append(EdgeSpec(2 * i, 2 * i + 1, "activation", 0, 1, slots, alive))
+        specs.append(EdgeSpec(2 * i, 2 * i + 1, kind, 0, 1, slots, alive))
         specs.append(EdgeSpec(2 * i + 1, 2 * i, "gradient", 1, 0, slots, alive))
     links = world.open(specs, DIGEST)
     ends = list(zip(links.senders.values(), links.receivers.values(), strict=True))
@@ -113,7 +116,8 @@ def stress(world: DeviceWorld, gpu: Machine, streams: Sequence[Any]) -> str:
         with gpu.on(stream):
             gpu.stamp(tensor, SCRIBBLE)
 
-    with edges(world, slots=gpu.scale.window, alive=3) as ((sender, receiver),):
+    # No activations: where these need no gradient torch copies them, at once on the simulated driver.
+    with edges(world, slots=gpu.scale.window, alive=3, kind="gradient") as ((sender, receiver),):
         for message in range(gpu.scale.messages):
             if message % 1000 == 0:
                 elapsed = world.exchange(str(time.monotonic() - begin).encode())
