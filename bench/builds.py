@@ -1,6 +1,6 @@
 """A benchmark of two builds of pipex by turns, such as this one and the one before a change.
 
-    pip install --no-deps --target=before pipex@...
+    pip install --no-deps --target=before CHECKOUT
     python -m pipex.bench.builds before step --shapes 64x4
 
 Every round runs ``pipex bench BENCHMARK --json OPTIONS...`` once in each build, the other build first in every second
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -54,9 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(build: Path, arguments: Sequence[str]) -> Figures:
     done = subprocess.run(
-        [sys.executable, "-m", "pipex", "bench", *arguments], cwd=build,  # where -m looks first
-        env={**os.environ, "PYTHONPATH": str(build)}, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pipex", "bench", *arguments],
+        cwd=build,  # where -m looks first
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return figures(json.loads(done.stdout.splitlines()[-1])["rows"])
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pipex.errors import MessageMismatch
 from pipex.torch_internals import storage_id
 
 _NOTE = (1, 1, 1, 1, 1, 1, 2)
@@ -47,10 +48,19 @@ def fold(tensors: Sequence[Tensor], known: Collection[int]) -> Sequence[Tensor]:
 
 
 def unfold(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int], frozenset[int]] | None:
-    """Of a message with a note: what was sent, the place there of each tensor, and the places of those that overlap."""
+    """Of a message with a note: what was sent, the place there of each tensor, and the places of those that overlap.
+
+    Raises:
+        MessageMismatch: the note is not of these tensors.
+    """
     if len(tensors) < 2 or not _is_note(tensors[-1]):
         return None
     places, flags = tensors[-1].flatten(0, 5)[0].tolist()
+    if set(places) != set(range(len(tensors) - 1)):
+        raise MessageMismatch(
+            "a message says of its tensors what cannot be", got=f"places {places}",
+            needed=f"each of 0 to {len(tensors) - 2}", fix="use one version of pipex on all ranks",
+        )  # fmt: skip
     return tensors[:-1], places, frozenset(place for place, flag in zip(places, flags, strict=True) if flag)
 
 

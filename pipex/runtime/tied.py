@@ -19,7 +19,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from pipex.errors import UnsupportedModule
+from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage, tied
 from pipex.torch_internals import hooks_of, post_accumulate_hooks
 
@@ -168,5 +168,16 @@ def packed(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
 
 
 def unpacked(tensor: Tensor, parameter: nn.Parameter) -> Tensor | None:
-    """The gradient that was packed."""
-    return tensor if tensor.shape == parameter.shape else None
+    """The gradient that was packed.
+
+    Raises:
+        MessageMismatch: it is that of a parameter of another shape.
+    """
+    if tensor.shape == parameter.shape:
+        return tensor
+    if tensor.shape == (0,):
+        return None
+    raise MessageMismatch(
+        "a tied parameter has another shape on another rank", got=f"a gradient of shape {list(tensor.shape)}",
+        needed=f"{list(parameter.shape)}", fix="replace a tied parameter on all ranks alike",
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipex
-from pipex.errors import PeerFailed, UnsupportedModule
+from pipex.errors import MessageMismatch, PeerFailed, UnsupportedModule
 from pipex.runtime.aliases import fold, overlap, unfold
 from pipex.transport.header import copied
 
@@ -230,6 +230,13 @@ def test_a_tensor_that_looks_like_a_note_is_none() -> None:
     found = unfold(fold(tensors, ()))
     assert found is not None
     assert all(map(torch.equal, found[0], tensors))
+
+
+@pytest.mark.parametrize("sent", [(torch.ones(1),), (torch.ones(1),) * 2])
+def test_a_note_of_other_tensors_is_named(sent: tuple[Tensor, ...]) -> None:
+    note = fold((torch.ones(1),) * 2, ())[-1]  # of one tensor that is two
+    with pytest.raises(MessageMismatch, match="says of its tensors what cannot be; got places"):
+        unfold((torch.zeros(1), *sent, note))
 
 
 def test_overlap_is_told_by_elements() -> None:

@@ -73,6 +73,21 @@ def train(family: str, clip_norm: float | None, calls: int) -> Found:
     return found_in(pipe, losses)
 
 
+def accumulate_by_hand(model: nn.Sequential, main: dict[str, nn.Parameter], step: int) -> float:
+    x, y = data(step)
+    summed = torch.zeros(())
+    for a, b in zip(x.split(2), y.split(2), strict=True):
+        loss = nn.functional.mse_loss(model(a), b) * 0.25
+        loss.backward()
+        summed = summed + loss.detach()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            so_far = main[name].grad
+            main[name].grad = parameter.grad.float() if so_far is None else so_far + parameter.grad.float()
+            parameter.grad = None
+    return summed.item()
+
+
 def by_hand(clip_norm: float | None, calls: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     model = layers()
     parameters = dict(model.named_parameters())
@@ -81,19 +96,7 @@ def by_hand(clip_norm: float | None, calls: int) -> tuple[list[float], dict[str,
     losses = []
     for step in range(STEPS):
         for call in range(calls):
-            x, y = data(10 * step + call)
-            summed = torch.zeros(())
-            for a, b in zip(x.split(2), y.split(2), strict=True):
-                loss = nn.functional.mse_loss(model(a), b) * 0.25
-                loss.backward()
-                summed = summed + loss.detach()
-                for name, parameter in parameters.items():
-                    assert parameter.grad is not None
-                    gradient = parameter.grad.float()
-                    so_far = main[name].grad
-                    main[name].grad = gradient if so_far is None else so_far + gradient
-                    parameter.grad = None
-            losses.append(summed.item())
+            losses.append(accumulate_by_hand(model, main, 10 * step + call))
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(main.values(), clip_norm)
         optimizer.step()
@@ -340,21 +343,6 @@ def test_what_is_done_to_gradients_between_the_halves_is_stepped_by(change: str,
     for name, weight in zip(held, weights, strict=True):
         assert torch.equal(held[name], parameters[name]), name
         assert torch.equal(weight, main[name]), name
-
-
-def accumulate_by_hand(model: nn.Sequential, main: dict[str, nn.Parameter], step: int) -> float:
-    x, y = data(step)
-    summed = torch.zeros(())
-    for a, b in zip(x.split(2), y.split(2), strict=True):
-        loss = nn.functional.mse_loss(model(a), b) * 0.25
-        loss.backward()
-        summed = summed + loss.detach()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            so_far = main[name].grad
-            main[name].grad = parameter.grad.float() if so_far is None else so_far + parameter.grad.float()
-            parameter.grad = None
-    return summed.item()
 
 
 SETTERS = {

@@ -450,15 +450,20 @@ def handing() -> list[nn.Module]:
     return [lin(), Handing(), Taking()]
 
 
-def train_handing(family: str) -> list[list[str | None]]:
-    """With an I and its W apart in the middle, as only a first stage has them together."""
-    pipe = pipex.Pipeline(handing(), pipex.build(family, 3, 6), F.mse_loss, optimizer=optimizer)
+def digests_of_two_steps(pipe: pipex.Pipeline) -> list[list[str | None]]:
+    """Of the gradients of this rank's stage, in each step."""
     (stage,) = pipe.local_stages
     seen: list[list[str | None]] = []
     pipe.optimizer.register_step_pre_hook(lambda *_: seen.append([digest(p.grad) for p in stage.parameters()]))
     for step in (1, 2):
         pipe.step(*BATCH(step))
     return seen
+
+
+def train_handing(family: str) -> list[list[str | None]]:
+    """With an I and its W apart in the middle, as only a first stage has them together."""
+    pipe = pipex.Pipeline(handing(), pipex.build(family, 3, 6), F.mse_loss, optimizer=optimizer)
+    return digests_of_two_steps(pipe)
 
 
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1", "zb-h2"])
@@ -487,12 +492,7 @@ def with_penalty() -> tuple[nn.Sequential, Callable[[Tensor, Tensor], Tensor]]:
 def train_with_penalty(family: str) -> list[list[str | None]]:
     model, loss = with_penalty()
     pipe = pipex.Pipeline(pipex.split_model(model, 2), pipex.build(family, 2, 3), loss, optimizer=optimizer)
-    (stage,) = pipe.local_stages
-    seen: list[list[str | None]] = []
-    pipe.optimizer.register_step_pre_hook(lambda *_: seen.append([digest(p.grad) for p in stage.parameters()]))
-    for step in (1, 2):
-        pipe.step(*BATCH(step))
-    return seen
+    return digests_of_two_steps(pipe)
 
 
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1", "zb-h2"])

@@ -20,7 +20,8 @@ from random_models import digest
 from torch import Tensor, nn
 
 import pipex
-from pipex.errors import PipexError, UnsupportedModule
+from pipex.errors import MessageMismatch, PipexError, UnsupportedModule
+from pipex.runtime.tied import packed, unpacked
 
 PLACES = [pytest.param("looped-bfs", 1, id="one rank"), pytest.param("1f1b", 2, id="two ranks"),
           pytest.param("zb-h1", 2, id="two ranks, split")]  # fmt: skip
@@ -462,3 +463,12 @@ def test_parameters_that_are_apart_in_one_buffer_train_as_in_torch(ranks: int) -
     update = sgd(model.parameters())
     losses = [plain_step(model, update, step) for step in range(2)]
     assert_plain(host_world.launch(train_model, ranks, args=(views_of_one_buffer,)), model, losses)
+
+
+def test_a_gradient_of_another_shape_is_named() -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    gradient = torch.ones(2, 3)
+    assert unpacked(packed(gradient, parameter), parameter) is gradient
+    assert unpacked(packed(None, parameter), parameter) is None
+    with pytest.raises(MessageMismatch, match=r"got a gradient of shape \[3\]; needed \[2, 3\]"):
+        unpacked(torch.ones(3), parameter)
