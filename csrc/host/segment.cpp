@@ -19,7 +19,6 @@ namespace pipex {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x31676573'78657069;  // "ipexseg1"
-constexpr std::size_t kHeaderBytes = 128;              // keeps data() aligned to two cache lines
 constexpr const char* kOpening = "shared memory of another rank cannot be opened";
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
@@ -27,7 +26,7 @@ struct Header {
   std::uint64_t magic;
   std::array<std::uint8_t, 16> nonce;
 };
-static_assert(sizeof(Header) <= kHeaderBytes);
+static_assert(sizeof(Header) <= Segment::kHeaderBytes);
 
 NamedError out_of_memory(std::size_t bytes, const std::string& got) {
   return {"OutOfSharedMemory", "shared memory between ranks cannot be allocated", got, std::to_string(bytes) + " bytes",

@@ -23,6 +23,9 @@ static_assert(sizeof(Address) == 32, "an address crosses processes as 32 bytes")
 /// A mapped memfd, sealed against any change of size: no peer can turn an access into SIGBUS.
 class Segment {
  public:
+  /// Before data(), which it keeps aligned to two cache lines.
+  static constexpr std::size_t kHeaderBytes = 128;
+
   /// Makes a segment with `bytes` of zeroed, really allocated memory. Throws OutOfSharedMemory, or InputError where
   /// this process has no file descriptor left.
   static Segment create(std::size_t bytes);

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipex import _native
 from pipex.errors import NativeUnavailable, OutOfDeviceMemory
-from pipex.transport.header import check_memory, copied, describe, edge_header, mismatch
+from pipex.transport.header import copied, describe, edge_header, mismatch
 from pipex.transport.host import TIMEOUT, Forms, HostLinks, HostRun, HostWorld, Tables
 from pipex.transport.interface import Buffers, EdgeSpec, Links, Orders, TensorForm
 from pipex.transport.opening import exchange_offers
@@ -215,7 +215,7 @@ class DeviceSender:
 
     def __init__(self, world: DeviceWorld, spec: EdgeSpec, ring: _native.DeviceRingSender) -> None:
         self._world, self._spec, self._ring = world, spec, ring
-        self._forms = Forms()
+        self._forms = Forms(spec, world.device)
 
     @property
     def buffers(self) -> Buffers:
@@ -223,8 +223,7 @@ class DeviceSender:
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
         world, ring, stream = self._world, self._ring, self._world.stream
-        check_memory(self._spec, tensors, world.device)
-        form, sent = self._forms.of(tensors)
+        form, sent, _ = self._forms.of(tensors)
         try:
             if ring.fits(form, stream):
                 if self._spec.kind == "activation":
@@ -249,7 +248,8 @@ class DeviceReceiver:
         world, tables, stream = self._world, self._tables, self._world.stream
         try:
             seen, capsules = self._take(stream, step, microbatch)
-            tables.learn(seen)
+            if seen is not None:
+                tables.learn(seen)
             if capsules is None:  # more are kept than the plan says: this message gets memory of its own
                 found = [strided(tensor, world.device) for tensor in tables.form]
                 self._ring.receive_into([tensor.data_ptr() for tensor in found], stream, step, microbatch)

@@ -141,15 +141,21 @@ def read_table(table: bytes) -> tuple[Form, tuple[int, ...]]:
     return tuple(form), tuple(offsets)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether shape and strides say where a tensor's elements lie."""
+    return tensor.layout is _DENSE and not tensor.is_nested
+
+
 def check_memory(spec: EdgeSpec, tensors: Sequence[Tensor], device: torch.device) -> None:
     """
     Raises:
         InputError: a tensor's values do not lie in memory of the ``device``, which the edge sends from.
     """
     for tensor in tensors:
-        if tensor.layout is not _DENSE:
+        if not is_dense(tensor):
+            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
             raise InputError(
-                f"a tensor for the {spec} is not dense", got=f"layout {tensor.layout}", needed="torch.strided",
+                f"a tensor for the {spec} is not dense", got=got, needed="torch.strided",
                 fix="use sparse=False in an embedding whose weight is in stages of several ranks, or to_dense()",
             )  # fmt: skip
         if tensor.device != device:

@@ -222,35 +222,44 @@ class HostLinks:
         self.rings.clear()
 
 
-_Key = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, bool], ...]
-"""What the form of a message depends on."""
-
-
 class Forms:
     """The forms in which an end of an edge has sent messages, most of which have the same one."""
 
     MOST = 256
     """known at once: shapes may differ in every step of a long run"""
 
-    def __init__(self) -> None:
-        # With each, whether too much lies between elements, and whether torch may have left something to the reader.
-        self._known: dict[_Key, tuple[_native.MessageForm, bool, bool]] = {}
+    def __init__(self, spec: EdgeSpec, device: torch.device) -> None:
+        self._spec, self._device = spec, device
+        # By what it depends on, four things of each tensor. With each form, whether too much lies between elements, and
+        # whether torch may have left something to the reader.
+        self._known: dict[tuple[object, ...], tuple[_native.MessageForm, bool, bool]] = {}
 
-    def of(self, tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, Sequence[Tensor]]:
-        """The form of a message, and its tensors as their bytes can cross.
+    def of(self, tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, Sequence[Tensor], list[int]]:
+        """The form of a message, its tensors as their bytes can cross, and where those lie.
 
         Raises:
-            InputError: as ``header.pack_table``.
+            InputError: as ``header.check_memory`` and ``header.pack_table``.
         """
-        key = tuple([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors])
+        key: tuple[object, ...] = ()
+        places = []
+        try:
+            for t in tensors:  # one loop: two comprehensions and a tuple of tuples take 40 % longer
+                if t.device != self._device:
+                    check_memory(self._spec, tensors, self._device)
+                key += (t.shape, t.stride(), t.dtype, t.requires_grad)
+                places.append(t.data_ptr())
+        except RuntimeError:  # of a tensor that is not dense
+            check_memory(self._spec, tensors, self._device)
+            raise
         form, spread, maybe_lazy = self._known.get(key) or self._learn(key, tensors)
         if not spread and not (maybe_lazy and any(t.is_neg() or t.is_conj() for t in tensors)):
-            return form, tensors
+            return form, tensors, places
         sent = [as_sent(tensor) for tensor in tensors]
         wanted = zip(form_of(sent), tensors, strict=True)
-        return _native.MessageForm(*pack_table([replace(s, wants_gradient=t.requires_grad) for s, t in wanted])), sent
+        form = _native.MessageForm(*pack_table([replace(s, wants_gradient=t.requires_grad) for s, t in wanted]))
+        return form, sent, [t.data_ptr() for t in sent]
 
-    def _learn(self, key: _Key, tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, bool, bool]:
+    def _learn(self, key: tuple[object, ...], tensors: Sequence[Tensor]) -> tuple[_native.MessageForm, bool, bool]:
         form = form_of(tensors)
         spread = any(is_spread(tensor) for tensor in tensors)
         # A conjugation or, seen through .imag, a negation, which has a stride of 2 at least or one element.
@@ -266,17 +275,16 @@ class HostSender:
 
     def __init__(self, world: HostWorld, spec: EdgeSpec, ring: _native.RingSender) -> None:
         self._world, self._spec, self._ring = world, spec, ring
-        self._forms = Forms()
+        self._forms = Forms(spec, _MEMORY)
 
     @property
     def buffers(self) -> Buffers:
         return Buffers(self._ring.nbytes, self._ring.grown)
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        check_memory(self._spec, tensors, _MEMORY)
-        form, sent = self._forms.of(tensors)
+        form, _sent, places = self._forms.of(tensors)  # the places are those of tensors that may be new
         try:
-            self._ring.send(form, [tensor.data_ptr() for tensor in sent], step, microbatch)
+            self._ring.send(form, places, step, microbatch)
         except _native.Aborted as ending:
             raise self._world.peer_error(ending) from None
 
@@ -285,34 +293,40 @@ class Tables:
     """What has arrived at an end of an edge, most of it in the same form."""
 
     def __init__(self) -> None:
-        self.form: Form = ()
-        self._finish: list[tuple[torch.dtype | None, bool]] = []
+        self._form: Form = ()
+        self._plain = False  # nothing is left to do to the tensors
         self._problem: MessageMismatch | None = None  # of the last table: it is told only once
 
-    def learn(self, seen: tuple[bytes, int] | None) -> None:
-        """Takes the table of a message, where it is another than that of the message before it.
+    @property
+    def form(self) -> Form:
+        """Of the last message.
 
         Raises:
             MessageMismatch: no pipex writes such a table.
         """
-        if seen is not None:
-            try:
-                self.form, _ = read_table(seen[0])
-                self._problem = None
-            except MessageMismatch as error:
-                self._problem = error
-            self._finish = [(t.dtype if t.dtype in AS_BYTES else None, t.wants_gradient) for t in self.form]
         if self._problem is not None:
             raise self._problem
+        return self._form
+
+    def learn(self, seen: tuple[bytes, int]) -> None:
+        """Takes the table of a message, where it is another than that of the message before it."""
+        try:
+            self._form, _ = read_table(seen[0])
+            self._problem = None
+        except MessageMismatch as error:
+            self._problem = error
+        self._plain = self._problem is None and not any(t.dtype in AS_BYTES or t.wants_gradient for t in self._form)
 
     def tensors(self, capsules: Sequence[object]) -> tuple[Tensor, ...]:
-        """The tensors of a message of the learned form."""
+        """The tensors of a message of the learned form. Raises as ``form``."""
+        if self._plain:
+            return tuple(map(from_dlpack, capsules))
         tensors = []
-        for capsule, (view, wanted) in zip(capsules, self._finish, strict=True):
+        for capsule, form in zip(capsules, self.form, strict=True):
             tensor = from_dlpack(capsule)
-            if view is not None:
-                tensor = tensor.view(view)
-            tensors.append(tensor.requires_grad_() if wanted else tensor)
+            if tensor.dtype is not form.dtype:
+                tensor = tensor.view(form.dtype)
+            tensors.append(tensor.requires_grad_() if form.wants_gradient else tensor)
         return tuple(tensors)
 
 
@@ -330,5 +344,6 @@ class HostReceiver:
             raise self._world.peer_error(ending) from None
         except _native.HeaderMismatch as error:
             raise mismatch(self._spec, *map(describe, error.args)) from None
-        self._tables.learn(seen)
+        if seen is not None:
+            self._tables.learn(seen)
         return self._tables.tensors(capsules)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipex.transport.header import as_sent
+from pipex.transport.header import as_sent, is_dense
 from pipex.transport.interface import Buffers, EdgeKind, Links, Receiver, Sender, form_of
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class StagedSender:
         return self._sender.buffers
 
     def send(self, step: int, microbatch: int, tensors: Sequence[Tensor]) -> None:
-        copies = [to(t, CPU).requires_grad_(t.requires_grad) if t.layout == torch.strided else t for t in tensors]
+        copies = [to(t, CPU).requires_grad_(t.requires_grad) if is_dense(t) else t for t in tensors]
         self._sender.send(step, microbatch, copies)  # which refuses by name what is not dense
 
 
