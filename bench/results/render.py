@@ -17,7 +17,7 @@ BEGIN, END = "<!-- figures: written by bench/results/render.py -->\n", "<!-- end
 # bench -> (what a row says, provider, figure, unit, figure of the comparison, what it compares with)
 COLUMNS = {
     "p2p": ("message of {case} between two processes", "host", "p50_us", "µs", "ratio", "Gloo ÷ pipex"),
-    "step": ("overhead per action, {case}", "pipex", "overhead_us_per_action", "µs", "overhead_ratio",
+    "step": ("what an action costs beside its work, {case}", "pipex", "net_us_per_action", "µs", "net_ratio",
              "torch.distributed.pipelining ÷ pipex"),
     "overlap": ("step, {case} ({exposed_share:.1%} of its actions' time is messages that nothing hides)", "pipex",
                 "p50_us", "µs", "ratio", "torch.distributed.pipelining ÷ pipex"),
@@ -42,7 +42,8 @@ def table() -> str:
         for row in result["rows"]:
             if row["provider"] == provider:
                 value = f"{row[figure]:,.1f} {unit}" if row[figure] < 100 else f"{row[figure]:,.0f} {unit}"
-                lines.append(f"| {text.format(**row)} | {value} | {peer} | {row[comparison]:.2g} × |")
+                ratio = "" if row[comparison] is None else f"{row[comparison]:.2g} ×"  # too small a figure to tell
+                lines.append(f"| {text.format(**row)} | {value} | {peer} | {ratio} |")
     places = "; ".join(f"{', '.join(benches)} on {where}" for where, benches in machines.items())
     lines += [
         "",
