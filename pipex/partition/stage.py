@@ -74,6 +74,10 @@ class Stage(nn.Module):
                 )  # fmt: skip
         return named
 
+    def called(self, path: str) -> str:
+        """The model's name of what stands at a path in the layers."""
+        return self._canonical.get(path) or self._name_of_new(path)
+
     def _name_of_new(self, path: str) -> str:
         """By the canonical name of the nearest module around it that was there when the model was split."""
         module, rest = path, ""

@@ -84,31 +84,37 @@ def save(
 
 
 def load(
-    world: World, stages: Sequence[Stage], model: Sequence[Stage], optimizer: Optimizer | None,
-    objects: Mapping[str, state.Stateful], directory: str | os.PathLike[str],
-    main: Mapping[str, Tensor],
+    world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
+    directory: str | os.PathLike[str], main: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Any]] | str:  # fmt: skip
     """Every rank reads its part; when all have, each puts it in place.
 
     Args:
         stages: those of this rank.
-        model: all; only shapes and dtypes of their tensors are read.
 
     Returns:
         the optimizer steps that were done, and the ``meta`` that was saved; or what is wrong (there is no checkpoint,
         it is damaged, or of another model), the same on every rank, and nothing has changed.
     """
+    names: dict[str, Tensor] = {}
     identity = error = ""
     meta: Any = None
     restores: list[state.Restore] = []
+    try:
+        names = names_of(stages)
+    except CheckpointError as failure:
+        error = str(failure)
+    said = share(world, "load", [state.forms_of(names), error])
+    if problem := _together([text for _, text in said]):
+        return problem
+    model = {name: form for forms, _ in said for name, form in forms.items()}
     try:
         checkpoint = state.Checkpoint.open(Path(directory))
         identity = f"step {checkpoint.step} ({checkpoint.identity})"
         meta = checkpoint.meta.get("pipex")
         if not isinstance(meta, dict):
             raise CheckpointError(f"{directory} was not saved by a pipeline")
-        names = names_of(stages)
-        state.check_model(checkpoint, names_of(model))
+        state.check_model(checkpoint, model)
         restores.append(state.read_model_state(checkpoint, names))
         if optimizer is not None:
             restores.append(state.read_optimizer_state(checkpoint, optimizer, {**names, **main}))
@@ -119,10 +125,8 @@ def load(
     except CheckpointError as failure:
         error = str(failure)
     said = share(world, "load", [identity, error])
-    errors = [text for _, text in said]
-    if any(errors):
-        alike = len(set(errors)) == 1
-        return errors[0] if alike else "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+    if problem := _together([text for _, text in said]):
+        return problem
     if other := next((rank for rank, (theirs, _) in enumerate(said) if theirs != said[0][0]), None):
         return (
             f"the ranks find different checkpoints in {directory}; "
@@ -132,6 +136,13 @@ def load(
     for restore in restores:
         restore()
     return checkpoint.step, meta
+
+
+def _together(errors: Sequence[str]) -> str:
+    """The ranks' errors, in rank order, in one; empty if none of them has one."""
+    if len(set(errors)) == 1:
+        return errors[0]
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
 
 
 def _put(values: Mapping[Tensor, Tensor]) -> None:

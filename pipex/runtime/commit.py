@@ -21,35 +21,25 @@ class Gradients:
         world: the ranks.
         rank_of: rank of each stage.
         trainables: this rank's parameters.
+        edges: over which the accumulators of tied ones travel.
     """
 
-    def __init__(self, world: World, rank_of: Sequence[int], trainables: Trainables) -> None:
+    def __init__(self, world: World, rank_of: Sequence[int], trainables: Trainables, edges: Sequence[EdgeSpec]) -> None:
         self._world = world
         self._rank_of = rank_of
         self._trainables = trainables
+        self.edges = edges
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """This rank's parameters that are not frozen."""
         return self._trainables.trained
 
-    def edges(self) -> list[EdgeSpec]:
-        """The edges over which tied accumulators travel: from every holder to every holder on another rank."""
-        together = set()
-        for tie in self._trainables.ties:
-            for source in tie.stages:
-                for destination in tie.stages:
-                    if self._rank_of[source] != self._rank_of[destination]:
-                        together.add((source, destination))
-        return [
-            EdgeSpec(s, d, "tied", self._rank_of[s], self._rank_of[d], slots=1, alive=1) for s, d in sorted(together)
-        ]
-
     def reduce_ties(self, step: int, links: Links) -> None:
         """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None
         where none of them has one."""
         rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
-        edges = [edge for edge in self.edges() if self._between(edge.source, edge.destination)]
+        edges = [edge for edge in self.edges if self._between(edge.source, edge.destination)]
         for edge in edges:
             if edge.source_rank == rank:
                 between = self._between(edge.source, edge.destination)
@@ -63,8 +53,7 @@ class Gradients:
                 received.update({(tie.name, edge.source): tied.unpacked(t, p)
                                  for (tie, p), t in zip(between, incoming, strict=True)})  # fmt: skip
         for tie, p in self._trainables.tied:
-            if any(rank_of[s] == rank for s in tie.stages):
-                p.grad = tied.total([own(s, p) if rank_of[s] == rank else received[tie.name, s] for s in tie.stages])
+            p.grad = tied.total([own(s, p) if rank_of[s] == rank else received[tie.name, s] for s in tie.stages])
 
     def _between(self, source: int, destination: int) -> list[tuple[tied.Tie, nn.Parameter]]:
         return [held for held in self._trainables.tied if {source, destination} <= set(held[0].stages)]

@@ -6,7 +6,7 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from pipex.runtime.agreement import compare
 from pipex.runtime.loss import check_total
 from pipex.runtime.update import Update, cleared
 from pipex.transport.interface import World
+
+_TRAINS = "trains something"  # what a rank says and need not be the same on all
 
 
 @dataclass(slots=True)
@@ -44,10 +46,12 @@ class Agreed:
     Attributes:
         samples: of each micro-batch.
         total: what sums of losses are divided by, if it was given.
+        trains: whether anything is to be trained.
     """
 
     samples: Sequence[int]
     total: float | None
+    trains: bool
 
 
 def take(
@@ -89,22 +93,22 @@ def take(
     return given
 
 
-def refuse_training(given: Given, plan: Plan, update: Update, trains: Callable[[], bool]) -> None:
+def refuse_training(given: Given, plan: Plan, update: Update, trains: bool) -> None:
     """Notes why a pipeline cannot train as it is called, if it cannot.
 
     Args:
         update: what comes after.
-        trains: whether anything is to be trained.
+        trains: whether this rank has anything to be trained.
     """
     problem = None
-    given.said["calls of forward_backward since the last update"] = len(update.counts)
+    given.said |= {"calls of forward_backward since the last update": len(update.counts), _TRAINS: trains}
     if plan.update == "never":
         problem = InputError("this pipeline cannot train", got=f"{plan.family}, a plan without a backward",
                              needed="a plan that trains", fix="call evaluate, or build another plan")  # fmt: skip
-    elif update.optimizer is None and trains():
+    elif update.optimizer is None and trains:
         problem = InputError("this pipeline cannot train", got="no optimizer", needed="optimizer=factory",
                              fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
-    elif not torch.is_grad_enabled() and trains():
+    elif not torch.is_grad_enabled() and trains:
         problem = InputError("this pipeline cannot train here", got="a step under no_grad or inference_mode",
                              needed="gradients", fix="call evaluate, or leave that block")  # fmt: skip
     elif update.reduced:
@@ -137,6 +141,7 @@ def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> 
     for rank, said in enumerate(every):
         if "problem" in said:
             raise InputError(f"rank {rank} cannot use what it was given: {said['problem']}")
+    trained = [said.pop(_TRAINS, False) for said in every]
     all_say = compare(every)
     ready, target_ready = all_say["batch ready"], all_say["target ready"]
     if ready is not target_ready:
@@ -149,7 +154,7 @@ def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> 
         if len(samples) != len(others):
             raise InputError("batch and target disagree", got=f"{len(samples)} and {len(others)} micro-batches",
                              needed="as many of both")  # fmt: skip
-        return Agreed(samples, all_say.get("total"))
+        return Agreed(samples, all_say.get("total"), any(trained))
     if samples != others:
         raise InputError("batch and target disagree", got=f"{samples} and {others} samples", needed="the same number")
-    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say.get("total"))
+    return Agreed(microbatch.sizes(samples, min(samples, microbatches)), all_say.get("total"), any(trained))

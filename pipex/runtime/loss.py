@@ -39,14 +39,13 @@ class Loss:
 
     Args:
         function: (output, target) of a micro-batch -> mean, or (sum, count).
-        trains: whether anything in the pipeline is to be trained, so that a loss must have a graph.
         scale: applied to what the backward starts from.
     """
 
-    def __init__(
-        self, function: LossFunction, trains: Callable[[], bool], scale: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.function, self._trains, self._scale = function, trains, scale
+    def __init__(self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.function, self._scale = function, scale
+        self.trains = False
+        """whether anything in the pipeline is to be trained in this step, so that a loss must have a graph"""
         self.total: float | None = None
         """of this step, if it was told: then sums are divided by it before their backward"""
 
@@ -81,7 +80,7 @@ class Loss:
         elif self.total is not None:
             root = value / self.total
         if torch.is_grad_enabled():
-            if not root.requires_grad and self._trains():
+            if not root.requires_grad and self.trains:
                 raise InputError(
                     "the loss does not depend on anything that is trained", got="a loss without a graph",
                     needed="one that autograd can differentiate",

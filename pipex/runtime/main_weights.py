@@ -23,8 +23,7 @@ class MainWeights:
     """The main weights of a rank's parameters.
 
     Args:
-        stages: all stages of the model. Their parameters' gradients become float32 on every rank, so that all agree on
-            the form of a tied one.
+        stages: this rank's, whose parameters' gradients become float32.
         parameters: what this rank's optimizer updates.
     """
 

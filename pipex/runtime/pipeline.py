@@ -17,13 +17,14 @@ import pipex.plan as plans
 from pipex.errors import CheckpointError, PipexError
 from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
-from pipex.partition import Stage, as_stages
+from pipex.partition import Stage, as_stages, without_others
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, intake, microbatch, modes, tied
 from pipex.runtime.agreement import agree, share
 from pipex.runtime.arguments import check_options, check_stages
 from pipex.runtime.commit import Gradients
 from pipex.runtime.copies import said_of_copies
+from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.loss import Loss, LossFunction, of_batch
 from pipex.runtime.main_weights import MainWeights, refuse_main_grad
@@ -100,34 +101,39 @@ class Pipeline:
             plans.validate(plan)
             check_stages(plan, self.world.ranks, stages)
             check_options(loss_fn, optimizer, clip_norm, scaler, seed)
-            self.stages = as_stages(stages)
+            model = as_stages(stages)
             said = {
                 "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
                 "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "optimizer": str(optimizer is not None),
                 "clip_norm": str(clip_norm), "scaler": str(scaler is not None), "main_weights": str(main_weights),
-                "seed": seed, "exact": str(exact), "layers per stage": str([len(s.layers) for s in self.stages]),
+                "seed": seed, "exact": str(exact), "layers per stage": str([len(s.layers) for s in model]),
             }  # fmt: skip
-            agree(self.world, "Pipeline(...)", said | said_of_copies(self.stages, plan.placement, self.world.rank))
-            refuse_main_grad(self.stages)
+            agree(self.world, "Pipeline(...)", said | said_of_copies(model, plan.placement, self.world.rank))
+            refuse_main_grad(model)
             placement, rank, device = plan.placement, self.world.rank, self.world.device
             self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+            self.stages = without_others(model, placement.stages_of(rank))
             self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
-            self._loss = Loss(loss_fn, self._trains, None if scaler is None else scaler.scale)
+            self._loss = Loss(loss_fn, None if scaler is None else scaler.scale)
             self._runners = {
                 s: StageRunner(
                     self.stages[s].to(device), placement, self._loss, self._seeds, exact, accumulators,
-                    watch(self.stages, runnable, s),
+                    watch(model, runnable, s),
                 )
                 for s in placement.stages_of(rank)
             }  # fmt: skip
-            self._trainables = Trainables(self.stages, self._runners, accumulators)
-            self._gradients = Gradients(self.world, self._rank_of, self._trainables)
-            self._main = MainWeights(self.stages, self._trainables.trained) if main_weights else None
+            ties = tied.ties_of(model)
+            elsewhere = Elsewhere(model, self.stages)
+            self._trainables = Trainables(ties, self._runners, accumulators, elsewhere)
+            self._gradients = Gradients(
+                self.world, self._rank_of, self._trainables, tied.edges_between(ties, self._rank_of)
+            )
+            self._main = MainWeights(self.local_stages, self._trainables.trained) if main_weights else None
             self._update = Update(self.world, self._gradients, self.local_stages, self._main, optimizer, clip_norm,
                                   scaler)  # fmt: skip
             orders = plans.communicate(runnable)
-            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges())
+            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges)
             self._times = times_of(self.world.device, observer)
             self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
             self._executor.connect(self._links)
@@ -278,8 +284,9 @@ class Pipeline:
                 pipeline is at an end.
         """
         with self._together():
-            found = checkpoint.load(self.world, self.local_stages, self.stages, self.optimizer, state or {}, directory,
-                                    self._update.main)  # fmt: skip
+            found = checkpoint.load(
+                self.world, self.local_stages, self.optimizer, state or {}, directory, self._update.main
+            )
             if not isinstance(found, str):
                 self.steps, meta = found
                 self._update.loaded()
@@ -335,7 +342,7 @@ class Pipeline:
             given = intake.take(self.world, self.plan.microbatches, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training:
-                intake.refuse_training(given, self.plan, self._update, self._trains)
+                intake.refuse_training(given, self.plan, self._update, bool(self._trainables.trained))
             every = share(self.world, call, {"the pipeline, counted as they were made": self._number, "step": step,
                                              **self._trainables.said, **given.said})  # fmt: skip
         try:
@@ -344,7 +351,7 @@ class Pipeline:
         except PipexError:
             self.world.at(self.steps, Phase.IDLE)
             raise
-        self._loss.total = agreed.total
+        self._loss.total, self._loss.trains = agreed.total, agreed.trains
         count, samples = len(agreed.samples), sum(agreed.samples)
         inputs: Sequence[tuple[Any, ...]] = ()
         targets: Sequence[Any] = ()
@@ -355,9 +362,6 @@ class Pipeline:
             if last and given.target is not None:
                 targets = microbatch.cut(target, given.target, count, self.world.device)
         return StepData(step, inputs, targets, [n / samples for n in agreed.samples])
-
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
 
     def _end(self) -> tuple[float, float | None]:
         """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""

@@ -41,7 +41,7 @@ class OneProcess:
         self._accumulators = tied.Accumulators()
         self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
         self._microbatches = microbatches
-        self._loss = Loss(loss_fn, lambda: bool(self.trained))
+        self._loss = Loss(loss_fn)
         self._counts: list[float | None] = []  # of each forward_backward since the last update
         self._clip_norm = clip_norm
         self._seed = seed
@@ -65,6 +65,7 @@ class OneProcess:
 
     def forward_backward(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """Adds to the gradients; returns the batch's mean loss."""
+        self._loss.trains = bool(self.trained)
         self._accumulators.share({stage.index: list(stage.parameters()) for stage in self.stages})
         losses = []
         for root, loss in self._losses(batch, target, total):
@@ -77,7 +78,7 @@ class OneProcess:
     def reduce_gradients(self) -> None:
         """Leaves the gradients of all calls since the last update, not yet clipped, in ``.grad``."""
         for tie in self._ties:
-            parameter = tied.parameter_of(tie, self.stages)
+            parameter = tied.parameter_of(tie, dict(enumerate(self.stages)))
             parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
         self._accumulators.clear()
         counts = [count for count in self._counts if count is not None]

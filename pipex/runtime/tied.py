@@ -10,10 +10,10 @@ same for all of its uses on a rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage, tied
+from pipex.runtime.elsewhere import Elsewhere
 from pipex.torch_internals import hooks_of, post_accumulate_hooks
+from pipex.transport.interface import EdgeSpec
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,23 @@ def ties_of(stages: Sequence[Stage]) -> list[Tie]:
     return [Tie(name, tuple(holders)) for name, holders in tied(stages).items()]
 
 
-def parameter_of(tie: Tie, stages: Sequence[Stage]) -> nn.Parameter:
-    """The parameter as it is now; users may replace it between steps.
+def edges_between(ties: Sequence[Tie], rank_of: Sequence[int]) -> list[EdgeSpec]:
+    """The edges over which tied accumulators travel: from every holder to every holder on another rank.
+
+    Args:
+        rank_of: rank of each stage.
+    """
+    pairs = {(s, d) for tie in ties for s in tie.stages for d in tie.stages if rank_of[s] != rank_of[d]}
+    return [EdgeSpec(s, d, "tied", rank_of[s], rank_of[d], slots=1, alive=1) for s, d in sorted(pairs)]
+
+
+def parameter_of(tie: Tie, stages: Mapping[int, Stage]) -> nn.Parameter:
+    """The parameter as it is now in those of its stages that are given; users may replace it between steps.
 
     Raises:
         UnsupportedModule: its stages hold several by now.
     """
-    first, *others = (stages[holder].parameter(tie.name) for holder in tie.stages)
+    first, *others = (stages[holder].parameter(tie.name) for holder in tie.stages if holder in stages)
     if any(other is not first for other in others):
         raise UnsupportedModule(
             f"{tie.name} was one parameter of the stages {tie.between} when the pipeline was made",
@@ -82,22 +94,28 @@ def name_in(stage: Stage, parameter: nn.Parameter) -> str:
     return "a parameter"
 
 
-def refuse_new(stages: Sequence[Stage], ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_new(
+    stages: Iterable[Stage], elsewhere: Elsewhere, ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter]
+) -> None:
     """Raises UnsupportedModule if a parameter stands in several stages that were not among the ties.
 
     Args:
+        stages: this rank's.
         parameters: of the ties, by name.
     """
-    known = {id(parameters[tie.name]): tie.stages for tie in ties}
-    holders: dict[int, list[tuple[Stage, nn.Parameter]]] = {}
+    known = {id(parameters[tie.name]): set(tie.stages) for tie in ties if tie.name in parameters}
+    holders: dict[int, dict[int, Callable[[], str]]] = {}  # by stage, its name there
     for stage in stages:
         for parameter in stage.parameters():
-            holders.setdefault(id(parameter), []).append((stage, parameter))
-    for key, ((stage, parameter), *others) in holders.items():
-        indices = stage.index, *(other.index for other, _ in others)
-        if others and indices != known.get(key):
+            holders.setdefault(id(parameter), {})[stage.index] = partial(name_in, stage, parameter)
+    for copy in elsewhere.parameters():
+        if id(copy.parameter) in holders:
+            holders[id(copy.parameter)].setdefault(copy.stage.index, partial(getattr, copy, "name"))
+    for key, names in holders.items():
+        indices = sorted(names)
+        if len(indices) > 1 and not known.get(key, set()).issuperset(indices):
             raise UnsupportedModule(
-                f"{name_in(stage, parameter)} was tied when the model was in stages already",
+                f"{names[indices[0]]()} was tied when the model was in stages already",
                 got=f"one parameter of the stages {', '.join(map(str, indices))}",
                 needed="ties that the pipeline knows of, whose gradients are added",
                 fix="tie parameters first, then cut the model and make the pipeline",

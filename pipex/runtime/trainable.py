@@ -8,33 +8,35 @@ from operator import is_
 from torch import nn
 
 from pipex.errors import UnsupportedModule
-from pipex.partition import Stage
 from pipex.runtime import tied
+from pipex.runtime.elsewhere import Copy, Elsewhere
 from pipex.runtime.stage_runner import StageRunner
-from pipex.torch_internals import parameters_of
 
 
 class Trainables:
     """Args:
-    stages: all stages of the model.
-    runners: those of this rank.
-    accumulators: of the parameters that several of its stages hold; as the runners have them.
+    ties: the model's tied parameters.
+    runners: the stages of this rank.
+    accumulators: of the parameters that several of these hold; as the runners have them.
+    elsewhere: the other ranks' stages.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], runners: Mapping[int, StageRunner], accumulators: tied.Accumulators
-    ) -> None:
-        self._stages, self._runners, self.accumulators = stages, runners, accumulators
-        self.ties = tied.ties_of(stages)
-        """the model's tied parameters, the same list on every rank"""
+        self, ties: Sequence[tied.Tie], runners: Mapping[int, StageRunner], accumulators: tied.Accumulators,
+        elsewhere: Elsewhere,
+    ) -> None:  # fmt: skip
+        self._runners, self.accumulators, self._elsewhere = runners, accumulators, elsewhere
+        self._stages = {stage: runner.stage for stage, runner in runners.items()}
+        self.ties = [tie for tie in ties if not runners.keys().isdisjoint(tie.stages)]
+        """the tied parameters that this rank has, in an order that is the same on every rank"""
         self.said: dict[str, object] = {}
         """what this rank tells the others at the beginning of a step"""
         self._tied: dict[str, nn.Parameter] = {}
+        self._replaced = dict.fromkeys((tie.name for tie in self.ties), -1)  # how often; not by the first
         self._at_begin: set[str] = set()  # names of those that are trained in the step at hand
         self._summed: set[str] = set()  # and in any step since the last update, which adds them up
         self._held: dict[int, list[nn.Parameter]] = {}  # by stage of this rank
         self._here: set[int] = set()  # the ids of these
-        self._elsewhere: list[tuple[Stage, Mapping[str, nn.Parameter | None]]] = []  # of the modules of other ranks
         self.look()
 
     def look(self, training: bool = True) -> None:
@@ -46,35 +48,37 @@ class Trainables:
         """
         for runner in self._runners.values():
             runner.look()
-        self._tied = {tie.name: tied.parameter_of(tie, self._stages) for tie in self.ties}
+        for tie in self.ties:
+            parameter = tied.parameter_of(tie, self._stages)
+            self._replaced[tie.name] += parameter is not self._tied.get(tie.name)
+            self._tied[tie.name] = parameter
         held = {s: runner.survey.parameters for s, runner in self._runners.items()}
         if not all(s in self._held and _same(parameters, self._held[s]) for s, parameters in held.items()):
-            tied.refuse_new(self._stages, self.ties, self._tied)
+            self._elsewhere.look()
+            tied.refuse_new(self._stages.values(), self._elsewhere, self.ties, self._tied)
             self._held = held
             self._here = {id(parameter) for parameters in held.values() for parameter in parameters}
             self.accumulators.share(held)
-            self._elsewhere = [
-                (stage, kept) for stage in self._stages if stage.index not in held
-                for module in stage.layers.modules() if (kept := parameters_of(module))
-            ]  # fmt: skip
-            for _, parameter in self._strays():  # left from before: of no use here, as the parameter is not updated
-                parameter.grad = None
+            for copy in self._strays():  # left from before: of no use here, as the parameter is not updated
+                copy.parameter.grad = None
         self.said = self._trained_ties() if self.ties and training else {}
 
     def _trained_ties(self) -> dict[str, object]:
         """By stages that share them, the names of the tied parameters that are trained: these stages' ranks exchange
         their gradients."""
         self._at_begin.clear()
-        names: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
+        replaced: dict[str, dict[str, int]] = {}
         for tie in self.ties:
             if self._tied[tie.name].requires_grad:
                 tied.refuse_hooks(tie, self._tied[tie.name])
                 self._at_begin.add(tie.name)
-            if not self._held.keys().isdisjoint(tie.stages):
-                trained = names.setdefault(f"which parameters of the stages {tie.between} are trained", [])
-                if tie.name in self._at_begin | self._summed:
-                    trained.append(tie.name)
-        return dict(names)
+            names = trained.setdefault(f"which parameters of the stages {tie.between} are trained", [])
+            if tie.name in self._at_begin | self._summed:
+                names.append(tie.name)
+            times = replaced.setdefault(f"how often parameters of the stages {tie.between} were replaced", {})
+            times[tie.name] = self._replaced[tie.name]
+        return {**trained, **replaced}
 
     def backward_done(self) -> None:
         """Called by every rank when the backwards of a step are done.
@@ -84,10 +88,9 @@ class Trainables:
                 updated, so this would be lost, and was made with the value of the beginning.
         """
         self._summed |= self._at_begin
-        for stage, parameter in self._strays():
+        for copy in self._strays():
             raise UnsupportedModule(
-                f"{tied.name_in(stage, parameter)} got a gradient on a rank without its stage {stage.index}, where it "
-                "would be lost",
+                f"{copy.name} got a gradient on a rank without its stage {copy.stage.index}, where it would be lost",
                 got="a use outside of its stage, as by a penalty over all parameters in the loss, or a backward "
                 "outside of the pipeline",
                 needed="uses by layers that have it among their parameters",
@@ -95,12 +98,11 @@ class Trainables:
                 "of its stage; empty .grad before a step",
             )
 
-    def _strays(self) -> Iterator[tuple[Stage, nn.Parameter]]:
-        """What has a gradient here, though only other ranks train it; with a stage that has it."""
-        for stage, kept in self._elsewhere:
-            for parameter in kept.values():
-                if parameter is not None and parameter.grad is not None and id(parameter) not in self._here:
-                    yield stage, parameter
+    def _strays(self) -> Iterator[Copy]:
+        """What has a gradient here, though only other ranks train it."""
+        for copy in self._elsewhere.parameters():
+            if copy.parameter.grad is not None and id(copy.parameter) not in self._here:
+                yield copy
 
     @property
     def every(self) -> list[nn.Parameter]:
@@ -124,8 +126,8 @@ class Trainables:
 
     @property
     def tied(self) -> list[tuple[tied.Tie, nn.Parameter]]:
-        """The model's tied parameters that were trained in a step since ``forget``, in an order that is the same on
-        every rank; as the ranks have agreed on at its beginning, whatever was frozen since."""
+        """Those of ``ties`` that were trained in a step since ``forget``; as the ranks have agreed on at its beginning,
+        whatever was frozen since."""
         return [(tie, self._tied[tie.name]) for tie in self.ties if tie.name in self._summed]
 
     def forget(self) -> None:

@@ -70,7 +70,7 @@ class Update:
         self._world, self._gradients, self._main = world, gradients, main
         self._stages = stages
         self._clip_norm, self._scaler = clip_norm, scaler
-        self._tied = bool(gradients.edges())
+        self._tied = bool(gradients.edges)
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
         """of each forward_backward so far: what its gradients are to be divided by, or None"""

@@ -16,7 +16,7 @@ Nothing in it is a pickle. Shards can be opened by any safetensors reader; model
 
 from pipex.state.checkpoint import Checkpoint, Restore
 from pipex.state.manifest import ShardInfo
-from pipex.state.model import check_model, model_state, read_model_state
+from pipex.state.model import check_model, forms_of, model_state, read_model_state
 from pipex.state.objects import Stateful, object_state, read_object_state
 from pipex.state.optimizer import optimizer_state, read_optimizer_state
 from pipex.state.save import commit, discard, write_shard
@@ -29,6 +29,7 @@ __all__ = [
     "check_model",
     "commit",
     "discard",
+    "forms_of",
     "model_state",
     "object_state",
     "optimizer_state",

@@ -20,14 +20,19 @@ def model_state(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {PREFIX + name: tensor.detach() for name, tensor in names.items()}
 
 
-def check_model(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> None:
-    """Checks that a checkpoint is one of this model. ``names``: of all stages together; only their forms are used.
+def forms_of(names: Mapping[str, Tensor]) -> dict[str, str]:
+    """The forms of tensors, which are theirs in a checkpoint too."""
+    return {name: form(tensor) for name, tensor in names.items()}
+
+
+def check_model(checkpoint: Checkpoint, forms: Mapping[str, str]) -> None:
+    """Checks that a checkpoint is one of this model. ``forms``: of all stages together.
 
     Raises:
         CheckpointError: lists missing and unexpected names, and differences of shape or dtype.
     """
     saved = {name.removeprefix(PREFIX) for name in checkpoint.tensors if name.startswith(PREFIX)}
-    _compare(checkpoint, names, unexpected=sorted(saved - names.keys()))
+    _compare(checkpoint, forms, unexpected=sorted(saved - forms.keys()))
 
 
 def read_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> Restore:
@@ -37,7 +42,7 @@ def read_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> Res
     Raises:
         CheckpointError: a name is missing, a shape or dtype differs, or a file is damaged.
     """
-    _compare(checkpoint, names, unexpected=[])
+    _compare(checkpoint, forms_of(names), unexpected=[])
     values = checkpoint.load(PREFIX + name for name in names)
 
     def restore() -> None:
@@ -48,13 +53,13 @@ def read_model_state(checkpoint: Checkpoint, names: Mapping[str, Tensor]) -> Res
     return restore
 
 
-def _compare(checkpoint: Checkpoint, names: Mapping[str, Tensor], unexpected: list[str]) -> None:
+def _compare(checkpoint: Checkpoint, forms: Mapping[str, str], unexpected: list[str]) -> None:
     saved = checkpoint.tensors
-    missing = [name for name in names if PREFIX + name not in saved]
+    missing = [name for name in forms if PREFIX + name not in saved]
     different = [
-        f"{name} is {saved[PREFIX + name]}, needed {form(tensor)}"
-        for name, tensor in names.items()
-        if saved.get(PREFIX + name, form(tensor)) != form(tensor)
+        f"{name} is {saved[PREFIX + name]}, needed {needed}"
+        for name, needed in forms.items()
+        if saved.get(PREFIX + name, needed) != needed
     ]
     findings = [("missing", missing), ("unexpected", unexpected), ("different", different)]
     if missing or unexpected or different:

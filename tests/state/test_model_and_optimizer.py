@@ -14,7 +14,7 @@ from pipex.errors import CheckpointError
 from pipex.partition.split import split_model
 from pipex.partition.stage import Stage
 from pipex.state.checkpoint import Checkpoint
-from pipex.state.model import check_model, model_state, read_model_state
+from pipex.state.model import check_model, forms_of, model_state, read_model_state
 from pipex.state.optimizer import optimizer_state, read_optimizer_state
 from pipex.state.save import commit, write_shard
 
@@ -80,7 +80,7 @@ class Run:
 
     def load(self, directory: Path) -> None:
         checkpoint = Checkpoint.open(directory)
-        check_model(checkpoint, names_of(self.stages))
+        check_model(checkpoint, forms_of(names_of(self.stages)))
         for stage in self.stages:
             read_model_state(checkpoint, stage.names)()
         for index, optimizer in self.optimizers.items():
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path:
     checkpoint = Checkpoint.open(tmp_path)
     other = nn.Sequential(nn.Linear(8, 7), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8).double(), nn.Linear(8, 8))
     with pytest.raises(CheckpointError) as caught:
-        check_model(checkpoint, names_of(split_model(other, 2)))
+        check_model(checkpoint, forms_of(names_of(split_model(other, 2))))
     message = str(caught.value)
     assert f"the checkpoint in {tmp_path} is of another model" in message
     assert "unexpected: 5.bias" in message
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path:
 
     deeper = nn.Sequential(*build(0), *[nn.Linear(8, 8) for _ in range(3)])
     with pytest.raises(CheckpointError, match=r"missing: 6\.weight, 6\.bias, 7\.weight, 7\.bias, \.\.\. \(6 in all\)"):
-        check_model(checkpoint, names_of(split_model(deeper, 2)))
+        check_model(checkpoint, forms_of(names_of(split_model(deeper, 2))))
 
 
 def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def check_resume(options: Options, stages: list[Stage]) -> None:
     if options.resume is None:
         return
     checkpoint = state.Checkpoint.open(Path(options.resume))
-    state.check_model(checkpoint, {name: tensor for stage in stages for name, tensor in stage.names.items()})
+    state.check_model(checkpoint, {n: f for stage in stages for n, f in state.forms_of(stage.names).items()})
     saved = checkpoint.meta.get("pipex")
     if saved != describe_run(options):
         raise CheckpointError("the checkpoint is of a run with other options", got=describe_run(options), needed=saved,
