@@ -214,7 +214,7 @@ def gradient_bytes() -> dict[str, int]:
 def test_no_gradient_of_a_mask_is_sent() -> None:
     first, second = host_world.launch(gradient_bytes, 2)
     assert first["activation 0→1"] > 2 * 1000 * 4
-    assert second["gradient 1→0"] < 1000
+    assert second["gradient 1→0"] < 2000
 
 
 def images() -> list[nn.Module]:
