@@ -54,15 +54,14 @@ class _Kept:
         return bare
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
-        if nn.parameter.is_lazy(parameter):
-            return parameter
         if id(parameter) not in self.parameters:
             self.parameters[id(parameter)] = nn.Parameter(_form(parameter), parameter.requires_grad)
         return self.parameters[id(parameter)]
 
     def buffer(self, buffer: Tensor) -> Tensor:
-        return buffer if nn.parameter.is_lazy(buffer) else self.buffers.setdefault(id(buffer), _form(buffer))
+        return self.buffers.setdefault(id(buffer), _form(buffer))
 
 
 def _form(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    shape = (0,) if nn.parameter.is_lazy(tensor) else tensor.shape
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -22,8 +22,8 @@ class Copy(NamedTuple):
     path: str
     parameter: nn.Parameter
 
-    @property
-    def name(self) -> str:
+    def called(self) -> str:
+        """Its name in the model."""
         return self.stage.called(self.path)
 
 

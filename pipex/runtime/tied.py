@@ -110,7 +110,7 @@ def refuse_new(
             holders.setdefault(id(parameter), {})[stage.index] = partial(name_in, stage, parameter)
     for copy in elsewhere.parameters():
         if id(copy.parameter) in holders:
-            holders[id(copy.parameter)].setdefault(copy.stage.index, partial(getattr, copy, "name"))
+            holders[id(copy.parameter)].setdefault(copy.stage.index, copy.called)
     for key, names in holders.items():
         indices = sorted(names)
         if len(indices) > 1 and not known.get(key, set()).issuperset(indices):
