@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipex.backward.stage_backward import stage_backward_input as stage_backward_input
     from pipex.backward.stage_backward import stage_backward_weight as stage_backward_weight
     from pipex.errors import PipexError as PipexError
+    from pipex.partition import build_stages as build_stages
     from pipex.partition import profile_layers as profile_layers
     from pipex.partition import split_model as split_model
     from pipex.plan import build as build
@@ -42,6 +43,7 @@ _HOME = {
     "PipexError": "pipex.errors",
     "Whole": "pipex.runtime.microbatch",
     "build": "pipex.plan",
+    "build_stages": "pipex.partition",
     "current_world": "pipex.runtime.worlds",
     "drop_in": "pipex.backward.drop_in",
     "launch": "pipex.runtime.launch",

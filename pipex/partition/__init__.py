@@ -1,9 +1,10 @@
 """From a model to stages."""
 
 from pipex.partition.balance import Balance
+from pipex.partition.build import build_stages
 from pipex.partition.profile import profile_layers
 from pipex.partition.skeleton import without_others
 from pipex.partition.split import split_model
 from pipex.partition.stage import Stage, as_stages, tied
 
-__all__ = ["Balance", "Stage", "as_stages", "profile_layers", "split_model", "tied", "without_others"]
+__all__ = ["Balance", "Stage", "as_stages", "build_stages", "profile_layers", "split_model", "tied", "without_others"]

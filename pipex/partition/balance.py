@@ -18,32 +18,36 @@ from pipex.plan.placement import Placement
 Balance = Literal["uniform", "parameters", "profile"] | LayerCosts | Sequence[int]
 
 
-def layer_counts(layers: Sequence[nn.Module], where: int | Plan, balance: Balance) -> list[int]:
-    """The number of layers of each stage, in stage order; each at least 1, in sum ``len(layers)``.
+def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: Balance) -> list[int]:
+    """The number of layers of each stage, in stage order; each at least 1, in sum that of ``layers``.
 
     Args:
+        layers: or their number, where ``balance`` does not ask for more.
         where: the number of stages, each on a rank of its own, or the plan that they are for.
 
     Raises:
         InputError: there are fewer layers than stages, ``balance`` is unknown, or counts or costs that do not fit.
     """
     stages = where if isinstance(where, int) else where.placement.stages
-    check_stages(len(layers), stages)
+    number = layers if isinstance(layers, int) else len(layers)
+    check_stages(number, stages)
     if isinstance(balance, LayerCosts):
-        return by_costs(len(layers), where, balance)
+        return by_costs(number, where, balance)
     if balance == "uniform":
-        return uniform(len(layers), stages)
-    if balance == "parameters":
+        return uniform(number, stages)
+    if balance == "parameters" and not isinstance(layers, int):
         return by_parameters(layers, stages)
     if isinstance(balance, str) or not hasattr(balance, "__len__"):
-        known = "'uniform', 'parameters', 'profile', layer costs or a list of counts"
+        known = "'uniform', layer costs or a list of counts"
+        if not isinstance(layers, int):
+            known = f"'parameters', 'profile', {known}"
         raise InputError("unknown balance", got=repr(balance), needed=known)
     counts = list(balance)
-    if len(counts) != stages or sum(counts) != len(layers) or min(counts) < 1:
+    if len(counts) != stages or sum(counts) != number or min(counts) < 1:
         raise InputError(
             "the layer counts do not fit",
             got=f"{counts} ({len(counts)} stages, {sum(counts)} layers)",
-            needed=f"{stages} counts of at least 1 with the sum {len(layers)}",
+            needed=f"{stages} counts of at least 1 with the sum {number}",
         )
     return counts
 

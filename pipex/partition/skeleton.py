@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from copy import copy
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipex.partition.stage import Stage
 from pipex.torch_internals import buffers_of, children_of, parameters_of
@@ -18,50 +21,72 @@ def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]
 
     What an own stage shares with another one is the own one's in both.
     """
-    kept = _Kept()
+    skeletons = Skeletons()
     for index in own:
-        for module in stages[index].layers.modules():
-            kept.modules[module] = module
-            kept.parameters |= {id(p): p for p in parameters_of(module).values() if p is not None}
-            kept.buffers |= {id(b): b for b in buffers_of(module).values() if b is not None}
-    return [stage if stage.index in own else kept.skeleton(stage) for stage in stages]
+        skeletons.keep(stages[index].layers)
+    found = []
+    for stage in stages:
+        if stage.index not in own:
+            layers = nn.ModuleList(map(skeletons.of, stage.layers))
+            stage = copy(stage)
+            stage._modules = {"layers": layers}
+        found.append(stage)
+    return found
 
 
-class _Kept:
-    """What stands for each module and tensor of the model: itself, or its form."""
+class Skeletons:
+    """Makes skeletons of modules, one of each. The modules are held weakly, and so may go."""
 
     def __init__(self) -> None:
-        self.modules: dict[nn.Module, nn.Module] = {}
-        self.parameters: dict[int, nn.Parameter] = {}
-        self.buffers: dict[int, Tensor] = {}
+        self._modules: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._tensors: Any = WeakTensorKeyDictionary()  # which torch has not typed
+        # By id of what stands for it in a skeleton: what turned out to be kept after that was made.
+        self._late_modules: dict[int, nn.Module] = {}
+        self._late_tensors: dict[int, Tensor] = {}
 
-    def skeleton(self, stage: Stage) -> Stage:
-        found = copy(stage)
-        found._modules = {"layers": nn.ModuleList(map(self.module, stage.layers))}
-        return found
+    def keep(self, root: nn.Module) -> None:
+        """Lets a module, and all that is in it, stand for itself."""
+        for module in root.modules():
+            self._late_modules[id(self._modules.get(module, module))] = module
+            self._modules[module] = module
+            for tensor in (*parameters_of(module).values(), *buffers_of(module).values()):
+                if tensor is not None:
+                    self._late_tensors[id(self._tensors.get(tensor, tensor))] = tensor
+                    self._tensors[tensor] = tensor
 
-    def module(self, module: nn.Module) -> nn.Module:
-        if module in self.modules:
-            return self.modules[module]
-        self.modules[module] = bare = nn.Module()
+    def settle(self, skeleton: nn.Module) -> nn.Module:
+        """A skeleton that was made before all was known that is kept: with that in its places."""
+        for module in list(skeleton.modules()):
+            for tensors in (parameters_of(module), buffers_of(module)):
+                _replace(tensors, self._late_tensors)
+            _replace(children_of(module), self._late_modules)
+        return self._late_modules.get(id(skeleton), skeleton)
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The skeleton of a module, or what is kept of it."""
+        if module in self._modules:
+            return self._modules[module]
+        self._modules[module] = bare = nn.Module()
         for name, parameter in parameters_of(module).items():
-            parameters_of(bare)[name] = None if parameter is None else self.parameter(parameter)
+            parameters_of(bare)[name] = None if parameter is None else cast(nn.Parameter, self._form(parameter))
         for name, buffer in buffers_of(module).items():
             persistent = name not in module._non_persistent_buffers_set
-            bare.register_buffer(name, None if buffer is None else self.buffer(buffer), persistent)
+            bare.register_buffer(name, None if buffer is None else self._form(buffer), persistent)
         for name, child in children_of(module).items():
-            children_of(bare)[name] = None if child is None else self.module(child)
+            children_of(bare)[name] = None if child is None else self.of(child)
         return bare
 
-    def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
-        if id(parameter) not in self.parameters:
-            self.parameters[id(parameter)] = nn.Parameter(_form(parameter), parameter.requires_grad)
-        return self.parameters[id(parameter)]
+    def _form(self, tensor: Tensor) -> Tensor:
+        if tensor not in self._tensors:
+            shape = (0,) if nn.parameter.is_lazy(tensor) else tensor.shape
+            form = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                form = nn.Parameter(form, tensor.requires_grad)
+            self._tensors[tensor] = form
+        return cast(Tensor, self._tensors[tensor])
 
-    def buffer(self, buffer: Tensor) -> Tensor:
-        return self.buffers.setdefault(id(buffer), _form(buffer))
 
-
-def _form(tensor: Tensor) -> Tensor:
-    shape = (0,) if nn.parameter.is_lazy(tensor) else tensor.shape
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+def _replace(held: MutableMapping[str, Any], late: Mapping[int, Any]) -> None:
+    for name, one in held.items():
+        if id(one) in late:
+            held[name] = late[id(one)]

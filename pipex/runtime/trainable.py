@@ -90,7 +90,8 @@ class Trainables:
         self._summed |= self._at_begin
         for copy in self._strays():
             raise UnsupportedModule(
-                f"{copy.called()} got a gradient on a rank without its stage {copy.stage.index}, where it would be lost",
+                f"{copy.called()} got a gradient on a rank without its stage {copy.stage.index}, where it would be "
+                "lost",
                 got="a use outside of its stage, as by a penalty over all parameters in the loss, or a backward "
                 "outside of the pipeline",
                 needed="uses by layers that have it among their parameters",

@@ -1,0 +1,80 @@
+"""A model that is built one layer at a time, since all of it at once is too large for a process."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+
+from torch import nn
+
+from pipex.errors import InputError
+from pipex.partition.balance import Balance, layer_counts
+from pipex.partition.skeleton import Skeletons
+from pipex.partition.stage import Stage
+from pipex.plan import Plan
+
+
+def build_stages(
+    build: Callable[[int], nn.Module], layers: int, plan: Plan, rank: int, balance: Balance = "uniform"
+) -> list[Stage]:
+    """The stages of a model of which only one rank's own are kept in memory, and forms of the others.
+
+    Every rank calls ``build(0)``, ``build(1)``, ... up to the last layer, in this order, and lets go of the layers that
+    are not its own. So initial values that are drawn have the bits that they have in one process, and a rank never
+    holds more than its stages and one layer. Tensors are called as in an ``nn.Sequential`` of the layers. What two
+    layers share must be one object, which ``build`` keeps.
+
+    Args:
+        build: layer number -> the layer.
+        layers: how many there are.
+        plan: that the stages are for.
+        rank: whose stages to keep, such as ``pipex.current_world().rank``.
+        balance: as of ``split_model``, but neither ``"parameters"`` nor ``"profile"``, for which the layers would have
+            to be there.
+
+    Raises:
+        InputError: more stages than layers, another balance, no such rank, or ``build`` returned something else.
+    """
+    if not 0 <= rank < plan.placement.ranks:
+        raise InputError("no rank of the plan", got=rank, needed=f"0 to {plan.placement.ranks - 1}")
+    ends = list(pairwise(accumulate(layer_counts(layers, plan, balance), initial=0)))
+    own = {layer for stage in plan.placement.stages_of(rank) for layer in range(*ends[stage])}
+    with _given_back():
+        built = _built(build, layers, own)
+    model = nn.Sequential(*built)
+    return [Stage(index, len(ends), begin, built[begin:end], model) for index, (begin, end) in enumerate(ends)]
+
+
+def _built(build: Callable[[int], nn.Module], layers: int, own: Collection[int]) -> list[nn.Module]:
+    skeletons = Skeletons()
+    found = []
+    for number in range(layers):
+        layer = build(number)
+        if not isinstance(layer, nn.Module):
+            raise InputError(f"layer {number} was not built", got=type(layer).__name__, needed="an nn.Module")
+        if number in own:
+            skeletons.keep(layer)
+        found.append(skeletons.of(layer))
+        del layer
+    return [skeletons.settle(layer) for layer in found]
+
+
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_LARGE = 1 << 20
+_USUAL = 32 << 20  # where glibc's own threshold ends up, once blocks of this size have been freed
+
+
+@contextmanager
+def _given_back() -> Iterator[None]:
+    """Lets glibc map every large block apart, and so give it back when it is freed. By itself it learns from the first
+    layer that is freed to cut the next ones from the heap, where a small block behind each keeps its place."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _USUAL)
