@@ -66,9 +66,12 @@ def save(
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
-    said = share(world, "save", [shard, error])
-    shards = [theirs for theirs, _ in said if theirs is not None]
-    errors = [text for _, text in said if text]
+    said = share(world, "save", [shard, error, step])
+    shards = [theirs for theirs, _, _ in said if theirs is not None]
+    errors = [text for _, text, _ in said if text]
+    steps = [theirs for _, _, theirs in said]
+    if len(set(steps)) > 1:
+        errors.append(f"the ranks have made different numbers of updates: {', '.join(map(str, steps))}")
     if rank == 0 and not errors:
         try:
             state.commit(path, step, shards, {"pipex": dict(meta)})

@@ -58,6 +58,10 @@ def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cu
     Raises:
         InputError: it cannot be cut, or is a list of another number of micro-batches.
     """
+    tensors = list(_tensors(value))
+    if any(tensor.is_meta for tensor in tensors):
+        raise InputError(f"a tensor of the {what} has no values", got="one on the meta device",
+                         needed="tensors in memory")  # fmt: skip
     if isinstance(value, list):
         if not value or (len(value) != microbatches and not fewer):
             raise InputError(
@@ -70,11 +74,11 @@ def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cu
             raise InputError("the ready micro-batches of the batch are all empty", got="0 samples",
                              needed="at least one in all", fix="leave such a batch out")  # fmt: skip
         return Cut(ready, None, tuple(map(_form, value)))
-    tensors = list(_tensors(value))
     for tensor in tensors:
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_nested:
             raise InputError(
-                f"a tensor of the {what} cannot be cut", got=f"a {tensor.layout} tensor", needed="a dense one",
+                f"a tensor of the {what} cannot be cut",
+                got="a nested tensor" if tensor.is_nested else f"a {tensor.layout} tensor", needed="a dense one",
                 fix="pass a list of ready micro-batches",
             )  # fmt: skip
     rows = {tensor.shape[0] for tensor in tensors if tensor.dim()}
@@ -189,11 +193,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _rows(piece: Any) -> int:
     """Samples of a ready micro-batch: the number of rows that is not 1, as where a batch is cut, of the first tensor
     that has such; else 1."""
-    return next((tensor.shape[0] for tensor in _tensors(piece) if tensor.dim() and tensor.shape[0] != 1), 1)
+    return next((tensor.size(0) for tensor in _tensors(piece) if tensor.dim() and tensor.size(0) != 1), 1)
 
 
 def _form(value: Any) -> str:
     """The value in words: ``(float32[8, 6], None)``."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"nested {str(value.dtype).removeprefix('torch.')}[{value.size(0)}, ...]"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, Whole):

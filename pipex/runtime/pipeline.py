@@ -101,6 +101,8 @@ class Pipeline:
             plans.validate(plan)
             check_stages(plan, self.world.ranks, stages)
             check_options(loss_fn, optimizer, clip_norm, scaler, seed)
+            if scaler is not None and not scaler.is_enabled():  # as loops have it that scale only on a GPU
+                scaler = None
             model = as_stages(stages)
             said = {
                 "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),

@@ -35,13 +35,14 @@ class Received:
         overlapping: memory of those that are apart here, but in one process are not.
     """
 
-    __slots__ = ("_gradients", "_leaves", "_marks", "_own", "handed", "overlapping")
+    __slots__ = ("_gradients", "_leaves", "_marks", "_own", "_wanted", "handed", "overlapping")
 
     def __init__(self, tensors: Sequence[Tensor], plain: bool) -> None:
         found = unfold(tensors) if len(tensors) > 1 else None
         if found is not None:
             tensors, places, overlapping = found
         self._leaves = self._own = tuple(tensors)
+        self._wanted = [t.requires_grad for t in tensors]  # now: the stage may write something with a graph into one
         self._gradients: list[list[Tensor]] | None = None  # per tensor what the hook has got: one or nothing
         if not (plain and all(t.is_contiguous() for t in tensors)):
             self._gradients = [[] for _ in tensors]
@@ -78,14 +79,35 @@ class Received:
         self._marks = ()
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """After the backward: one for each tensor that requires grad; zeros where nothing depends on it, since its
-        sender waits for it."""
+        """After the backward: one for each tensor that required grad when it came, since its sender waits for it;
+        ``no_gradient`` where nothing depends on it."""
         found = []
-        for number, leaf in enumerate(self._leaves):
-            if leaf.requires_grad:
+        for number, (leaf, wanted) in enumerate(zip(self._leaves, self._wanted, strict=True)):
+            if wanted:
                 taken = [leaf.grad] if self._gradients is None else self._gradients[number]
-                found.append(taken[0] if taken and taken[0] is not None else torch.zeros_like(leaf))
+                found.append(taken[0] if taken and taken[0] is not None else no_gradient(leaf.device))
         return tuple(found)
+
+
+def no_gradient(device: torch.device) -> Tensor:
+    """Stands for a gradient that is not there, and is not zeros: an optimizer leaves out what has none."""
+    return torch.empty(0, dtype=torch.uint8, device=device)
+
+
+def seeded(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+    """Those of the roots that have a gradient, and it; None if gradients are not those of the roots."""
+    if len(roots) != len(gradients):
+        return None
+    without = False
+    for root, gradient in zip(roots, gradients, strict=True):
+        if gradient.dtype is torch.uint8 and gradient.shape == (0,):
+            without = True
+        elif gradient.dtype is not root.dtype or gradient.shape != root.shape:
+            return None
+    if not without:
+        return roots, gradients
+    pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if g.dtype is not torch.uint8]
+    return [root for root, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _hand(leaf: Tensor, gradients: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from pipex.partition import as_stages
 from pipex.runtime import microbatch, tied
 from pipex.runtime.aliases import fold
 from pipex.runtime.loss import Loss, MicroLoss, of_batch
-from pipex.runtime.received import Received
+from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 
 
@@ -153,4 +153,6 @@ class OneProcess:
                 if outputs:
                     torch.autograd.backward(outputs, gradients)
             if received is not None:
-                outputs, gradients = [v for v in sent if v.requires_grad], list(received.gradients())
+                found = seeded([v for v in sent if v.requires_grad], received.gradients())
+                assert found is not None
+                outputs, gradients = list(found[0]), list(found[1])

@@ -17,7 +17,7 @@ from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime.aliases import fold
 from pipex.runtime.loss import Loss, MicroLoss
-from pipex.runtime.received import Received
+from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import Watch
 from pipex.runtime.survey import survey
@@ -29,17 +29,20 @@ def output_tensors(stage: Stage, output: Any) -> tuple[Tensor, ...]:
     """What a stage hands to the next one.
 
     Raises:
-        UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse.
+        UnsupportedModule: it is neither a tensor nor a tuple of tensors, or one of them is sparse or nested.
     """
     tensors = output if isinstance(output, tuple) else (output,)
     for tensor in tensors or [()]:
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise UnsupportedModule(
-                f"stage {stage.index} cannot hand its output to the next stage",
-                got=f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__,
-                needed="a dense tensor or a tuple of them",
-                fix="return tensors from the last layer of the stage",
-            )  # fmt: skip
+        if isinstance(tensor, Tensor):
+            if tensor.layout is torch.strided and not tensor.is_nested:
+                continue
+            got = "a nested tensor" if tensor.is_nested else f"a {tensor.layout} tensor"
+        else:
+            got = type(tensor).__name__
+        raise UnsupportedModule(
+            f"stage {stage.index} cannot hand its output to the next stage",
+            got=got, needed="a dense tensor or a tuple of them", fix="return tensors from the last layer of the stage",
+        )  # fmt: skip
     return tensors
 
 
@@ -189,9 +192,10 @@ class StageRunner:
         """
         live = self.live[microbatch]
         assert live.tape is not None, "the plan said B for this micro-batch"
-        if live.roots:
+        roots, seeds = self._seeded(live, gradients)
+        if roots:
             with self._accumulators.during(self.index):
-                live.tape.backward_input(live.roots, self._seeds_of(live, gradients), ())
+                live.tape.backward_input(roots, seeds, ())
         found = live.received.gradients()
         live.roots, live.received = (), _NOTHING
         return found
@@ -206,9 +210,10 @@ class StageRunner:
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """B, or I with its W: the whole backward in one pass of autograd's engine."""
         live = self.live.pop(microbatch)
-        if live.roots:
+        roots, seeds = self._seeded(live, gradients)
+        if roots:
             with self._accumulators.during(self.index):
-                torch.autograd.backward(live.roots, self._seeds_of(live, gradients))
+                torch.autograd.backward(roots, seeds)
         return live.received.gradients()
 
     def reset(self) -> None:
@@ -222,17 +227,18 @@ class StageRunner:
         if self.stage.before_layer is not function:  # a module's attributes are slow to set
             self.stage.before_layer = function
 
-    def _seeds_of(self, live: _Live, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _seeded(self, live: _Live, gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Where the backward starts, and the gradients of that."""
         if self.last:
-            return [None]
-        got, needed = [(t.shape, t.dtype) for t in gradients], [(t.shape, t.dtype) for t in live.roots]
-        if got != needed:
+            return live.roots, [None] * len(live.roots)
+        found = seeded(live.roots, gradients)
+        if found is None:
             raise MessageMismatch(
                 f"stage {self.index} received other gradients than its outputs need",
                 got=_words(gradients), needed=_words(live.roots),
                 fix="use one version of pipex, and the same model, on all ranks",
             )  # fmt: skip
-        return gradients
+        return found
 
 
 def _words(tensors: Sequence[Tensor]) -> str:

@@ -60,7 +60,7 @@ class Update:
         main: the main weights, if there are some.
         factory: makes the optimizer; None if nothing is updated.
         clip_norm: the largest norm of all gradients together.
-        scaler: of the losses.
+        scaler: of the losses; an enabled one.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Update:
         """Notes a forward_backward: what its gradients are still to be divided by, and what its sums were."""
         self.counts.append(count)
         self._total = total
-        if self._scaler is not None and self._scaler.is_enabled():
+        if self._scaler is not None:
             self._scales.append(self._scaler.scale(self._one))  # kept as a tensor: to ask for it waits for the GPU
         if self._has_gradient is None or self._has_gradient.grad is None:
             self._has_gradient = next((p for p in self._gradients.trained if p.grad is not None), None)
@@ -211,7 +211,7 @@ class Update:
     def zero_grad(self) -> None:
         """Forgets all gradients before an update has been made of them."""
         scaler = self._scaler
-        if self.reduced and scaler is not None and scaler.is_enabled() and self.optimizer is not None:
+        if self.reduced and scaler is not None and self.optimizer is not None:
             scaler.update(scaler.get_scale())  # forgets that it has unscaled gradients, and nothing else
         self._forget()
 
@@ -225,7 +225,7 @@ class Update:
 
     def _step(self, leave_out: bool) -> bool:
         scaler, optimizer = self._scaler, self.optimizer
-        if scaler is None or optimizer is None or not scaler.is_enabled():
+        if scaler is None or optimizer is None:
             if optimizer is not None and not leave_out:
                 optimizer.step()
             return not leave_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,15 @@ from pipex.runtime import microbatch
 from pipex.runtime.microbatch import Whole
 
 CPU = torch.device("cpu")
+
+
+def nested(*rows: int, layout: torch.layout = torch.strided) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([torch.ones(n, 2) for n in rows], layout=layout)
+
+
+NESTED, JAGGED = nested(1, 4), nested(1, 2, 5, layout=torch.jagged)
 
 
 def cut(value: Any, microbatches: int) -> list[Any]:
@@ -63,11 +73,12 @@ def test_a_batch_of_one_sample_is_one_micro_batch() -> None:
 
 
 def test_ready_micro_batches_are_left_alone() -> None:
-    pieces = [torch.ones(2, 5), (torch.ones(3), "text"), {"x": torch.eye(3).to_sparse()}]
-    for found, piece in zip(cut(pieces, 3), pieces, strict=True):
+    pieces = [torch.ones(2, 5), (torch.ones(3), "text"), {"x": torch.eye(3).to_sparse()}, NESTED, (JAGGED,)]
+    for found, piece in zip(cut(pieces, 5), pieces, strict=True):
         assert type(found) is type(piece)
-    assert cut(pieces, 3)[0] is pieces[0]
-    assert microbatch.look(pieces, "batch", 3).samples == (2, 3, 3)
+    assert cut(pieces, 5)[0] is pieces[0]
+    assert microbatch.look(pieces, "batch", 5).samples == (2, 3, 3, 2, 3)
+    assert microbatch.look(pieces, "batch", 5).forms[3:] == ("nested float32[2, ...]", "(nested float32[3, ...])")
 
 
 def test_a_layer_that_writes_into_its_micro_batch_spoils_no_other() -> None:
@@ -109,6 +120,9 @@ def test_keywords_are_the_first_layer_s_alone() -> None:
         (torch.ones(3, 2), 4, "3 samples for 4 micro-batches"),
         (torch.ones(0, 2), 1, "0 samples for 1 micro-batches"),
         (torch.eye(4).to_sparse(), 2, "got a torch.sparse_coo tensor; needed a dense one"),
+        ({"x": NESTED}, 2, "got a nested tensor; needed a dense one; pass a list of ready micro-batches"),
+        (torch.ones(4, 2, device="meta"), 2, "a tensor of the batch has no values; got one on the meta device"),
+        ([torch.ones(2), torch.ones(2, device="meta")], 2, "has no values; got one on the meta device"),
         ([torch.ones(2), torch.ones(2)], 3, "a list is a batch of ready micro-batches; got 2 of them; needed 3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -315,12 +316,26 @@ def test_a_stage_may_have_a_sparse_buffer() -> None:
     )
 
 
-class Sparse(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to_sparse()
+class Returning(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(x)
 
 
-def test_a_sparse_output_is_refused_by_name() -> None:
+NOT_DENSE: dict[str, Callable[[Tensor], Any]] = {
+    "a torch.sparse_coo tensor": lambda x: x.to_sparse(),
+    "a nested tensor": lambda x: torch.nested.nested_tensor(list(x)),
+    "list": list,
+    "tuple": lambda x: (),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("got", NOT_DENSE)
+def test_an_output_that_cannot_be_sent_is_refused_by_name(got: str) -> None:
     plan = pipex.build("looped-bfs", 1, 2, chunks=2)
-    with pytest.raises(UnsupportedModule, match=r"stage 0 .* got a torch.sparse_coo tensor; needed a dense tensor"):
-        pipex.Pipeline([Sparse(), nn.Linear(6, 2)], plan, LOSS).evaluate(*data(4, 0))
+    with pytest.raises(UnsupportedModule, match=f"stage 0 .* got {got}; needed a dense tensor"):
+        pipex.Pipeline([Returning(NOT_DENSE[got]), nn.Linear(6, 2)], plan, LOSS).evaluate(*data(4, 0))

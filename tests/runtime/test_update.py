@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import host_world
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pipex
-from pipex.errors import InputError, PeerFailed
+from pipex.errors import CheckpointError, InputError, PeerFailed
 
 
 def sums(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
@@ -379,3 +380,51 @@ def load_between() -> list[Any]:
 
 def test_a_load_between_the_halves_needs_no_optimizer() -> None:
     assert host_world.launch(load_between, 1) == [[True, 16.0]]
+
+
+def with_a_scaler(scaler: GradScaler | None, calls: str) -> Any:
+    pipe = pipeline("zb-h1", scaler=scaler, clip_norm=1.0)
+    losses: list[Any] = []
+    for step in range(3):
+        if calls == "step":
+            losses.append(pipe.step(*data(step), skip_nonfinite=step == 1))
+            continue
+        losses.append(pipe.forward_backward(*data(step)))
+        pipe.reduce_gradients()
+        losses.append(pipe.update())
+    return losses, parameters_of(pipe), str(scaler and scaler.state_dict())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("calls", ["step", "halves"])
+def test_a_scaler_that_is_not_enabled_does_nothing(calls: str, ranks: int) -> None:
+    off = host_world.launch(with_a_scaler, ranks, args=(GradScaler("cpu", enabled=False), calls))
+    without = host_world.launch(with_a_scaler, ranks, args=(None, calls))
+    for (losses, parameters, state), (wanted, same, _) in zip(off, without, strict=True):
+        assert (losses, state) == (wanted, "{}")
+        assert parameters.keys() == same.keys()
+        assert all(torch.equal(parameter, same[name]) for name, parameter in parameters.items())
+
+
+def save_apart(directory: str) -> list[Any]:
+    pipe = pipeline("1f1b")
+    pipe.step(*data(0))
+    pipe.save(directory)
+    pipe.forward_backward(*data(1))
+    if pipex.current_world().rank == 0:
+        pipe.update()
+    with pytest.raises(CheckpointError) as told:
+        pipe.save(directory)
+    if pipex.current_world().rank == 1:
+        pipe.update()
+    loss = pipe.step(*data(2))
+    pipe.load(directory)
+    return [str(told.value), pipe.steps, loss]
+
+
+def test_ranks_that_have_made_other_updates_save_nothing(tmp_path: Path) -> None:
+    first, second = host_world.launch(save_apart, 2, args=(str(tmp_path),))
+    assert first == second
+    assert "the ranks have made different numbers of updates: 2, 1" in first[0]
+    assert "the one before it stays" in first[0]
+    assert first[1] == 1

@@ -60,6 +60,29 @@ class Merging(nn.Module):
         return self.linear(x)
 
 
+class Dropping(nn.Module):
+    """Takes in nothing of what was handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = lin()
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Collecting(nn.Module):
+    """Adds to what is handed on, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = lin()
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
+        y = torch.tanh(self.linear(x))
+        return (y, *(tensor.add_(y) if tensor.is_floating_point() else tensor for tensor in more)) if more else y
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -273,6 +296,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "one tensor more": lambda: Adding(lambda m, x: torch.tanh(m.side(x))),
     "integers more": lambda: Adding(lambda m, x: (m.side(x).detach() * 2).long()),
     "a mask more": lambda: Adding(lambda m, x: m.side(x).detach() > 0),
+    "zeros more": lambda: Adding(lambda m, x: torch.zeros_like(x)),
     "merging": Merging,
+    "dropping": Dropping,
+    "collecting": Collecting,
+    "detached": inner(lambda m, x: m.inner(x.detach())),
 }  # fmt: skip
 """What "shared" adds: a layer that stood before in the model, or has a weight of one (``random_models``)."""
