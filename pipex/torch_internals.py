@@ -208,6 +208,15 @@ parts_of: Callable[
     tuple[dict[str, nn.Parameter | None], dict[str, nn.Module | None], dict[int, Any], dict[int, Any]],
 ] = attrgetter("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
 
+_hooks_of_module: Callable[[nn.Module], tuple[dict[int, Any], ...]] = attrgetter(
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether some were registered for the forwards or backwards of the module."""
+    return any(_hooks_of_module(module))
+
 
 def hooks_on_all_modules() -> bool:
     """Whether some were registered for the forwards of all modules."""

@@ -7,6 +7,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.torch_internals import has_hooks
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -21,10 +22,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     A subclass of ``nn.Sequential`` with a forward of its own is one layer, not a list of layers.
 
     ``model.forward`` must equal applying the layers one after another, a tuple being passed on as positional
-    arguments. This cannot be checked here. What can be checked is that no tensor of the model is left outside.
+    arguments. This cannot be checked here. What can be checked is that no tensor of the model is left outside, and that
+    nothing hangs on the modules that the layers are taken out of, and so are not called themselves.
 
     Raises:
-        UnsupportedModule: the model does not name its layers, or a parameter or buffer of it is in no layer.
+        UnsupportedModule: the model does not name its layers, a parameter or buffer of it is in no layer, or the model
+            or a container of layers has hooks or a forward of its own.
         InputError: ``pipeline_layers`` names something that is not a submodule.
     """
     names = getattr(model, "pipeline_layers", None)
@@ -35,9 +38,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     else:
         raise UnsupportedModule(
             f"{type(model).__name__} does not say what its layers are",
-            needed="an nn.Sequential, or an attribute pipeline_layers with the names of its submodules in order",
+            needed="an nn.Sequential (with its own forward), or an attribute pipeline_layers with the names of its "
+            "submodules in order",
             fix='write e.g. pipeline_layers = ("embed", "blocks", "head")',
         )
+    _check_bare(model, "the model")
     _check_covered(model, layers)
     return layers
 
@@ -67,9 +72,22 @@ def _expand(model: nn.Module, name: str) -> list[nn.Module]:
             got=repr(name),
             needed=f"names out of {[child for child, _ in model.named_children()]}",
         ) from None
-    if isinstance(module, nn.ModuleList) or _is_plain_sequential(module):
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    if _is_plain_sequential(module):
+        _check_bare(module, name)
         return list(module)
     return [module]
+
+
+def _check_bare(module: nn.Module, called: str) -> None:
+    own = "forward" in vars(module)
+    if own or has_hooks(module):
+        raise UnsupportedModule(
+            f"{called} is taken apart into its layers, and what hangs on it would not run",
+            got="a forward that was set on the object" if own else "a hook", needed="neither",
+            fix="register the hook on a layer, or make what has it one layer: a module of yours that has it inside",
+        )  # fmt: skip
 
 
 def _check_covered(model: nn.Module, layers: list[nn.Module]) -> None:

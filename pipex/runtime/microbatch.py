@@ -9,7 +9,7 @@ What every micro-batch gets as it is: tensors of one row (a (1, S) table of posi
 whatever is no tensor, and what is marked as ``Whole``. Tensors of yet another number of rows are refused.
 
 A list in place of a batch is no argument: it holds one micro-batch after the other, ready, and of any shapes. Each
-weighs as many samples as the first of its tensors that has not 1 row has rows.
+weighs as many samples as its first tensor has rows; not counting a tensor that has 1 row in every micro-batch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def look(value: Any, what: str, microbatches: int, *, fewer: bool = False) -> Cu
                 needed=f"{microbatches}, as many as the plan has",
                 fix="pass a tuple, or a dict, if these are the arguments of one batch",
             )  # fmt: skip
-        ready = tuple(map(_rows, value))
+        ready = _samples(value)
         if what == "batch" and not any(ready):
             raise InputError("the ready micro-batches of the batch are all empty", got="0 samples",
                              needed="at least one in all", fix="leave such a batch out")  # fmt: skip
@@ -190,10 +190,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(child)
 
 
-def _rows(piece: Any) -> int:
-    """Samples of a ready micro-batch: the number of rows that is not 1, as where a batch is cut, of the first tensor
-    that has such; else 1."""
-    return next((tensor.size(0) for tensor in _tensors(piece) if tensor.dim() and tensor.size(0) != 1), 1)
+def _samples(pieces: Sequence[Any]) -> tuple[int, ...]:
+    """Of each ready micro-batch: the rows of the first tensor that has not 1 row everywhere."""
+    rows = [[tensor.size(0) for tensor in _tensors(piece) if tensor.dim()] for piece in pieces]
+    if len(set(map(len, rows))) > 1:  # of different structures: each by itself
+        return tuple(next((number for number in its if number != 1), 1) for its in rows)
+    return next((column for column in zip(*rows, strict=True) if set(column) != {1}), (1,) * len(pieces))
 
 
 def _form(value: Any) -> str:

@@ -271,6 +271,16 @@ class Update:
             raise InputError("the optimizer's factory must return an optimizer", got=type(optimizer).__name__,
                              needed="a torch.optim.Optimizer",
                              fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not held.intersection(map(id, parameters)):
+            raise InputError("the optimizer has none of the parameters that its factory got",
+                             got=f"others on rank {self._world.rank}", needed="those of the argument",
+                             fix="pass e.g. optimizer=lambda parameters: torch.optim.AdamW(parameters)")  # fmt: skip
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise InputError("the optimizer calls the forward again by itself, which a pipeline cannot do",
+                             got=f"{type(optimizer).__name__}, whose step needs a closure",
+                             needed="an optimizer that goes by the gradients")  # fmt: skip
         if not named:
             parameters.clear()
             parameters.named.clear()

@@ -152,6 +152,46 @@ def test_a_sequential_with_a_forward_of_its_own_is_one_layer() -> None:
         split_model(Residual(nn.Linear(3, 3)), 1)
 
 
+class Contained(nn.Module):
+    pipeline_layers = ("first", "body", "list")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3))
+        self.body = nn.Linear(3, 3)
+        self.list = nn.ModuleList([nn.Sequential(nn.Linear(3, 3))])
+
+
+def set_forward(module: nn.Module) -> None:
+    module.forward = lambda x: x * 2  # type: ignore[method-assign]
+
+
+HANGS: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
+    "forward hook": ("a hook", lambda m: m.register_forward_hook(lambda m, x, y: y * 2)),
+    "forward pre-hook": ("a hook", lambda m: m.register_forward_pre_hook(lambda m, x: None)),
+    "backward hook": ("a hook", lambda m: m.register_full_backward_hook(lambda m, dx, dy: None)),
+    "backward pre-hook": ("a hook", lambda m: m.register_full_backward_pre_hook(lambda m, dy: None)),
+    "forward": ("a forward that was set on the object", set_forward),
+}
+
+
+@pytest.mark.parametrize("kind", HANGS)
+def test_what_hangs_on_a_container_that_is_taken_apart_is_refused(kind: str) -> None:
+    got, hang = HANGS[kind]
+    for called, model, container in (
+        ("the model", whole := Contained(), whole),
+        ("the model", sequential := nn.Sequential(nn.Linear(3, 3)), sequential),
+        ("first", holder := Contained(), holder.first),
+    ):
+        hang(container)
+        with pytest.raises(UnsupportedModule, match=f"{called} is taken apart into its layers.*; got {got}; needed"):
+            split_model(model, 1)
+    model = Contained()
+    for layer in (model.first[0], model.first[0][0], model.body, model.list[0]):
+        hang(layer)  # these are called
+    split_model(model, 2)
+
+
 def test_a_model_that_names_no_layers_is_refused() -> None:
     with pytest.raises(UnsupportedModule, match=r"Linear does not say what its layers are.*pipeline_layers"):
         split_model(nn.Linear(2, 2), 1)

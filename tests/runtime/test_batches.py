@@ -376,6 +376,9 @@ def test_a_ready_micro_batch_weighs_as_what_is_cut() -> None:
     table, x = torch.arange(5)[None], ids(0, 5)
     pieces = cut((table, x), 2)
     assert microbatch.look(pieces, "batch", 2).samples == microbatch.look((table, x), "batch", 2).samples == (3, 2)
+    both = [(torch.ones(n, 3), torch.ones(16, 3)) for n in (1, 3, 1)]
+    assert microbatch.look(both, "batch", 3).samples == (1, 3, 1)
+    assert microbatch.look(both[:1] * 3, "batch", 3).samples == (16, 16, 16)  # alike, whichever tensor it is
     assert microbatch.look([(Whole(torch.eye(7)), ids(0, 1)), ids(1, 0), None], "batch", 3).samples == (1, 0, 1)
 
 

@@ -428,3 +428,31 @@ def test_ranks_that_have_made_other_updates_save_nothing(tmp_path: Path) -> None
     assert "the ranks have made different numbers of updates: 2, 1" in first[0]
     assert "the one before it stays" in first[0]
     assert first[1] == 1
+
+
+class Elsewhere:
+    """Made by a factory that takes no notice of what it gets."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        if self.kind == "LBFGS":
+            return torch.optim.LBFGS(parameters)
+        return torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+
+
+def optimize(kind: str, main_weights: bool) -> None:
+    model, loss = (short_layers, in_short) if main_weights else (layers, LOSS)
+    pipeline("1f1b", model, loss, optimizer=Elsewhere(kind), main_weights=main_weights)
+
+
+@pytest.mark.parametrize("main_weights", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("others", "the optimizer has none of the parameters that its factory got; got others on rank"),
+     ("LBFGS", "calls the forward again by itself, .*; got LBFGS, whose step needs a closure")],
+)  # fmt: skip
+def test_an_optimizer_that_could_not_update_is_refused(kind: str, told: str, main_weights: bool) -> None:
+    with pytest.raises(PeerFailed, match=told):
+        host_world.launch(optimize, 2, args=(kind, main_weights))
