@@ -38,9 +38,8 @@ def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: 
     if balance == "parameters" and not isinstance(layers, int):
         return by_parameters(layers, stages)
     if isinstance(balance, str) or not hasattr(balance, "__len__"):
-        known = "'uniform', layer costs or a list of counts"
-        if not isinstance(layers, int):
-            known = f"'parameters', 'profile', {known}"
+        names = "'uniform'" if isinstance(layers, int) else "'uniform', 'parameters', 'profile'"
+        known = f"{names}, layer costs or a list of counts"
         raise InputError("unknown balance", got=repr(balance), needed=known)
     counts = list(balance)
     if len(counts) != stages or sum(counts) != number or min(counts) < 1:

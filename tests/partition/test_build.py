@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import resource
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Sequence
 from weakref import ref
 
 import host_world
 import pytest
+import resident
 import torch
 import torch.nn.functional as F
 from random_models import digest
@@ -108,26 +110,10 @@ def test_layers_of_others_are_let_go() -> None:
     assert [stage.layers[0].weight.is_meta for stage in stages] == [True, False, True, True]
 
 
-def grown(layers: int, width: int) -> tuple[float, float]:
-    world = pipex.current_world()
-    plan = build("1f1b", world.ranks, 4)
-
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-    before = resident()
-    stages = build_stages(lambda number: nn.Linear(width, width, bias=False), layers, plan, world.rank)
-    pipe = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=torch.optim.SGD)
-    del stages
-    gc.collect()
-    own = sum(p.nbytes for stage in pipe.local_stages for p in stage.parameters())
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (resident() - before) / own, (most - before) / own
-
-
 def test_a_rank_takes_the_memory_of_its_stages_and_of_one_layer() -> None:
-    for after, most in host_world.launch(grown, 4, args=(16, 2048)):
+    command = [sys.executable, resident.__file__, "built"]
+    for after, most, whole in json.loads(subprocess.run(command, capture_output=True, check=True).stdout):
+        assert whole == 16 * 2048 * 2048 * 4
         assert after <= 1.3
         assert most <= 1.3 + 1 / 4
 
