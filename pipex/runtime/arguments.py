@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TypeGuard
 
@@ -11,7 +11,11 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from pipex.errors import InputError
+from pipex.partition import Stage
 from pipex.plan import Plan
+from pipex.runtime.agreement import agree
+from pipex.runtime.copies import said_of_copies
+from pipex.transport.interface import World
 
 
 def check_runnable(plan: Plan) -> None:
@@ -58,6 +62,26 @@ def check_options(loss_fn: object, optimizer: object, clip_norm: object, scaler:
         raise InputError("scaler cannot be used", got=type(scaler).__name__, needed="a torch.amp.GradScaler, or None")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise InputError("seed cannot be used", got=repr(seed), needed="an integer from -2^63 to 2^63 - 1")
+
+
+def agree_on(world: World, plan: Plan, model: Sequence[Stage], options: Mapping[str, object]) -> None:
+    """Collective.
+
+    Args:
+        model: all stages.
+        options: what else a pipeline is made with.
+
+    Raises:
+        ConfigMismatch: the ranks were given different things, or copies of a tied parameter that differ.
+        UnsupportedModule: tensors that are not one share memory, and that of different ranks.
+    """
+    said = {
+        "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(model),
+        "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})",
+        "layers per stage": str([len(stage.layers) for stage in model]),
+        **{name: str(value) for name, value in options.items()},
+    }  # fmt: skip
+    agree(world, "Pipeline(...)", said | said_of_copies(model, plan.placement, world.rank))
 
 
 def _is_number(value: object) -> TypeGuard[float]:

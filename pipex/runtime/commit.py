@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipex.plan import Placement
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
 from pipex.runtime.trainable import Trainables
 from pipex.torch_internals import foreach_norm
-from pipex.transport.interface import EdgeSpec, Links, World
+from pipex.transport.interface import Links, World
 
 
 class Gradients:
@@ -19,16 +20,16 @@ class Gradients:
 
     Args:
         world: the ranks.
-        rank_of: rank of each stage.
+        placement: of the stages.
         trainables: this rank's parameters.
-        edges: over which the accumulators of tied ones travel.
+        ties: the model's tied parameters.
     """
 
-    def __init__(self, world: World, rank_of: Sequence[int], trainables: Trainables, edges: Sequence[EdgeSpec]) -> None:
-        self._world = world
-        self._rank_of = rank_of
-        self._trainables = trainables
-        self.edges = edges
+    def __init__(self, world: World, placement: Placement, trainables: Trainables, ties: Sequence[tied.Tie]) -> None:
+        self._world, self._trainables = world, trainables
+        self._rank_of = [placement.rank_of(stage) for stage in range(placement.stages)]
+        self.edges = tied.edges_between(ties, self._rank_of)
+        """over which the accumulators of tied parameters travel"""
 
     @property
     def trained(self) -> list[nn.Parameter]:

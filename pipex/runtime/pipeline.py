@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import pipex.plan as plans
-from pipex.errors import CheckpointError, PipexError
+from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
-from pipex.partition import Stage, as_stages, without_others
+from pipex.partition import Stage, as_stages, materialize, without_others
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, intake, microbatch, modes, tied
-from pipex.runtime.agreement import agree, share
-from pipex.runtime.arguments import check_options, check_stages
+from pipex.runtime.agreement import share
+from pipex.runtime.arguments import agree_on, check_options, check_stages
 from pipex.runtime.commit import Gradients
-from pipex.runtime.copies import said_of_copies
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor, StepData
 from pipex.runtime.loss import Loss, LossFunction, of_batch
-from pipex.runtime.main_weights import MainWeights, refuse_main_grad
+from pipex.runtime.main_weights import refuse_main_grad
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import StageRunner
@@ -54,7 +53,8 @@ class Pipeline:
 
     Args:
         stages: all stages of the model in order, from ``pipex.split_model`` or any modules that map a tensor (or a
-            tuple of tensors) to a tensor (or a tuple); as many as the plan has.
+            tuple of tensors) to a tensor (or a tuple); as many as the plan has. This rank's are kept, and forms of the
+            others. Those on the meta device get memory here, and values by ``load``.
         plan: what every rank does in a step, from ``pipex.plan.build``; proven here before anything runs.
         loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar, or the sum of its losses and their number
             (of tokens that are not ignored, say); runs on the last stage's rank.
@@ -71,7 +71,8 @@ class Pipeline:
 
     Raises:
         InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
-        UnsupportedModule: a parameter brings a ``main_grad``, or shares memory with one of another rank.
+        UnsupportedModule: a parameter brings a ``main_grad``, or shares memory with one of another rank; or a buffer is
+            on the meta device that no checkpoint holds.
         ConfigMismatch: the ranks were given different plans or options, or copies of a tied parameter that differ.
         PeerError: another rank ended the run.
     """
@@ -104,40 +105,30 @@ class Pipeline:
             if scaler is not None and not scaler.is_enabled():  # as loops have it that scale only on a GPU
                 scaler = None
             model = as_stages(stages)
-            said = {
-                "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(stages),
-                "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})", "optimizer": str(optimizer is not None),
-                "clip_norm": str(clip_norm), "scaler": str(scaler is not None), "main_weights": str(main_weights),
-                "seed": seed, "exact": str(exact), "layers per stage": str([len(s.layers) for s in model]),
-            }  # fmt: skip
-            agree(self.world, "Pipeline(...)", said | said_of_copies(model, plan.placement, self.world.rank))
+            agree_on(self.world, plan, model, {
+                "optimizer": optimizer is not None, "clip_norm": clip_norm, "scaler": scaler is not None,
+                "main_weights": main_weights, "seed": seed, "exact": exact,
+            })  # fmt: skip
             refuse_main_grad(model)
-            placement, rank, device = plan.placement, self.world.rank, self.world.device
-            self._rank_of = [placement.rank_of(s) for s in range(placement.stages)]
+            placement, own, device = plan.placement, plan.placement.stages_of(self.world.rank), self.world.device
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-            self.stages = without_others(model, placement.stages_of(rank))
+            ties, watches = tied.ties_of(model), {s: watch(model, runnable, s) for s in own}
+            self.stages = without_others(model, own)
+            blank = materialize([model[s] for s in own], device)
+            self._without_values = any(share(self.world, "Pipeline(...)", blank))  # until a load
             self._seeds, accumulators = Seeds(device, seed), tied.Accumulators()
             self._loss = Loss(loss_fn, None if scaler is None else scaler.scale)
-            self._runners = {
-                s: StageRunner(
-                    self.stages[s].to(device), placement, self._loss, self._seeds, exact, accumulators,
-                    watch(model, runnable, s),
-                )
-                for s in placement.stages_of(rank)
-            }  # fmt: skip
-            ties = tied.ties_of(model)
-            elsewhere = Elsewhere(model, self.stages)
-            self._trainables = Trainables(ties, self._runners, accumulators, elsewhere)
-            self._gradients = Gradients(
-                self.world, self._rank_of, self._trainables, tied.edges_between(ties, self._rank_of)
+            shared = placement, self._loss, self._seeds, exact, accumulators
+            self._runners = {s: StageRunner(self.stages[s].to(device), *shared, watches[s]) for s in own}
+            self._trainables = Trainables(ties, self._runners, accumulators, Elsewhere(model, self.stages))
+            self._gradients = Gradients(self.world, placement, self._trainables, ties)
+            self._update = Update(
+                self.world, self._gradients, self.local_stages, main_weights, optimizer, clip_norm, scaler
             )
-            self._main = MainWeights(self.local_stages, self._trainables.trained) if main_weights else None
-            self._update = Update(self.world, self._gradients, self.local_stages, self._main, optimizer, clip_norm,
-                                  scaler)  # fmt: skip
             orders = plans.communicate(runnable)
             self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges)
             self._times = times_of(self.world.device, observer)
-            self._executor = Executor(self.world, runnable, orders[rank], self._runners, self._times)
+            self._executor = Executor(self.world, runnable, orders[self.world.rank], self._runners, self._times)
             self._executor.connect(self._links)
 
     @property
@@ -260,8 +251,9 @@ class Pipeline:
                 ``state_dict`` and ``load_state_dict``. Every rank saves its own.
 
         Raises:
-            CheckpointError: it cannot be written; the old checkpoint is untouched.
+            CheckpointError: it cannot be written; the old checkpoint is untouched. InputError: the model has no values.
         """
+        self._check_alive(values=True)
         with self._together():
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
@@ -292,6 +284,7 @@ class Pipeline:
             if not isinstance(found, str):
                 self.steps, meta = found
                 self._update.loaded()
+                self._without_values = False
                 return meta
         raise CheckpointError(found)  # on every rank
 
@@ -332,7 +325,7 @@ class Pipeline:
 
     def _begin(self, call: str, batch: Any, target: Any, total: object) -> StepData:
         """Agrees on what is to be done. What goes wrong afterwards, before the return, has begun nothing."""
-        self._check_alive(buffers=True)
+        self._check_alive(buffers=True, values=True)
         step, training = self.steps + 1, call != "evaluate"
         with self._together():
             self.world.at(step, Phase.START)
@@ -378,11 +371,14 @@ class Pipeline:
 
     # Agreement, failure, progress.
 
-    def _check_alive(self, *, buffers: bool = False) -> None:
+    def _check_alive(self, *, buffers: bool = False, values: bool = False) -> None:
         if self._failed is not None:
             raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
         if buffers and self._closed:
             raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
+        if values and self._without_values:
+            raise InputError("the model has no values yet", got="one that was made on the meta device",
+                             needed="load(directory) first, or a model that pipex.build_stages builds")  # fmt: skip
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -57,17 +57,18 @@ class Update:
         world: the ranks.
         gradients: this rank's.
         stages: this rank's.
-        main: the main weights, if there are some.
+        main_weights: whether there are some.
         factory: makes the optimizer; None if nothing is updated.
         clip_norm: the largest norm of all gradients together.
         scaler: of the losses; an enabled one.
     """
 
     def __init__(
-        self, world: World, gradients: Gradients, stages: Sequence[Stage], main: MainWeights | None,
+        self, world: World, gradients: Gradients, stages: Sequence[Stage], main_weights: bool,
         factory: OptimizerFactory | None, clip_norm: float | None, scaler: GradScaler | None,
     ) -> None:  # fmt: skip
-        self._world, self._gradients, self._main = world, gradients, main
+        self._world, self._gradients = world, gradients
+        self._main = MainWeights(stages, gradients.trained) if main_weights else None
         self._stages = stages
         self._clip_norm, self._scaler = clip_norm, scaler
         self._tied = bool(gradients.edges)

@@ -1,4 +1,4 @@
-"""How a rank's memory grows with its stages: ``python resident.py whole|built`` prints it as JSON, for each of 4 ranks.
+"""How a rank's memory grows with its stages: ``python resident.py whole|built|meta`` prints it as JSON, for 4 ranks.
 
 In a process of its own, since what an allocator has done before decides what it gives back.
 """
@@ -40,11 +40,17 @@ def grown(how: str) -> tuple[float, float, int]:
     plan = pipex.build("1f1b", pipex.current_world().ranks, 4)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the parent before
     before = resident()
-    if how == "whole":
-        stages = pipex.split_model(nn.Sequential(*map(layer, range(LAYERS))), plan)
-    else:
+    if how == "built":
         stages = pipex.build_stages(layer, LAYERS, plan, pipex.current_world().rank)
+    else:
+        with torch.device("meta" if how == "meta" else "cpu"):
+            model = nn.Sequential(*map(layer, range(LAYERS)))
+        stages = pipex.split_model(model, plan)
+        del model
     pipe = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=torch.optim.SGD)
+    if how == "meta":
+        for parameter in (p for stage in pipe.local_stages for p in stage.parameters()):
+            parameter.data.fill_(1)  # as a load does
     del stages
     gc.collect()
     own, whole = (

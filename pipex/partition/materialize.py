@@ -1,0 +1,45 @@
+"""Memory for stages of a model that was made on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.partition.stage import Stage
+from pipex.torch_internals import buffers_of, parameters_of
+
+
+def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
+    """Gives the tensors of stages that are on the meta device memory on another one, without values; what several
+    modules share stays one tensor.
+
+    Returns:
+        whether there were any.
+
+    Raises:
+        UnsupportedModule: one of them is a buffer that no checkpoint will have a value for.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what it is made for, whose id nobody else has meanwhile
+    for stage in stages:
+        for path, module in stage.layers.named_modules():
+            for name, buffer in buffers_of(module).items():
+                if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
+                    raise UnsupportedModule(
+                        f"{stage.called(f'{path}.{name}')} has no values, and is in no checkpoint",
+                        got="a buffer on the meta device that is not persistent", needed="one with values",
+                        fix="compute it in the forward, or build the model layer by layer with pipex.build_stages",
+                    )  # fmt: skip
+            for held in (parameters_of(module), buffers_of(module)):
+                for name, tensor in held.items():
+                    if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.is_meta:
+                        made.setdefault(id(tensor), (tensor, _empty(tensor, device)))
+                        held[name] = made[id(tensor)][1]  # type: ignore[assignment]
+    return bool(made)
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    memory = torch.empty_like(tensor, device=device)
+    return nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
