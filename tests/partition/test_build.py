@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
 from weakref import ref
 
+import confined
 import host_world
 import pytest
 import resident
@@ -150,3 +152,25 @@ def test_what_cannot_be_built_is_refused_by_name() -> None:
         build_stages(lambda number: None if number else nn.Tanh(), 4, plan, 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(InputError, match=r"1 layers?"):
         build_stages(lambda number: nn.Tanh(), 1, plan, 0)
+
+
+@pytest.mark.long
+def test_a_model_of_three_times_the_memory_of_a_rank_trains() -> None:
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, confined.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    ranks, (whole,) = json.loads(done.stdout)
+    assert "can't allocate memory" in whole  # so the limit is one
+    torch.manual_seed(0)
+    x, y = confined.batch()
+    with torch.no_grad():
+        values = x.chunk(2)
+        for number in range(confined.LAYERS):
+            made = confined.layer(number)
+            values = [made(value) for value in values]
+    parts = [F.mse_loss(value, wanted) / 2 for value, wanted in zip(values, y.chunk(2), strict=True)]
+    for losses, share in ranks:
+        assert losses[0] == pytest.approx((parts[0] + parts[1]).item(), rel=1e-6)
+        assert losses[1] < losses[0]
+        assert 0.24 < share < 0.26
