@@ -13,10 +13,11 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from operator import attrgetter, methodcaller
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +208,19 @@ parts_of: Callable[
     [nn.Module],
     tuple[dict[str, nn.Parameter | None], dict[str, nn.Module | None], dict[int, Any], dict[int, Any]],
 ] = attrgetter("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+# Names of the buffers that no checkpoint holds.
+non_persistent_of: Callable[[nn.Module], set[str]] = attrgetter("_non_persistent_buffers_set")
+
+
+def with_children(module: AnyModule, children: dict[str, nn.Module | None]) -> AnyModule:
+    """A shallow copy that has other children."""
+    found = copy(module)
+    found._modules = children
+    return found
+
 
 _hooks_of_module: Callable[[nn.Module], tuple[dict[int, Any], ...]] = attrgetter(
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"

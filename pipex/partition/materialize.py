@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 from pipex.partition.stage import Stage
-from pipex.torch_internals import buffers_of, parameters_of
+from pipex.torch_internals import buffers_of, non_persistent_of, parameters_of
 
 
 def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
@@ -26,7 +26,7 @@ def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
     for stage in stages:
         for path, module in stage.layers.named_modules():
             for name, buffer in buffers_of(module).items():
-                if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
+                if buffer is not None and buffer.is_meta and name in non_persistent_of(module):
                     raise UnsupportedModule(
                         f"{stage.called(f'{path}.{name}')} has no values, and is in no checkpoint",
                         got="a buffer on the meta device that is not persistent", needed="one with values",

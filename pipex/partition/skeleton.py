@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from copy import copy
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipex.partition.stage import Stage
-from pipex.torch_internals import buffers_of, children_of, parameters_of
+from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of, with_children
 
 
 def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]:
@@ -27,9 +26,7 @@ def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]
     found = []
     for stage in stages:
         if stage.index not in own:
-            layers = nn.ModuleList(map(skeletons.of, stage.layers))
-            stage = copy(stage)
-            stage._modules = {"layers": layers}
+            stage = with_children(stage, {"layers": nn.ModuleList(map(skeletons.of, stage.layers))})
         found.append(stage)
     return found
 
@@ -70,7 +67,7 @@ class Skeletons:
         for name, parameter in parameters_of(module).items():
             parameters_of(bare)[name] = None if parameter is None else cast(nn.Parameter, self._form(parameter))
         for name, buffer in buffers_of(module).items():
-            persistent = name not in module._non_persistent_buffers_set
+            persistent = name not in non_persistent_of(module)
             bare.register_buffer(name, None if buffer is None else self._form(buffer), persistent)
         for name, child in children_of(module).items():
             children_of(bare)[name] = None if child is None else self.of(child)

@@ -31,7 +31,7 @@ TOTAL = PLACES + SLOTS * 64 + 256
 # A slot's memory: the segment's header, then header, table and tensors.
 SLOT_HEADER = 128
 SLOT_TABLE = SLOT_HEADER + header.SIZE
-PAYLOAD = SLOT_HEADER + 256
+PAYLOAD = 1024
 
 
 class Ring:
