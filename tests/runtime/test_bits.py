@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -27,8 +28,12 @@ from pipex.runtime.reference import OneProcess
 FAMILIES = ("naive", "gpipe", "1f1b", "zb-h1")
 
 
-def digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+def digest(tensor: Tensor | None) -> str:
+    return (
+        "none"
+        if tensor is None
+        else hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+    )
 
 
 class Witness:
@@ -58,18 +63,18 @@ def token_batch(step: int, samples: int) -> tuple[Tensor, Tensor]:
 
 
 class TwoOutputs(nn.Module):
-    """Hands a float, an integer and a second float tensor on; the last stage ignores the second float."""
+    """Hands a float, an integer and two more float tensors on; nobody uses the last."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear, self.side = nn.Linear(width, width), nn.Linear(width, 2)
+        self.linear, self.side, self.unused = nn.Linear(width, width), nn.Linear(width, 2), nn.Linear(width, 2)
 
-    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None, *_: Tensor) -> Any:
         if ids is None:
             ids = torch.arange(x.shape[0])
         x = torch.tanh(self.linear(x)) + ids[:, None] * 0.01
         side = self.side(x) if side is None else side + self.side(x)
-        return x, ids, side
+        return x, ids, side, self.unused(x)
 
 
 class TwoInputs(nn.Module):
@@ -77,7 +82,7 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 3)
 
-    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None, side: Tensor | None = None, *_: Tensor) -> Tensor:
         return self.linear(x) if side is None else self.linear(x) + side.sum(1, keepdim=True)
 
 
@@ -180,6 +185,7 @@ PLANS: dict[str, Callable[[int, int], Plan]] = {
 
 
 def rank_run(job: str, family: str, ranks: int, microbatches: int, steps: int, samples: int) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", "no gradient came to .*unused")
     build, batch, loss = JOBS[job]
     witness = Witness()
     plan = plan_of(family, ranks, microbatches)
