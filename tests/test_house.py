@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "backward": {"errors", "reading", "torch_internals", "triton_kernels", "_cuda"},
     "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
-    "partition": {"errors", "torch_internals", "backward", "plan"},
+    "layout": {"errors", "plan"},
+    "partition": {"errors", "torch_internals", "backward", "plan", "layout"},
     "state": {"errors", "reading"},
     "observe": {"errors", "events", "reading", "plan"},
     "runtime": {
@@ -33,6 +34,7 @@ MAY_IMPORT = {
         "events",
         "torch_internals",
         "plan",
+        "layout",
         "backward",
         "transport",
         "partition",

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("pipex.cli.plans.plan", "search the best plan for given costs and memory"),
     "view": ("pipex.cli.plans.view", "show a plan from a file, in the terminal, a browser or Perfetto"),
     "profile": ("pipex.cli.profile", "measure what every layer of a model costs on this machine"),
+    "layout": ("pipex.cli.layout", "say which rank holds which layers and tensors of a model under a plan"),
     "bench": ("pipex.cli.bench", "measure pipex beside its peers on this machine"),
     "tune": ("pipex.cli.tune", "measure which of Triton and torch multiplies faster on this GPU, and keep it"),
     "info": ("pipex.cli.info", "say what was built and what this machine can do"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pipex.cli.factory import find_factory
 from pipex.cli.train.options import Options
 from pipex.errors import InputError
 
@@ -111,23 +111,7 @@ def _made(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     text: str = options.factory
     if wrong := [name for name in (*BUILT_IN, "tied") if getattr(options, name) is not None]:
         raise InputError(f"--{wrong[0]} is about pipex train's model", got=f"{text} too", fix=f"leave out --{wrong[0]}")
-    module_name, _, name = text.partition(":")
-    if not module_name or not name:
-        raise InputError("no factory", got=repr(text), needed="MODULE:FACTORY, such as my_model:profiled")
-    sys.path.insert(0, "")  # the working directory, as `python -m` has it
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        raise InputError(
-            f"there is no module {module_name}", got=repr(text), needed="a module that Python can import from here"
-        ) from None
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise InputError(f"{module_name} has no function {name}", got=repr(text), needed=f"one of {', '.join(known)}")
-    made = factory()
+    made = find_factory(text)()
     from torch import nn
 
     if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], nn.Module) and callable(made[3])):

@@ -2,13 +2,14 @@
 
 from pipex.partition.balance import Balance
 from pipex.partition.build import build_stages
+from pipex.partition.describe import layout_of, tied
 from pipex.partition.materialize import materialize
 from pipex.partition.profile import profile_layers
 from pipex.partition.skeleton import without_others
 from pipex.partition.split import split_model
-from pipex.partition.stage import Stage, as_stages, tied
+from pipex.partition.stage import Stage, as_stages
 
 __all__ = [
-    "Balance", "Stage", "as_stages", "build_stages", "materialize", "profile_layers", "split_model", "tied",
-    "without_others",
+    "Balance", "Stage", "as_stages", "build_stages", "layout_of", "materialize", "profile_layers", "split_model",
+    "tied", "without_others",
 ]  # fmt: skip

@@ -31,6 +31,19 @@ def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]
     return found
 
 
+class _Skeleton(nn.Module):
+    """``kind``: the class of what it stands for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class, or of the class of which it is a skeleton."""
+    return module.kind if isinstance(module, _Skeleton) else type(module).__name__
+
+
 class Skeletons:
     """Makes skeletons of modules, one of each. The modules are held weakly, and so may go."""
 
@@ -63,7 +76,7 @@ class Skeletons:
         """The skeleton of a module, or what is kept of it."""
         if module in self._modules:
             return self._modules[module]
-        self._modules[module] = bare = nn.Module()
+        self._modules[module] = bare = _Skeleton(kind_of(module))
         for name, parameter in parameters_of(module).items():
             parameters_of(bare)[name] = None if parameter is None else cast(nn.Parameter, self._form(parameter))
         for name, buffer in buffers_of(module).items():

@@ -146,16 +146,6 @@ def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
     return stages
 
 
-def tied(stages: Sequence[Stage]) -> dict[str, list[int]]:
-    """Name of each parameter that stands in more than one stage -> the indices of these stages, in order."""
-    users: dict[str, list[int]] = {}
-    for stage in stages:
-        for name, tensor in stage.names.items():
-            if isinstance(tensor, nn.Parameter):
-                users.setdefault(name, []).append(stage.index)
-    return {name: indices for name, indices in users.items() if len(indices) > 1}
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by path, a tied one under each of its paths."""
     return {

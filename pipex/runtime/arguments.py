@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from pipex.errors import InputError
+from pipex.layout import Layout
 from pipex.partition import Stage
 from pipex.plan import Plan
 from pipex.runtime.agreement import agree
@@ -64,7 +65,12 @@ def check_options(loss_fn: object, optimizer: object, clip_norm: object, scaler:
         raise InputError("seed cannot be used", got=repr(seed), needed="an integer from -2^63 to 2^63 - 1")
 
 
-def agree_on(world: World, plan: Plan, model: Sequence[Stage], options: Mapping[str, object]) -> None:
+def enabled(scaler: GradScaler | None) -> GradScaler | None:
+    """None for one that is not, as loops have it that scale only on a GPU."""
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def agree_on(world: World, layout: Layout, model: Sequence[Stage], options: Mapping[str, object]) -> None:
     """Collective.
 
     Args:
@@ -75,13 +81,15 @@ def agree_on(world: World, plan: Plan, model: Sequence[Stage], options: Mapping[
         ConfigMismatch: the ranks were given different things, or copies of a tied parameter that differ.
         UnsupportedModule: tensors that are not one share memory, and that of different ranks.
     """
+    plan = layout.plan
     said = {
         "ranks": plan.placement.ranks, "micro-batches": plan.microbatches, "stages": len(model),
         "plan": f"{plan.family} (digest {plan.digest.hex()[:8]})",
-        "layers per stage": str([len(stage.layers) for stage in model]),
         **{name: str(value) for name, value in options.items()},
+        "layers per stage": str(list(layout.counts)), **said_of_copies(model, layout, world.rank),
+        **{f"layer {n}": layout.blueprint.layer(n) for n in range(len(layout.blueprint.layers))},
     }  # fmt: skip
-    agree(world, "Pipeline(...)", said | said_of_copies(model, plan.placement, world.rank))
+    agree(world, "Pipeline(...)", said)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

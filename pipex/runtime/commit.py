@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from pipex.plan import Placement
+from pipex.layout import Layout, Tie
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
 from pipex.runtime.trainable import Trainables
@@ -20,43 +18,42 @@ class Gradients:
 
     Args:
         world: the ranks.
-        placement: of the stages.
+        layout: of the model.
         trainables: this rank's parameters.
-        ties: the model's tied parameters.
     """
 
-    def __init__(self, world: World, placement: Placement, trainables: Trainables, ties: Sequence[tied.Tie]) -> None:
-        self._world, self._trainables = world, trainables
-        self._rank_of = [placement.rank_of(stage) for stage in range(placement.stages)]
-        self.edges = tied.edges_between(ties, self._rank_of)
-        """over which the accumulators of tied parameters travel"""
+    def __init__(self, world: World, layout: Layout, trainables: Trainables) -> None:
+        self._world, self._layout, self._trainables = world, layout, trainables
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """This rank's parameters that are not frozen."""
         return self._trainables.trained
 
+    @property
+    def cross_ranks(self) -> bool:
+        """Whether a tied parameter's gradients go from rank to rank, here or elsewhere."""
+        return bool(self._layout.tied_edges)
+
     def reduce_ties(self, step: int, links: Links) -> None:
         """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None
         where none of them has one."""
-        rank, rank_of, own = self._world.rank, self._rank_of, self._trainables.accumulators.of
-        edges = [edge for edge in self.edges if self._between(edge.source, edge.destination)]
-        for edge in edges:
-            if edge.source_rank == rank:
-                between = self._between(edge.source, edge.destination)
-                tensors = [tied.packed(own(edge.source, p), p) for _, p in between]
-                links.senders[edge.source, edge.destination, "tied"].send(step, 0, tensors)
+        rank, rank_of, own = self._world.rank, self._layout.rank_of, self._trainables.accumulators.of
+        edges = [(*edge, between) for edge in self._layout.tied_edges if (between := self._between(*edge))]
+        for source, destination, between in edges:
+            if rank_of(source) == rank:
+                tensors = [tied.packed(own(source, p), p) for _, p in between]
+                links.senders[source, destination, "tied"].send(step, 0, tensors)
         received: dict[tuple[str, int], Tensor | None] = {}
-        for edge in edges:
-            if edge.destination_rank == rank:
-                incoming = links.receivers[edge.source, edge.destination, "tied"].receive(step, 0)
-                between = self._between(edge.source, edge.destination)
-                received.update({(tie.name, edge.source): tied.unpacked(t, p)
+        for source, destination, between in edges:
+            if rank_of(destination) == rank:
+                incoming = links.receivers[source, destination, "tied"].receive(step, 0)
+                received.update({(tie.name, source): tied.unpacked(t, p)
                                  for (tie, p), t in zip(between, incoming, strict=True)})  # fmt: skip
         for tie, p in self._trainables.tied:
-            p.grad = tied.total([own(s, p) if rank_of[s] == rank else received[tie.name, s] for s in tie.stages])
+            p.grad = tied.total([own(s, p) if rank_of(s) == rank else received[tie.name, s] for s in tie.stages])
 
-    def _between(self, source: int, destination: int) -> list[tuple[tied.Tie, nn.Parameter]]:
+    def _between(self, source: int, destination: int) -> list[tuple[Tie, nn.Parameter]]:
         return [held for held in self._trainables.tied if {source, destination} <= set(held[0].stages)]
 
     def divide(self, count: float) -> None:

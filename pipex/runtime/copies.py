@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
+from pipex.layout import Layout
 from pipex.partition import Stage
 from pipex.plan import Placement
-from pipex.runtime import tied
 from pipex.runtime.aliases import memory_of, overlap
 
 
@@ -33,18 +33,18 @@ class _Held:
         return f"{self.name} of stage {', '.join(map(str, self.stages))}"
 
 
-def said_of_copies(stages: Sequence[Stage], placement: Placement, rank: int) -> dict[str, str]:
+def said_of_copies(stages: Sequence[Stage], layout: Layout, rank: int) -> dict[str, str]:
     """What this rank tells the others when a pipeline is made, so that copies begin as equals.
 
     Raises:
         UnsupportedModule: tensors that are not one share memory, and that of different ranks.
     """
     held = _held(stages)
-    _refuse_overlaps(held, placement)
-    names = ", ".join(f"{tie.name} of the stages {tie.between}" for tie in tied.ties_of(stages))
+    _refuse_overlaps(held, layout.plan.placement)
+    names = ", ".join(f"{tie.name} of the stages {tie.between}" for tie in layout.ties)
     said = {"tied parameters": names or "none"}
     for one in held:
-        ranks = {placement.rank_of(stage) for stage in one.stages}
+        ranks = {layout.rank_of(stage) for stage in one.stages}
         if rank in ranks and len(ranks) > 1:  # other ranks never use theirs, which may be anything
             said[f"what {one.called} begins with (seed the ranks alike)"] = _content(one.tensor)
     return said

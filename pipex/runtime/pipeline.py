@@ -17,11 +17,11 @@ import pipex.plan as plans
 from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.observe.times import times_of
-from pipex.partition import Stage, as_stages, materialize, without_others
+from pipex.partition import Stage, as_stages, layout_of, materialize, without_others
 from pipex.plan import Plan
 from pipex.runtime import checkpoint, intake, microbatch, modes, tied
 from pipex.runtime.agreement import share
-from pipex.runtime.arguments import agree_on, check_options, check_stages
+from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled
 from pipex.runtime.commit import Gradients
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor, StepData
@@ -102,17 +102,16 @@ class Pipeline:
             plans.validate(plan)
             check_stages(plan, self.world.ranks, stages)
             check_options(loss_fn, optimizer, clip_norm, scaler, seed)
-            if scaler is not None and not scaler.is_enabled():  # as loops have it that scale only on a GPU
-                scaler = None
-            model = as_stages(stages)
-            agree_on(self.world, plan, model, {
+            model, scaler = as_stages(stages), enabled(scaler)
+            self.layout = layout_of(plan, model)
+            agree_on(self.world, self.layout, model, {
                 "optimizer": optimizer is not None, "clip_norm": clip_norm, "scaler": scaler is not None,
                 "main_weights": main_weights, "seed": seed, "exact": exact,
             })  # fmt: skip
             refuse_main_grad(model)
             placement, own, device = plan.placement, plan.placement.stages_of(self.world.rank), self.world.device
             runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-            ties, watches = tied.ties_of(model), {s: watch(model, runnable, s) for s in own}
+            watches = {s: watch(model, runnable, s) for s in own}
             self.stages = without_others(model, own)
             blank = materialize([model[s] for s in own], device)
             self._without_values = any(share(self.world, "Pipeline(...)", blank))  # until a load
@@ -120,13 +119,14 @@ class Pipeline:
             self._loss = Loss(loss_fn, None if scaler is None else scaler.scale)
             shared = placement, self._loss, self._seeds, exact, accumulators
             self._runners = {s: StageRunner(self.stages[s].to(device), *shared, watches[s]) for s in own}
-            self._trainables = Trainables(ties, self._runners, accumulators, Elsewhere(model, self.stages))
-            self._gradients = Gradients(self.world, placement, self._trainables, ties)
+            others = Elsewhere(model, self.stages)
+            self._trainables = Trainables(self.layout.ties, self._runners, accumulators, others)
+            self._gradients = Gradients(self.world, self.layout, self._trainables)
             self._update = Update(
                 self.world, self._gradients, self.local_stages, main_weights, optimizer, clip_norm, scaler
             )
             orders = plans.communicate(runnable)
-            self._links = connect(self.world, plan.digest, runnable, orders, self._gradients.edges)
+            self._links = connect(self.world, self.layout, runnable, orders)
             self._times = times_of(self.world.device, observer)
             self._executor = Executor(self.world, runnable, orders[self.world.rank], self._runners, self._times)
             self._executor.connect(self._links)

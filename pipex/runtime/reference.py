@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.partition import as_stages
+from pipex.partition import tied as ties_of_stages
 from pipex.runtime import microbatch, tied
 from pipex.runtime.aliases import fold
 from pipex.runtime.loss import Loss, MicroLoss, of_batch
@@ -37,7 +38,7 @@ class OneProcess:
     ) -> None:
         self.stages = as_stages(stages)
         self.steps = 0
-        self._ties = tied.ties_of(self.stages)
+        self._ties = ties_of_stages(self.stages)
         self._accumulators = tied.Accumulators()
         self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
         self._microbatches = microbatches

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 
@@ -20,43 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import MessageMismatch, UnsupportedModule
-from pipex.partition import Stage, tied
+from pipex.layout import Tie
+from pipex.partition import Stage
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.torch_internals import hooks_of, post_accumulate_hooks
-from pipex.transport.interface import EdgeSpec
-
-
-@dataclass(frozen=True)
-class Tie:
-    """One tied parameter.
-
-    Attributes:
-        name: its canonical name in the model.
-        stages: where it stands, rising; the first one owns it (checkpoints, gradient norm).
-    """
-
-    name: str
-    stages: tuple[int, ...]
-
-    @property
-    def between(self) -> str:
-        """Its stages in words."""
-        return ", ".join(map(str, self.stages))
-
-
-def ties_of(stages: Sequence[Stage]) -> list[Tie]:
-    """The model's tied parameters, frozen ones too: they may be thawed later."""
-    return [Tie(name, tuple(holders)) for name, holders in tied(stages).items()]
-
-
-def edges_between(ties: Sequence[Tie], rank_of: Sequence[int]) -> list[EdgeSpec]:
-    """The edges over which tied accumulators travel: from every holder to every holder on another rank.
-
-    Args:
-        rank_of: rank of each stage.
-    """
-    pairs = {(s, d) for tie in ties for s in tie.stages for d in tie.stages if rank_of[s] != rank_of[d]}
-    return [EdgeSpec(s, d, "tied", rank_of[s], rank_of[d], slots=1, alive=1) for s, d in sorted(pairs)]
 
 
 def parameter_of(tie: Tie, stages: Mapping[int, Stage]) -> nn.Parameter:

@@ -8,6 +8,7 @@ from operator import is_
 from torch import nn
 
 from pipex.errors import UnsupportedModule
+from pipex.layout import Tie
 from pipex.runtime import tied
 from pipex.runtime.elsewhere import Copy, Elsewhere
 from pipex.runtime.stage_runner import StageRunner
@@ -22,7 +23,7 @@ class Trainables:
     """
 
     def __init__(
-        self, ties: Sequence[tied.Tie], runners: Mapping[int, StageRunner], accumulators: tied.Accumulators,
+        self, ties: Sequence[Tie], runners: Mapping[int, StageRunner], accumulators: tied.Accumulators,
         elsewhere: Elsewhere,
     ) -> None:  # fmt: skip
         self._runners, self.accumulators, self._elsewhere = runners, accumulators, elsewhere
@@ -126,7 +127,7 @@ class Trainables:
         return found
 
     @property
-    def tied(self) -> list[tuple[tied.Tie, nn.Parameter]]:
+    def tied(self) -> list[tuple[Tie, nn.Parameter]]:
         """Those of ``ties`` that were trained in a step since ``forget``; as the ranks have agreed on at its beginning,
         whatever was frozen since."""
         return [(tie, self._tied[tie.name]) for tie in self.ties if tie.name in self._summed]

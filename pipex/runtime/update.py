@@ -71,7 +71,7 @@ class Update:
         self._main = MainWeights(stages, gradients.trained) if main_weights else None
         self._stages = stages
         self._clip_norm, self._scaler = clip_norm, scaler
-        self._tied = bool(gradients.edges)
+        self._tied = gradients.cross_ranks
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
         """of each forward_backward so far: what its gradients are to be divided by, or None"""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pipex.plan as plans
+from pipex.layout import Layout
 from pipex.plan import Orders, Plan
 from pipex.transport.interface import EdgeSpec, Links, World
 from pipex.transport.local import LocalEdge
 
 
-def connect(world: World, digest: bytes, plan: Plan, orders: Orders, tied: Sequence[EdgeSpec]) -> Links:
+def connect(world: World, layout: Layout, plan: Plan, orders: Orders) -> Links:
     """Collective: opens all edges, in one global order; those between two stages of this rank are among the links.
 
     Args:
         world: the ranks.
-        digest: of the plan that all ranks were given.
+        layout: of the plan that all ranks were given.
         plan: the plan as it runs, with nothing fused.
         orders: its orders, sends and receives included.
-        tied: the edges of tied parameters.
     """
-    specs = [*tied, *_edges(plan)]
+    digest, rank_of = layout.plan.digest, layout.rank_of
+    specs = [EdgeSpec(s, d, "tied", rank_of(s), rank_of(d), slots=1, alive=1) for s, d in layout.tied_edges]
+    specs += _edges(plan)
     links = world.open([spec for spec in specs if spec.source_rank != spec.destination_rank], digest, orders)
     for spec in specs:
         if spec.source_rank == spec.destination_rank == world.rank:

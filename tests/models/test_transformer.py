@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipex.errors import InputError
+from pipex.layout import Tie
 from pipex.models.transformer import Block, ModelConfig, Transformer, next_token_loss
+from pipex.partition import tied
 from pipex.partition.split import split_model
-from pipex.partition.stage import tied
 
 SMALL = {"width": 12, "heads": 3, "layers": 4, "context": 10, "vocabulary": 31}
 
@@ -62,8 +63,8 @@ def test_no_position_sees_what_comes_after_it() -> None:
 def test_a_tied_head_uses_the_embedding_itself() -> None:
     model = Transformer(ModelConfig(**SMALL, tied=True))
     assert model.head.projection.weight is model.embed.token.weight
-    assert tied(split_model(model, 3)) == {"embed.token.weight": [0, 2]}
-    assert tied(split_model(Transformer(ModelConfig(**SMALL)), 3)) == {}
+    assert tied(split_model(model, 3)) == (Tie("embed.token.weight", (0, 2)),)
+    assert tied(split_model(Transformer(ModelConfig(**SMALL)), 3)) == ()
 
 
 def test_weights_start_with_the_intended_spread() -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.layout import Tie
+from pipex.partition import tied
 from pipex.partition.balance import Balance
 from pipex.partition.split import split_model
-from pipex.partition.stage import Stage, as_stages, tied
+from pipex.partition.stage import Stage, as_stages
 
 
 class Block(nn.Module):
@@ -106,17 +108,17 @@ def test_buffers_that_are_not_saved_have_no_name() -> None:
 def test_a_tied_parameter_stays_one_object_and_is_reported_with_its_stages() -> None:
     parts = split_model(Model(), 3)
     assert parts[0].names["head.weight"] is parts[2].names["head.weight"]
-    assert tied(parts) == {"head.weight": [0, 2]}
-    assert tied(split_model(Model(tie=False), 3)) == {}
+    assert tied(parts) == (Tie("head.weight", (0, 2)),)
+    assert tied(split_model(Model(tie=False), 3)) == ()
 
 
 def test_a_parameter_used_twice_in_one_stage_is_not_tied_across_stages() -> None:
     shared = nn.Linear(3, 3)
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU())
     whole, first, second = split_model(model, 1), *split_model(model, 2)
-    assert tied(whole) == {}
+    assert tied(whole) == ()
     assert list(whole[0].names) == ["0.weight", "0.bias"]
-    assert tied([first, second]) == {"0.weight": [0, 1], "0.bias": [0, 1]}
+    assert tied([first, second]) == (Tie("0.weight", (0, 1)), Tie("0.bias", (0, 1)))
     x = torch.randn(2, 3)
     assert torch.equal(composed([first, second], x), model(x))
 
@@ -230,7 +232,7 @@ def test_plain_modules_become_stages_of_one_layer_named_by_stage() -> None:
     stages = as_stages([first, second])
     assert [(s.index, s.count, s.first_layer, len(s.layers)) for s in stages] == [(0, 2, 0, 1), (1, 2, 1, 1)]
     assert [list(stage.names) for stage in stages] == [["0.0.weight", "0.0.bias"], ["0.0.weight", "1.bias"]]
-    assert tied(stages) == {"0.0.weight": [0, 1]}
+    assert tied(stages) == (Tie("0.0.weight", (0, 1)),)
     x = torch.randn(2, 3)
     assert torch.equal(composed(stages, x), second(first(x)))
 
