@@ -26,8 +26,10 @@ def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: 
         where: the number of stages, each on a rank of its own, or the plan that they are for.
 
     Raises:
-        InputError: there are fewer layers than stages, ``balance`` is unknown, or counts or costs that do not fit.
+        InputError: there are fewer layers than stages, ``balance`` is unknown, counts or costs that do not fit, or a
+            plan with two copies of the model.
     """
+    check_one_copy(where)
     stages = where if isinstance(where, int) else where.placement.stages
     number = layers if isinstance(layers, int) else len(layers)
     check_stages(number, stages)
@@ -49,6 +51,14 @@ def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: 
             needed=f"{stages} counts of at least 1 with the sum {number}",
         )
     return counts
+
+
+def check_one_copy(where: int | Plan) -> None:
+    """Raises InputError for a plan with two copies of the model."""
+    if isinstance(where, Plan) and len(where.placement.pipes) > 1:
+        raise InputError(
+            "a model is cut for plans with one copy of it", got=f"{where.family}, which has two", needed="another plan"
+        )
 
 
 def by_costs(layers: int, where: int | Plan, costs: LayerCosts) -> list[int]:

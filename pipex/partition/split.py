@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import ConfigMismatch, InputError
-from pipex.partition.balance import Balance, layer_counts
+from pipex.partition.balance import Balance, check_one_copy, layer_counts
 from pipex.partition.layers import layers_of
 from pipex.partition.profile import LossFunction, profile_layers
 from pipex.partition.stage import Stage
@@ -57,11 +57,8 @@ def split_model(
         ConfigMismatch: with ``exchange``, another rank is doing something else.
     """
     layers = layers_of(model)
-    if isinstance(stages, Plan) and len(stages.placement.pipes) > 1:
-        raise InputError(
-            "a model is cut for plans with one copy of it", got=f"{stages.family}, which has two", needed="another plan"
-        )
     if balance == "profile":
+        check_one_copy(stages)
         check_stages(len(layers), stages if isinstance(stages, int) else stages.placement.stages)
         balance = _profile(model, sample, target, loss_fn, exchange)
     elif any(value is not None for value in (sample, target, loss_fn, exchange)):
