@@ -38,12 +38,13 @@ def ties_of(blueprint: Blueprint, counts: Sequence[int]) -> tuple[Tie, ...]:
     Args:
         counts: layers of each stage.
     """
-    stages = _ranges(counts)
+    stages = ranges_of(counts)
     found = [(held.name, _holders(held, stages)) for held in blueprint.tensors if held.parameter]
     return tuple(Tie(name, holders) for name, holders in found if len(holders) > 1)
 
 
-def _ranges(counts: Sequence[int]) -> tuple[range, ...]:
+def ranges_of(counts: Sequence[int]) -> tuple[range, ...]:
+    """The layers of each stage, from how many each has."""
     return tuple(range(*ends) for ends in pairwise(accumulate(counts, initial=0)))
 
 
@@ -86,7 +87,7 @@ class Layout:
     @cached_property
     def layers(self) -> tuple[range, ...]:
         """Of each stage."""
-        return _ranges(self.counts)
+        return ranges_of(self.counts)
 
     @cached_property
     def batch_rank(self) -> int:

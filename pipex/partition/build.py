@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
 
 from torch import nn
 
 from pipex.errors import InputError
+from pipex.layout import ranges_of
 from pipex.partition.balance import Balance, layer_counts
 from pipex.partition.skeleton import Skeletons
-from pipex.partition.stage import Stage
+from pipex.partition.stage import Stage, cut
 from pipex.plan import Plan
 
 
@@ -24,7 +24,8 @@ def build_stages(
     Every rank calls ``build(0)``, ``build(1)``, ... up to the last layer, in this order, and lets go of the layers that
     are not its own. So initial values that are drawn have the bits that they have in one process, and a rank never
     holds more than its stages and one layer. Tensors are called as in an ``nn.Sequential`` of the layers. What two
-    layers share must be one object, which ``build`` keeps.
+    layers share must be one object, which ``build`` keeps. Afterwards glibc maps blocks of 32 MiB and more apart, as it
+    comes to do by itself in a process that has freed such.
 
     Args:
         build: layer number -> the layer.
@@ -39,12 +40,12 @@ def build_stages(
     """
     if not 0 <= rank < plan.placement.ranks:
         raise InputError("no rank of the plan", got=rank, needed=f"0 to {plan.placement.ranks - 1}")
-    ends = list(pairwise(accumulate(layer_counts(layers, plan, balance), initial=0)))
-    own = {layer for stage in plan.placement.stages_of(rank) for layer in range(*ends[stage])}
+    counts = layer_counts(layers, plan, balance)
+    ranges = ranges_of(counts)
+    own = {layer for stage in plan.placement.stages_of(rank) for layer in ranges[stage]}
     with _given_back():
         built = _built(build, layers, own)
-    model = nn.Sequential(*built)
-    return [Stage(index, len(ends), begin, built[begin:end], model) for index, (begin, end) in enumerate(ends)]
+    return cut(built, counts, nn.Sequential(*built))
 
 
 def _built(build: Callable[[int], nn.Module], layers: int, own: Collection[int]) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pipex.partition.stage import Stage
 from pipex.torch_internals import buffers_of, non_persistent_of, parameters_of
 
 
-def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
+def materialize(stages: Sequence[Stage], device: torch.device) -> bool:
     """Gives the tensors of stages that are on the meta device memory on another one, without values; what several
     modules share stays one tensor.
 
@@ -23,7 +23,7 @@ def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
         UnsupportedModule: one of them is a buffer that no checkpoint will have a value for.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what it is made for, whose id nobody else has meanwhile
-    for stage in stages:
+    for stage in stages:  # all of them before anything is changed
         for path, module in stage.layers.named_modules():
             for name, buffer in buffers_of(module).items():
                 if buffer is not None and buffer.is_meta and name in non_persistent_of(module):
@@ -32,6 +32,8 @@ def materialize(stages: Iterable[Stage], device: torch.device) -> bool:
                         got="a buffer on the meta device that is not persistent", needed="one with values",
                         fix="compute it in the forward, or build the model layer by layer with pipex.build_stages",
                     )  # fmt: skip
+    for stage in stages:
+        for module in stage.layers.modules():
             for held in (parameters_of(module), buffers_of(module)):
                 for name, tensor in held.items():
                     if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.is_meta:

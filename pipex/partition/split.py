@@ -12,7 +12,7 @@ from pipex.errors import ConfigMismatch, InputError
 from pipex.partition.balance import Balance, check_one_copy, layer_counts
 from pipex.partition.layers import layers_of
 from pipex.partition.profile import LossFunction, profile_layers
-from pipex.partition.stage import Stage
+from pipex.partition.stage import Stage, cut
 from pipex.plan import Plan
 from pipex.plan.chain import check_stages
 from pipex.plan.layer_costs import LayerCosts
@@ -67,12 +67,7 @@ def split_model(
             got="another balance",
             fix="leave them out",
         )
-    counts = layer_counts(layers, stages, balance)
-    parts: list[Stage] = []
-    first = 0
-    for index, count in enumerate(counts):
-        parts.append(Stage(index, len(counts), first, layers[first : first + count], model))
-        first += count
+    parts = cut(layers, layer_counts(layers, stages, balance), model)
     assert [layer for part in parts for layer in part.layers] == layers, "every layer lands exactly once, in order"
     return parts
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.layout import ranges_of
 from pipex.partition.layers import canonical_names, module_names
 
 
@@ -122,6 +123,12 @@ class Stage(nn.Module):
         return f"stage {self.index} of {self.count}, layers {self.first_layer} to {last}"
 
 
+def cut(layers: Sequence[nn.Module], counts: Sequence[int], model: nn.Module) -> list[Stage]:
+    """All layers of a model as stages of so many layers each."""
+    ranges = ranges_of(counts)
+    return [Stage(index, len(ranges), r.start, layers[r.start : r.stop], model) for index, r in enumerate(ranges)]
+
+
 def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
     """Plain modules as stages, one layer each; tensors are called ``<stage index>.<name in the module>``.
 
@@ -135,7 +142,7 @@ def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
     stages = [module for module in modules if isinstance(module, Stage)]
     if not stages:
         model = nn.ModuleList(modules)
-        return [Stage(index, len(modules), index, [module], model) for index, module in enumerate(modules)]
+        return cut(modules, [1] * len(modules), model)
     if [(stage.index, stage.count) for stage in stages] != [(index, len(modules)) for index in range(len(modules))]:
         raise InputError(
             "these are not all the stages of one split, in order",

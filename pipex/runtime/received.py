@@ -94,19 +94,24 @@ def no_gradient(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device)
 
 
+def is_gradient(tensor: Tensor) -> bool:
+    """Not of a ``no_gradient``, whose dtype no gradient has."""
+    return tensor.dtype is not torch.uint8
+
+
 def seeded(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
     """Those of the roots that have a gradient, and it; None if gradients are not those of the roots."""
     if len(roots) != len(gradients):
         return None
     without = False
     for root, gradient in zip(roots, gradients, strict=True):
-        if gradient.dtype is torch.uint8 and gradient.shape == (0,):
+        if not is_gradient(gradient):
             without = True
         elif gradient.dtype is not root.dtype or gradient.shape != root.shape:
             return None
     if not without:
         return roots, gradients
-    pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if g.dtype is not torch.uint8]
+    pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if is_gradient(g)]
     return [root for root, _ in pairs], [gradient for _, gradient in pairs]
 
 

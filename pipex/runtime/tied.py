@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, reduce
 from operator import add
 
-import torch
 from torch import Tensor, nn
 
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.layout import Tie
 from pipex.partition import Stage
 from pipex.runtime.elsewhere import Elsewhere
+from pipex.runtime.received import is_gradient, no_gradient
 from pipex.torch_internals import hooks_of, post_accumulate_hooks
 
 
@@ -69,7 +69,7 @@ def refuse_new(
         stages: this rank's.
         parameters: of the ties, by name.
     """
-    known = {id(parameters[tie.name]): set(tie.stages) for tie in ties if tie.name in parameters}
+    known = {id(parameters[tie.name]): set(tie.stages) for tie in ties}
     holders: dict[int, dict[int, Callable[[], str]]] = {}  # by stage, its name there
     for stage in stages:
         for parameter in stage.parameters():
@@ -147,8 +147,8 @@ def total(accumulators: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def packed(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
-    """As it goes into a message; no gradient goes as an empty tensor."""
-    return torch.empty(0, dtype=parameter.dtype, device=parameter.device) if gradient is None else gradient
+    """As it goes into a message."""
+    return no_gradient(parameter.device) if gradient is None else gradient
 
 
 def unpacked(tensor: Tensor, parameter: nn.Parameter) -> Tensor | None:
@@ -157,10 +157,10 @@ def unpacked(tensor: Tensor, parameter: nn.Parameter) -> Tensor | None:
     Raises:
         MessageMismatch: it is that of a parameter of another shape.
     """
+    if not is_gradient(tensor):
+        return None
     if tensor.shape == parameter.shape:
         return tensor
-    if tensor.shape == (0,):
-        return None
     raise MessageMismatch(
         "a tied parameter has another shape on another rank", got=f"a gradient of shape {list(tensor.shape)}",
         needed=f"{list(parameter.shape)}", fix="replace a tied parameter on all ranks alike",

@@ -129,5 +129,5 @@ def replace_in_one_stage() -> None:
 
 
 def test_a_tied_parameter_that_is_replaced_in_one_stage_is_told() -> None:
-    with pytest.raises(PipexError, match=r"how often parameters of the stages 0, 1 were replaced|several parameters"):
+    with pytest.raises(PipexError, match="how often parameters of the stages 0, 1 were replaced"):
         host_world.launch(replace_in_one_stage, 2)

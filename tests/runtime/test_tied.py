@@ -470,5 +470,8 @@ def test_a_gradient_of_another_shape_is_named() -> None:
     gradient = torch.ones(2, 3)
     assert unpacked(packed(gradient, parameter), parameter) is gradient
     assert unpacked(packed(None, parameter), parameter) is None
+    empty = nn.Parameter(torch.ones(0))
+    assert unpacked(packed(None, empty), empty) is None
+    assert unpacked(packed(torch.ones(0), empty), empty) is not None
     with pytest.raises(MessageMismatch, match=r"got a gradient of shape \[3\]; needed \[2, 3\]"):
         unpacked(torch.ones(3), parameter)
