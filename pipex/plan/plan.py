@@ -74,8 +74,11 @@ class Plan:
 
     def pipe_of(self, microbatch: int) -> range:
         """The stages that the micro-batch passes: the pipe in which it has an F; the first, where it has none."""
-        pipes = self.placement.pipes
-        return pipes[self._pipe_numbers.get(microbatch, 0) if len(pipes) > 1 else 0]
+        return self.placement.pipes[self.copy_of(microbatch)]
+
+    def copy_of(self, microbatch: int) -> int:
+        """The number of that pipe, and so of the copy of the model."""
+        return self._pipe_numbers.get(microbatch, 0) if len(self.placement.pipes) > 1 else 0
 
     @cached_property
     def _pipe_numbers(self) -> dict[int, int]:

@@ -20,16 +20,12 @@ from pipex.transport.interface import World
 
 
 def check_runnable(plan: Plan) -> None:
-    """Raises InputError for a plan that needs more than one copy or version of the weights."""
-    copies = len(plan.placement.pipes) > 1
-    if copies or plan.update in ("microbatch", "delayed"):
-        what = "two copies of the model" if copies else "older versions of the weights"
+    """Raises InputError for a plan that needs more than one version of the weights."""
+    if plan.update in ("microbatch", "delayed"):
         raise InputError(
-            f"{plan.family} can be planned and simulated, but not run",
-            got=f"a plan with {what}",
-            needed="one copy of the weights",
-            fix="run a synchronous schedule of one pipe, such as interleaved-zb or zbv",
-        )
+            f"{plan.family} can be planned and simulated, but not run", got="a plan with older versions of the weights",
+            needed="one version of the weights", fix="run a synchronous schedule, such as interleaved-zb or zbv",
+        )  # fmt: skip
 
 
 def check_stages(plan: Plan, ranks: int, stages: Sequence[nn.Module]) -> None:
@@ -39,8 +35,9 @@ def check_stages(plan: Plan, ranks: int, stages: Sequence[nn.Module]) -> None:
     if placement.ranks != ranks:
         raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
                          needed=f"{ranks}, as launched")  # fmt: skip
-    if len(stages) != placement.stages:
-        needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
+    if len(stages) != placement.pieces:
+        of = "in each copy of the model" if len(placement.pipes) > 1 else f"× {placement.chunks} chunks"
+        needed = f"{placement.pieces} ({placement.ranks} ranks {of})"
         raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
 
 

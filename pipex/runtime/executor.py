@@ -110,14 +110,17 @@ class Executor:
     def evaluate(self, data: StepData) -> None:
         """All forwards; losses are in the last stage's runner afterwards.
 
-        Micro-batch by micro-batch through this rank's stages: free of deadlock with one slot, for any number of them.
+        Micro-batch by micro-batch through this rank's stages, and through the copies of the model by turns: free of
+        deadlock with one slot, for any number of them.
         """
+        pipes = self._placement.pipes
         self._data = data
         forget_casts()
         with torch.no_grad():
             for microbatch in range(len(data.weights)):
                 for stage, runner in sorted(self._runners.items()):
-                    self._evaluate(runner, self._ends[stage], microbatch)
+                    if stage in pipes[microbatch % len(pipes)]:
+                        self._evaluate(runner, self._ends[stage], microbatch)
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""

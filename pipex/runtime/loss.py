@@ -8,9 +8,10 @@ the gradients are divided once, when all of them are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -115,6 +116,27 @@ def of_batch(losses: Sequence[MicroLoss], total: float | None) -> tuple[float, f
         return (value / total).item(), None
     count = sum(numbers)
     return (value / count).item(), count
+
+
+Said = list[tuple[int, str, float, float | None]]
+"""Losses as they can be told: (micro-batch, dtype, value, count)."""
+
+
+def said_of(losses: Mapping[int, MicroLoss]) -> Said:
+    """The losses of micro-batches, for the other ranks."""
+    said = []
+    for m, loss in losses.items():
+        dtype, count = str(loss.value.dtype).removeprefix("torch."), loss.count
+        said.append((m, dtype, loss.value.item(), None if count is None else float(count)))
+    return said
+
+
+def told(said: Said) -> list[MicroLoss]:
+    """The losses that ranks have told, by rising micro-batch; the same bits on every rank."""
+    return [
+        MicroLoss(torch.tensor(value, dtype=getattr(torch, dtype)), count)
+        for _, dtype, value, count in sorted(said, key=itemgetter(0))
+    ]
 
 
 def check_total(total: object) -> float | None:

@@ -41,6 +41,7 @@ class Parts:
     number: of the pipeline in its world, counted as they are made.
     layout: what every rank holds.
     stages: of the model; of those that this rank does not hold, forms.
+    local_stages: those that it holds, in the model's order.
     runners: by stage of the plan, what this rank runs.
     blank: whether a rank holds tensors without values.
     """
@@ -48,6 +49,7 @@ class Parts:
     number: int
     layout: Layout
     stages: list[Stage]
+    local_stages: list[Stage]
     runners: dict[int, StageRunner]
     loss: Loss
     seeds: Seeds
@@ -57,11 +59,6 @@ class Parts:
     links: Links
     executor: Executor
     blank: bool
-
-    @property
-    def local_stages(self) -> list[Stage]:
-        """This rank's, in order."""
-        return [runner.stage for _, runner in sorted(self.runners.items())]
 
 
 def assemble(
@@ -81,21 +78,23 @@ def assemble(
         "main_weights": main_weights, "seed": seed, "exact": exact,
     })  # fmt: skip
     refuse_main_grad(model)
-    own = plan.placement.stages_of(world.rank)
+    own = layout.pieces_of(world.rank)
     runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
-    watches = {stage: watch(model, runnable, stage) for stage in own}
     kept = without_others(model, own)
-    blank = any(share(world, "Pipeline(...)", materialize([model[stage] for stage in own], world.device)))
+    blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
     seeds, accumulators = Seeds(world.device, seed), tied.Accumulators()
     loss = Loss(loss_fn, None if scaler is None else scaler.scale)
+    placement = plan.placement
     runners = {
-        s: StageRunner(kept[s].to(world.device), plan.placement, loss, seeds, exact, accumulators, watches[s])
-        for s in own
-    }
-    trainables = Trainables(layout.ties, runners, accumulators, Elsewhere(model, kept))
+        stage: StageRunner(stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact,
+                           accumulators, watch(model, runnable, stage))
+        for stage in placement.stages_of(world.rank)
+    }  # fmt: skip
+    copies = len(placement.pipes) > 1
+    trainables = Trainables(layout.ties, runners, accumulators, Elsewhere(model, kept), copies)
     gradients = Gradients(world, layout, trainables)
-    local = [runners[stage].stage for stage in own]
+    local = [kept[piece] for piece in own]
     update = Update(world, gradients, local, main_weights, optimizer, clip_norm, scaler)
 
     orders = plans.communicate(runnable)
@@ -103,4 +102,4 @@ def assemble(
     times = times_of(world.device, observer)
     executor = Executor(world, runnable, orders[world.rank], runners, times)
     executor.connect(links)
-    return Parts(number, layout, kept, runners, loss, seeds, times, trainables, update, links, executor, blank)
+    return Parts(number, layout, kept, local, runners, loss, seeds, times, trainables, update, links, executor, blank)

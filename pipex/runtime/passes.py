@@ -9,7 +9,7 @@ from pipex.errors import PipexError
 from pipex.runtime import intake, microbatch
 from pipex.runtime.agreement import share
 from pipex.runtime.executor import StepData
-from pipex.runtime.loss import of_batch
+from pipex.runtime.loss import of_batch, said_of, told
 from pipex.runtime.session import Session
 from pipex.transport.interface import Phase
 
@@ -88,10 +88,11 @@ class Passes(Session):
         """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""
         parts = self._parts
         parts.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
-        runner = next((r for r in parts.runners.values() if r.last), None)
-        mine = None
-        if runner is not None:
-            mine = of_batch([runner.losses[m] for m in sorted(runner.losses)], parts.loss.total)
+        mine = {m: loss for runner in parts.runners.values() for m, loss in runner.losses.items()}
         parts.executor.reset()
-        loss, count = next(filter(None, share(self.world, "the losses", mine)))
+        if len(parts.layout.target_ranks) > 1:  # the losses are in several places
+            every = share(self.world, "the losses", said_of(mine))
+            return of_batch(told([loss for rank in every for loss in rank]), parts.loss.total)
+        found = of_batch([mine[m] for m in sorted(mine)], parts.loss.total) if mine else None
+        loss, count = next(filter(None, share(self.world, "the losses", found)))
         return float(loss), count

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipex.errors import UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Kind, Plan
+from pipex.runtime.survey import keeps_nothing
 from pipex.torch_internals import buffers_of, parameters_of, version
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -64,19 +65,25 @@ class Watch:
             got=f"a change of {changed}",
             needed="nothing that changes, since these stages do not run one after the other, in one process, as the "
             "model does",
-            fix="cut the model so that all of its uses are in one stage, or give each use a module of its own",
+            fix="cut the model so that all of its uses are in one stage, give each use a module of its own, or run a "
+            "plan with one copy of the model",
         )
 
 
 def watch(stages: Sequence[Stage], plan: Plan, stage: int) -> Watch | None:
-    """For a stage of the model; None where nothing of it can go wrong."""
-    kept_by = [_kept(other) for other in stages]
+    """For a stage of the plan; None where nothing of it can go wrong.
+
+    Args:
+        stages: of the model.
+    """
+    placement = plan.placement
+    kept_by = [_kept(other) for other in stages] * len(placement.pipes)
     watched: list[tuple[str, nn.Module]] = []
     together: set[int] = set()
-    for called, module in _named(stages[stage]):
+    for called, module in _named(stages[placement.piece(stage)]):
         kept = {id(module), *(id(buffer) for buffer in buffers_of(module).values() if buffer is not None)}
         users = [other for other, its in enumerate(kept_by) if kept & its]
-        if len(users) > 1 and not _as_in_one_process(plan, users):
+        if len(users) > 1 and not (keeps_nothing(module) or _as_in_one_process(plan, users)):
             watched.append((called, module))
             together.update(users)
     return Watch(watched, sorted(together)) if watched else None

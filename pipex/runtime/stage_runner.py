@@ -59,7 +59,8 @@ class StageRunner:
     """Runs one stage.
 
     Args:
-        stage: the stage; the runner owns it while the pipeline lives.
+        index: of the stage, in the plan.
+        stage: the piece of the model that it is; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
         loss: used on the last stage only.
         seeds: of the random layers, and of the loss.
@@ -70,6 +71,7 @@ class StageRunner:
 
     def __init__(
         self,
+        index: int,
         stage: Stage,
         placement: Placement,
         loss: Loss,
@@ -79,9 +81,9 @@ class StageRunner:
         watch: Watch | None,
     ) -> None:
         self.stage = stage
-        self.index = stage.index
-        self.first = placement.before(stage.index) is None
-        self.last = placement.after(stage.index) is None
+        self.index = index
+        self.first = placement.before(index) is None
+        self.last = placement.after(index) is None
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
         self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds

@@ -9,8 +9,8 @@ import pipex
 import pipex.plan as plans
 from pipex.errors import PlanError
 
-NOT_RUN = {"dualpipe", "chimera", "pipedream", "pipedream-2bw", "forward-only"}
-"""Two copies of the model, older weights, or no backward: planned and simulated only."""
+NOT_RUN = {"pipedream", "pipedream-2bw", "forward-only"}
+"""Older weights, or no backward: planned and simulated only."""
 
 
 def runnable(ranks: range, chunks: range, microbatches: Sequence[int]) -> list[tuple[str, int, int, int]]:

@@ -18,9 +18,9 @@ from pipex.runtime.worlds import current_world
 def prepare(options: Options, ranks: int) -> OneProcess:
     """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
     plan = build_plan(options, ranks)
-    stages = [stage.to(current_world().device) for stage in build_stages(options, plan.placement.stages)]
+    stages = [stage.to(current_world().device) for stage in build_stages(options, plan)]
     process = OneProcess(
-        stages, plan.microbatches, next_token_loss,
+        stages, plan, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed,
     )  # fmt: skip
     if options.resume is not None:

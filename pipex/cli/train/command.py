@@ -38,7 +38,7 @@ def run(namespace: argparse.Namespace) -> int:
     check_runnable(plan)
     if plan.update == "never":
         raise InputError(f"{plan.family} has no backward", fix="choose a plan that trains")
-    check_resume(options, build_stages(options, plan.placement.stages))
+    check_resume(options, build_stages(options, plan))
     results = launch(_rank, ranks, args=(options, text), timeout=options.timeout, device=options.device)
     return max(int(result) for result in results if result is not None)
 

@@ -61,12 +61,12 @@ def build_plan(options: Options, ranks: int) -> Plan:
     return plans.build(options.schedule, ranks, options.microbatches, **chunks)
 
 
-def build_stages(options: Options, stages: int) -> list[Stage]:
+def build_stages(options: Options, plan: Plan) -> list[Stage]:
     """The model in stages, with the initial weights that the seed gives."""
     torch.manual_seed(options.seed)
     config = ModelConfig(width=options.width, heads=options.heads, layers=options.layers, context=options.context,
                          dropout=options.dropout, tied=options.tied)  # fmt: skip
-    return split_model(Transformer(config), stages)
+    return split_model(Transformer(config), plan)
 
 
 def build_optimizer(options: Options) -> Any:
@@ -98,7 +98,7 @@ def train(options: Options, text: ByteText) -> Outcome:
     plan = build_plan(options, world.ranks)
     recorder = Recorder(OBSERVED_STEPS)
     pipeline = Pipeline(
-        build_stages(options, plan.placement.stages), plan, next_token_loss,
+        build_stages(options, plan), plan, next_token_loss,
         optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
         exact=options.check or None,
     )  # fmt: skip
