@@ -14,7 +14,8 @@ from pipex.plan.actions import Kind
 from pipex.plan.bubbles import Bubbles, bubbles
 from pipex.plan.placement import Edge, Placement
 
-COMPUTE = frozenset({"F", "I", "W", "B"})
+COMPUTE = frozenset({"F", "I", "W", "B", "UPDATE"})
+"""The kinds that a plan's orders consist of."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pipex.errors import InputError
 from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Update
+from pipex.plan.versions import Update
 
 SLACK = 1 + 1e-9
 """Sums of memory in floating point may exceed a limit by this factor: three thirds need not be 1."""

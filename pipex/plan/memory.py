@@ -29,7 +29,7 @@ def peak_memory(plan: Plan, activation: Sequence[float], deferred: Sequence[floa
                 held += deferred[stage] - activation[stage]
             elif kind is Kind.B:
                 held -= activation[stage]
-            else:
+            elif kind is Kind.W:
                 held -= deferred[stage]
             peak = max(peak, held)
         peaks.append(peak)

@@ -13,24 +13,15 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan.actions import Action, Kind, parse_action, syntax_error
 from pipex.plan.placement import Edge, Placement, PlacementName
+from pipex.plan.versions import Update, versions_held, versions_used
 
 Orders = tuple[tuple[Action, ...], ...]
 """Per rank its actions, in the order in which it runs them."""
-
-
-Update = Literal["step", "microbatch", "delayed", "never"]
-"""When the weights change, and so how many versions of them a rank needs:
-
-step        after all micro-batches; one version. Every synchronous schedule.
-microbatch  after every backward; a micro-batch keeps the version it began with (PipeDream's weight stashing).
-delayed     after all micro-batches, which have used the version before the newest; two versions (PipeDream-2BW).
-never       there is no backward; an activation is held for its F only.
-"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,8 @@ class Plan:
         family: name of the schedule: lower-case letters, digits and dashes.
         placement: which rank holds which stage.
         microbatches: micro-batches per step M, at least 1.
-        orders: per rank its compute actions (F, I, W, B) in order; ``communicate`` adds the sends and receives.
+        orders: per rank its compute actions (F, I, W, B) and UPDATEs in order; ``communicate`` adds the sends and
+            receives.
         peak_activations: the promise: per rank the most activations held at once, in activations of one
             micro-batch at one stage (``placement.chunks`` of them are one micro-batch of the whole rank), each
             from the start of its F to the end of its B or W.
@@ -88,13 +80,14 @@ class Plan:
 
     @property
     def weight_versions(self) -> tuple[int, ...]:
-        """Per rank the versions of its weights that it needs at once."""
-        match self.update:
-            case "microbatch":
-                return self.peak_activations
-            case "delayed":
-                return (2,) * self.placement.ranks
-        return (1,) * self.placement.ranks
+        """Per rank the most versions of a stage's weights that it needs at once."""
+        return tuple(versions_held(order, self.update) for order in self.orders)
+
+    @cached_property
+    def versions(self) -> dict[tuple[int, int], int]:
+        """(stage, micro-batch) -> which version of the stage's weights all its actions use: how many updates they have
+        had since the step began. -1 is the version before the one with which it began."""
+        return {key: version for order in self.orders for key, version in versions_used(order, self.update).items()}
 
     @cached_property
     def digest(self) -> bytes:

@@ -23,7 +23,7 @@ from pipex.plan.validator import validate
 
 
 class TimedAction(NamedTuple):
-    """A compute action with its start and end, from the start of the step."""
+    """An action of the plan with its start and end, from the start of the step."""
 
     action: Action
     start: float
@@ -35,7 +35,7 @@ class Simulation:
     """The course of one step.
 
     Attributes:
-        timeline: per rank its compute actions in order, with start and end.
+        timeline: per rank its actions in order, with start and end. An UPDATE takes no time.
         makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
         peak_memory: per rank, in the unit of the costs.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
@@ -159,6 +159,7 @@ def _links(
         Kind.I: [backward(s, i[s]) for s in range(stages)],
         Kind.B: [backward(s, i[s] + w[s]) for s in range(stages)],
         Kind.W: [_Link(w[s], NONE, 0.0, None, NONE, None) for s in range(stages)],
+        Kind.UPDATE: [_Link(0.0, NONE, 0.0, None, NONE, None) for _ in range(stages)],
     }
 
 

@@ -107,10 +107,12 @@ class Problem:
 
 
 def pack(problem: Problem, orders: Orders) -> Packed:
-    """The packed form of the orders of a valid plan. A B becomes I and W."""
+    """The packed form of the orders of a valid plan. A B becomes I and W; UPDATEs, which take no time, are left out."""
     codes = array("q")
     for order in orders:
         for action in (part for fused in order for part in fused.each):
+            if action.kind is Kind.UPDATE:
+                continue
             kinds = (Kind.I, Kind.W) if action.kind is Kind.B else (action.kind,)
             codes.extend(code(problem, KINDS.index(kind), action.stage, action.microbatch) for kind in kinds)
     return codes.tobytes()

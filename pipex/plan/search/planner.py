@@ -16,13 +16,14 @@ from pipex.plan.families import FAMILIES, options_of
 from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan, Update
+from pipex.plan.plan import Plan
 from pipex.plan.search.published import ONLY_BY_NAME, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
+from pipex.plan.versions import Update
 
 _ACTIONS = 10_000_000
 """So many actions are planned by default, in all evaluations together: a second or two in the native list scheduler."""
@@ -266,7 +267,7 @@ class _Search:
         """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
         are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
         kinds = {action.kind for order in plan.orders for action in order}
-        if space.one_pipe and kinds == {Kind.F, Kind.B}:
+        if space.one_pipe and kinds - {Kind.UPDATE} == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None

@@ -12,8 +12,9 @@ from pipex.plan.list_scheduler import Packed, Problem, unpack
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.memory import peak_memory
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan, Update
+from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, simulate
+from pipex.plan.versions import Update
 
 Origin = Literal["published", "planned", "planned on medians", "improved"]
 

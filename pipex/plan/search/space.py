@@ -12,9 +12,9 @@ from pipex.plan.costs import CostModel, Costs
 from pipex.plan.list_scheduler import Problem
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Update
 from pipex.plan.search.rules import Pool
 from pipex.plan.search.units import Units, with_medians
+from pipex.plan.versions import Update
 
 
 class Space:
