@@ -127,7 +127,10 @@ class Splitter:
         fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
         if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
             return None  # not ours, or not recorded everywhere
-        self._watch(parameter)
+        # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
+        # gives it other memory from one micro-batch to the next: watched anew at each, it would be watched for ever.
+        if known is None or (known.dtype, known.device) != (parameter.dtype, parameter.device):
+            self._watch(parameter)
         self._aliases[id(parameter)] = alias = parameter.detach()
         return alias
 

@@ -45,8 +45,9 @@ def versions_used(order: Sequence[Action], update: Update) -> dict[tuple[int, in
 
 
 def versions_held(order: Sequence[Action], update: Update) -> int:
-    """The most versions that a rank must hold of one of its stages at once: the newest, those that micro-batches under
-    way will need for their backward, and for "delayed" the one before the newest, which the next group uses."""
+    """The most versions that a rank must hold of one of its stages at once: the newest, and those that micro-batches
+    under way need for their backward. For "delayed" that is two, since a step begins with a group that uses the version
+    before the newest; the two are held between its micro-batches, too."""
     if update in ("step", "never"):
         return 1
     used = versions_used(order, update)
@@ -61,8 +62,6 @@ def versions_held(order: Sequence[Action], update: Update) -> int:
             needed[used[stage, microbatch]] -= 1
         elif kind is Kind.UPDATE:
             updates[stage] += 1
-        newest = updates[stage]
-        kept = {newest, newest - 1} if update == "delayed" else {newest}
         under_way[stage] = +needed
-        most = max(most, len(kept | under_way[stage].keys()))
+        most = max(most, len({updates[stage], *under_way[stage]}))
     return most

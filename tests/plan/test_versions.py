@@ -10,15 +10,25 @@ from itertools import pairwise, product
 
 import pytest
 
-from pipex.errors import PlanError, PlanSyntaxError
+from pipex.errors import InputError, PlanError, PlanSyntaxError
+from pipex.observe import Event, measure
 from pipex.plan.actions import NONE, Action, Kind, parse_action
+from pipex.plan.communication import alive, slots_needed
 from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
+from pipex.plan.interop.torch_csv import from_torch_csv, to_torch_csv
+from pipex.plan.list_scheduler import pack
+from pipex.plan.measured import measured_costs, typical_step
+from pipex.plan.messages import messages
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
+from pipex.plan.search.units import Units
 from pipex.plan.simulator import simulate
 from pipex.plan.validator import validate
 from pipex.plan.versions import Update
+from pipex.plan.view.chrome import chrome_trace
+from pipex.plan.view.course import memory_curve
+from pipex.plan.view.text import plan_view
 
 PIPEDREAM = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, p, 2 * p, 5 * p + 1)]
 TWO_BW = [(p, each, k) for p in (1, 2, 3, 4, 8) for each in (p, p + 1, 2 * p, 3 * p + 1) for k in (1, 2, 5)]
@@ -90,6 +100,46 @@ def test_updates_take_no_time_and_no_memory_and_move_nothing(family: str) -> Non
     for row, plain_row in zip(ours.timeline, theirs.timeline, strict=True):
         assert tuple(timed for timed in row if timed.action.kind is not Kind.UPDATE) == plain_row
         assert all(start == end for action, start, end in row if action.kind is Kind.UPDATE)
+
+
+@pytest.mark.parametrize("family", ["pipedream", "pipedream-2bw"])
+def test_the_rest_of_pipex_sees_the_plan_that_it_would_be_without_updates(family: str) -> None:
+    plan, plain = build(family, 3, 6), build("1f1b", 3, 6)
+    costs = Costs.uniform(plan, 3, 2, 1, hop=0.5)
+    ours, theirs = simulate(plan, costs), simulate(plain, costs)
+    assert plan_view(plan) == plan_view(plain)
+    assert alive(plan) == alive(plain)
+    assert slots_needed(plan) == slots_needed(plain)
+    assert [m[:2] + m[4:] for m in messages(plan, costs, ours)] == [
+        m[:2] + m[4:] for m in messages(plain, costs, theirs)
+    ]
+    for row, plain_row in zip(ours.timeline, theirs.timeline, strict=True):
+        assert memory_curve(plan, costs, row) == memory_curve(plain, costs, plain_row)
+    problem = Units.of({plan.placement: costs}, 6, None).problem(plan.placement, 6, costs, None)
+    assert pack(problem, plan.orders) == pack(problem, plain.orders)
+    slices = [row for row in chrome_trace(plan, costs)["traceEvents"] if row.get("cat") == "UPDATE"]
+    assert [(row["name"], row["dur"]) for row in slices[-1:]] == [("PP:2UPDATE5", 0)]
+    with pytest.raises(PlanError, match="torch's runtime changes the weights after all micro-batches"):
+        to_torch_csv(plan)
+    with pytest.raises(PlanError, match=r"rank 0 at position 2 \(0UPDATE0\) is an action that torch does not have"):
+        from_torch_csv("0F0,0B0,0UPDATE0\r\n")
+    assert Plan.from_text(plan.to_text()) == plan
+
+
+def test_a_run_is_measured_with_its_updates() -> None:
+    plan = build("pipedream", 1, 1)
+    events = [
+        Event(1, kind, 0, 0, begin, begin + 10**9) for kind, begin in (("F", 0), ("B", 10**9), ("UPDATE", 2 * 10**9))
+    ]
+    found = typical_step(plan, [events])
+    assert [timed.action for timed in found.timeline[0]] == list(plan.orders[0])
+    assert (found.makespan, found.bubble_makespan) == (3, 0)
+    with pytest.raises(InputError, match="the trace is of another plan"):
+        typical_step(plan, [events[:2]])
+    figures = measure([events], plan.placement)
+    assert (figures.makespan, figures.bubble_makespan, figures.after_actions) == (3, 0, 0)
+    costs = measured_costs(plan, figures.action, hop=0)
+    assert (costs.forward, costs.input_gradient) == ([1], [1])
 
 
 @pytest.mark.parametrize("updates", [2, 3, 6])
