@@ -13,6 +13,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import cast, get_args
 
 from pipex.errors import PlanError, PlanSyntaxError
@@ -88,6 +89,17 @@ class Plan:
         """(stage, micro-batch) -> which version of the stage's weights all its actions use: how many updates they have
         had since the step began. -1 is the version before the one with which it began."""
         return {key: version for order in self.orders for key, version in versions_used(order, self.update).items()}
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether weights change while micro-batches are under way."""
+        return self.update in ("microbatch", "delayed")
+
+    @cached_property
+    def groups(self) -> tuple[range, ...]:
+        """The micro-batches of each update, in order."""
+        ends = {part.microbatch + 1 for order in self.orders for part in order if part.kind is Kind.UPDATE}
+        return tuple(range(*bounds) for bounds in pairwise(sorted({0, self.microbatches, *ends})))
 
     @cached_property
     def digest(self) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,26 +35,48 @@ class MicroLoss:
     count: Tensor | float | None
 
 
+class Share(NamedTuple):
+    """What a micro-batch contributes, by its samples.
+
+    Attributes:
+        loss: to the loss of the step.
+        gradient: to the gradients of its update; the same in a step with one update.
+    """
+
+    loss: float
+    gradient: float
+
+
+def shares_of(samples: Sequence[int], groups: Sequence[range]) -> list[Share]:
+    """Of micro-batches of so many samples, with an update for each group of them."""
+    whole = sum(samples)
+    parts = [sum(samples[m] for m in group) for group in groups]
+    return [
+        Share(samples[m] / whole, samples[m] / part) for group, part in zip(groups, parts, strict=True) for m in group
+    ]
+
+
 class Loss:
     """The loss function of a pipeline's last stage.
 
     Args:
         function: (output, target) of a micro-batch -> mean, or (sum, count).
         scale: applied to what the backward starts from.
+        means_only: whether sums with counts are refused.
     """
 
-    def __init__(self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None, *, means_only: bool = False
+    ) -> None:
         self.function, self._scale = function, scale
         self.trains = False
         """whether anything in the pipeline is to be trained in this step, so that a loss must have a graph"""
+        self.means_only = means_only
         self.total: float | None = None
         """of this step, if it was told: then sums are divided by it before their backward"""
 
-    def __call__(self, output: Any, target: Any, share: float) -> tuple[Tensor, MicroLoss]:
+    def __call__(self, output: Any, target: Any, share: Share) -> tuple[Tensor, MicroLoss]:
         """Where the backward of a micro-batch starts, and its loss.
-
-        Args:
-            share: of the batch's samples.
 
         Raises:
             InputError: the function returned something else, or a loss that nothing can be trained by.
@@ -77,7 +99,12 @@ class Loss:
                              needed="one that returns (sum, count)")  # fmt: skip
         root = value = loss.reshape(()) if loss.dim() else loss
         if count is None:
-            root = value = value * share
+            root = value * share.gradient
+            value = root if share.loss == share.gradient else value * share.loss
+        elif self.means_only:
+            raise InputError("weights that change within a step need the mean loss of a micro-batch",
+                             got="a sum and a count, which other ranks would learn too late", needed="a mean",
+                             fix="divide the sum by the count in the loss function")  # fmt: skip
         elif self.total is not None:
             root = value / self.total
         if torch.is_grad_enabled():

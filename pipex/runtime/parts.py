@@ -17,7 +17,7 @@ from pipex.partition import Stage, as_stages, layout_of, materialize, without_ot
 from pipex.plan import Plan
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
-from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled
+from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled, refuse_asynchronous, refuse_ties
 from pipex.runtime.commit import Gradients
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor
@@ -28,6 +28,7 @@ from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import StageRunner
 from pipex.runtime.trainable import Trainables
 from pipex.runtime.update import OptimizerFactory, Update
+from pipex.runtime.versions import Versions
 from pipex.runtime.wiring import connect
 from pipex.transport.interface import Links, World
 
@@ -43,6 +44,7 @@ class Parts:
     stages: of the model; of those that this rank does not hold, forms.
     local_stages: those that it holds, in the model's order.
     runners: by stage of the plan, what this rank runs.
+    versions: of the weights, where they change within a step.
     blank: whether a rank holds tensors without values.
     """
 
@@ -56,6 +58,7 @@ class Parts:
     times: Times
     trainables: Trainables
     update: Update
+    versions: Versions | None
     links: Links
     executor: Executor
     blank: bool
@@ -84,7 +87,7 @@ def assemble(
     blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
     seeds, accumulators = Seeds(world.device, seed), tied.Accumulators()
-    loss = Loss(loss_fn, None if scaler is None else scaler.scale)
+    loss = Loss(loss_fn, None if scaler is None else scaler.scale, means_only=plan.asynchronous)
     placement = plan.placement
     runners = {
         stage: StageRunner(stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact,
@@ -97,9 +100,17 @@ def assemble(
     local = [kept[piece] for piece in own]
     update = Update(world, gradients, local, main_weights, optimizer, clip_norm, scaler)
 
+    versions = None
+    if plan.asynchronous:
+        refuse_asynchronous(clip_norm=clip_norm is not None, scaler=scaler is not None, main_weights=main_weights)
+        refuse_ties(layout)
+        (runner,) = runners.values()
+        versions = Versions(lambda: runner.survey.parameters, delayed=plan.update == "delayed")
     orders = plans.communicate(runnable)
     links = connect(world, layout, runnable, orders)
     times = times_of(world.device, observer)
-    executor = Executor(world, runnable, orders[world.rank], runners, times)
+    executor = Executor(world, runnable, orders[world.rank], runners, times, versions, update.within)
     executor.connect(links)
-    return Parts(number, layout, kept, local, runners, loss, seeds, times, trainables, update, links, executor, blank)
+    return Parts(
+        number, layout, kept, local, runners, loss, seeds, times, trainables, update, versions, links, executor, blank
+    )

@@ -9,7 +9,7 @@ from pipex.errors import PipexError
 from pipex.runtime import intake, microbatch
 from pipex.runtime.agreement import share
 from pipex.runtime.executor import StepData
-from pipex.runtime.loss import of_batch, said_of, told
+from pipex.runtime.loss import of_batch, said_of, shares_of, told
 from pipex.runtime.session import Session
 from pipex.transport.interface import Phase
 
@@ -32,7 +32,8 @@ class Passes(Session):
             since = self._phase(data.step, Phase.REDUCE)
             loss, count = self._end()
             parts.times.finish()
-            parts.update.add(count, parts.loss.total)
+            if not parts.layout.plan.asynchronous:  # which has made its updates
+                parts.update.add(count, parts.loss.total)
             self.world.at(self.steps, Phase.IDLE)
             return loss, since
 
@@ -73,7 +74,7 @@ class Passes(Session):
             world.at(self.steps, Phase.IDLE)
             raise
         parts.loss.total, parts.loss.trains = agreed.total, agreed.trains
-        count, samples = len(agreed.samples), sum(agreed.samples)
+        count = len(agreed.samples)
         inputs: Sequence[tuple[Any, ...]] = ()
         targets: Sequence[Any] = ()
         with self._together():
@@ -82,7 +83,8 @@ class Passes(Session):
                 inputs = [microbatch.as_arguments(piece) for piece in pieces]
             if last and given.target is not None:
                 targets = microbatch.cut(target, given.target, count, world.device)
-        return StepData(step, inputs, targets, [n / samples for n in agreed.samples])
+        groups = plan.groups if training else [range(count)]
+        return StepData(step, inputs, targets, shares_of(agreed.samples, groups))
 
     def _end(self) -> tuple[float, float | None]:
         """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""

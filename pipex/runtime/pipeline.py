@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from pipex.observe import Observer
 from pipex.plan import Plan
 from pipex.runtime import modes
+from pipex.runtime.arguments import refuse_asynchronous
 from pipex.runtime.loss import LossFunction
 from pipex.runtime.parts import assemble
 from pipex.runtime.passes import Passes
@@ -83,8 +84,14 @@ class Pipeline(Passes):
 
         Args, Raises: as theirs.
         """
+        if self.plan.asynchronous:
+            refuse_asynchronous(total=total is not None, skip_nonfinite=skip_nonfinite)
         loss, since = self._train("step", batch, target, total)
-        self._finish(since, skip_nonfinite)
+        if self.plan.asynchronous:  # the updates are made
+            self.steps += 1
+            self._done(since, self.steps, Phase.REDUCE)
+        else:
+            self._finish(since, skip_nonfinite)
         return loss
 
     def forward_backward(self, batch: Any, target: Any, *, total: float | Tensor | None = None) -> float:
@@ -108,6 +115,8 @@ class Pipeline(Passes):
             MessageMismatch: the ranks do not run one plan.
             PeerError: another rank ended the run; this rank's parameters are those of the last step boundary.
         """
+        if self.plan.asynchronous:
+            refuse_asynchronous(forward_backward=True)
         loss, since = self._train("forward_backward", batch, target, total)
         self._done(since, self.steps + 1, Phase.REDUCE)
         return loss

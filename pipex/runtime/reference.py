@@ -19,7 +19,7 @@ from pipex.partition import tied as ties_of_stages
 from pipex.plan import Plan
 from pipex.runtime import microbatch, tied
 from pipex.runtime.aliases import fold
-from pipex.runtime.loss import Loss, MicroLoss, of_batch
+from pipex.runtime.loss import Loss, MicroLoss, of_batch, shares_of
 from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 
@@ -40,6 +40,7 @@ class OneProcess:
         self.stages = as_stages(stages)
         self.steps = 0
         self._microbatches = plan if isinstance(plan, int) else plan.microbatches
+        self._groups = [range(plan)] if isinstance(plan, int) else plan.groups
         self._copies = 1 if isinstance(plan, int) else len(plan.placement.pipes)
         self._copy_of: Callable[[int], int] = (lambda m: 0) if isinstance(plan, int) else plan.copy_of
         self._ties = ties_of_stages(self.stages, self._copies)
@@ -127,13 +128,20 @@ class OneProcess:
         targets = microbatch.cut(target, target_how, len(how.samples), device)
         self._loss.total = total
         before = len(self._counts) * self._microbatches if torch.is_grad_enabled() else 0
+        training = torch.is_grad_enabled()
+        shares = shares_of(how.samples, self._groups if training else [range(len(how.samples))])
         seeds = Seeds(device, self._seed)
         with seeds.apart(self.steps + 1, 0):
             for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
                 seed = seeds.of(self.steps + 1, before + number)
+                if training:
+                    self._before_forward(number)
                 output = self._forward(seed, microbatch.as_arguments(piece))
                 seed(sum(len(stage.layers) for stage in self.stages))
-                yield self._loss(output, wanted, how.samples[number] / sum(how.samples))
+                yield self._loss(output, wanted, shares[number])
+
+    def _before_forward(self, microbatch: int) -> None:
+        """What a training step does before each micro-batch: nothing, where weights change between steps."""
 
     def _forward(self, seed: Callable[[int], None], inputs: tuple[Any, ...]) -> Any:
         values: Any = inputs

@@ -9,6 +9,7 @@ from time import monotonic_ns
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
@@ -82,7 +83,7 @@ class Session:
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
                 self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
-                self._parts.update.main,
+                self._parts.update.main, self._previous_weights(),
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
@@ -103,7 +104,10 @@ class Session:
         """
         update = self._parts.update
         with self._together():
-            found = checkpoint.load(self.world, self.local_stages, self.optimizer, state or {}, directory, update.main)
+            found = checkpoint.load(
+                self.world, self.local_stages, self.optimizer, state or {}, directory, update.main,
+                self._parts.versions,
+            )  # fmt: skip
             if not isinstance(found, str):
                 self.steps, meta = found
                 update.loaded()
@@ -117,6 +121,13 @@ class Session:
         self._closed = True
         self._parts.executor.disconnect()
         self._parts.links.close()
+
+    def _previous_weights(self) -> dict[str, Tensor]:
+        """By name, what micro-batches of the next step will use besides the parameters."""
+        versions = self._parts.versions
+        previous = {} if versions is None else {id(p): older for p, older in versions.previous.items()}
+        names = [(name, tensor) for stage in self.local_stages for name, tensor in stage.names.items()]
+        return {name: previous[id(tensor)] for name, tensor in names if id(tensor) in previous}
 
     # Failure and progress.
 

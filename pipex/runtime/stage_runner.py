@@ -16,7 +16,7 @@ from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime.aliases import fold
-from pipex.runtime.loss import Loss, MicroLoss
+from pipex.runtime.loss import Loss, MicroLoss, Share
 from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import Watch
@@ -122,14 +122,14 @@ class StageRunner:
             self._seed(self.stage.first_layer + position)
 
     def forward(
-        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float, split: bool
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share, split: bool
     ) -> tuple[Tensor, ...]:
         """F. Returns what the next stage gets; nothing on the last stage, which keeps its loss instead.
 
         Args:
             inputs: received tensors; on stage 0 the micro-batch, which may hold anything.
             target: the micro-batch's target; read on the last stage only.
-            weight: the micro-batch's share of the batch's samples; a mean loss is scaled by it before backward.
+            share: of the micro-batch; a mean loss is scaled by it before backward.
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
@@ -143,7 +143,7 @@ class StageRunner:
             tape = None
             output = self.compute(step, microbatch, inputs)
         if self.last:
-            root = self.loss(microbatch, output, target, weight)
+            root = self.loss(microbatch, output, target, share)
             received.check_use(self.index)
             roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
             self.live[microbatch] = _Live(received, roots, tape)
@@ -154,13 +154,13 @@ class StageRunner:
         return outputs
 
     def evaluate(
-        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share
     ) -> tuple[Tensor, ...]:
         """The forward alone; arguments and result as of ``forward``."""
         received = self.received(inputs)
         output = self.compute(step, microbatch, inputs if self.first else received.handed)
         if self.last:
-            self.loss(microbatch, output, target, weight)
+            self.loss(microbatch, output, target, share)
         received.check_use(self.index)
         return () if self.last else self.message(output, received)
 
@@ -177,13 +177,13 @@ class StageRunner:
         tensors = output_tensors(self.stage, output)
         return tensors if len(tensors) == 1 else tuple(fold(tensors, received.overlapping))
 
-    def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
+    def loss(self, microbatch: int, output: Any, target: Any, share: Share) -> Tensor:
         """Keeps the loss of a micro-batch; returns where its backward starts.
 
         Raises:
             InputError: as ``Loss``.
         """
-        root, self.losses[microbatch] = self._loss(output, target, weight)
+        root, self.losses[microbatch] = self._loss(output, target, share)
         return root
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -33,8 +33,8 @@ RANKS = MICROBATCHES = 4
 STEPS = 2
 WIDTH = 6
 SCHEDULES = ("1f1b", "zb-h1")
-ALL_SCHEDULES = (*SCHEDULES, "chimera")
-"""Those where every rank has one stage, and one where it has two: of two copies of the model."""
+ALL_SCHEDULES = (*SCHEDULES, "chimera", "pipedream")
+"""Those with one copy of the model and an update at the end of a step; one with two copies; one with updates within."""
 PEER_FIELDS = ("rank", "step", "stage", "action", "microbatch")
 
 Place = tuple[Any, ...]
@@ -133,9 +133,9 @@ def train(saboteur: Saboteur, schedule: str, checkpoint: str | None) -> str:
 
     world.at = at  # type: ignore[method-assign]
     try:
-        pipeline = pipex.Pipeline(
-            stages, pipex.build(schedule, RANKS, MICROBATCHES), loss_fn, optimizer=optimizer, clip_norm=0.1
-        )
+        plan = pipex.build(schedule, RANKS, MICROBATCHES)
+        clip_norm = None if plan.asynchronous else 0.1
+        pipeline = pipex.Pipeline(stages, plan, loss_fn, optimizer=optimizer, clip_norm=clip_norm)
         for step in range(1, STEPS + 1):
             pipeline.step(batch(step), batch(step))
             steps = pipeline.steps
@@ -260,7 +260,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Afterm
         assert not processes_of(exits)
         exits.clear()
         for rank, diary in enumerate(aftermath.diaries):
-            if rank != victim and "error" in diary:
+            if rank != victim and "error" in diary and schedule != "pipedream":  # which changes weights within a step
                 assert diary["parameters"] == boundaries_of(schedule)[diary["steps"]][rank]
         return aftermath
 

@@ -74,6 +74,11 @@ def build_optimizer(options: Options) -> Any:
     return lambda parameters: torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
 
 
+def clip_norm(options: Options, plan: Plan) -> float | None:
+    """What gradients are clipped to."""
+    return 1.0 if options.clip is None and not plan.asynchronous else options.clip
+
+
 def describe_run(options: Options) -> dict[str, Any]:
     """What a resumed run must share with the saved one for its numbers to go on."""
     return {"seed": options.seed, "batch": options.batch, "context": options.context,
@@ -99,7 +104,7 @@ def train(options: Options, text: ByteText) -> Outcome:
     recorder = Recorder(OBSERVED_STEPS)
     pipeline = Pipeline(
         build_stages(options, plan), plan, next_token_loss,
-        optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
+        optimizer=build_optimizer(options), clip_norm=clip_norm(options, plan), seed=options.seed, observer=recorder,
         exact=options.check or None,
     )  # fmt: skip
     if options.resume is not None:
