@@ -6,8 +6,8 @@ Measured stages give ``Costs``. Comparing schedules whose placements differ need
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pipex.errors import InputError
@@ -55,14 +55,16 @@ class Costs:
         """``recompute``, or what stands for it."""
         return self.forward if self.recompute is None else self.recompute
 
-    def kept(self, recomputed: Sequence[int], offloaded: Sequence[int]) -> list[float]:
-        """Per stage the memory of one micro-batch between F and I, for such stages of a plan."""
-        kept = list(self.activation)
+    def spared(self, recomputed: Iterable[int], offloaded: Iterable[int]) -> Costs:
+        """Those of plans with such stages, as far as one number per stage says them: I is longer by recomputation, and
+        ``activation`` is what is held between F and I. Copies take no time, and I no memory for itself."""
+        activation, input_gradient = list(self.activation), list(self.input_gradient)
         for stage in recomputed:
-            kept[stage] = 0.0 if self.inputs is None else self.inputs[stage]
+            activation[stage] = 0.0 if self.inputs is None else min(self.inputs[stage], activation[stage])
+            input_gradient[stage] += self.recomputation[stage]
         for stage in offloaded:
-            kept[stage] = 0.0
-        return kept
+            activation[stage] = 0.0
+        return replace(self, activation=activation, input_gradient=input_gradient)
 
     @staticmethod
     def uniform(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
 from pipex.plan.actions import Action, Kind
+from pipex.plan.costs import Costs
 from pipex.plan.offload import away
 from pipex.plan.plan import Plan
 
@@ -96,3 +98,25 @@ def peak_of(
         held += sum(by * amounts[form][stage] for form, stage, by in change.by)
         peak = max(peak, held)
     return peak
+
+
+def with_promise(plan: Plan, costs: Costs | None = None, limit: Sequence[float] | None = None) -> Plan:
+    """The same plan with the smallest promise that it keeps; where it offloads, with the largest that keeps the limit, so
+    that its copies have the most time.
+
+    Args:
+        costs, limit: the memory that a rank may hold, in the unit of the costs; needed where something is offloaded.
+    """
+    ones, ranks = [1] * plan.placement.stages, range(plan.placement.ranks)
+    smallest = replace(plan, peak_activations=(0,) * len(ranks))
+    promises = [int(peak_of(smallest, rank, ones, ones)) for rank in ranks]
+    for rank in ranks if plan.offloaded and costs and limit is not None else ():
+        stages = plan.placement.stages_of(rank)
+        each = min(max(costs.activation[s], costs.deferred[s]) for s in stages) or 1
+        most = min(len(stages) * plan.microbatches, int(limit[rank] / each))
+        for promise in range(most, promises[rank], -1):
+            roomier = replace(plan, peak_activations=(promise,) * len(ranks))
+            if peak_of(roomier, rank, costs.activation, costs.deferred, costs.inputs) <= limit[rank]:
+                promises[rank] = promise
+                break
+    return replace(plan, peak_activations=tuple(promises))
