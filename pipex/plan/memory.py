@@ -100,23 +100,25 @@ def peak_of(
     return peak
 
 
-def with_promise(plan: Plan, costs: Costs | None = None, limit: Sequence[float] | None = None) -> Plan:
-    """The same plan with the smallest promise that it keeps; where it offloads, with the largest that keeps the limit, so
-    that its copies have the most time.
+def with_promise(plan: Plan, room: tuple[Costs, Sequence[float]] | None = None) -> Plan:
+    """The same plan with the smallest promise that it keeps.
 
     Args:
-        costs, limit: the memory that a rank may hold, in the unit of the costs; needed where something is offloaded.
+        room: where something is offloaded, costs and per rank the memory that it may hold under them: its copies then
+            have the most time, with the largest promise that keeps this.
     """
     ones, ranks = [1] * plan.placement.stages, range(plan.placement.ranks)
     smallest = replace(plan, peak_activations=(0,) * len(ranks))
     promises = [int(peak_of(smallest, rank, ones, ones)) for rank in ranks]
-    for rank in ranks if plan.offloaded and costs and limit is not None else ():
-        stages = plan.placement.stages_of(rank)
-        each = min(max(costs.activation[s], costs.deferred[s]) for s in stages) or 1
-        most = min(len(stages) * plan.microbatches, int(limit[rank] / each))
-        for promise in range(most, promises[rank], -1):
-            roomier = replace(plan, peak_activations=(promise,) * len(ranks))
-            if peak_of(roomier, rank, costs.activation, costs.deferred, costs.inputs) <= limit[rank]:
-                promises[rank] = promise
-                break
+    if room is not None:
+        costs, limit = room
+        for rank in ranks:
+            stages = plan.placement.stages_of(rank)
+            each = min(max(costs.activation[s], costs.deferred[s]) for s in stages) or 1
+            most = min(len(stages) * plan.microbatches, int(limit[rank] / each))
+            for promise in range(most, promises[rank], -1):
+                roomier = replace(plan, peak_activations=(promise,) * len(ranks))
+                if peak_of(roomier, rank, costs.activation, costs.deferred, costs.inputs) <= limit[rank]:
+                    promises[rank] = promise
+                    break
     return replace(plan, peak_activations=tuple(promises))

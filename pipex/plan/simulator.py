@@ -2,8 +2,9 @@
 
 A rank starts an action as soon as the one before it has ended and the message it needs is there; a message is there
 one hop after its producer's end. Communication costs nothing else. The I (or B) of a recomputed stage begins with
-another forward. Copies to host memory and back run beside the actions, as ``offload`` says. With these rules the figures of the Zero Bubble
-paper (arXiv 2401.10241, table 5) come out to all printed digits, and steps measured on 8 GPUs to 1.5 %.
+another forward. Copies to host memory and back run beside the actions, as ``offload`` says. With these rules the
+figures of the Zero Bubble paper (arXiv 2401.10241, table 5) come out to all printed digits, and steps measured on 8
+GPUs to 1.5 %.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ class _Link(NamedTuple):
 
 
 def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, int], list[list[TimedCopy]]]:
-    """The timeline, per edge the slots used, and per rank the copies. An action waits for the result that it needs, not for a message: the
-    receivers of a valid plan take the messages of an edge in the order sent, so that both give the same times."""
+    """The timeline, per edge the slots used, and per rank the copies. An action waits for the result that it needs, not
+    for a message: the receivers of a valid plan take the messages of an edge in the order sent, so that both give the
+    same times."""
     sent: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
     received: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
     links = _links(plan, costs, sent, received)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Sequence
+from functools import cache, partial
 from math import inf
 from typing import NamedTuple, get_args
 
 from pipex.errors import InputError, PlanError
 from pipex.plan.actions import Kind
-from pipex.plan.bounds import SLACK, Spare
+from pipex.plan.bounds import Spare
 from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
 from pipex.plan.families import FAMILIES, options_of
-from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay, unpack
+from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
-from pipex.plan.memory import with_promise
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
 from pipex.plan.search.published import ONLY_BY_NAME, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
-from pipex.plan.search.sparing import choices, neighbour
+from pipex.plan.search.sparing import neighbour, promising, with_copies
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
 
@@ -79,7 +79,7 @@ def search(
         spare: what may be done with stages to hold less: "recompute", "offload". None: both, under a limit, offloading
             where the costs say what copies take.
         evaluations: how many orders to judge; the same number gives the same plan on every machine. None: what takes
-            about a second.
+            about a second, or with stages to spare a few.
         seconds: no evaluation begins after so long; None: no such cap.
 
     Raises:
@@ -106,15 +106,14 @@ def search(
     if memory is not None:
         limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
     deadline = inf if seconds is None else time.monotonic() + seconds
-    if limit is None:
-        spare = ()
-    elif spare is None:
-        spare = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
-    elif unknown := set(spare) - set(get_args(Spare)):
+    if unknown := set(spare or ()) - set(get_args(Spare)):
         raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
+    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    spare = () if limit is None else priced if spare is None else spare
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
+        evaluations += evaluations // 2 if spare else 0
     return _Search(units, spaces, limit, objective, names, spare, evaluations, deadline).run()
 
 
@@ -135,6 +134,7 @@ class _Search:
         searched: placements, and when their plans change the weights: what the bound is for.
         best: per family, number of chunks, and whether stages are recomputed and offloaded, the best that keeps the
             limit, with the key of its rank.
+        sparing: gives the spaces with the most promising choices of stages to spare on a placement.
         too_large: what does not keep the limit.
         drafts: the best orders, each with another value, best first.
     """
@@ -151,13 +151,13 @@ class _Search:
         deadline: float,
     ) -> None:
         self.units, self.spaces, self.limit, self.objective, self.families = units, spaces, limit, objective, families
-        self.spare = spare
         self.most_evaluations, self.deadline = evaluations, deadline
         self.evaluations, self.capped = 0, False
         self.random = random.Random(0)
         self.planned = [space for space in spaces.values() if space.family in families]
         self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
         self.best: dict[tuple[str, int, bool, bool], tuple[tuple[int, int, int], Candidate]] = {}
+        self.spare, self.sparing = spare, cache(partial(promising, spare=spare))
         self.too_large: list[Candidate] = []
         self.drafts: list[_Draft] = []
 
@@ -229,26 +229,24 @@ class _Search:
         """Plans with the most promising choices of stages, then with neighbours of the best of these: a third of what
         is left of the evaluations."""
         until = self.evaluations + (self.most_evaluations - self.evaluations) // 3
-        spaces = [space.sparing(*choice) for space in self.planned for choice in choices(space, self.spare)]
+        spaces = [spared for space in self.planned for spared in self.sparing(space)]
         spaces.sort(key=lambda space: space.bound(self.objective).value)
         for turn in range(max((len(STARTS[space.placement.name]) for space in spaces), default=0)):
             for space in spaces:
                 rules = STARTS[space.placement.name]
                 if turn < len(rules) and self.evaluations < until and self._may_win(space) and self._begin():
                     self._plan(space, rules[turn], medians=False)
-        tried = {(space.placement, space.recomputed, space.offloaded) for space in spaces}
-        while self.evaluations < until:
+        spaces = [space for space in spaces if space.pool.kept]
+        while spaces and self.evaluations < until:
             spaces = sorted((s for s in spaces if s.pool.kept), key=lambda s: s.pool.kept[0].value)[:_DRAFTS]
-            if not spaces:
-                break
             parent = spaces[biased(len(spaces), self.random)]
             space = parent.sparing(*neighbour(parent, self.spare, self.random))
-            self.evaluations += 1
-            if self._may_win(space):
-                for known in parent.pool.kept[:2]:
-                    self._plan(space, known.rule, known.medians)
-                spaces.append(space)
-        self.planned += spaces
+            for known in parent.pool.kept[:2]:
+                if not self._begin():
+                    return
+                self._plan(space, known.rule, known.medians)
+            spaces.append(space)
+        self.planned += [space for space in spaces if space.pool.kept]
 
     def _plan(self, space: Space, rule: Rule, medians: bool) -> None:
         """Plans by due dates with the true or with the median times, and judges by the true ones."""
@@ -303,23 +301,26 @@ class _Search:
             for orders in (plan, unfused(plan)) if fused and space.costs.overlap < 1 else (unfused(plan),):
                 if not self._begin():
                     return
-                self._judge_published(space, orders)
+                fits = self._judge_published(space, orders)
+            for spared in self.sparing(space) if space.one_pipe and self.spare and not fits else ():
+                if not self._begin():
+                    return
+                self._judge_packed(spared, plan.family, "published", pack(spared.problem, plan.orders))
 
-    def _judge_published(self, space: Space, plan: Plan) -> None:
-        """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
-        are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
+    def _judge_published(self, space: Space, plan: Plan) -> bool:
+        """Whether it keeps the limit. As it is: natively where every backward is whole or every one is split. Where the
+        plan has some of each, all are split, which costs no time; and little memory, or else it is judged as it is."""
         kinds = {action.kind for order in plan.orders for action in order}
         if space.one_pipe and kinds == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None
-            self._judge(space, plan.family, "published", plan, replayed)
-            return
+            return self._judge(space, plan.family, "published", plan, replayed)[1]
         if space.one_pipe and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
             _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
             if fits or Kind.B not in kinds:
-                return
-        self._judge(space, plan.family, "published", plan, self._simulated(plan, space))
+                return fits
+        return self._judge(space, plan.family, "published", plan, self._simulated(plan, space))[1]
 
     def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
         """Judges orders with split backwards, and keeps them as a draft if they are among the best. Those that offload
@@ -330,24 +331,14 @@ class _Search:
             value = replayed.makespan if self.objective == "makespan" else replayed.span
             fits = all(peak <= most for peak, most in zip(replayed.peaks, space.problem.limit, strict=True))
             if fits and value < min((key[0] for key, _ in self.best.values()), default=inf):
-                fits = self._judge_offloading(space, family, origin, packed)
+                plan = with_copies(space, family, packed)
+                fits = self._judge(space, family, origin, plan, self._simulated(plan, space))[1]
         else:
             value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
         if fits and value not in (draft.value for draft in self.drafts):
             drafts = [*self.drafts, _Draft(value, space, family, packed)]
             self.drafts = sorted(drafts, key=lambda draft: draft.value)[:_DRAFTS]
         return value, fits
-
-    def _judge_offloading(self, space: Space, family: str, origin: Origin, packed: Packed) -> bool:
-        """Judges orders whose copies have as much time as the limit allows; whether they keep it."""
-        assert space.limit is not None
-        orders, ranks = unpack(space.problem, packed), space.placement.ranks
-        plan = Plan(
-            family, space.placement, space.microbatches, orders, (0,) * ranks,
-            recomputed=space.recomputed, offloaded=space.offloaded,
-        )  # fmt: skip
-        plan = with_promise(plan, space.costs, [most * SLACK for most in space.limit])
-        return self._judge(space, family, origin, plan, self._simulated(plan, space))[1]
 
     def _simulated(self, plan: Plan, space: Space) -> Replay:
         simulation = simulate(plan, space.costs)

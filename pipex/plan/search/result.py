@@ -51,9 +51,7 @@ class Candidate:
             return self.orders
         problem, packed = self.orders
         orders, ranks = unpack(problem, packed), self.placement.ranks
-        draft = Plan(
-            self.family, self.placement, self.microbatches, orders, (0,) * ranks, recomputed=self.recomputed
-        )
+        draft = Plan(self.family, self.placement, self.microbatches, orders, (0,) * ranks, recomputed=self.recomputed)
         return with_promise(draft)
 
 
@@ -63,8 +61,8 @@ class SearchResult:
 
     Attributes:
         best: the candidate with the smallest makespan, or span.
-        runners_up: the best of every other family, number of chunks and way to spare memory that was not ruled out by its
-            bound, best first.
+        runners_up: the best of every other family, number of chunks and way to spare memory that was not ruled out by
+            its bound, best first.
         costs: the true costs of the best one's placement.
         bound: what no plan on any of the placements searched can go below, whatever makes it.
         objective: which time was to be made small.

@@ -51,7 +51,8 @@ class Space:
         loop = "interleaved-zb" if placement.chunks > 1 else "zb-auto"
         self.family = {"loop": loop, "v": "zbv"}.get(placement.name, "")
         self.median_problem = None
-        if self._problem is not None and (medians := with_medians(self._problem)) != self._problem:
+        plain = not (recomputed or offloaded)  # of mixed times there is no median
+        if self._problem is not None and plain and (medians := with_medians(self._problem)) != self._problem:
             self.median_problem = medians
         self.pool = Pool()
         self.bound = cache(self._bound)
@@ -88,7 +89,12 @@ class Space:
 
 
 def spaces_of(
-    costs: CostModel, ranks: int, microbatches: int, chunks: int, limit: Sequence[float] | None, spare: Collection[Spare]
+    costs: CostModel,
+    ranks: int,
+    microbatches: int,
+    chunks: int,
+    limit: Sequence[float] | None,
+    spare: Collection[Spare],
 ) -> tuple[Units, dict[Placement, Space]]:
     """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit, some of
     whose stages may be spared. Where there are none that spare nothing, the space of these is empty.

@@ -8,10 +8,13 @@ are spared first, until the others would fit: with that time as short as it can 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
-from pipex.plan.bounds import Spare
+from pipex.plan.bounds import SLACK, Spare
+from pipex.plan.list_scheduler import Packed, unpack
+from pipex.plan.memory import with_promise
+from pipex.plan.plan import Plan
 from pipex.plan.search.space import Space
 
 _STRETCHES = (1.0, 1.2, 1.5, 2.0, 3.0)
@@ -25,14 +28,14 @@ class Choice(NamedTuple):
     offloaded: tuple[int, ...]
 
 
-def choices(space: Space, spare: Collection[Spare]) -> list[Choice]:
-    """Choices for the plans of a placement, each once: those that offload as much as the copies take less time than
-    the rank's work, and those that only recompute."""
+def promising(space: Space, spare: Collection[Spare]) -> list[Space]:
+    """Spaces of the same placement, each once: those that offload as long as a rank's copies take less time than its
+    work and then recompute, and those that only recompute."""
     ways = [tuple(way for way in ("offload", "recompute") if way in spare)]
     if len(ways[0]) > 1:
         ways.append(("recompute",))
     found = [_choice(space, way, stretch) for way in ways for stretch in _STRETCHES]
-    return [choice for choice in dict.fromkeys(found) if any(choice)]
+    return [space.sparing(*choice) for choice in dict.fromkeys(found) if any(choice)]
 
 
 def _choice(space: Space, ways: tuple[str, ...], stretch: float) -> Choice:
@@ -65,3 +68,13 @@ def neighbour(space: Space, spare: Collection[Spare], rng: random.Random) -> Cho
     same_chunk = [other for other in stages if other // ranks == stage // ranks]
     chosen.update(dict.fromkeys(same_chunk if rng.random() < 0.2 else [stage], way))
     return Choice(*(tuple(s for s in stages if chosen.get(s) == way) for way in ("recompute", "offload")))
+
+
+def with_copies(space: Space, family: str, packed: Packed) -> Plan:
+    """The plan of orders that offload, whose copies have as much time as the limit allows."""
+    assert space.limit is not None
+    plan = Plan(
+        family, space.placement, space.microbatches, unpack(space.problem, packed), (0,) * space.placement.ranks,
+        recomputed=space.recomputed, offloaded=space.offloaded,
+    )  # fmt: skip
+    return with_promise(plan, (space.costs, [most * SLACK for most in space.limit]))

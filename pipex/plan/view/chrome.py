@@ -1,7 +1,8 @@
 """A simulated plan as a Chrome trace, for Perfetto or chrome://tracing.
 
-One process per rank with its actions, its copies to host memory and back, an arrow per message, and two counters: what the rank holds, and how many
-messages for it are sent but not taken. Ranges are named as in a measured trace (``PP:2F0``).
+One process per rank with its actions, its copies to host memory and back, an arrow per message, and two counters: what
+the rank holds, and how many messages for it are sent but not taken. Ranges are named as in a measured trace
+(``PP:2F0``).
 """
 
 from __future__ import annotations
