@@ -8,6 +8,7 @@ families       the published schedules, by name
 costs          what the actions cost
 communication  sends and receives between the compute actions, and how many buffers they need
 causality      runs orders without a clock: finds deadlocks
+offload        when an offloaded activation is away
 memory         what a rank holds at its fullest moment
 validator      proves a plan before anything runs
 simulator      when everything starts and ends under given costs

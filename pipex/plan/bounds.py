@@ -15,6 +15,9 @@ first F and last I are of that stage, its first I and last F of its deepest. A l
 the memory is too small for all forwards at once; else the two windows may overlap, and only one of them counts.
 Besides, a micro-batch takes a certain memory for a certain time, and all of them must share the limit.
 
+Where stages may be recomputed or offloaded to keep a limit, a rank does so with those of its stages with which its own
+bound is lowest, the others having done nothing. What an I takes for itself, and the time of copies, are left out.
+
 With stages and hops all alike, F, I and W being times of a rank, c a hop and a limit of P micro-batches, the first I
 alone makes a rank idle for (P-1)I/V + (PV+P-2)c on a loop of V chunks, for (P-1)I/2 + 3(P-1)c on a V. At V = 1 the
 last F adds (P-1)(F-W+2c); ZB-H1 reaches that, so it is optimal there.
@@ -22,10 +25,11 @@ last F adds (P-1)(F-W+2c); ZB-H1 reaches that, so it is optimal there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress, product
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipex.errors import InputError
 from pipex.plan.actions import Kind
@@ -44,48 +48,70 @@ class Bound(NamedTuple):
     reason: str
 
 
-def smallest_memory(placement: Placement, costs: Costs) -> tuple[float, ...]:
+Spare = Literal["recompute", "offload"]
+"""A way to hold less of a stage between F and I."""
+
+_MOST_SPARED = 6
+"""Stages of a rank of which all subsets are looked at; of more, recomputation counts as if it took no time."""
+
+
+def smallest_memory(placement: Placement, costs: Costs, spare: Collection[Spare] = ()) -> tuple[float, ...]:
     """Per rank the memory without which no plan with a backward can run, in the unit of the costs: a micro-batch that
-    has reached the last stage is held by all stages before it. With one pipe it is enough too, as ``naive`` shows."""
-    return tuple(
-        min(sum(costs.activation[s] for s in stages) for stages in _stages_of(placement, rank))
-        for rank in range(placement.ranks)
-    )
+    has reached a stage is held, whole or as far as ``spare`` says, by all stages before it. With one pipe it is enough
+    too, as ``naive`` shows."""
+    every = range(placement.stages)
+    least = costs.spared(every if "recompute" in spare else (), every if "offload" in spare else ()).activation
+
+    def needed(stages: Sequence[int]) -> float:
+        return max(costs.activation[s] + sum(least[t] for t in stages if t < s) for s in stages)
+
+    return tuple(min(map(needed, _stages_of(placement, rank))) for rank in range(placement.ranks))
 
 
-def check_limit(placement: Placement, costs: Costs, limit: Sequence[float]) -> None:
+def check_limit(placement: Placement, costs: Costs, limit: Sequence[float], spare: Collection[Spare] = ()) -> None:
     """Raises InputError unless ``limit`` has one entry per rank, none below ``smallest_memory``."""
     if len(limit) != placement.ranks:
         raise InputError("wrong number of memory limits", got=len(limit), needed=f"{placement.ranks}, one per rank")
-    for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs), strict=True)):
+    for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs, spare), strict=True)):
         if not given * SLACK >= needed:
             problem = f"no plan fits the memory limit of rank {rank}"
             raise InputError(problem, got=f"{given:g}", needed=f"at least {needed:g}, what one micro-batch holds there")
 
 
 def makespan_bound(
-    placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None = None, update: Update = "step"
+    placement: Placement,
+    microbatches: int,
+    costs: Costs,
+    limit: Sequence[float] | None = None,
+    update: Update = "step",
+    spare: Collection[Spare] = (),
 ) -> Bound:
     """No plan has a smaller makespan.
 
     Args:
         placement, microbatches, update: those of the plans.
-        costs: those of the simulation.
+        costs: those of the simulation, or ``Costs.spared`` of them, for plans with these stages spared.
         limit: per rank the peak memory that plans may have, in the unit of the costs; None: any. Ignored where there
             is no backward.
+        spare: what plans may do with any of their stages to keep the limit.
 
     Raises:
         InputError: the costs do not fit the placement, or no plan at all fits the limit (names the smallest that is
             needed).
     """
-    return _bound(placement, microbatches, costs, limit, update, whole_step=True)
+    return _bound(placement, microbatches, costs, limit, update, spare, whole_step=True)
 
 
 def span_bound(
-    placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None = None, update: Update = "step"
+    placement: Placement,
+    microbatches: int,
+    costs: Costs,
+    limit: Sequence[float] | None = None,
+    update: Update = "step",
+    spare: Collection[Spare] = (),
 ) -> Bound:
     """No plan has a smaller span; as ``makespan_bound`` otherwise."""
-    return _bound(placement, microbatches, costs, limit, update, whole_step=False)
+    return _bound(placement, microbatches, costs, limit, update, spare, whole_step=False)
 
 
 def _bound(
@@ -94,29 +120,49 @@ def _bound(
     costs: Costs,
     limit: Sequence[float] | None,
     update: Update,
+    spare: Collection[Spare],
     *,
     whole_step: bool,
 ) -> Bound:
     costs.on(placement)
     chains = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
     if update == "never":
-        ranks = [_forward_only(rank, placement, chains, whole_step) for rank in range(placement.ranks)]
+        ranks = [[_forward_only(rank, placement, chains, whole_step)] for rank in range(placement.ranks)]
     else:
         limits = [inf] * placement.ranks
-        if limit is not None:
-            check_limit(placement, costs, limit)
+        if limit is None:
+            spare = ()
+        else:
+            check_limit(placement, costs, limit, spare)
             limits = [most * SLACK for most in limit]
         ranks = [
-            _with_backward(rank, placement, chains, microbatches, costs, limits[rank], whole_step)
+            [
+                _with_backward(rank, placement, chains, microbatches, choice, limits[rank], whole_step)
+                for choice in _choices(placement.stages_of(rank), costs, spare)
+            ]
             for rank in range(placement.ranks)
         ]
     # Micro-batches may choose between two pipes: the best way to share them counts, and in that the worst rank.
     ways = [(microbatches,)] if len(chains) == 1 else [(m, microbatches - m) for m in range(microbatches + 1)]
-    best = min((max((rank.bound(way) for rank in ranks), key=_value) for way in ways), key=_value)
+    each = [[min((choice.bound(way) for choice in rank), key=_value) for rank in ranks] for way in ways]
+    best = min((max(bounds, key=_value) for bounds in each), key=_value)
     alone = min(chain.end for chain in chains)
     if whole_step and alone > best.value:
         return Bound(alone, f"one micro-batch alone takes {alone:g}")
     return best
+
+
+def _choices(stages: Sequence[int], costs: Costs, spare: Collection[Spare]) -> Iterator[Costs]:
+    """The costs of a rank, for each way to spare its stages that might be the best."""
+    if "offload" in spare:
+        yield costs.spared((), stages)  # holds less than all others, in the same time
+    elif "recompute" not in spare:
+        yield costs
+    elif len(stages) > _MOST_SPARED:
+        yield replace(costs.spared(stages, ()), input_gradient=costs.input_gradient)
+    else:
+        for chosen in product((False, True), repeat=len(stages)):
+            yield costs.spared(compress(stages, chosen), ())
 
 
 def _value(bound: Bound) -> float:
@@ -224,6 +270,8 @@ def _with_backward(
     limit: float,
     whole_step: bool,
 ) -> _Rank:
+    share = min(1.0, costs.overlap)
+    chains = [replace(chain, i={s: share * costs.input_gradient[s] for s in chain.i}) for chain in chains]
     pipes = list(zip(chains, _stages_of(placement, rank), strict=True))
     windows = [_Windows.of(chain, stages, whole_step) for chain, stages in pipes]
     # Each pipe has its own windows; the shorter is the one that is certain.

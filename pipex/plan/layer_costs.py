@@ -123,7 +123,7 @@ class LayerCosts:
         assert len(pipe) == len(placement.pipes[0])
         assert ends[-1] == len(self.layers)
         stages = pipe * len(placement.pipes)
-        last = {pipe[-1] for pipe in placement.pipes}
+        first, last = ({pipe[end] for pipe in placement.pipes} for end in (0, -1))
         return Costs(
             forward=[sum(layer.forward for layer in stage) for stage in stages],
             input_gradient=[sum(layer.input_gradient for layer in stage) for stage in stages],
@@ -135,6 +135,11 @@ class LayerCosts:
                 for index, stage in enumerate(stages)
             ],
             deferred=[sum(layer.deferred for layer in stage) for stage in stages],
+            # Of the batch it is known only that the first layer holds it.
+            inputs=[
+                stage[0].activation if index in first else stages[index - 1][-1].output
+                for index, stage in enumerate(stages)
+            ],
         )
 
     def _hop(self, stages: Sequence[Sequence[Layer]], edge: Edge) -> float:

@@ -113,4 +113,5 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
         hop=dict.fromkeys(plan.edges, hop),
         activation=share,
         deferred=share,
+        recompute=[0.0] * len(share),  # in the times of I and B, as they were measured
     )

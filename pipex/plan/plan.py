@@ -5,6 +5,8 @@ The text has one line of metadata, then one line per rank with its actions in to
     # pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1
+
+A plan that holds less than it could says so at the end of its first line, as in ``recomputed=0 offloaded=1,2``.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ class Plan:
             micro-batch at one stage (``placement.chunks`` of them are one micro-batch of the whole rank), each
             from the start of its F to the end of its B or W.
         update: when the weights change.
+        recomputed: stages of which only the input is held between F and I (or B), which begins with another forward.
+            They count in the promise from the start of I.
+        offloaded: stages of which nothing is held between F and I: what F made is copied to host memory, and back
+            before I. They count in the promise outside of the time that ``offload`` gives them.
 
     Raises:
         PlanError: a field does not fit the others.
@@ -50,6 +56,8 @@ class Plan:
     orders: Orders
     peak_activations: tuple[int, ...]
     update: Update = "step"
+    recomputed: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(_FAMILY, self.family):
@@ -59,6 +67,27 @@ class Plan:
         for name, rows in (("orders", len(self.orders)), ("peak_activations", len(self.peak_activations))):
             if rows != self.placement.ranks:
                 raise PlanError(f"wrong number of {name}", got=rows, needed=f"{self.placement.ranks}, one per rank")
+        if self.recomputed or self.offloaded:
+            self._check_spared()
+
+    def _check_spared(self) -> None:
+        """Raises PlanError unless both are lists of stages, rising, that can be recomputed or offloaded."""
+        for name, stages in (("recomputed", self.recomputed), ("offloaded", self.offloaded)):
+            for before, stage in zip((-1, *stages), stages, strict=False):
+                if not 0 <= stage < self.placement.stages:
+                    needed = f"0 to {self.placement.stages - 1}"
+                    raise PlanError(f"a stage that is not there is {name}", got=stage, needed=needed)
+                if stage <= before:
+                    problem = f"stage {stage} comes twice or late among the stages {name}"
+                    raise PlanError(problem, got=",".join(map(str, stages)), needed="each once, rising")
+        if both := set(self.recomputed) & set(self.offloaded):
+            raise PlanError(f"stage {min(both)} is recomputed and offloaded", needed="one of them")
+        if self.update in ("never", "microbatch"):
+            # Without a backward nothing waits. And what is stashed per micro-batch are its weights besides, one
+            # version per activation promised: for those of an activation that is away nobody would have room.
+            stage = min(self.recomputed + self.offloaded)
+            problem = f"stage {stage} is recomputed or offloaded in a plan with update={self.update}"
+            raise PlanError(problem, needed="update=step or update=delayed")
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -113,6 +142,9 @@ class Plan:
             f"chunks={self.placement.chunks} microbatches={self.microbatches} "
             f"update={self.update} peak_activations={','.join(map(str, self.peak_activations))}"
         )
+        for name, stages in (("recomputed", self.recomputed), ("offloaded", self.offloaded)):
+            if stages:
+                header += f" {name}={','.join(map(str, stages))}"
         return "\n".join([header, *(",".join(map(str, order)) for order in self.orders), ""])
 
     @staticmethod
@@ -144,8 +176,10 @@ class Plan:
             ),
             microbatches=int(fields["microbatches"]),
             orders=tuple(_parse_row(row, line) for line, row in enumerate(lines[1:-1], start=2)),
-            peak_activations=tuple(map(int, fields["peaks"].split(","))),
+            peak_activations=_numbers(fields["peaks"]),
             update=cast(Update, fields["update"]),
+            recomputed=_numbers(fields["recomputed"]),
+            offloaded=_numbers(fields["offloaded"]),
         )
         check_stages(plan, len(text))
         return plan
@@ -207,12 +241,18 @@ def _parse_row(row: str, line: int) -> tuple[Action, ...]:
     return tuple(actions)
 
 
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return () if text is None else tuple(map(int, text.split(",")))
+
+
 _FAMILY = "[a-z0-9-]+"
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
+_NUMBERS = f"{_NUMBER}(?:,{_NUMBER})*"
 _HEADER = re.compile(
     f"# pipex plan 1: family=(?P<family>{_FAMILY}) placement=(?P<placement>{'|'.join(get_args(PlacementName))}) "
     f"ranks=(?P<ranks>{_NUMBER}) chunks=(?P<chunks>{_NUMBER}) microbatches=(?P<microbatches>{_NUMBER}) "
-    f"update=(?P<update>{'|'.join(get_args(Update))}) peak_activations=(?P<peaks>{_NUMBER}(?:,{_NUMBER})*)"
+    f"update=(?P<update>{'|'.join(get_args(Update))}) peak_activations=(?P<peaks>{_NUMBERS})"
+    f"(?: recomputed=(?P<recomputed>{_NUMBERS}))?(?: offloaded=(?P<offloaded>{_NUMBERS}))?"
 )
 _HEADER_EXAMPLE = (
     "# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1"

@@ -9,6 +9,7 @@ from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order
 from pipex.plan.communication import communicate
+from pipex.plan.memory import Form, changes
 from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 
@@ -215,13 +216,10 @@ def _check_message_order(plan: Plan) -> None:
 
 
 def _check_promise(plan: Plan) -> None:
-    grows = {Kind.F: 1, Kind.I: 0, Kind.W: -1, Kind.B: -1, Kind.UPDATE: 0}
-    for rank, (order, promised) in enumerate(zip(plan.orders, plan.peak_activations, strict=True)):
+    for rank, promised in enumerate(plan.peak_activations):
         held = 0
-        for position, part in ((position, part) for position, action in enumerate(order) for part in action.each):
-            held += grows[part.kind]
+        for position, part, _, by in changes(plan, rank):
+            held += sum(more for form, _, more in by if form is not Form.INPUT)
             if held > promised:
                 problem = f"rank {rank} holds more activations than promised"
                 raise PlanError(problem, got=f"{held} at position {position} ({part})", needed=promised)
-            if plan.update == "never":
-                held -= 1

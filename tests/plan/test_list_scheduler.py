@@ -63,6 +63,8 @@ def random_problem(rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20)
     across = [placement.rank_of(stage) != placement.rank_of(stage + 1) for stage in range(stages - 1)]
     activation = tuple(rng.randint(1, 5) for _ in range(stages))
     deferred = tuple(rng.randint(0, 6) for _ in range(stages))
+    spares = rng.random() < 0.5
+    kept = tuple(rng.randint(0, a) if spares and rng.random() < 0.5 else a for a in activation)
     problem = Problem(
         placement,
         rng.randint(1, 12),
@@ -71,8 +73,12 @@ def random_problem(rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20)
         activation,
         deferred,
         limit=(0,) * placement.ranks,
+        kept=kept,
     )
-    least = [sum(problem.charge[stage] for stage in placement.stages_of(rank)) for rank in range(placement.ranks)]
+    least = [
+        sum(problem.charge[stage] for stage in stages) + max(problem.surge[stage] for stage in stages)
+        for stages in problem.stages_of
+    ]
     return dataclasses.replace(problem, limit=tuple(max(0, needed + rng.choice(slack)) for needed in least))
 
 
@@ -99,20 +105,23 @@ def scheduled(problem: Problem, rule: Rule) -> Packed:
 
 
 def costs_of(problem: Problem) -> Costs:
-    """The same problem in the simulator's words."""
+    """The same problem in the simulator's words; the times of I are taken to contain recomputation."""
     hops = {}
     for edge in problem.placement.edges:
         is_forward = edge.kind == "activation"
         hops[edge] = (problem.activation_hop if is_forward else problem.gradient_hop)[
             min(edge.source, edge.destination)
         ]
-    return Costs(*problem.durations, hops, problem.activation, problem.deferred)
+    again = [0] * problem.placement.stages
+    return Costs(*problem.durations, hops, problem.activation, problem.deferred, inputs=problem.kept, recompute=again)
 
 
 def plan_of(problem: Problem, packed: Packed) -> Plan:
     orders = unpack(problem, packed)
     most = (problem.placement.chunks * problem.microbatches,) * problem.placement.ranks
-    return Plan("search", problem.placement, problem.microbatches, orders, most)
+    less = zip(problem.kept, problem.activation, strict=True)
+    recomputed = tuple(stage for stage, (kept, activation) in enumerate(less) if kept < activation)
+    return Plan("search", problem.placement, problem.microbatches, orders, most, recomputed=recomputed)
 
 
 # The same from C++ and Python
@@ -308,8 +317,10 @@ def random_values(plan: Plan, rng: random.Random) -> dict[str, tuple[int, ...]]:
         return tuple(rng.randint(0, 9) * (stage in across) for stage in range(stages - 1))
 
     names = ("forward", "input_gradient", "weight_gradient", "activation", "deferred")
+    found = {name: values() for name in names}
     return {
-        **{name: values() for name in names},
+        **found,
+        "kept": tuple(rng.choice((rng.randint(0, most), most)) for most in found["activation"]),
         "activation_hop": hops(),
         "gradient_hop": hops(),
         "limit": (10_000,) * plan.placement.ranks,

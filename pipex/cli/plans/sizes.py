@@ -16,8 +16,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--microbatches", type=int, required=True, metavar="M", help="micro-batches per step")
 
 
-def add_costs(parser: argparse.ArgumentParser) -> None:
-    """Declares the costs."""
+def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declares the costs; returns their group."""
     group = parser.add_argument_group(
         "costs",
         "Times in any one unit, of a whole rank, which its chunks share evenly: one number for all ranks, or one per "
@@ -30,6 +30,20 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
         "--memory", type=numbers, metavar="N",
         help="activations that a rank may hold, in micro-batches of the whole rank: one number, or one per rank",
     )  # fmt: skip
+    return group
+
+
+def add_spare_costs(group: argparse._ArgumentGroup) -> None:
+    """Declares what it costs to hold less."""
+    group.add_argument(
+        "--recompute", type=numbers, metavar="T", help="time of computing an activation again, inside I (default: F)"
+    )
+    group.add_argument(
+        "--offload",
+        type=numbers,
+        metavar="T",
+        help="time of copying an activation to host memory, and of copying it back",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +75,18 @@ def costs_of(options: argparse.Namespace, ranks: int) -> RankCosts:
     Raises:
         InputError: a number is negative, or there is a wrong number of them.
     """
-    return RankCosts.of(ranks, options.f, options.i, options.w, options.hop)
+    recompute, offload = (getattr(options, name, None) for name in ("recompute", "offload"))
+    return RankCosts.of(
+        ranks, options.f, options.i, options.w, options.hop, recompute=recompute, offload=offload
+    )  # fmt: skip
 
 
 def check_no_costs(options: argparse.Namespace, other: str) -> None:
     """Raises InputError if a cost is given beside ``other``, the option that says them all."""
     if (options.f, options.i, options.w, options.hop) != (1.0, 1.0, 1.0, 0.0):
         raise InputError(f"{other} excludes --f, --i, --w and --hop", fix="its file says the costs")
+    if (options.recompute, options.offload) != (None, None):
+        raise InputError(f"{other} excludes --recompute and --offload", fix="its file says the costs")
 
 
 def memory_of(options: argparse.Namespace, ranks: int) -> tuple[float, ...] | None:

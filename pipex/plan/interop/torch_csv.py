@@ -57,8 +57,8 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None 
     ``compute_only`` is the same for all.
 
     Raises:
-        PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe and changes the weights
-            after all micro-batches.
+        PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe, changes the weights
+            after all micro-batches, and holds every activation until it is used.
         InputError: ``format`` or ``torch`` is none.
     """
     if format not in get_args(Format):
@@ -71,6 +71,10 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None 
     if plan.update not in ("step", "never"):
         got = f"update {plan.update!r}"
         raise PlanError("torch's runtime changes the weights after all micro-batches", got=got, fix=fix)
+    if plan.recomputed or plan.offloaded:
+        name = "recomputed" if plan.recomputed else "offloaded"
+        got = f"stage {min(plan.recomputed or plan.offloaded)} {name}"
+        raise PlanError("torch's runtime holds every activation from F to its backward", got=got, fix=fix)
     return rows_text(plan.orders if format == "compute_only" else with_torch_actions(plan, versions))
 
 

@@ -39,6 +39,8 @@ class Problem:
         activation: per stage what one micro-batch holds from the start of its F to the end of its I.
         deferred: per stage what it holds from the end of its I to the end of its W.
         limit: per rank the most that it may hold.
+        kept: per stage what one micro-batch holds from the start of its F to the start of its I, where that is less
+            than ``activation``; empty: nowhere.
 
     Raises:
         InputError: a tuple has another length, a number is negative, or they are too large to be added up.
@@ -55,8 +57,11 @@ class Problem:
     activation: tuple[int, ...]
     deferred: tuple[int, ...]
     limit: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.kept:
+            object.__setattr__(self, "kept", self.activation)
         stages = self.placement.stages
         if len(self.placement.pipes) != 1:
             raise PlanError("the list scheduler cannot place two copies of a model", got=self.placement.name)
@@ -78,8 +83,16 @@ class Problem:
 
     @cached_property
     def charge(self) -> tuple[int, ...]:
-        """Per stage the larger of activation and deferred: what an F has to find free, so that its I never waits."""
-        return tuple(map(max, self.activation, self.deferred))
+        """Per stage what an F has to find free: the larger of activation and deferred, so that its I never waits; or
+        what is kept, where that is less than an activation."""
+        each = zip(self.kept, self.activation, self.deferred, strict=True)
+        return tuple(kept if kept < activation else max(activation, deferred) for kept, activation, deferred in each)
+
+    @cached_property
+    def surge(self) -> tuple[int, ...]:
+        """Per stage what an I has to find free besides, for itself and the W that follows."""
+        each = zip(self.activation, self.deferred, self.charge, strict=True)
+        return tuple(max(activation, deferred) - charge for activation, deferred, charge in each)
 
     @cached_property
     def rank_of(self) -> tuple[int, ...]:

@@ -115,12 +115,14 @@ def _caps(problem: Problem, share: int) -> list[int]:
     """Per stage the cap for its rank's chunks up to it: the limit without what is kept for deeper chunks.
 
     From one chunk to the next the cap grows by at least one activation. So when a chunk is at its cap, one of its own
-    activations is there to go on: the deepest chunk that waits for memory always gets it.
+    activations is there to go on: the deepest chunk that waits for memory always gets it. What an I takes beside what
+    was kept since its F is left free of all forwards.
     """
     lifetimes = problem.lifetimes
     caps = [0] * problem.placement.stages
-    for rank, limit in enumerate(problem.limit):
+    for rank, most in enumerate(problem.limit):
         stages = problem.stages_of[rank]
+        limit = most - max(problem.surge[stage] for stage in stages)
         total = sum(lifetimes[stage] for stage in stages) or 1
         least = sum(problem.charge[stage] for stage in stages)
         cap, deeper = limit, 0

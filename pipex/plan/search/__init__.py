@@ -3,6 +3,7 @@
 planner    the search itself
 published  candidates that need no planning
 space      the placements, with their costs and bounds
+sparing    which stages to recompute or offload
 rules      variation of the list scheduler's rules
 units      whole numbers for the list scheduler
 result     what the search answers

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache, partial
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from pipex.errors import InputError, PlanError
 from pipex.plan.actions import Kind
+from pipex.plan.bounds import Spare
 from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
 from pipex.plan.families import FAMILIES, options_of
@@ -21,6 +23,7 @@ from pipex.plan.search.published import ONLY_BY_NAME, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
+from pipex.plan.search.sparing import neighbour, promising, with_copies
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
 from pipex.plan.versions import Update
@@ -56,13 +59,15 @@ def search(
     objective: Objective = "makespan",
     chunks: int = 4,
     families: Sequence[str] | None = None,
+    spare: Collection[Spare] | None = None,
     evaluations: int | None = None,
     seconds: float | None = None,
 ) -> SearchResult:
     """The plan with the smallest makespan (or span) that was found, and how far it is from what is possible.
 
     Candidates are the published orders, and orders planned by due dates: on loops (under the names zb-auto with one
-    chunk per rank, interleaved-zb with several) and on a V (zbv).
+    chunk per rank, interleaved-zb with several) and on a V (zbv). Where a limit makes ranks wait for memory, these are
+    also planned with stages that are recomputed or offloaded.
 
     Args:
         costs: the true costs, for any placement.
@@ -72,8 +77,10 @@ def search(
         objective: "makespan" for steps that end with a barrier, "span" for steps that do not.
         chunks: at most so many stages per rank; more means more messages.
         families: the names of those to consider; None: all that keep one copy and one version of the weights.
+        spare: what may be done with stages to hold less: "recompute", "offload". None: both, under a limit, offloading
+            where the costs say what copies take.
         evaluations: how many orders to judge; the same number gives the same plan on every machine. None: what takes
-            about a second.
+            about a second, or with stages to spare a few.
         seconds: no evaluation begins after so long; None: no such cap.
 
     Raises:
@@ -100,10 +107,15 @@ def search(
     if memory is not None:
         limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
     deadline = inf if seconds is None else time.monotonic() + seconds
-    units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit)
+    if unknown := set(spare or ()) - set(get_args(Spare)):
+        raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
+    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    spare = () if limit is None else priced if spare is None else spare
+    units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
-    return _Search(units, spaces, limit, objective, names, evaluations, deadline).run()
+        evaluations += evaluations // 2 if spare else 0
+    return _Search(units, spaces, limit, objective, names, spare, evaluations, deadline).run()
 
 
 class _Draft(NamedTuple):
@@ -121,7 +133,9 @@ class _Search:
     Attributes:
         planned: the placements on which it plans.
         searched: placements, and when their plans change the weights: what the bound is for.
-        best: per family and number of chunks the best that keeps the limit, with the key of its rank.
+        best: per family, number of chunks, and whether stages are recomputed and offloaded, the best that keeps the
+            limit, with the key of its rank.
+        sparing: gives the spaces with the most promising choices of stages to spare on a placement.
         too_large: what does not keep the limit.
         drafts: the best orders, each with another value, best first.
     """
@@ -133,6 +147,7 @@ class _Search:
         limit: tuple[float, ...] | None,
         objective: Objective,
         families: tuple[str, ...],
+        spare: Collection[Spare],
         evaluations: int,
         deadline: float,
     ) -> None:
@@ -142,7 +157,8 @@ class _Search:
         self.random = random.Random(0)
         self.planned = [space for space in spaces.values() if space.family in families]
         self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
-        self.best: dict[tuple[str, int], tuple[tuple[int, int, int], Candidate]] = {}
+        self.best: dict[tuple[str, int, bool, bool], tuple[tuple[int, int, int], Candidate]] = {}
+        self.spare, self.sparing = spare, cache(partial(promising, spare=spare))
         self.too_large: list[Candidate] = []
         self.drafts: list[_Draft] = []
 
@@ -150,11 +166,13 @@ class _Search:
         self._try_starts()
         self._vary_rules(min(self.most_evaluations // 3, _FIRST))
         self._try_published()
+        if self.spare:
+            self._try_sparing()
         self._refine()
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
-        bounds = [self.spaces[placement].bound(self.objective, update) for placement, update in self.searched]
+        bounds = [self.spaces[p].least(self.objective, update, self.spare) for p, update in self.searched]
         return SearchResult(
             best=ranking[0],
             runners_up=tuple(ranking[1:]),
@@ -207,6 +225,29 @@ class _Search:
                 if not self._begin():
                     return
                 self._plan(space, rule, parent.medians)
+
+    def _try_sparing(self) -> None:
+        """Plans with the most promising choices of stages, then with neighbours of the best of these: a third of what
+        is left of the evaluations."""
+        until = self.evaluations + (self.most_evaluations - self.evaluations) // 3
+        spaces = [spared for space in self.planned for spared in self.sparing(space)]
+        spaces.sort(key=lambda space: space.bound(self.objective).value)
+        for turn in range(max((len(STARTS[space.placement.name]) for space in spaces), default=0)):
+            for space in spaces:
+                rules = STARTS[space.placement.name]
+                if turn < len(rules) and self.evaluations < until and self._may_win(space) and self._begin():
+                    self._plan(space, rules[turn], medians=False)
+        spaces = [space for space in spaces if space.pool.kept]
+        while spaces and self.evaluations < until:
+            spaces = sorted((s for s in spaces if s.pool.kept), key=lambda s: s.pool.kept[0].value)[:_DRAFTS]
+            parent = spaces[biased(len(spaces), self.random)]
+            space = parent.sparing(*neighbour(parent, self.spare, self.random))
+            for known in parent.pool.kept[:2]:
+                if not self._begin():
+                    return
+                self._plan(space, known.rule, known.medians)
+            spaces.append(space)
+        self.planned += [space for space in spaces if space.pool.kept]
 
     def _plan(self, space: Space, rule: Rule, medians: bool) -> None:
         """Plans by due dates with the true or with the median times, and judges by the true ones."""
@@ -261,36 +302,49 @@ class _Search:
             for orders in (plan, unfused(plan)) if fused and space.costs.overlap < 1 else (unfused(plan),):
                 if not self._begin():
                     return
-                self._judge_published(space, orders)
+                fits = self._judge_published(space, orders)
+            for spared in self.sparing(space) if space.one_pipe and self.spare and not fits else ():
+                if not self._begin():
+                    return
+                self._judge_packed(spared, plan.family, "published", pack(spared.problem, plan.orders))
 
-    def _judge_published(self, space: Space, plan: Plan) -> None:
-        """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
-        are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
+    def _judge_published(self, space: Space, plan: Plan) -> bool:
+        """Whether it keeps the limit. As it is: natively where every backward is whole or every one is split. Where the
+        plan has some of each, all are split, which costs no time; and little memory, or else it is judged as it is."""
         kinds = {action.kind for order in plan.orders for action in order}
         if space.one_pipe and kinds - {Kind.UPDATE} == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None
-            self._judge(space, plan.family, "published", plan, replayed)
-            return
+            return self._judge(space, plan.family, "published", plan, replayed)[1]
         if space.one_pipe and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
             _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
             if fits or Kind.B not in kinds:
-                return
-        simulation = simulate(plan, space.costs)
-        makespan, span = self.units.times((simulation.makespan, simulation.span))
-        memory = self.units.memories(simulation.peak_memory)
-        self._judge(space, plan.family, "published", plan, Replay(makespan, span, memory))
+                return fits
+        return self._judge(space, plan.family, "published", plan, self._simulated(plan, space))[1]
 
     def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
-        """Judges orders with split backwards, and keeps them as a draft if they are among the best."""
+        """Judges orders with split backwards, and keeps them as a draft if they are among the best. Those that offload
+        are judged with their copies if they might win without."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
-        value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
+        if space.offloaded:
+            value = replayed.makespan if self.objective == "makespan" else replayed.span
+            fits = all(peak <= most for peak, most in zip(replayed.peaks, space.problem.limit, strict=True))
+            if fits and value < min((key[0] for key, _ in self.best.values()), default=inf):
+                plan = with_copies(space, family, packed)
+                fits = self._judge(space, family, origin, plan, self._simulated(plan, space))[1]
+        else:
+            value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
         if fits and value not in (draft.value for draft in self.drafts):
             drafts = [*self.drafts, _Draft(value, space, family, packed)]
             self.drafts = sorted(drafts, key=lambda draft: draft.value)[:_DRAFTS]
         return value, fits
+
+    def _simulated(self, plan: Plan, space: Space) -> Replay:
+        simulation = simulate(plan, space.costs)
+        makespan, span = self.units.times((simulation.makespan, simulation.span))
+        return Replay(makespan, span, self.units.memories(simulation.peak_memory))
 
     def _judge(
         self, space: Space, family: str, origin: Origin, orders: Plan | tuple[Problem, Packed], replayed: Replay
@@ -299,7 +353,8 @@ class _Search:
         whether they keep the limit."""
         times = (replayed.makespan, replayed.span)
         value, other = times if self.objective == "makespan" else times[::-1]
-        key, group = (value, other, space.placement.chunks), (family, space.placement.chunks)
+        key = value, other, space.placement.chunks
+        group = family, space.placement.chunks, bool(space.recomputed), bool(space.offloaded)
         fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
         if not fits or group not in self.best or key < self.best[group][0]:
             candidate = Candidate(
@@ -312,6 +367,8 @@ class _Search:
                 span=replayed.span / self.units.time,
                 peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
                 orders=orders,
+                recomputed=space.recomputed,
+                offloaded=space.offloaded,
             )
             if fits:
                 self.best[group] = key, candidate

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 from pipex.errors import InputError
-from pipex.plan.bounds import Bound, check_limit, makespan_bound, smallest_memory, span_bound
+from pipex.plan.bounds import Bound, Spare, check_limit, makespan_bound, smallest_memory, span_bound
 from pipex.plan.costs import CostModel, Costs
 from pipex.plan.list_scheduler import Problem
 from pipex.plan.list_scheduler.improvement import Objective
@@ -27,19 +28,31 @@ class Space:
         family: the name under which plans by due dates go here; empty where the search makes none.
         median_problem: the problem with median times; None where these are the true ones.
         pool: the rules tried here.
+        recomputed, offloaded: the stages of its plans that are.
     """
 
     def __init__(
-        self, placement: Placement, costs: Costs, microbatches: int, limit: Sequence[float] | None, units: Units
+        self,
+        placement: Placement,
+        costs: Costs,
+        microbatches: int,
+        limit: Sequence[float] | None,
+        units: Units,
+        recomputed: tuple[int, ...] = (),
+        offloaded: tuple[int, ...] = (),
     ) -> None:
         self.placement, self.costs, self.microbatches, self.limit = placement, costs, microbatches, limit
+        self.units, self.recomputed, self.offloaded = units, recomputed, offloaded
         self.whole_limit = units.limits(placement, microbatches, costs, limit)
         self.one_pipe = len(placement.pipes) == 1
-        self._problem = units.problem(placement, microbatches, costs, limit) if self.one_pipe else None
+        self._problem = None
+        if self.one_pipe:
+            self._problem = units.problem(placement, microbatches, costs, limit, recomputed, offloaded)
         loop = "interleaved-zb" if placement.chunks > 1 else "zb-auto"
         self.family = {"loop": loop, "v": "zbv"}.get(placement.name, "")
         self.median_problem = None
-        if self._problem is not None and (medians := with_medians(self._problem)) != self._problem:
+        plain = not (recomputed or offloaded)  # of mixed times there is no median
+        if self._problem is not None and plain and (medians := with_medians(self._problem)) != self._problem:
             self.median_problem = medians
         self.pool = Pool()
         self.bound = cache(self._bound)
@@ -50,21 +63,41 @@ class Space:
         assert self._problem is not None
         return self._problem
 
-    def _bound(self, objective: Objective, update: Update = "step", whole_backward: bool = False) -> Bound:
-        """What no plan here can go below, or none whose backwards are all B."""
+    def sparing(self, recomputed: tuple[int, ...], offloaded: tuple[int, ...]) -> Space:
+        """The same placement, with these stages recomputed and offloaded."""
+        return Space(
+            self.placement, self.costs, self.microbatches, self.limit, self.units, recomputed, offloaded
+        )  # fmt: skip
+
+    def least(self, objective: Objective, update: Update, spare: Collection[Spare]) -> Bound:
+        """What no plan on this placement can go below, whichever stages it spares."""
         of = makespan_bound if objective == "makespan" else span_bound
-        costs = self.costs
+        return of(self.placement, self.microbatches, self.costs, self.limit, update, spare)
+
+    def _bound(self, objective: Objective, update: Update = "step", whole_backward: bool = False) -> Bound:
+        """What no plan here can go below, or none whose backwards are all B; infinite where none keeps the limit."""
+        of = makespan_bound if objective == "makespan" else span_bound
+        costs = self.costs.spared(self.recomputed, self.offloaded)
         if whole_backward:
             i_and_w = [i + w for i, w in zip(costs.input_gradient, costs.weight_gradient, strict=True)]
             nothing = [0.0] * len(i_and_w)
             costs = replace(costs, input_gradient=i_and_w, weight_gradient=nothing, deferred=nothing)
-        return of(self.placement, self.microbatches, costs, self.limit, update)
+        try:
+            return of(self.placement, self.microbatches, costs, self.limit, update)
+        except InputError as error:
+            return Bound(inf, str(error))
 
 
 def spaces_of(
-    costs: CostModel, ranks: int, microbatches: int, chunks: int, limit: Sequence[float] | None
+    costs: CostModel,
+    ranks: int,
+    microbatches: int,
+    chunks: int,
+    limit: Sequence[float] | None,
+    spare: Collection[Spare],
 ) -> tuple[Units, dict[Placement, Space]]:
-    """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit.
+    """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit, some of
+    whose stages may be spared. Where there are none that spare nothing, the space of these is empty.
 
     Raises:
         InputError: there is none; says why, for a limit how much is needed.
@@ -86,9 +119,9 @@ def spaces_of(
         too_small: list[tuple[float, InputError]] = []
         for placement, priced in list(fitting.items()):
             try:
-                check_limit(placement, priced, limit)
+                check_limit(placement, priced, limit, spare)
             except InputError as error:
-                too_small.append((sum(smallest_memory(placement, priced)), error))
+                too_small.append((sum(smallest_memory(placement, priced, spare)), error))
                 del fitting[placement]
         if not fitting:
             raise min(too_small, key=lambda refused: refused[0])[1]

@@ -34,7 +34,8 @@ class Units:
         """Units for all of these placements."""
         times, all_time, all_memory = [0.0], 0.0, 0.0
         for placement, cost in costs.items():
-            kinds = cost.forward, cost.input_gradient, cost.weight_gradient
+            kinds = [cost.forward, cost.input_gradient, cost.weight_gradient]
+            kinds += [cost.recompute] if cost.recompute is not None else []
             for rank in range(placement.ranks):
                 times.append(sum(kind[stage] for kind in kinds for stage in placement.stages_of(rank)))
             times += cost.hop.values()
@@ -57,22 +58,38 @@ class Units:
         """Per rank the limit, or what all micro-batches need at once if that is less."""
         return self.memories(most * SLACK for most in _limits(placement, microbatches, costs, limit))
 
-    def problem(self, placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None) -> Problem:
-        """What is to be scheduled."""
+    def problem(
+        self,
+        placement: Placement,
+        microbatches: int,
+        costs: Costs,
+        limit: Sequence[float] | None,
+        recomputed: Sequence[int] = (),
+        offloaded: Sequence[int] = (),
+    ) -> Problem:
+        """What is to be scheduled. Copies take no time here, and a rank has so much less memory as the largest of what
+        it offloads takes twice: once while it leaves, and once while it comes back."""
         (pipe,) = placement.pipes
+        spared = costs.spared(recomputed, offloaded)
+        copies = [
+            max((costs.activation[s] for s in offloaded if placement.rank_of(s) == rank), default=0.0)
+            for rank in range(placement.ranks)
+        ]
+        limits = zip(self.limits(placement, microbatches, costs, limit), self.memories(copies), strict=True)
         ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in pipe[:-1]]
         back = [placement.ends.get((stage, Kind.RECV_B)) for stage in pipe[:-1]]
         return Problem(
             placement,
             microbatches,
             forward=self.times(costs.forward),
-            input_gradient=self.times(costs.input_gradient),
+            input_gradient=self.times(spared.input_gradient),
             weight_gradient=self.times(costs.weight_gradient),
             activation_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in ahead),
             gradient_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in back),
             activation=self.memories(costs.activation),
             deferred=self.memories(costs.deferred),
-            limit=self.limits(placement, microbatches, costs, limit),
+            limit=tuple(max(0, most - 2 * copy) for most, copy in limits),
+            kept=self.memories(spared.activation),
         )
 
 

@@ -32,9 +32,11 @@ def simulation_view(simulation: Simulation, width: int = 120) -> str:
     lines = [head + _draw(row, names, scale) for head, row, names in zip(heads, rows, labels, strict=True)]
     total = round(simulation.makespan * scale) + len(heads[0])
     peak = max(simulation.peak_memory)
+    fullest = simulation.peak_memory.index(peak)
+    again = f"recomputation {simulation.recomputation:.1%}; " if simulation.recomputation else ""
     figures = (
         f"makespan {simulation.makespan:g}; bubble {simulation.bubble_makespan:.1%} of the makespan, "
-        f"{simulation.bubble_span:.1%} of the span; peak memory {peak:g} on rank {simulation.peak_memory.index(peak)}"
+        f"{simulation.bubble_span:.1%} of the span; {again}peak memory {peak:g} on rank {fullest}"
     )
     return "\n".join([*(line.ljust(total, ".") for line in lines), figures])
 
