@@ -13,6 +13,7 @@ from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.loss import Share
+from pipex.runtime.offloading import Move, moves
 from pipex.runtime.precision import as_recorded, forget_casts
 from pipex.runtime.stage_runner import StageRunner
 from pipex.runtime.versions import Versions
@@ -81,6 +82,7 @@ class Executor:
         }
         self._plan, self._versions, self._update = plan, versions, update
         self._deferral = deferral((a.kind.value, a.stage, a.microbatch) for a in order)
+        self._moves = moves(plan, world.rank, runners)
         self._program = [
             (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
@@ -147,7 +149,21 @@ class Executor:
             method: Method = self._I_with_W if action.kind is Kind.I else self._W_made_with_I
         else:
             method = getattr(self, f"_{action.kind.name}")
-        return method if self._versions is None else self._with_its_weights(action, method, self._versions)
+        if self._versions is not None:
+            method = self._with_its_weights(action, method, self._versions)
+        return self._with_moves(method, *self._moves[action]) if action in self._moves else method
+
+    def _with_moves(self, method: Method, before: Sequence[Move], after: Sequence[Move]) -> Method:
+        """The action between what is copied to host memory, and back."""
+
+        def run(runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+            for move in before:
+                move()
+            method(runner, ends, microbatch)
+            for move in after:
+                move()
+
+        return run
 
     def _with_its_weights(self, action: Action, method: Method, versions: Versions) -> Method:
         """The action on the version of the weights that it uses."""
@@ -224,6 +240,7 @@ class Executor:
     ) -> None:  # fmt: skip
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = self._times.now()
+        runner.before_backward(microbatch)
         found = as_recorded(run, microbatch, gradients) if any_autocast() else run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:

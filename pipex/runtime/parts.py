@@ -23,6 +23,8 @@ from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor
 from pipex.runtime.loss import Loss, LossFunction
 from pipex.runtime.main_weights import refuse_main_grad
+from pipex.runtime.offloading import OffloadingRunner
+from pipex.runtime.recomputing import RecomputingRunner
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import watch
 from pipex.runtime.stage_runner import StageRunner
@@ -90,8 +92,10 @@ def assemble(
     loss = Loss(loss_fn, None if scaler is None else scaler.scale, means_only=plan.asynchronous)
     placement = plan.placement
     runners = {
-        stage: StageRunner(stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact,
-                           accumulators, watch(model, runnable, stage))
+        stage: _kind_of(stage, plan)(
+            stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact, accumulators,
+            watch(model, runnable, stage),
+        )
         for stage in placement.stages_of(world.rank)
     }  # fmt: skip
     copies = len(placement.pipes) > 1
@@ -114,3 +118,9 @@ def assemble(
     return Parts(
         number, layout, kept, local, runners, loss, seeds, times, trainables, update, versions, links, executor, blank
     )
+
+
+def _kind_of(stage: int, plan: Plan) -> type[StageRunner]:
+    if stage in plan.recomputed:
+        return RecomputingRunner
+    return OffloadingRunner if stage in plan.offloaded else StageRunner

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
+from pipex.backward.recording import Keeper
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
@@ -97,6 +98,7 @@ class StageRunner:
         self._watch = watch
         self._splitter = Splitter.of(stage, exact)
         self.survey = survey(stage)
+        self.keeper: Keeper | None = None  # of what the forward at hand leaves to its backward
 
     def look(self) -> None:
         """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
@@ -137,7 +139,7 @@ class StageRunner:
         if not self.first:
             inputs = received.handed
         if split:
-            with self._splitter.record() as tape:
+            with self._splitter.record(keeper=self.keeper) as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
@@ -185,6 +187,10 @@ class StageRunner:
         """
         root, self.losses[microbatch] = self._loss(output, target, share)
         return root
+
+    def before_backward(self, microbatch: int) -> None:
+        """Called before the first backward of a micro-batch, under the autocast of its forward: for what the stage has
+        to make anew, which is nothing where it has kept all."""
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -16,14 +17,18 @@ Cell = tuple[str, int, int, int]
 """Schedule, ranks, chunks, micro-batches."""
 
 
-def rank_train(jobs: list[tuple[Cell, Model]], steps: int = STEPS) -> list[dict[str, Any]]:
+def rank_train(
+    jobs: list[tuple[Cell, Model]], steps: int = STEPS, spared: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """``spared``: fields of the plans, such as ``{"recomputed": (0, 2)}``."""
     torch.set_num_threads(1)
-    return [train(*job, steps) for job in jobs]
+    return [train(*job, steps, spared[number] if spared else None) for number, job in enumerate(jobs)]
 
 
-def train(cell: Cell, model: Model, steps: int) -> dict[str, Any]:
+def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None) -> dict[str, Any]:
     family, ranks, chunks, microbatches = cell
     plan = pipex.build(family, ranks, microbatches, chunks=chunks)
+    plan = dataclasses.replace(plan, **(spared or {}))
     stages = pipex.split_model(nn.Sequential(*model.layers()), plan, balance=model.counts)
     pipeline = pipex.Pipeline(
         stages, plan, random_models.loss_fn, optimizer=random_models.optimizer, seed=random_models.SEED
