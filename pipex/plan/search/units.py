@@ -67,8 +67,8 @@ class Units:
         recomputed: Sequence[int] = (),
         offloaded: Sequence[int] = (),
     ) -> Problem:
-        """What is to be scheduled. Copies take no time here, and a rank has less memory: by the largest that it offloads
-        while its F runs, and where that leaves more than half, as much again for one that leaves or comes back."""
+        """What is to be scheduled. Copies take no time here, but a rank has less memory: by the largest that it
+        offloads, while its F runs, and where that leaves more than half, as much again for one on its way."""
         (pipe,) = placement.pipes
         spared = costs.spared(recomputed, offloaded)
         copies = [
