@@ -6,7 +6,9 @@ far as it can, again and again. From the planner it takes plans, costs and place
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 
 from pipex.plan.actions import Action, Kind
 from pipex.plan.costs import Costs
@@ -37,11 +39,15 @@ class Judge:
 
     def __post_init__(self) -> None:
         self.ranks = range(self.plan.placement.ranks)
+        self._spots: dict[tuple[int, Key], tuple[int, int, int]] = {}
         self.places = [
             {part: position for position, action in enumerate(order) for part in action.each}
             for order in self.plan.orders
         ]
         self.held = [self._held(rank) for rank in self.ranks]
+        self.away = [{key: gap for key in self.held[rank] if (gap := self._gap(rank, key))} for rank in self.ranks]
+        self.out_free = [0.0 for _ in self.ranks]
+        self.back_free = [0.0 for _ in self.ranks]
         self._run()
 
     @property
@@ -53,10 +59,12 @@ class Judge:
 
     def where(self, rank: int, key: Key) -> tuple[int, int, int]:
         """The positions of F, of I or B, and of the last action of an activation."""
+        if (rank, key) in self._spots:
+            return self._spots[rank, key]
         f, *rest = (self.places[rank].get(Action(key[0], kind, key[1])) for kind in (Kind.F, Kind.I, Kind.W, Kind.B))
         positions = [position for position in rest if position is not None]
         assert f is not None
-        return f, min(positions), max(positions)
+        return self._spots.setdefault((rank, key), (f, min(positions), max(positions)))
 
     def _held(self, rank: int) -> dict[Key, set[int]]:
         keys = [(a.stage, a.microbatch) for a in self.places[rank] if a.kind is Kind.F]
@@ -72,43 +80,44 @@ class Judge:
             else:
                 held[key] = set(range(f, last + 1))
         promise = self.plan.peak_activations[rank]
+        count = Counter(p for positions in held.values() for p in positions)
         copies.sort()
         for _ in range(3 * self.plan.placement.chunks):
             for copy in list(copies):
                 _, inward, key = copy
                 f, i, _ = self.where(rank, key)
                 gap = [p for p in range(f, i) if p not in held[key]]
-                if gap and sum(gap[-inward] in positions for positions in held.values()) < promise:
+                if gap and count[gap[-inward]] < promise:
                     held[key].add(gap[-inward])
+                    count[gap[-inward]] += 1
                 else:
                     copies.remove(copy)
         return held
 
-    def gap(self, rank: int, key: Key) -> list[int]:
+    def _gap(self, rank: int, key: Key) -> list[int]:
         """The positions while which an offloaded activation is away."""
         f, i, _ = self.where(rank, key)
         return [p for p in range(f, i) if key[0] in self.plan.offloaded and p not in self.held[rank][key]]
 
     def most_held(self, rank: int) -> int:
         """What the promise has to be at least."""
-        here = self.held[rank].values()
-        return max(sum(p in positions for positions in here) for p in range(len(self.plan.orders[rank])))
+        return max(Counter(p for positions in self.held[rank].values() for p in positions).values())
 
     def peak(self, rank: int) -> float:
         """The most memory of a rank while an action runs, or right after it, whatever takes how long."""
-        costs, most = self.costs, 0.0
+        costs = self.costs
         inputs = costs.inputs or [0.0] * self.plan.placement.stages
-        for p in range(len(self.plan.orders[rank])):
-            for after in (False, True):
-                total = 0.0
-                for key, positions in self.held[rank].items():
-                    (stage, _), (f, i, last) = key, self.where(rank, key)
-                    if p in positions and not (after and p == last):
-                        total += costs.activation[stage] if p + after <= i else costs.deferred[stage]
-                    elif f <= p < i and stage in self.plan.recomputed:
-                        total += inputs[stage]
-                most = max(most, total)
-        return most
+        totals: dict[tuple[int, bool], float] = {}
+        for key, positions in self.held[rank].items():
+            (stage, _), (f, i, last) = key, self.where(rank, key)
+            for p, after in product(range(f, last + 1), (False, True)):
+                total = totals.get((p, after), 0.0)
+                if p in positions and not (after and p == last):
+                    total += costs.activation[stage] if p + after <= i else costs.deferred[stage]
+                elif p < i and stage in self.plan.recomputed:
+                    total += inputs[stage]
+                totals[p, after] = total
+        return max(totals.values())
 
     def most_held_by_the_clock(self, rank: int) -> int:
         """The same as ``most_held`` in the course of the step: what is away is so from a copy's end to the next's
@@ -120,7 +129,7 @@ class Judge:
             if stage in self.plan.recomputed:
                 start = self._backward(key)[0]
             changes += [(start, 1), (last, -1)]
-            if self.gap(rank, key):
+            if key in self.away[rank]:
                 changes += [(self.out[key][1], -1), (self.back[key][0], 1)]
         held = most = 0
         for _, change in sorted(changes):  # what ends goes before what starts at the same time
@@ -184,23 +193,26 @@ class Judge:
         assert all(at[rank] == len(self.plan.orders[rank]) for rank in self.ranks), "the ranks wait for ever"
 
     def _step(self, rank: int, position: int, action: Action, free: list[float], message: float) -> None:
-        away = {key: gap for key in self.held[rank] if (gap := self.gap(rank, key))}
+        away = self.away[rank]
         # Until it is certain that there is room, this action and the copies back that begin with it wait.
         ready = max([free[rank], *(self.out[key][1] for key, gap in away.items() if gap[0] == position)])
         for key in sorted(
             (k for k, gap in away.items() if gap[-1] + 1 == position), key=lambda k: self.where(rank, k)[1]
         ):
-            begin = max([ready, *(end for k, (_, end) in self.back.items() if k in self.held[rank])])
-            self.back[key] = begin, begin + self._copy(key)
-        needed = [self.back[key][1] for key in away if self.where(rank, key)[1] == position]
+            begin = max(ready, self.back_free[rank])
+            self.back_free[rank] = begin + self._copy(key)
+            self.back[key] = begin, self.back_free[rank]
+        own = [(part.stage, part.microbatch) for part in action.each if part.kind in (Kind.I, Kind.B)]
+        needed = [self.back[key][1] for key in own if key in away]
         start = max([ready, message, *needed])
         free[rank] = start + self._takes(action)
         for part in action.each:
             self.start[part], self.end[part] = start, free[rank]
             key = part.stage, part.microbatch
             if part.kind is Kind.F and key in away:
-                begin = max([free[rank], *(end for k, (_, end) in self.out.items() if k in self.held[rank])])
-                self.out[key] = begin, begin + self._copy(key)
+                begin = max(free[rank], self.out_free[rank])
+                self.out_free[rank] = begin + self._copy(key)
+                self.out[key] = begin, self.out_free[rank]
 
     def _copy(self, key: Key) -> float:
         return 0.0 if self.costs.offload is None else self.costs.offload[key[0]]

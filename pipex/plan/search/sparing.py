@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from math import inf
 from typing import NamedTuple
 
 from pipex.plan.bounds import SLACK, Spare
@@ -17,8 +18,8 @@ from pipex.plan.memory import with_promise
 from pipex.plan.plan import Plan
 from pipex.plan.search.space import Space
 
-_STRETCHES = (1.0, 1.2, 1.5, 2.0, 3.0)
-"""How many times as long as it can be the way of a micro-batch may take."""
+_STRETCHES = (1.0, 1.2, 1.5, 2.0, 3.0, inf)
+"""How many times as long as it can be the way of a micro-batch may take; however long, if all are begun at once."""
 
 
 class Choice(NamedTuple):
@@ -29,12 +30,12 @@ class Choice(NamedTuple):
 
 
 def promising(space: Space, spare: Collection[Spare]) -> list[Space]:
-    """Spaces of the same placement, each once: those that offload as long as a rank's copies take less time than its
-    work and then recompute, and those that only recompute."""
+    """Spaces of the same placement, each once, those first that spare fewer stages: those that offload as long as a
+    rank's copies take less time than its work and then recompute, and those that only recompute."""
     ways = [tuple(way for way in ("offload", "recompute") if way in spare)]
     if len(ways[0]) > 1:
         ways.append(("recompute",))
-    found = [_choice(space, way, stretch) for way in ways for stretch in _STRETCHES]
+    found = [_choice(space, way, stretch) for stretch in _STRETCHES for way in ways]
     return [space.sparing(*choice) for choice in dict.fromkeys(found) if any(choice)]
 
 
@@ -44,7 +45,8 @@ def _choice(space: Space, ways: tuple[str, ...], stretch: float) -> Choice:
     picked: dict[str, list[int]] = {"offload": [], "recompute": []}
     for rank, stages in enumerate(stages_of):
         work = sum(costs.forward[s] + costs.input_gradient[s] + costs.weight_gradient[s] for s in stages)
-        under_way = {s: max(1.0, stretch * problem.lifetimes[s] / max(1, problem.interval)) for s in stages}
+        begun = {s: max(1.0, stretch * problem.lifetimes[s] / max(1, problem.interval)) for s in stages}
+        under_way = {s: min(space.microbatches, begun[s]) for s in stages}
         held = sum(under_way[s] * costs.activation[s] for s in stages)
         copies = 0.0
         for stage in sorted(stages, key=lambda s: problem.lifetimes[s], reverse=True):

@@ -67,8 +67,8 @@ class Units:
         recomputed: Sequence[int] = (),
         offloaded: Sequence[int] = (),
     ) -> Problem:
-        """What is to be scheduled. Copies take no time here, and a rank has so much less memory as the largest of what
-        it offloads takes twice: once while it leaves, and once while it comes back."""
+        """What is to be scheduled. Copies take no time here, but a rank has less memory: by the largest that it
+        offloads, while its F runs, and where that leaves more than half, as much again for one on its way."""
         (pipe,) = placement.pipes
         spared = costs.spared(recomputed, offloaded)
         copies = [
@@ -88,7 +88,7 @@ class Units:
             gradient_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in back),
             activation=self.memories(costs.activation),
             deferred=self.memories(costs.deferred),
-            limit=tuple(max(0, most - 2 * copy) for most, copy in limits),
+            limit=tuple(max(0, most - min(2 * copy, max(copy, most // 2))) for most, copy in limits),
             kept=self.memories(spared.activation),
         )
 
