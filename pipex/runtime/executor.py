@@ -190,7 +190,7 @@ class Executor:
             data.shares[microbatch], (runner.index, microbatch) in self._deferral.split,
         )  # fmt: skip
         self._note(begin, Kind.F, runner, microbatch)
-        self.peak_live = max(self.peak_live, sum(map(len, self._live)))
+        self._count()
         if not runner.last:
             self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
 
@@ -241,10 +241,14 @@ class Executor:
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = self._times.now()
         runner.before_backward(microbatch)
+        self._count()
         found = as_recorded(run, microbatch, gradients) if any_autocast() else run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+
+    def _count(self) -> None:
+        self.peak_live = max(self.peak_live, sum(map(len, self._live)))
 
     def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Any, ...]:
         if runner.first:

@@ -46,7 +46,8 @@ class Session:
 
     @property
     def peak_activations(self) -> int:
-        """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
+        """Most micro-batches that this rank has held at once, over its stages: from F to the end of B or W, or from I
+        on where a stage is recomputed. Those in host memory count too."""
         return self._parts.executor.peak_live
 
     @property
