@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.amp import GradScaler
 
@@ -13,7 +14,7 @@ import pipex.plan as plans
 from pipex.layout import Layout
 from pipex.observe import Observer
 from pipex.observe.times import Times, times_of
-from pipex.partition import Stage, as_stages, layout_of, materialize, without_others
+from pipex.partition import Stage, as_stages, layout_of, materialize, room_for, without_others
 from pipex.plan import Plan
 from pipex.runtime import tied
 from pipex.runtime.agreement import share
@@ -93,7 +94,7 @@ def assemble(
     placement = plan.placement
     runners = {
         stage: _kind_of(stage, plan)(
-            stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact, accumulators,
+            stage, _on(world.device, kept[placement.piece(stage)]), placement, loss, seeds, exact, accumulators,
             watch(model, runnable, stage),
         )
         for stage in placement.stages_of(world.rank)
@@ -118,6 +119,11 @@ def assemble(
     return Parts(
         number, layout, kept, local, runners, loss, seeds, times, trainables, update, versions, links, executor, blank
     )
+
+
+def _on(device: torch.device, stage: Stage) -> Stage:
+    with room_for(stage, device):
+        return stage.to(device)
 
 
 def _kind_of(stage: int, plan: Plan) -> type[StageRunner]:

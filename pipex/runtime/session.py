@@ -84,7 +84,7 @@ class Session:
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
                 self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
-                self._parts.update.main, self._previous_weights(),
+                self._parts.update.main, self._previous_weights(), self._parts.layout.owners,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
