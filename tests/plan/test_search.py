@@ -411,6 +411,15 @@ def test_a_family_that_needs_more_memory_is_kept_by_recomputing() -> None:
         search(model, 2, ranks=4, microbatches=8, families=["1f1b"], spare=())
 
 
+def test_less_than_one_micro_batch_of_a_rank_is_enough_for_plans_with_several_chunks() -> None:
+    """No plan that spares nothing has a bound here, and those that are tried after the first that fits have to do."""
+    model = rank_costs(4)
+    for memory in (0.5, 0.7, 0.9):
+        result = search(model, memory, ranks=4, microbatches=8, evaluations=400)
+        assert judged(result, model) < 8 * 4 * (F + I + W)
+        assert all(c.recomputed for c in (result.best, *result.runners_up))
+
+
 def test_nothing_is_spared_without_a_limit_or_where_it_is_loose() -> None:
     for memory in (None, 8):
         result = search(rank_costs(8), memory, ranks=8, microbatches=32, evaluations=200)

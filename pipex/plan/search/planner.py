@@ -197,7 +197,10 @@ class _Search:
         action on a critical path shorter, by half a unit."""
         if not self.best:
             return True
-        (bound,) = self.units.times([space.bound(self.objective, "step", whole_backward).value])
+        least = space.bound(self.objective, "step", whole_backward).value
+        if least == inf:
+            return False
+        (bound,) = self.units.times([least])
         rounding = 3 * space.placement.stages * space.microbatches
         return bound + rounding < min(key[0] for key, _ in self.best.values())
 
