@@ -109,6 +109,8 @@ def search(
     if unknown := set(spare or ()) - set(get_args(Spare)):
         raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
     priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    if missing := set(spare or ()) - set(priced):
+        raise InputError(f"the costs do not say what it takes to {min(missing)}", needed="offload, the time of a copy")
     spare = () if limit is None else priced if spare is None else spare
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
