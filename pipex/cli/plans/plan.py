@@ -14,7 +14,6 @@ from pipex.cli.plans.sizes import (
     add_costs,
     add_json,
     add_sizes,
-    add_spare_costs,
     check_no_costs,
     check_sizes,
     costs_of,
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluations", type=int, metavar="N", help="orders to judge (default: about a second's worth)"
     )
     parser.add_argument("--seconds", type=float, metavar="T", help="begin no evaluation after so long")
-    add_spare_costs(add_costs(parser))
+    add_costs(parser, spare=True)
     parser.add_argument(
         "--spare", choices=(*SPARE, "none"), default="both",
         help="what may be done with stages between F and I so that a rank holds less: recompute, offload (if --offload "
@@ -82,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
         if limit is None:
             limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
     spare = SPARE.get(options.spare, ())
-    if options.offload is None:
-        spare = tuple(way for way in spare if way != "offload")
+    if options.spare == "both" and options.offload is None:
+        spare = ("recompute",)
     if options.out is not None and options.out.endswith(".csv"):
         spare = ()  # torch's runtime holds every activation
     begin = time.perf_counter()

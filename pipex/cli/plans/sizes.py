@@ -16,8 +16,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--microbatches", type=int, required=True, metavar="M", help="micro-batches per step")
 
 
-def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Declares the costs; returns their group."""
+def add_costs(parser: argparse.ArgumentParser, *, spare: bool = False) -> None:
+    """Declares the costs; ``spare``: also those of holding less."""
     group = parser.add_argument_group(
         "costs",
         "Times in any one unit, of a whole rank, which its chunks share evenly: one number for all ranks, or one per "
@@ -30,20 +30,15 @@ def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--memory", type=numbers, metavar="N",
         help="activations that a rank may hold, in micro-batches of the whole rank: one number, or one per rank",
     )  # fmt: skip
-    return group
-
-
-def add_spare_costs(group: argparse._ArgumentGroup) -> None:
-    """Declares what it costs to hold less."""
-    group.add_argument(
-        "--recompute", type=numbers, metavar="T", help="time of computing an activation again, inside I (default: F)"
-    )
-    group.add_argument(
-        "--offload",
-        type=numbers,
-        metavar="T",
-        help="time of copying an activation to host memory, and of copying it back",
-    )
+    if spare:
+        group.add_argument(
+            "--recompute", type=numbers, metavar="T",
+            help="time of computing an activation again, inside I (default: that of F)",
+        )  # fmt: skip
+        group.add_argument(
+            "--offload", type=numbers, metavar="T",
+            help="time of copying an activation to host memory, and of copying it back",
+        )  # fmt: skip
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

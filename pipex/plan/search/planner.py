@@ -110,6 +110,8 @@ def search(
     if unknown := set(spare or ()) - set(get_args(Spare)):
         raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
     priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    if missing := set(spare or ()) - set(priced):
+        raise InputError(f"the costs do not say what it takes to {min(missing)}", needed="offload, the time of a copy")
     spare = () if limit is None else priced if spare is None else spare
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
@@ -198,7 +200,10 @@ class _Search:
         action on a critical path shorter, by half a unit."""
         if not self.best:
             return True
-        (bound,) = self.units.times([space.bound(self.objective, "step", whole_backward).value])
+        least = space.bound(self.objective, "step", whole_backward).value
+        if least == inf:
+            return False
+        (bound,) = self.units.times([least])
         rounding = 3 * space.placement.stages * space.microbatches
         return bound + rounding < min(key[0] for key, _ in self.best.values())
 
