@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from pipex.errors import InputError
 from pipex.plan import RankCosts
@@ -14,6 +15,12 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Declares ``-p`` and ``-m``."""
     parser.add_argument("-p", "--ranks", type=int, required=True, metavar="P", help="ranks")
     parser.add_argument("-m", "--microbatches", type=int, required=True, metavar="M", help="micro-batches per step")
+
+
+class Group(Protocol):
+    """Options that stand together in the help."""
+
+    def add_argument(self, *names: str, **how: Any) -> Any: ...
 
 
 def add_costs(parser: argparse.ArgumentParser, *, spare: bool = False) -> None:
