@@ -77,6 +77,8 @@ class Executor:
             for action in order
         ]
         self._live = [runner.live for runner in runners.values()]
+        self.pairs_at_once = 0  # of the last step (``fused_executor``)
+        self.why_apart = ""  # and why the last of the others ran one part after the other
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), ())
         self._first_position = 0  # of the program, as the world counts; known when it is connected
@@ -138,13 +140,9 @@ class Executor:
         return method
 
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        data = self._data
         inputs = self._input(runner, ends, microbatch)
         begin = self._times.now()
-        outputs = runner.forward(
-            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
-            data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
-        )  # fmt: skip
+        outputs = self._forward(runner, microbatch, inputs)
         self._note(begin, Kind.F, runner, microbatch)
         self.peak_live = max(self.peak_live, sum(map(len, self._live)))
         if not runner.last:
@@ -183,6 +181,13 @@ class Executor:
     _RECV_B = _RECV_F
 
     # What they share.
+
+    def _forward(self, runner: StageRunner, microbatch: int, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        data = self._data
+        return runner.forward(
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
+            data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
+        )  # fmt: skip
 
     def _backward(
         self, kind: Kind, run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], runner: StageRunner, ends: _Ends,

@@ -14,6 +14,7 @@ from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.partition import Stage
 from pipex.runtime import checkpoint
+from pipex.runtime.pairs import Pairs
 from pipex.runtime.parts import Parts
 from pipex.runtime.worlds import current_world
 from pipex.state import Stateful
@@ -47,6 +48,13 @@ class Session:
     def peak_activations(self) -> int:
         """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
         return self._parts.executor.peak_live
+
+    @property
+    def pairs(self) -> Pairs:
+        """Of the last step: how many of this rank's fused pairs have run as one, and why the others have not."""
+        executor = self._parts.executor
+        fused = sum(bool(action.parts) for action in self._parts.layout.plan.orders[self.world.rank])
+        return Pairs(executor.pairs_at_once, fused, executor.why_apart)
 
     @property
     def buffers(self) -> dict[str, Buffers]:
