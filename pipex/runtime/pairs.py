@@ -131,7 +131,8 @@ def way_of(device: torch.device, stages: Mapping[int, Stage]) -> Way:
 # Two threads.
 
 _AUTOGRADS_OWN = frozenset({
-    "torch.autograd", "torch.autograd.graph", "torch._tensor", "torch.overrides", "typing", "logging", "contextlib",
+    "torch.autograd", "torch.autograd.graph", "torch.overrides", "torch.fx.experimental.symbolic_shapes", "typing",
+    "logging", "contextlib",
 })  # fmt: skip
 """Modules whose functions lead into autograd's engine. (Not ``torch.autograd.function``, by which it comes out again.)
 Of a torch that needs more, pairs would wait, and a test would say so."""
