@@ -221,6 +221,9 @@ class TwoThreads:
         return found, job.result, _WAITED if job.waited else ""
 
     def _work(self) -> None:
+        # A new thread has as many threads for an operation as there are cores, until it is asked: torch gives it the
+        # number that was set by then, and some libraries below (oneDNN: a convolution's backward) do not ask.
+        torch.get_num_threads()
         while (job := self._jobs.get()) is not None:
             job()
             del job  # the graph that it holds
