@@ -154,25 +154,37 @@ class _Backward:
         self.error: BaseException | None = None
 
     def __call__(self) -> None:
-        sys.setprofile(self._called)
+        _here.backward = self
         try:
             self.result = self._run()
         except BaseException as error:
             self.error = error
         finally:
-            sys.setprofile(None)
+            del _here.backward
             self.ended.set()
 
-    def _called(self, frame: FrameType, event: str, _: object) -> None:
-        """Python tells of every call in this thread, before it is made."""
-        name = frame.f_globals.get("__name__", "")
-        if event != "call" or name in _AUTOGRADS_OWN or name.startswith("pipex."):
-            return
-        sys.setprofile(None)
-        self.waited = not self.alone.is_set()
-        self.alone.wait()
+    def wait(self) -> None:
+        """Called in its thread, before code runs that is not to run beside the forward."""
+        if not self.alone.is_set():
+            self.waited = True
+            self.alone.wait()
         if self.abandoned:
             raise _Abandoned
+
+
+class _Here(threading.local):
+    backward: _Backward | None = None  # that this thread runs
+
+
+_here = _Here()
+
+
+def _called(frame: FrameType, event: str, _: object) -> None:
+    """Python tells of every call in a thread whose profile function this is, before it is made."""
+    if event == "call" and _here.backward is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name not in _AUTOGRADS_OWN and not name.startswith("pipex."):
+            _here.backward.wait()
 
 
 class TwoThreads:
@@ -224,6 +236,7 @@ class TwoThreads:
         # A new thread has as many threads for an operation as there are cores, until it is asked: torch gives it the
         # number that was set by then, and some libraries below (oneDNN: a convolution's backward) do not ask.
         torch.get_num_threads()
+        sys.setprofile(_called)
         while (job := self._jobs.get()) is not None:
             job()
             del job  # the graph that it holds

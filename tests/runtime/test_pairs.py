@@ -146,7 +146,7 @@ OF_ALL_KINDS = [
 @pytest.mark.long
 @pytest.mark.parametrize(("cell", "kind"), sampled(OF_ALL_KINDS, 8, name="pairs", stratum=lambda one: one[0]), ids=str)
 def test_layers_of_every_kind(cell: Cell, kind: str) -> None:
-    assert_as_plain(cell, [spread([kind, "dropout", kind, "noise on some data"], cell)])
+    assert_as_plain(cell, [spread([kind, "dropout", "linear", "noise on some data"], cell)])
 
 
 @pytest.mark.nightly
