@@ -16,12 +16,13 @@ from pipex.observe import Observer
 from pipex.observe.times import Times, times_of
 from pipex.partition import Stage, as_stages, layout_of, materialize, room_for, without_others
 from pipex.plan import Plan
-from pipex.runtime import tied
+from pipex.runtime import pairs, tied
 from pipex.runtime.agreement import share
 from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled, refuse_asynchronous, refuse_ties
 from pipex.runtime.commit import Gradients
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor
+from pipex.runtime.fused_executor import FusedExecutor
 from pipex.runtime.loss import Loss, LossFunction
 from pipex.runtime.main_weights import refuse_main_grad
 from pipex.runtime.offloading import OffloadingRunner
@@ -85,7 +86,8 @@ def assemble(
     })  # fmt: skip
     refuse_main_grad(model)
     own = layout.pieces_of(world.rank)
-    runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+    apart = pairs.agreed_obstacle(world, plan)
+    runnable = plans.unfused(plan) if apart else plan
     kept = without_others(model, own)
     blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
@@ -114,7 +116,13 @@ def assemble(
     orders = plans.communicate(runnable)
     links = connect(world, layout, runnable, orders)
     times = times_of(world.device, observer)
-    executor = Executor(world, runnable, orders[world.rank], runners, times, versions, update.within)
+    common = world, runnable, orders[world.rank], runners, times
+    if pairs.has_some(runnable):
+        way = pairs.way_of(world.device, {stage: runner.stage for stage, runner in runners.items()})
+        executor: Executor = FusedExecutor(*common, way)
+    else:
+        executor = Executor(*common, versions, update.within)
+        executor.why_apart = apart
     executor.connect(links)
     return Parts(
         number, layout, kept, local, runners, loss, seeds, times, trainables, update, versions, links, executor, blank

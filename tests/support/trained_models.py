@@ -26,7 +26,7 @@ def rank_train(
     return [train(*job, steps, spared[number] if spared else None) for number, job in enumerate(jobs)]
 
 
-def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None) -> dict[str, Any]:
+def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None = None) -> dict[str, Any]:
     family, ranks, chunks, microbatches = cell
     plan = pipex.build(family, ranks, microbatches, chunks=chunks)
     if spared is not None:
