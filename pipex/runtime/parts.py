@@ -85,6 +85,9 @@ def assemble(
         "main_weights": main_weights, "seed": seed, "exact": exact,
     })  # fmt: skip
     refuse_main_grad(model)
+    if plan.asynchronous:
+        refuse_asynchronous(clip_norm=clip_norm is not None, scaler=scaler is not None, main_weights=main_weights)
+        refuse_ties(layout)
     own = layout.pieces_of(world.rank)
     apart = pairs.agreed_obstacle(world, plan)
     runnable = plans.unfused(plan) if apart else plan
@@ -109,8 +112,6 @@ def assemble(
 
     versions = None
     if plan.asynchronous:
-        refuse_asynchronous(clip_norm=clip_norm is not None, scaler=scaler is not None, main_weights=main_weights)
-        refuse_ties(layout)
         (runner,) = runners.values()
         versions = Versions(lambda: runner.survey.parameters, delayed=plan.update == "delayed")
     orders = plans.communicate(runnable)

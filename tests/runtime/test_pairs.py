@@ -28,10 +28,12 @@ from trained_models import Cell, compare, train
 
 import pipex
 from pipex.errors import PeerLost
-from pipex.plan import Placement, Plan
+from pipex.partition import as_stages
+from pipex.plan import Placement, Plan, unfused, validate
 from pipex.plan.actions import parse_action
 from pipex.runtime import pairs
 from pipex.runtime.pairs import Pairs, TwoStreams, TwoThreads
+from pipex.runtime.shared_state import watch
 from pipex.transport.local import LocalEdge
 
 WIDTH = 8
@@ -613,3 +615,17 @@ def test_stages_of_one_stream_run_one_after_the_other(monkeypatch: pytest.Monkey
     pipeline = pipex.Pipeline([Seen(), Seen(), Seen()], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
     pipeline.step(*batch())
     assert pipeline.pairs == (1, 2, "the stages 0 and 2 have one stream")
+
+
+def test_a_module_in_both_stages_of_a_rank_is_watched_whether_pairs_are_fused_or_not() -> None:
+    """Whether its uses come in the order of one process is seen in the forwards of pairs too."""
+    norm = nn.BatchNorm1d(4)
+    stages = as_stages([nn.Sequential(nn.Linear(4, 4), norm) for _ in range(2)])
+    header = ("# pipex plan 1: family=by-hand placement=loop ranks=1 chunks=2 microbatches=3 update=step "
+              "peak_activations=6\n")  # fmt: skip
+    in_order = Plan.from_text(f"{header}0F0,1F0,(0F1;1B0)OVERLAP_F_B,0B0,1F1,1B1,0B1,0F2,1F2,1B2,0B2\n")
+    early = Plan.from_text(f"{header}0F0,1F0,0F1,(0F2;1B0)OVERLAP_F_B,1F1,(1F2;1B1)OVERLAP_F_B,0B0,1B2,0B1,0B2\n")
+    for plan, watched in ((in_order, False), (early, True)):
+        validate(plan)
+        for form in (plan, unfused(plan)):
+            assert (watch(stages, form, 0) is not None) is watched
