@@ -30,13 +30,17 @@ class Pipeline(Passes):
     Sums run in rising micro-batch order per stage, whatever the plan; on the CPU in float32 losses, gradients and
     parameters are bit-equal to ``pipex.runtime.reference`` in one process with the same number of threads.
 
+    A plan with two copies of the model adds up the gradients of a piece's stages in their order. A plan whose weights
+    change within a step (``Plan.asynchronous``) has ``step`` alone: each update is of the micro-batches of its group,
+    made by every rank for itself, and ``steps`` counts steps.
+
     Args:
         stages: all stages of the model in order, from ``pipex.split_model`` or any modules that map a tensor (or a
-            tuple of tensors) to a tensor (or a tuple); as many as the plan has. This rank's are kept, and forms of the
-            others. Those on the meta device get memory here, and values by ``load``.
+            tuple of tensors) to a tensor (or a tuple); as many as the plan has, in one copy of the model. This rank's
+            are kept, and forms of the others. Those on the meta device get memory here, and values by ``load``.
         plan: what every rank does in a step, from ``pipex.plan.build``; proven here before anything runs.
         loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar, or the sum of its losses and their number
-            (of tokens that are not ignored, say); runs on the last stage's rank.
+            (of tokens that are not ignored, say); runs on the last stage's rank, twice where that is recomputed.
         optimizer: makes the optimizer from this rank's parameters (``update.Parameters``: a list, and by name in its
             attribute ``named``), on a rank without any too; None to evaluate only.
         clip_norm: the largest 2-norm of all gradients together; None not to clip.
@@ -83,7 +87,8 @@ class Pipeline(Passes):
     ) -> float:
         """``forward_backward`` and ``update``. Returns the batch's mean loss, the same on every rank.
 
-        Args, Raises: as theirs.
+        Args, Raises: as theirs. Of a plan with updates within the step these are all: both options are refused, and a
+        step that fails leaves the updates that it has made.
         """
         if self.plan.asynchronous:
             refuse_asynchronous(total=total is not None, skip_nonfinite=skip_nonfinite)
@@ -104,7 +109,7 @@ class Pipeline(Passes):
         Args:
             batch: a tensor, a tuple of positional or a dict of keyword arguments of the first stage, cut along
                 dimension 0, or a list of ready micro-batches (``pipex.runtime.microbatch``); read on the first stage's
-                rank, may be None elsewhere.
+                rank (that of each copy), may be None elsewhere.
             target: likewise for the last stage's rank.
             total: by which sums of losses are divided before their backward, for the bits of a process that does so;
                 the count over all calls before the next update. May be None on ranks that do not hold the last stage.
