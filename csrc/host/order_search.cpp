@@ -19,12 +19,12 @@ class Execution {
       : problem_(problem),
         microbatches_(problem.microbatches),
         table_(std::int64_t{problem.stages} * problem.microbatches),
-        end_(problem.actions()),
+        end_(problem.codes()),
         now_(problem.ranks),
         first_(problem.ranks),
         at_(problem.ranks),
         waits_for_(problem.ranks) {
-    meaning_.reserve(problem.actions());
+    meaning_.reserve(problem.codes());
     for (int kind = 0; kind < kKinds; ++kind)
       for (int stage = 0; stage < problem.stages; ++stage)
         meaning_.insert(meaning_.end(), microbatches_, {kind, stage});
@@ -35,17 +35,17 @@ class Execution {
   std::int64_t end(std::int64_t code) const { return end_[code]; }
   std::int64_t duration(std::int64_t code) const { return problem_.duration[kind(code)][stage(code)]; }
   std::int64_t finish(int rank) const { return now_[rank]; }
-  std::int64_t span(int rank) const { return now_[rank] - first_[rank]; }
+  std::int64_t span(int rank) const { return std::max(now_[rank], now_[problem_.twin_of(rank)]) - first_[rank]; }
 
   /// The action whose message this one needs, and the hop of that; kNone where it needs none.
   std::pair<std::int64_t, std::int64_t> source(std::int64_t code) const {
     const int s = stage(code);
     switch (kind(code)) {
       case kForward:
-        if (s > 0) return {code - microbatches_, problem_.activation_hop[s - 1]};
+        if (!problem_.begins[s]) return {code - microbatches_, problem_.activation_hop[s - 1]};
         break;
       case kInputGradient:
-        if (s + 1 < problem_.stages) return {code + microbatches_, problem_.gradient_hop[s]};
+        if (!problem_.ends[s]) return {code + microbatches_, problem_.gradient_hop[s]};
         break;
     }
     return {kNone, 0};
@@ -91,9 +91,8 @@ class Execution {
       first_[rank] = std::min(first_[rank], now_[rank]);
       now_[rank] += problem_.duration[k][s];
       end_[code] = now_[rank];
-      const int user = k == kForward ? s + 1 : k == kInputGradient ? s - 1 : kNone;
-      if (user < 0 || user == problem_.stages) continue;
-      if (const int other = problem_.rank_of[user]; waits_for_[other] == code) {
+      if (k == kWeightGradient || (k == kForward ? problem_.ends[s] : problem_.begins[s])) continue;
+      if (const int other = problem_.rank_of[k == kForward ? s + 1 : s - 1]; waits_for_[other] == code) {
         waits_for_[other] = kNone;
         todo_.push_back(other);
       }
@@ -115,7 +114,11 @@ class Execution {
 };
 
 void check(const SchedulingProblem& problem, const PackedOrders& orders) {
-  const auto known = [&](std::int64_t code) { return 0 <= code && code < problem.actions(); };
+  const auto known = [&](std::int64_t code) {
+    if (code < 0 || code >= problem.codes()) return false;
+    const std::int64_t stage = code / problem.microbatches % problem.stages, m = code % problem.microbatches;
+    return problem.first_microbatch[stage] <= m && m < problem.microbatch_end[stage];
+  };
   if (static_cast<std::int64_t>(orders.size()) != problem.actions() ||
       !std::all_of(orders.begin(), orders.end(), known))
     throw std::invalid_argument("the orders are of another problem");
@@ -223,7 +226,9 @@ class Improver {
   /// Gives the actions of each kind and stage their micro-batches in rising order.
   void number(int rank) {
     const std::int64_t length = problem_.actions_per_rank();
-    next_.assign(std::size_t{kKinds} * problem_.stages, 0);
+    next_.clear();
+    for (int kind = 0; kind < kKinds; ++kind)
+      next_.insert(next_.end(), problem_.first_microbatch.begin(), problem_.first_microbatch.end());
     for (std::int64_t* action = &orders_[rank * length]; action != &orders_[0] + (rank + 1) * length; ++action)
       *action = token(*action) * problem_.microbatches + next_[token(*action)]++;
   }
@@ -251,10 +256,11 @@ class Improver {
   /// The blocks of one critical path of the execution, from its end to time 0.
   void find_blocks() {
     const std::int64_t length = problem_.actions_per_rank();
-    position_.resize(orders_.size());
+    position_.resize(problem_.codes());
     for (std::size_t place = 0; place < orders_.size(); ++place) position_[orders_[place]] = place % length;
     blocks_.clear();
-    Block block{worst_rank(), length - 1, length - 1};
+    const int worst = worst_rank(), twin = problem_.twin_of(worst);
+    Block block{execution_.finish(twin) > execution_.finish(worst) ? twin : worst, length - 1, length - 1};
     while (true) {
       const std::int64_t* action = &orders_[block.rank * length + block.first];
       const std::int64_t start = execution_.end(*action) - execution_.duration(*action);

@@ -15,6 +15,9 @@ first F and last I are of that stage, its first I and last F of its deepest. A l
 the memory is too small for all forwards at once; else the two windows may overlap, and only one of them counts.
 Besides, a micro-batch takes a certain memory for a certain time, and all of them must share the limit.
 
+With two copies of a model each pipe has its own such times, of which the shorter are certain, and the gradients of the
+copies are added up at the end.
+
 With stages and hops all alike, F, I and W being times of a rank, c a hop and a limit of P micro-batches, the first I
 alone makes a rank idle for (P-1)I/V + (PV+P-2)c on a loop of V chunks, for (P-1)I/2 + 3(P-1)c on a V. At V = 1 the
 last F adds (P-1)(F-W+2c); ZB-H1 reaches that, so it is optimal there.
@@ -45,11 +48,12 @@ class Bound(NamedTuple):
 
 
 def smallest_memory(placement: Placement, costs: Costs) -> tuple[float, ...]:
-    """Per rank the memory without which no plan with a backward can run, in the unit of the costs: a micro-batch that
-    has reached the last stage is held by all stages before it. With one pipe it is enough too, as ``naive`` shows."""
+    """Per rank the memory without which no plan with a backward can run, in the unit of the costs: its weights, and a
+    micro-batch that has reached the last stage, which is held by all stages before it. With one pipe it is enough too,
+    as ``naive`` shows."""
     return tuple(
-        min(sum(costs.activation[s] for s in stages) for stages in _stages_of(placement, rank))
-        for rank in range(placement.ranks)
+        weights + min(sum(costs.activation[s] for s in stages) for stages in _stages_of(placement, rank))
+        for rank, weights in enumerate(costs.weights_held(placement))
     )
 
 
@@ -60,7 +64,8 @@ def check_limit(placement: Placement, costs: Costs, limit: Sequence[float]) -> N
     for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs), strict=True)):
         if not given * SLACK >= needed:
             problem = f"no plan fits the memory limit of rank {rank}"
-            raise InputError(problem, got=f"{given:g}", needed=f"at least {needed:g}, what one micro-batch holds there")
+            what = "what one micro-batch holds there" + (", and the weights" if costs.weights is not None else "")
+            raise InputError(problem, got=f"{given:g}", needed=f"at least {needed:g}, {what}")
 
 
 def makespan_bound(
@@ -105,7 +110,7 @@ def _bound(
         limits = [inf] * placement.ranks
         if limit is not None:
             check_limit(placement, costs, limit)
-            limits = [most * SLACK for most in limit]
+            limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
         ranks = [
             _with_backward(rank, placement, chains, microbatches, costs, limits[rank], whole_step)
             for rank in range(placement.ranks)
@@ -115,7 +120,10 @@ def _bound(
     best = min((max((rank.bound(way) for rank in ranks), key=_value) for way in ways), key=_value)
     alone = min(chain.end for chain in chains)
     if whole_step and alone > best.value:
-        return Bound(alone, f"one micro-batch alone takes {alone:g}")
+        best = Bound(alone, f"one micro-batch alone takes {alone:g}")
+    if len(chains) > 1 and update != "never" and costs.exchange:
+        sums = f"{best.reason}; then the gradients of both copies are added up for {costs.exchange:g}"
+        return Bound(best.value + costs.exchange, sums)
     return best
 
 

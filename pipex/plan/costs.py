@@ -32,6 +32,10 @@ class Costs:
         activation: memory per stage of one micro-batch from the start of F to the end of I or B.
         deferred: memory per stage of one micro-batch from the end of I to the end of W.
         overlap: an OVERLAP_F_B takes this share of what its parts take one after another.
+        weights: memory per stage of its weights, with their gradients and what an optimizer keeps; None: not said, and
+            no limit counts them.
+        exchange: time from the last action of two ranks that hold the two copies of the same layers to the sum of
+            their gradients, each way at once; where there is one copy, of no account.
     """
 
     forward: Sequence[float]
@@ -41,6 +45,8 @@ class Costs:
     activation: Sequence[float]
     deferred: Sequence[float]
     overlap: float = 1.0
+    weights: Sequence[float] | None = None
+    exchange: float = 0.0
 
     @staticmethod
     def uniform(
@@ -72,10 +78,18 @@ class Costs:
         """Raises InputError unless there is one finite cost, not below zero, per stage and edge of ``plan``."""
         self._check(plan.placement)
 
+    def weights_held(self, placement: Placement) -> tuple[float, ...]:
+        """Per rank the memory of all its weights, those of both copies; 0 where that is not said."""
+        if self.weights is None:
+            return (0.0,) * placement.ranks
+        return tuple(sum(self.weights[s] for s in placement.stages_of(rank)) for rank in range(placement.ranks))
+
     def _check(self, placement: Placement) -> None:
         stages = placement.stages
-        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred"):
-            values: Sequence[float] = getattr(self, name)
+        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred", "weights"):
+            values: Sequence[float] | None = getattr(self, name)
+            if values is None:
+                continue
             if len(values) != stages:
                 raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
             for stage, value in enumerate(values):
@@ -85,6 +99,7 @@ class Costs:
                 raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
             check_cost(f"hop of the {edge}", self.hop[edge])
         check_cost("overlap", self.overlap)
+        check_cost("exchange", self.exchange)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,8 @@ class RankCosts:
             or per stage, which fits placements with as many stages only.
         hop: time from the producer's end to the message's arrival, the same on all edges.
         activation, deferred: likewise the memory of one micro-batch, as in ``Costs``.
-        overlap: as in ``Costs``.
+        overlap, exchange: as in ``Costs``.
+        weights: likewise the memory of the weights in one copy of the model; None: not said.
     """
 
     ranks: int
@@ -111,6 +127,8 @@ class RankCosts:
     activation: tuple[float, ...]
     deferred: tuple[float, ...]
     overlap: float = 1.0
+    weights: tuple[float, ...] | None = None
+    exchange: float = 0.0
 
     @staticmethod
     def of(
@@ -122,6 +140,8 @@ class RankCosts:
         activation: float | Sequence[float] = 1.0,
         deferred: float | Sequence[float] | None = None,
         overlap: float = 1.0,
+        weights: float | Sequence[float] | None = None,
+        exchange: float = 0.0,
     ) -> RankCosts:
         """From one number for all ranks, one per rank, or one per stage. Without ``deferred``, an activation is held
         whole until W.
@@ -145,6 +165,7 @@ class RankCosts:
 
         check_cost("hop", hop)
         check_cost("overlap", overlap)
+        check_cost("exchange", exchange)
         return RankCosts(
             ranks=ranks,
             forward=each("forward", forward),
@@ -154,6 +175,8 @@ class RankCosts:
             activation=each("activation", activation),
             deferred=each("deferred", activation if deferred is None else deferred),
             overlap=overlap,
+            weights=None if weights is None else each("weights", weights),
+            exchange=exchange,
         )
 
     def on(self, placement: Placement) -> Costs:
@@ -184,6 +207,8 @@ class RankCosts:
             activation=share(self.activation),
             deferred=share(self.deferred),
             overlap=self.overlap,
+            weights=None if self.weights is None else share(self.weights),
+            exchange=self.exchange,
         )
 
 

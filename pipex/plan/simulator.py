@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple, NoReturn
 
 from pipex.plan.actions import NONE, Action, Kind
@@ -37,7 +38,7 @@ class Simulation:
     Attributes:
         timeline: per rank its compute actions in order, with start and end.
         makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
-        peak_memory: per rank, in the unit of the costs.
+        peak_memory: per rank, in the unit of the costs: activations, and weights where the costs have them.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
     """
@@ -61,12 +62,21 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """
     costs.check(plan)
     timeline, slots_used = _run(plan, costs)
+    activations = peak_memory(plan, costs.activation, costs.deferred)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
-        **bubbles([[(start, end) for _, start, end in row] for row in timeline])._asdict(),
-        peak_memory=peak_memory(plan, costs.activation, costs.deferred),
+        **bubbles([[(start, end) for _, start, end in row] for row in timeline], _ends(plan, costs, timeline))._asdict(),
+        peak_memory=tuple(map(add, costs.weights_held(plan.placement), activations)),
         slots_used=slots_used,
     )
+
+
+def _ends(plan: Plan, costs: Costs, timeline: list[list[TimedAction]]) -> list[float]:
+    """Per rank when the step is over for it: ranks that hold two copies of the same layers add their gradients up."""
+    ends = [row[-1].end for row in timeline]
+    if len(plan.placement.pipes) == 1 or plan.update == "never":
+        return ends
+    return [max(end, ends[plan.placement.twin_of(rank)]) + costs.exchange for rank, end in enumerate(ends)]
 
 
 class _Link(NamedTuple):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pipex.errors import InputError, PlanError
+from pipex.errors import InputError
 from pipex.plan.actions import Action, Kind
 from pipex.plan.costs import Costs, RankCosts
 from pipex.plan.families import build
@@ -54,23 +54,28 @@ def problem_of(
     return Problem(placement, microbatches, *times, hops, hops, ones, ones, limit)  # type: ignore[arg-type]
 
 
-def random_problem(rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20)) -> Problem:
-    """Uneven in everything, hops and some times 0, with little or much more memory than the least."""
-    name = rng.choice(["loop", "loop", "v", "wave"])
-    chunks = {"v": 2, "wave": rng.choice([2, 4])}.get(name, rng.randint(1, 4))
+def random_problem(
+    rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20), microbatches: int | None = None
+) -> Problem:
+    """Uneven in everything, hops and some times 0, with little or much more memory than the least. With two pipes the
+    micro-batches are shared in any way, all in one of them included."""
+    name = rng.choice(["loop", "loop", "v", "wave", "bidirectional", "bidirectional"])
+    chunks = {"v": 2, "wave": rng.choice([2, 4]), "bidirectional": 2}.get(name, rng.randint(1, 4))
     placement = Placement(name, rng.randint(1, 5), chunks)  # type: ignore[arg-type]
-    stages = placement.stages
-    across = [placement.rank_of(stage) != placement.rank_of(stage + 1) for stage in range(stages - 1)]
+    stages, microbatches = placement.stages, microbatches or rng.randint(1, 12)
+    across = [stage in {min(edge[:2]) for edge in placement.edges} for stage in range(stages - 1)]
+    first = rng.randint(0, microbatches)
     activation = tuple(rng.randint(1, 5) for _ in range(stages))
     deferred = tuple(rng.randint(0, 6) for _ in range(stages))
     problem = Problem(
         placement,
-        rng.randint(1, 12),
+        microbatches,
         *(tuple(rng.randint(0, 200) for _ in range(stages)) for _ in range(3)),
         *(tuple(rng.randint(0, 30) * link for link in across) for _ in range(2)),
         activation,
         deferred,
         limit=(0,) * placement.ranks,
+        passing=(first, microbatches - first) if name == "bidirectional" else (),
     )
     least = [sum(problem.charge[stage] for stage in placement.stages_of(rank)) for rank in range(placement.ranks)]
     return dataclasses.replace(problem, limit=tuple(max(0, needed + rng.choice(slack)) for needed in least))
@@ -166,7 +171,7 @@ def test_orders_are_legal_keep_the_limit_and_never_get_stuck() -> None:
         for order in plan.orders:
             for stage, kind in {(action.stage, action.kind) for action in order}:
                 assert [a.microbatch for a in order if (a.stage, a.kind) == (stage, kind)] == [
-                    *range(plan.microbatches)
+                    *problem.microbatches_at[stage]
                 ]
 
 
@@ -182,7 +187,7 @@ def test_a_rank_that_does_not_look_ahead_is_never_idle_while_it_could_work() -> 
     rng = random.Random(4)
     waited = 0
     for _ in range(40):
-        problem = dataclasses.replace(random_problem(rng), microbatches=4)
+        problem = random_problem(rng, microbatches=4)
         problem = dataclasses.replace(problem, limit=(1000,) * problem.placement.ranks)
         greedy = random_rule(rng)._replace(look=0, share=0, earliness=100_000)
         assert not idle_with_work(problem, scheduled(problem, greedy))
@@ -224,7 +229,7 @@ def test_no_forward_of_stage_0_starts_before_its_release() -> None:
         due = due_dates(problem, PLAIN._replace(earliness=earliness, pace=1200))
         scheduler = reference.Scheduler(problem, due)
         assert scheduler.run()
-        starts = [end - problem.forward[0] for end in scheduler.end[0][0]]
+        starts = [end - problem.forward[0] for end in scheduler.end[0][0].values()]
         assert all(start >= release for start, release in zip(starts, due.release, strict=True))
         held_back.append(starts[-1])
     assert held_back[0] >= 11 * 12 * problem.interval // 10
@@ -287,15 +292,19 @@ def test_a_small_schedule_is_the_expected_one() -> None:
 
 def test_replay_is_what_the_simulator_says(random_plans: list[Plan]) -> None:
     rng = random.Random(5)
-    for plan in [*random_plans[:120], build("1f1b", 4, 7), build("gpipe", 3, 5)]:
-        problem = dataclasses.replace(
-            random_problem(rng), placement=plan.placement, microbatches=plan.microbatches, **random_values(plan, rng)
+    two_copies = [build("dualpipe", 4, 10), build("chimera", 4, 7), build("chimera", 2, 8, scaling="doubling")]
+    for plan in [*random_plans[:120], build("1f1b", 4, 7), build("gpipe", 3, 5), *two_copies]:
+        half = (plan.microbatches + 1) // 2
+        problem = Problem(
+            plan.placement,
+            plan.microbatches,
+            passing=(half, plan.microbatches - half) if plan in two_copies else (),
+            **random_values(plan, rng),
         )
         packed = pack(problem, plan.orders)
         simulated = simulate(plan_of(problem, packed), costs_of(problem))
-        spans = [row[-1].end - row[0].start for row in simulated.timeline]
         for replayed in (replay(problem, packed), execution.replay(problem, packed)):
-            assert replayed == (simulated.makespan, max(spans), simulated.peak_memory)
+            assert replayed == (simulated.makespan, simulated.span, simulated.peak_memory)
 
 
 def random_values(plan: Plan, rng: random.Random) -> dict[str, tuple[int, ...]]:
@@ -467,9 +476,12 @@ def test_values_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], 
         dataclasses.replace(BY_HAND, **change)  # type: ignore[arg-type]
 
 
-def test_two_copies_of_a_model_are_refused() -> None:
-    with pytest.raises(PlanError, match="two copies of a model; got bidirectional"):
-        dataclasses.replace(BY_HAND, placement=Placement("bidirectional", 2, 2))
+@pytest.mark.parametrize("passing", [(), (3,), (2, 2), (4, -1), (1, 1, 1)])
+def test_two_pipes_that_do_not_share_the_micro_batches_are_refused(passing: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"do not share the micro-batches; got .* needed 2 numbers with the sum 3"):
+        dataclasses.replace(BY_HAND, placement=Placement("bidirectional", 2, 2), passing=passing)
+    with pytest.raises(InputError, match=r"do not share the micro-batches; got .* needed 1 numbers with the sum 3"):
+        dataclasses.replace(BY_HAND, passing=passing if len(passing) > 1 else (2,))
 
 
 def test_due_dates_that_64_bits_do_not_hold_are_refused() -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from math import inf
+from operator import sub
 from typing import NamedTuple
 
 from pipex.errors import InputError, PlanError
@@ -17,7 +18,7 @@ from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, li
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan, Update
-from pipex.plan.search.published import ONLY_BY_NAME, published
+from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
@@ -61,18 +62,24 @@ def search(
     """The plan with the smallest makespan (or span) that was found, and how far it is from what is possible.
 
     Candidates are the published orders, and orders planned by due dates: on loops (under the names zb-auto with one
-    chunk per rank, interleaved-zb with several) and on a V (zbv).
+    chunk per rank, interleaved-zb with several), on a V (zbv), and with two copies of the model (dualpipe).
+
+    Two copies hold all weights twice and add up their gradients at the end. So they are considered only where there is
+    known to be room for the second one: where the costs have ``weights`` and a limit is given, which then counts both
+    copies; or where ``families`` names them. They are looked at after all else, with as many evaluations again, and so
+    never make the answer worse.
 
     Args:
         costs: the true costs, for any placement.
-        memory: the most that a rank may hold, one number or one per rank, in the unit of the costs' activation; None:
-            any.
+        memory: the most that a rank may hold, one number or one per rank, in the unit of the costs' activation:
+            activations, and weights where the costs have them; None: any.
         ranks, microbatches: sizes of the step.
         objective: "makespan" for steps that end with a barrier, "span" for steps that do not.
         chunks: at most so many stages per rank; more means more messages.
-        families: the names of those to consider; None: all that keep one copy and one version of the weights.
-        evaluations: how many orders to judge; the same number gives the same plan on every machine. None: what takes
-            about a second.
+        families: the names of those to consider; None: all that keep one version of the weights, those with two copies
+            as said above.
+        evaluations: how many orders to judge, and as many again with two copies; the same number gives the same plan
+            on every machine. None: what takes about a second.
         seconds: no evaluation begins after so long; None: no such cap.
 
     Raises:
@@ -92,8 +99,7 @@ def search(
         raise InputError("too few evaluations", got=evaluations, needed="at least 1")
     if seconds is not None and not seconds >= 0:  # so that nan is refused too
         raise InputError("bad number of seconds", got=seconds, needed="at least 0")
-    names = tuple(family for family in FAMILIES if family not in ONLY_BY_NAME) if families is None else tuple(families)
-    for name in names:
+    for name in families or ():
         options_of(name)
     limit = None
     if memory is not None:
@@ -102,7 +108,10 @@ def search(
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
-    return _Search(units, spaces, limit, objective, names, evaluations, deadline).run()
+    if families is None:
+        counted = limit is not None and any(space.costs.weights is not None for space in spaces)
+        families = [name for name in FAMILIES if name not in ONLY_BY_NAME and (counted or name not in TWO_COPIES)]
+    return _Search(units, spaces, limit, objective, tuple(families), evaluations, deadline).run()
 
 
 class _Draft(NamedTuple):
@@ -128,28 +137,36 @@ class _Search:
     def __init__(
         self,
         units: Units,
-        spaces: dict[Placement, Space],
+        spaces: list[Space],
         limit: tuple[float, ...] | None,
         objective: Objective,
         families: tuple[str, ...],
         evaluations: int,
         deadline: float,
     ) -> None:
-        self.units, self.spaces, self.limit, self.objective, self.families = units, spaces, limit, objective, families
-        self.most_evaluations, self.deadline = evaluations, deadline
-        self.evaluations, self.capped = 0, False
+        self.units, self.limit, self.objective, self.families = units, limit, objective, families
+        self.budget, self.deadline = evaluations, deadline
+        self.evaluations, self.most_evaluations, self.capped = 0, 0, False
         self.random = random.Random(0)
-        self.planned = [space for space in spaces.values() if space.family in families]
-        self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
-        self.best: dict[tuple[str, int], tuple[tuple[int, int, int], Candidate]] = {}
+        self.all_planned = [space for space in spaces if space.family in families]
+        self.planned: list[Space] = []
+        self.spaces = {space.placement: space for space in reversed(spaces)}  # of a placement's shares the halves
+        self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.all_planned}
+        self.best: dict[tuple[str, int], tuple[tuple[int, int, int, int], Candidate]] = {}
         self.too_large: list[Candidate] = []
         self.drafts: list[_Draft] = []
 
     def run(self) -> SearchResult:
-        self._try_starts()
-        self._vary_rules(min(self.most_evaluations // 3, _FIRST))
-        self._try_published()
-        self._refine()
+        for copies in (1, 2):
+            self.planned = [space for space in self.all_planned if space.copies == copies]
+            names = [name for name in self.families if (name in TWO_COPIES) == (copies == 2)]
+            if names:
+                begin, self.drafts = self.evaluations, []
+                self.most_evaluations = begin + self.budget
+                self._try_starts()
+                self._vary_rules(begin + min(self.budget // 3, _FIRST))
+                self._try_published(names)
+                self._refine()
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
@@ -252,8 +269,8 @@ class _Search:
             self._judge_packed(draft.space, draft.family, "improved", packed)
         return better
 
-    def _try_published(self) -> None:
-        for plan in published(self.spaces, self.limit, self.families, self._may_win):
+    def _try_published(self, families: Sequence[str]) -> None:
+        for plan in published(self.spaces, self.limit, families, self._may_win):
             space = self.spaces[plan.placement]
             self.searched.add((plan.placement, plan.update))
             fused = any(action.parts for order in plan.orders for action in order)
@@ -266,25 +283,29 @@ class _Search:
         """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
         are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
         kinds = {action.kind for order in plan.orders for action in order}
-        if space.one_pipe and kinds == {Kind.F, Kind.B}:
+        if space.copies == 1 and kinds == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None
             self._judge(space, plan.family, "published", plan, replayed)
             return
-        if space.one_pipe and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
+        if space.copies == 1 and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
             _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
             if fits or Kind.B not in kinds:
                 return
         simulation = simulate(plan, space.costs)
         makespan, span = self.units.times((simulation.makespan, simulation.span))
-        memory = self.units.memories(simulation.peak_memory)
-        self._judge(space, plan.family, "published", plan, Replay(makespan, span, memory))
+        activations = map(sub, simulation.peak_memory, space.costs.weights_held(space.placement))
+        self._judge(space, plan.family, "published", plan, Replay(makespan, span, self.units.memories(activations)))
+        if space.copies == 2:  # with all backwards split, another order to improve
+            self._judge_packed(space, plan.family, "improved", pack(space.problem, plan.orders))
 
     def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
         """Judges orders with split backwards, and keeps them as a draft if they are among the best."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
+        makespan, span, peaks = replayed
+        replayed = Replay(makespan + space.exchange, span + space.exchange, peaks)
         value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
         if fits and value not in (draft.value for draft in self.drafts):
             drafts = [*self.drafts, _Draft(value, space, family, packed)]
@@ -298,7 +319,8 @@ class _Search:
         whether they keep the limit."""
         times = (replayed.makespan, replayed.span)
         value, other = times if self.objective == "makespan" else times[::-1]
-        key, group = (value, other, space.placement.chunks), (family, space.placement.chunks)
+        key = (value, space.copies, other, space.placement.chunks)
+        group = (family, space.placement.chunks)
         fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
         if not fits or group not in self.best or key < self.best[group][0]:
             candidate = Candidate(
@@ -309,7 +331,10 @@ class _Search:
                 orders.update if isinstance(orders, Plan) else "step",
                 makespan=replayed.makespan / self.units.time,
                 span=replayed.span / self.units.time,
-                peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
+                peak_memory=tuple(
+                    peak / self.units.memory + weights
+                    for peak, weights in zip(replayed.peaks, space.costs.weights_held(space.placement), strict=True)
+                ),
                 orders=orders,
             )
             if fits:
@@ -321,7 +346,8 @@ class _Search:
     def _nothing_fits(self) -> PlanError:
         names = ", ".join(self.families)
         if self.limit is None or not self.too_large:
-            return PlanError(f"none of {names} fits these sizes", fix="allow other families, or more chunks")
+            more = "more chunks" if self.limit is None else "more chunks, or more memory"
+            return PlanError(f"none of {names} fits these sizes", fix=f"allow other families, {more}")
         least = min(self.too_large, key=lambda candidate: max(candidate.peak_memory))
         return PlanError(
             f"found no plan of {names} within the memory limit, and cannot prove that there is none",

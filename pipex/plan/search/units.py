@@ -54,14 +54,21 @@ class Units:
     def limits(
         self, placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None
     ) -> tuple[int, ...]:
-        """Per rank the limit, or what all micro-batches need at once if that is less."""
+        """Per rank what the limit leaves for activations, or what all micro-batches need at once if that is less."""
         return self.memories(most * SLACK for most in _limits(placement, microbatches, costs, limit))
 
-    def problem(self, placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None) -> Problem:
+    def problem(
+        self,
+        placement: Placement,
+        microbatches: int,
+        costs: Costs,
+        limit: Sequence[float] | None,
+        passing: tuple[int, ...] = (),
+    ) -> Problem:
         """What is to be scheduled."""
-        (pipe,) = placement.pipes
-        ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in pipe[:-1]]
-        back = [placement.ends.get((stage, Kind.RECV_B)) for stage in pipe[:-1]]
+        stages = range(placement.stages - 1)
+        ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in stages]
+        back = [placement.ends.get((stage, Kind.RECV_B)) for stage in stages]
         return Problem(
             placement,
             microbatches,
@@ -73,15 +80,16 @@ class Units:
             activation=self.memories(costs.activation),
             deferred=self.memories(costs.deferred),
             limit=self.limits(placement, microbatches, costs, limit),
+            passing=passing,
         )
 
 
 def _limits(placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None) -> list[float]:
-    """Per rank the limit, or what all micro-batches need at once if that is less."""
+    """Per rank what the limit leaves for activations, or what all micro-batches need at once if that is less."""
     limits = []
-    for rank in range(placement.ranks):
+    for rank, weights in enumerate(costs.weights_held(placement)):
         needed = sum(max(costs.activation[s], costs.deferred[s]) for s in placement.stages_of(rank))
-        limits.append(min(microbatches * needed, math.inf if limit is None else limit[rank]))
+        limits.append(min(microbatches * needed, math.inf if limit is None else limit[rank] - weights))
     return limits
 
 

@@ -25,11 +25,12 @@ def waits(simulation: Simulation, under_way: Iterable[Message]) -> dict[Place, M
 
 
 def memory_curve(plan: Plan, costs: Costs, row: Sequence[TimedAction]) -> list[tuple[float, float]]:
-    """What a rank holds, as (time, amount from then on); begins with (0, 0). Its maximum is ``Simulation.peak_memory``.
+    """What a rank holds, as (time, amount from then on); begins with its weights, where the costs have them, at 0. Its
+    maximum is ``Simulation.peak_memory``.
 
     An F adds when it starts, a backward changes when it ends: between the two a fused pair holds both.
     """
-    held = 0.0
+    held = costs.weights_held(plan.placement)[plan.placement.rank_of(row[0].action.each[0].stage)]
     curve = [(0.0, held)]
     for action, start, end in row:
         during = held
