@@ -52,7 +52,7 @@ def smallest_memory(placement: Placement, costs: Costs) -> tuple[float, ...]:
     micro-batch that has reached the last stage, which is held by all stages before it. With one pipe it is enough too,
     as ``naive`` shows."""
     return tuple(
-        weights + min(sum(costs.activation[s] for s in stages) for stages in _stages_of(placement, rank))
+        weights + min(sum(costs.activation[s] for s in held) for held in _stages_of(placement, rank, placement.pipes))
         for rank, weights in enumerate(costs.weights_held(placement))
     )
 
@@ -103,25 +103,32 @@ def _bound(
     whole_step: bool,
 ) -> Bound:
     costs.on(placement)
-    chains = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
-    if update == "never":
-        ranks = [_forward_only(rank, placement, chains, whole_step) for rank in range(placement.ranks)]
-    else:
-        limits = [inf] * placement.ranks
-        if limit is not None:
-            check_limit(placement, costs, limit)
-            limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
-        ranks = [
-            _with_backward(rank, placement, chains, microbatches, costs, limits[rank], whole_step)
-            for rank in range(placement.ranks)
-        ]
-    # Micro-batches may choose between two pipes: the best way to share them counts, and in that the worst rank.
-    ways = [(microbatches,)] if len(chains) == 1 else [(m, microbatches - m) for m in range(microbatches + 1)]
-    best = min((max((rank.bound(way) for rank in ranks), key=_value) for way in ways), key=_value)
-    alone = min(chain.end for chain in chains)
-    if whole_step and alone > best.value:
-        best = Bound(alone, f"one micro-batch alone takes {alone:g}")
-    if len(chains) > 1 and update != "never" and costs.exchange:
+    every = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
+    limits = [inf] * placement.ranks
+    if limit is not None and update != "never":
+        check_limit(placement, costs, limit)
+        limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
+
+    def passing(chains: list[_Chain], ways: list[tuple[int, ...]]) -> Bound:
+        """Where all of these are passed: the best of the ways to share the micro-batches, and in that the worst rank."""
+        if update == "never":
+            ranks = [_forward_only(rank, placement, chains, whole_step) for rank in range(placement.ranks)]
+        else:
+            ranks = [
+                _with_backward(rank, placement, chains, microbatches, costs, limits[rank], whole_step)
+                for rank in range(placement.ranks)
+            ]
+        best = min((max((rank.bound(way) for rank in ranks), key=_value) for way in ways), key=_value)
+        alone = max(chain.end for chain in chains)
+        if whole_step and alone > best.value:
+            return Bound(alone, f"one micro-batch alone takes {alone:g}")
+        return best
+
+    found = [passing([chain], [(microbatches,)]) for chain in every]
+    if len(every) > 1 and microbatches > 1:
+        found.append(passing(every, [(m, microbatches - m) for m in range(1, microbatches)]))
+    best = min(found, key=_value)
+    if len(every) > 1 and update != "never" and costs.exchange:
         sums = f"{best.reason}; then the gradients of both copies are added up for {costs.exchange:g}"
         return Bound(best.value + costs.exchange, sums)
     return best
@@ -131,9 +138,9 @@ def _value(bound: Bound) -> float:
     return bound.value
 
 
-def _stages_of(placement: Placement, rank: int) -> list[tuple[int, ...]]:
+def _stages_of(placement: Placement, rank: int, pipes: Sequence[range]) -> list[tuple[int, ...]]:
     """Per pipe the stages of the rank, rising."""
-    return [tuple(s for s in pipe if placement.rank_of(s) == rank) for pipe in placement.pipes]
+    return [tuple(s for s in pipe if placement.rank_of(s) == rank) for pipe in pipes]
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,7 @@ class _Chain:
     """How fast a micro-batch gets through a pipe that it has for itself; per stage, by its number.
 
     Attributes:
+        pipe: its stages.
         f, i, w: what the actions take.
         arrival: when F can start.
         gradient: when I can start.
@@ -148,6 +156,7 @@ class _Chain:
         end: the last of these.
     """
 
+    pipe: range
     f: dict[int, float]
     i: dict[int, float]
     w: dict[int, float]
@@ -174,7 +183,7 @@ class _Chain:
             gradient[s] = now = now + hop.get((s, Kind.RECV_B), 0.0)
             now += i[s]
         done = {s: gradient[s] + i[s] + w[s] for s in pipe}
-        return _Chain(f, i, w, arrival, gradient, done, end=max(done.values()))
+        return _Chain(pipe, f, i, w, arrival, gradient, done, end=max(done.values()))
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ class _Rank:
 
 
 def _forward_only(rank: int, placement: Placement, chains: list[_Chain], whole_step: bool) -> _Rank:
-    pipes = list(zip(chains, _stages_of(placement, rank), strict=True))
+    pipes = list(zip(chains, _stages_of(placement, rank, [chain.pipe for chain in chains]), strict=True))
     work = tuple(sum(c.f[s] for s in stages) for c, stages in pipes)
     if not whole_step:
         return _Rank(rank, work, 0.0, "")
@@ -232,7 +241,7 @@ def _with_backward(
     limit: float,
     whole_step: bool,
 ) -> _Rank:
-    pipes = list(zip(chains, _stages_of(placement, rank), strict=True))
+    pipes = list(zip(chains, _stages_of(placement, rank, [chain.pipe for chain in chains]), strict=True))
     windows = [_Windows.of(chain, stages, whole_step) for chain, stages in pipes]
     # Each pipe has its own windows; the shorter is the one that is certain.
     first_f, first_i, last_f, last_i = (min(times) for times in zip(*windows, strict=True))

@@ -65,7 +65,9 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     activations = peak_memory(plan, costs.activation, costs.deferred)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
-        **bubbles([[(start, end) for _, start, end in row] for row in timeline], _ends(plan, costs, timeline))._asdict(),
+        **bubbles(
+            [[(start, end) for _, start, end in row] for row in timeline], _ends(plan, costs, timeline)
+        )._asdict(),
         peak_memory=tuple(map(add, costs.weights_held(plan.placement), activations)),
         slots_used=slots_used,
     )

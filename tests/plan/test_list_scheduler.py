@@ -183,6 +183,14 @@ def test_the_least_memory_is_one_activation_of_every_chunk(placement: Placement)
     assert list_schedule(less, PORTFOLIO["loop"][0]) is None
 
 
+def test_with_two_pipes_the_least_memory_is_one_activation_of_each() -> None:
+    ones, hops = (1,) * 8, (1, 1, 1, 0, 1, 1, 1)
+    problem = Problem(Placement("bidirectional", 4, 2), 6, ones, ones, ones, hops, hops, ones, ones, (2,) * 4, (3, 3))
+    for rule in (*PORTFOLIO["loop"], *PORTFOLIO["bidirectional"]):
+        packed = scheduled(problem, rule)
+        assert max(simulate(plan_of(problem, packed), costs_of(problem)).peak_memory) <= 2
+
+
 def test_a_rank_that_does_not_look_ahead_is_never_idle_while_it_could_work() -> None:
     rng = random.Random(4)
     waited = 0
@@ -275,6 +283,34 @@ def test_chunks_share_memory_in_proportion_to_the_time_that_they_have_to_hold_it
     assert due_dates(problem, PLAIN).cap == [9, 9, 10, 10]
     tight = dataclasses.replace(problem, limit=(2, 3))
     assert due_dates(tight, PLAIN._replace(share=2000)).cap == [1, 1, 3, 2]
+
+
+def test_each_of_two_pipes_has_its_own_lines() -> None:
+    """Two micro-batches go down and one up. A rank works 2 · 7 + 1 · 7 or less for them: T = 7, and P·T = 14. The pipe
+    up starts every 21."""
+    times = (2, 4, 2, 4), (3, 3, 3, 3), (2, 0, 2, 0)
+    problem = Problem(
+        Placement("bidirectional", 2, 2), 3, *times, (5, 0, 6), (7, 0, 8), (1,) * 4, (1,) * 4, (9, 9), (2, 1)
+    )
+    assert problem.microbatches_at == (range(2), range(2), range(2, 3), range(2, 3))
+    assert (problem.interval, problem.lifetimes) == (7, (24, 7, 26, 7))
+    rule = PLAIN._replace(
+        forward_slope=1500, input_slope=2000, pace=500, input_lead=100, weight_delay=250, weight_skew=500, look=500,
+        share=1000,
+    )  # fmt: skip
+    due = due_dates(problem, rule)
+    assert due.start == [0, 10 * 500, 0]
+    forward, input_gradient, weight_gradient = due.offset
+    assert forward == [0, 1500 * 2 + 5000, 0, 1500 * 2 + 6000]
+    last = 8000 + 1500 * 4 - 100 * 14, 9000 + 1500 * 4 - 100 * 14
+    assert input_gradient == [last[0] + 2000 * 3 + 7000, last[0], last[1] + 2000 * 3 + 8000, last[1]]
+    delays = [250 * 14, 750 * 14] * 2  # as on the rank that holds the piece in the first pipe
+    assert weight_gradient == [i + 3000 + delay for i, delay in zip(input_gradient, delays, strict=True)]
+    assert due.look == 3
+    # Of 9 each stage keeps for the other what its lifetime is in proportion, rank 0: 9·7/31 = 2, 9·24/31 = 6.
+    assert due.cap == [9 - 2, 9 - 7, 9 - 1, 9 - 6]
+    grouped = due_dates(problem, rule._replace(group=500)).start
+    assert grouped == [0, 10_000, 0]
 
 
 def test_a_small_schedule_is_the_expected_one() -> None:

@@ -47,8 +47,8 @@ class Execution:
         self.finish: list[int] = []
 
     def span(self, rank: int) -> int:
-        """From a rank's first start to its last end; of two copies of a model, to that of both ranks which hold the same
-        stages, as they have their gradients to add up."""
+        """From a rank's first start to its last end; of two copies of a model, to that of both ranks which hold the
+        same layers, as they have their gradients to add up."""
         return max(self.finish[rank], self.finish[self.problem.placement.twin_of(rank)]) - self.start[rank]
 
     def duration(self, action: int) -> int:

@@ -111,7 +111,7 @@ class _Improver:
         order = self.orders[rank]
         for position, action in enumerate(order):
             token = self._token(action)
-            microbatch = following.get(token, self.problem.microbatches_at[token % self.problem.placement.stages][0])
+            microbatch = following.get(token, self.problem.microbatches_at[token % self.problem.placement.stages].start)
             following[token] = microbatch + 1
             order[position] = token * self.problem.microbatches + microbatch
 

@@ -64,8 +64,8 @@ class Problem:
         stages = self.placement.stages
         pipes, passing = len(self.placement.pipes), self.passing or (self.microbatches,)
         if len(passing) != pipes or sum(passing) != self.microbatches or min(passing) < 0:
-            needed_ = f"{pipes} numbers with the sum {self.microbatches}"
-            raise InputError("the pipes do not share the micro-batches", got=passing, needed=needed_)
+            shares = f"{pipes} numbers with the sum {self.microbatches}"
+            raise InputError("the pipes do not share the micro-batches", got=passing, needed=shares)
         for field in fields(self)[2:-1]:
             values: tuple[int, ...] = getattr(self, field.name)
             needed = {"activation_hop": stages - 1, "gradient_hop": stages - 1, "limit": self.placement.ranks}
@@ -112,7 +112,9 @@ class Problem:
     @cached_property
     def interval(self) -> int:
         """What the busiest rank works for one micro-batch, in the mean over all: no schedule is faster for long."""
-        work = [sum(times[stage] for times in self.durations) * len(at) for stage, at in enumerate(self.microbatches_at)]
+        work = [
+            sum(times[stage] for times in self.durations) * len(at) for stage, at in enumerate(self.microbatches_at)
+        ]
         return max(sum(work[stage] for stage in stages) for stages in self.stages_of) // self.microbatches
 
     @cached_property

@@ -106,8 +106,8 @@ class Scheduler:
         return candidates
 
     def _rooms(self, rank: int) -> list[int]:
-        """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk; of two pipes, its
-        own cap or the limit."""
+        """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk; of two pipes,
+        its own cap or the limit."""
         stages = self.problem.stages_of[rank]
         if len(self.problem.placement.pipes) > 1:
             left = self.problem.limit[rank] - sum(self.held[stage] for stage in stages)

@@ -67,8 +67,8 @@ class Space:
 def spaces_of(
     costs: CostModel, ranks: int, microbatches: int, chunks: int, limit: Sequence[float] | None
 ) -> tuple[Units, list[Space]]:
-    """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit. Two copies of
-    a model take an even number of ranks, as no rank is to hold the same layers twice, and a micro-batch each.
+    """All placements of at most ``chunks`` chunks that the costs fit and that have plans within the limit. Two copies
+    of a model take an even number of ranks, as no rank is to hold the same layers twice, and a micro-batch each.
 
     Raises:
         InputError: there is none; says why, for a limit how much is needed.
@@ -107,8 +107,8 @@ def spaces_of(
 
 
 def _shares(placement: Placement, microbatches: int, costs: Costs) -> list[tuple[int, ...]]:
-    """How the pipes may share the micro-batches: halves, and what gives the busiest rank less to do. Where a piece of the
-    model takes the same time wherever it is, nothing does."""
+    """How the pipes may share the micro-batches: halves, and what gives the busiest rank less to do. Where a piece of
+    the model takes the same time wherever it is, nothing does."""
     if len(placement.pipes) == 1:
         return [(microbatches,)]
     kinds = costs.forward, costs.input_gradient, costs.weight_gradient
