@@ -26,8 +26,10 @@ class Execution {
         waits_for_(problem.ranks) {
     meaning_.reserve(problem.codes());
     for (int kind = 0; kind < kKinds; ++kind)
-      for (int stage = 0; stage < problem.stages; ++stage)
+      for (int stage = 0; stage < problem.stages; ++stage) {
         meaning_.insert(meaning_.end(), microbatches_, {kind, stage});
+        links_.push_back(link(kind, stage));
+      }
   }
 
   int kind(std::int64_t code) const { return meaning_[code].kind; }
@@ -39,17 +41,12 @@ class Execution {
 
   /// The action whose message this one needs, and the hop of that; kNone where it needs none.
   std::pair<std::int64_t, std::int64_t> source(std::int64_t code) const {
-    const int s = stage(code);
-    switch (kind(code)) {
-      case kForward:
-        if (!problem_.begins[s]) return {code - microbatches_, problem_.activation_hop[s - 1]};
-        break;
-      case kInputGradient:
-        if (!problem_.ends[s]) return {code + microbatches_, problem_.gradient_hop[s]};
-        break;
-    }
-    return {kNone, 0};
+    const Link& link = links_[token(code)];
+    return {link.source == 0 ? kNone : code + link.source, link.hop};
   }
+
+  /// Kind and stage of an action in one number.
+  std::int64_t token(std::int64_t code) const { return std::int64_t{kind(code)} * problem_.stages + stage(code); }
 
   /// False: the ranks do not come to the end of these orders.
   bool run(const PackedOrders& orders) {
@@ -91,8 +88,7 @@ class Execution {
       first_[rank] = std::min(first_[rank], now_[rank]);
       now_[rank] += problem_.duration[k][s];
       end_[code] = now_[rank];
-      if (k == kWeightGradient || (k == kForward ? problem_.ends[s] : problem_.begins[s])) continue;
-      if (const int other = problem_.rank_of[k == kForward ? s + 1 : s - 1]; waits_for_[other] == code) {
+      if (const int other = links_[token(code)].user; other >= 0 && waits_for_[other] == code) {
         waits_for_[other] = kNone;
         todo_.push_back(other);
       }
@@ -103,10 +99,29 @@ class Execution {
   struct Meaning {
     int kind, stage;
   };
+  /// What the actions of one kind at one stage need and who needs them; `source` is added to the code, 0 for none.
+  struct Link {
+    std::int64_t source = 0, hop = 0;
+    int user = -1;  // the rank
+  };
+
+  Link link(int kind, int s) const {
+    const bool begins = problem_.begins[s], ends = problem_.ends[s];
+    Link link;
+    if (kind == kForward) {
+      if (!begins) link.source = -microbatches_, link.hop = problem_.activation_hop[s - 1];
+      if (!ends) link.user = problem_.rank_of[s + 1];
+    } else if (kind == kInputGradient) {
+      if (!ends) link.source = microbatches_, link.hop = problem_.gradient_hop[s];
+      if (!begins) link.user = problem_.rank_of[s - 1];
+    }
+    return link;
+  }
 
   const SchedulingProblem& problem_;
   const std::int64_t microbatches_, table_;
   std::vector<Meaning> meaning_;                // per action; divisions would take most of the time
+  std::vector<Link> links_;                     // per kind and stage
   std::vector<std::int64_t> end_;               // per action; kNone: has not run
   std::vector<std::int64_t> now_, first_, at_;  // per rank: end, first start, position
   std::vector<std::int64_t> waits_for_;         // per rank the action whose message it needs
@@ -116,6 +131,7 @@ class Execution {
 void check(const SchedulingProblem& problem, const PackedOrders& orders) {
   const auto known = [&](std::int64_t code) {
     if (code < 0 || code >= problem.codes()) return false;
+    if (problem.pipes == 1) return true;  // without a division
     const std::int64_t stage = code / problem.microbatches % problem.stages, m = code % problem.microbatches;
     return problem.first_microbatch[stage] <= m && m < problem.microbatch_end[stage];
   };
@@ -164,7 +180,10 @@ class Random {
 class Improver {
  public:
   Improver(const SchedulingProblem& problem, const PackedOrders& orders, std::uint64_t seed, bool of_span)
-      : problem_(problem), execution_(problem), random_(seed), of_span_(of_span), orders_(orders) {}
+      : problem_(problem), execution_(problem), random_(seed), of_span_(of_span), orders_(orders) {
+    for (int kind = 0; kind < kKinds; ++kind)
+      first_.insert(first_.end(), problem.first_microbatch.begin(), problem.first_microbatch.end());
+  }
 
   PackedOrders run(std::int64_t trials) {
     const PackedOrders given = orders_;
@@ -180,7 +199,7 @@ class Improver {
     for (std::int64_t trial = 0; trial < trials; ++trial) {
       const auto [rank, source, target] = propose();
       const std::int64_t start = rank * problem_.actions_per_rank();
-      if (token(orders_[start + source]) == token(orders_[start + target])) continue;
+      if (execution_.token(orders_[start + source]) == execution_.token(orders_[start + target])) continue;
       move(rank, source, target);
       std::int64_t& earlier = history[trial % history.size()];
       const bool legal = peak(problem_, execution_, &orders_[start]) <= problem_.limit[rank] && execution_.run(orders_);
@@ -207,11 +226,6 @@ class Improver {
     std::int64_t source, target;
   };
 
-  /// Kind and stage of an action.
-  std::int64_t token(std::int64_t code) const {
-    return std::int64_t{execution_.kind(code)} * problem_.stages + execution_.stage(code);
-  }
-
   std::int64_t value(int rank) const { return of_span_ ? execution_.span(rank) : execution_.finish(rank); }
 
   int worst_rank() const {
@@ -226,11 +240,9 @@ class Improver {
   /// Gives the actions of each kind and stage their micro-batches in rising order.
   void number(int rank) {
     const std::int64_t length = problem_.actions_per_rank();
-    next_.clear();
-    for (int kind = 0; kind < kKinds; ++kind)
-      next_.insert(next_.end(), problem_.first_microbatch.begin(), problem_.first_microbatch.end());
+    next_ = first_;
     for (std::int64_t* action = &orders_[rank * length]; action != &orders_[0] + (rank + 1) * length; ++action)
-      *action = token(*action) * problem_.microbatches + next_[token(*action)]++;
+      *action = execution_.token(*action) * problem_.microbatches + next_[execution_.token(*action)]++;
   }
 
   void move(int rank, std::int64_t source, std::int64_t target) {
@@ -284,8 +296,8 @@ class Improver {
   const bool of_span_;
   PackedOrders orders_;
   std::vector<Block> blocks_;
-  std::vector<std::int64_t> position_;  // per action, in its rank's order
-  std::vector<std::int64_t> next_;      // per kind and stage the next micro-batch, while numbering
+  std::vector<std::int64_t> position_;      // per action, in its rank's order
+  std::vector<std::int64_t> first_, next_;  // per kind and stage the first micro-batch, and the next while numbering
 };
 
 }  // namespace

@@ -110,7 +110,7 @@ def _bound(
         limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
 
     def passing(chains: list[_Chain], ways: list[tuple[int, ...]]) -> Bound:
-        """Where all of these are passed: the best of the ways to share the micro-batches, and in that the worst rank."""
+        """Where all of these are passed: the best way to share the micro-batches, and in that the worst rank."""
         if update == "never":
             ranks = [_forward_only(rank, placement, chains, whole_step) for rank in range(placement.ranks)]
         else:
