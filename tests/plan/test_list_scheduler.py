@@ -343,6 +343,15 @@ def test_replay_is_what_the_simulator_says(random_plans: list[Plan]) -> None:
             assert replayed == (simulated.makespan, simulated.span, simulated.peak_memory)
 
 
+def test_the_span_of_a_rank_ends_with_the_rank_that_holds_the_same_layers() -> None:
+    """Rank 0 runs from 0 to 5, rank 1 from 1 to 13."""
+    placement, ones = Placement("bidirectional", 2, 2), (1,) * 4
+    problem = Problem(placement, 1, ones, ones, (1, 10, 1, 1), (0,) * 3, (0,) * 3, ones, ones, (1, 1), (1, 0))
+    orders = tuple(tuple(Action(rank, kind, 0) for kind in (Kind.F, Kind.I, Kind.W)) for rank in range(2))
+    packed = pack(problem, orders)
+    assert replay(problem, packed) == execution.replay(problem, packed) == (13, 13, (1, 1))
+
+
 def random_values(plan: Plan, rng: random.Random) -> dict[str, tuple[int, ...]]:
     stages, across = plan.placement.stages, {min(edge[:2]) for edge in plan.edges}
 

@@ -230,6 +230,11 @@ def test_ranks_that_hold_the_same_layers_end_with_the_sum_of_their_gradients() -
     assert [(row[0].start, row[-1].end) for row in one.timeline] == [(0, 6), (1, 4)]
     assert (one.makespan, one.span) == (8.5, 8.5)
     assert one.bubble_span == pytest.approx(1 - 3 / 8.5)  # of rank 0; rank 1 has 3 of 7.5
+    rows = (("0F0", "0I0", "0W0"), ("1F0", "1I0", "1W0"))
+    split = dataclasses.replace(down, orders=tuple(tuple(map(parse_action, row)) for row in rows))
+    late = simulate(split, dataclasses.replace(costs, weight_gradient=[1, 10, 1, 1]))
+    # rank 0 runs from 0 to 5, rank 1 from 1 to 13, and rank 0 cannot go on before that
+    assert (late.makespan, late.span) == (15.5, 15.5)
     for family in ("1f1b", "zbv"):
         single = build(family, 2, 4)
         assert simulate(single, dataclasses.replace(Costs.uniform(single), exchange=9)) == simulate(
