@@ -151,6 +151,7 @@ class SchedulingProblem:
         activation_hop: Sequence[int],
         gradient_hop: Sequence[int],
         activation: Sequence[int],
+        kept: Sequence[int],
         deferred: Sequence[int],
         limit: Sequence[int],
     ) -> None: ...

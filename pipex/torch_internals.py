@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from datetime import timedelta
 from functools import partial
@@ -168,6 +169,12 @@ post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | 
 )
 _private("torch.autograd.graph.Node._sequence_nr")  # which of two nodes is older
 sequence_number: Callable[[Any], int] = methodcaller("_sequence_nr")
+
+
+# Leaves the versions of these tensors (a tuple of them) as they are, whatever is written to them.
+preserving_versions: Callable[[tuple[Tensor, ...]], AbstractContextManager[None]] = _private(
+    "torch.autograd._unsafe_preserve_version_counter", "a plan with older weights"
+)
 
 
 def set_hooks(tensor: Tensor, hooks: dict[Any, Any] | None) -> None:

@@ -65,15 +65,15 @@ class ListScheduler {
   }
 
   /// room_[k]: what an F of the rank's chunk k may still take without exceeding its own cap or that of a deeper one; of
-  /// two pipes, its own cap or the limit.
-  void measure_room(int rank) {
+  /// two pipes, its own cap or what both may hold together. Returns what the rank holds.
+  std::int64_t measure_room(int rank) {
     const std::vector<int>& stages = problem_.stages_of[rank];
     if (problem_.pipes > 1) {
-      std::int64_t left = problem_.limit[rank];
-      for (const int stage : stages) left -= held_[stage];
+      std::int64_t both = 0, surge = 0;
+      for (const int stage : stages) both += held_[stage], surge = std::max(surge, problem_.surge[stage]);
       for (std::size_t chunk = 0; chunk < stages.size(); ++chunk)
-        room_[chunk] = std::min(due_.cap[stages[chunk]] - held_[stages[chunk]], left);
-      return;
+        room_[chunk] = std::min(due_.cap[stages[chunk]] - held_[stages[chunk]], problem_.limit[rank] - surge - both);
+      return both;
     }
     std::int64_t held = 0;
     for (std::size_t chunk = 0; chunk < stages.size(); ++chunk) {
@@ -82,14 +82,15 @@ class ListScheduler {
     }
     for (std::size_t chunk = stages.size() - 1; chunk > 0; --chunk)
       room_[chunk - 1] = std::min(room_[chunk - 1], room_[chunk]);
+    return held;
   }
 
   /// Per stage and kind the next micro-batch, where it is known when it will be ready and where there is memory.
   void collect(int rank, std::int64_t now) {
     candidates_.clear();
-    measure_room(rank);
+    const std::int64_t left = problem_.limit[rank] - measure_room(rank);
     const std::vector<int>& stages = problem_.stages_of[rank];
-    std::int64_t blocked = kNever;  // the earliest due date of an F that only lacks memory
+    std::int64_t blocked = kNever;  // the earliest due date of an action that only lacks memory
     int first_w = -1;
     for (std::size_t chunk = 0; chunk < stages.size(); ++chunk) {
       const int s = stages[chunk];
@@ -106,7 +107,11 @@ class ListScheduler {
           m < next_[kForward][s] && (ends || m < next_[kInputGradient][s + 1])) {
         std::int64_t ready = end(kForward, s, m);
         if (!ends) ready = std::max(ready, end(kInputGradient, s + 1, m) + problem_.gradient_hop[s]);
-        candidates_.push_back({due(kInputGradient, s, m), kInputGradient, s, ready});
+        const std::int64_t date = due(kInputGradient, s, m);
+        if (problem_.surge[s] == 0 || problem_.surge[s] <= left)
+          candidates_.push_back({date, kInputGradient, s, ready});
+        else if (ready - now <= due_.look)
+          blocked = std::min(blocked, date);
       }
       if (const int m = next_[kWeightGradient][s]; m < next_[kInputGradient][s]) {
         const Candidate w{due(kWeightGradient, s, m), kWeightGradient, s, end(kInputGradient, s, m)};
@@ -185,8 +190,8 @@ class ListScheduler {
 SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, const std::vector<int>& passing,
                                      std::array<std::vector<std::int64_t>, kKinds> duration,
                                      std::vector<std::int64_t> activation_hop, std::vector<std::int64_t> gradient_hop,
-                                     std::vector<std::int64_t> activation, std::vector<std::int64_t> deferred,
-                                     std::vector<std::int64_t> limit)
+                                     std::vector<std::int64_t> activation, std::vector<std::int64_t> kept,
+                                     std::vector<std::int64_t> deferred, std::vector<std::int64_t> limit)
     : stages(static_cast<int>(rank_of.size())),
       ranks(static_cast<int>(limit.size())),
       pipes(static_cast<int>(passing.size())),
@@ -201,15 +206,17 @@ SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, const std::vector
       activation_hop(std::move(activation_hop)),
       gradient_hop(std::move(gradient_hop)),
       activation(std::move(activation)),
+      kept(std::move(kept)),
       deferred(std::move(deferred)),
       charge(stages),
+      surge(stages),
       limit(std::move(limit)) {
   const auto per_stage = [&](const auto& values) { return values.size() == this->rank_of.size(); };
   const bool shared = pipes == 1 || (pipes == 2 && stages == 2 * ranks);
   const bool fits = ranks > 0 && stages > 0 && stages % ranks == 0 && microbatches > 0 && shared &&
                     std::all_of(passing.begin(), passing.end(), [](int number) { return number >= 0; }) &&
                     std::all_of(this->duration.begin(), this->duration.end(), per_stage) &&
-                    per_stage(this->activation) && per_stage(this->deferred) &&
+                    per_stage(this->activation) && per_stage(this->kept) && per_stage(this->deferred) &&
                     this->activation_hop.size() + 1 == this->rank_of.size() &&
                     this->gradient_hop.size() + 1 == this->rank_of.size();
   if (!fits) throw std::invalid_argument("the parts of a scheduling problem do not fit together");
@@ -219,7 +226,9 @@ SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, const std::vector
     ends[s - 1] = true;
   }
   for (int s = 0; s < stages; ++s) {
-    charge[s] = std::max(this->activation[s], this->deferred[s]);
+    const std::int64_t most = std::max(this->activation[s], this->deferred[s]);
+    charge[s] = this->kept[s] < this->activation[s] ? this->kept[s] : most;
+    surge[s] = most - charge[s];
     stages_of.at(this->rank_of[s]).push_back(s);
   }
   for (const auto& held : stages_of)

@@ -20,7 +20,8 @@ struct SchedulingProblem {
   SchedulingProblem(std::vector<int> rank_of, const std::vector<int>& passing,
                     std::array<std::vector<std::int64_t>, kKinds> duration, std::vector<std::int64_t> activation_hop,
                     std::vector<std::int64_t> gradient_hop, std::vector<std::int64_t> activation,
-                    std::vector<std::int64_t> deferred, std::vector<std::int64_t> limit);
+                    std::vector<std::int64_t> kept, std::vector<std::int64_t> deferred,
+                    std::vector<std::int64_t> limit);
 
   /// An action as one number, as it stands in packed orders.
   std::int64_t code(int kind, int stage, int microbatch) const {
@@ -40,8 +41,9 @@ struct SchedulingProblem {
   std::vector<std::vector<int>> stages_of;  // per rank, rising
   std::array<std::vector<std::int64_t>, kKinds> duration;
   std::vector<std::int64_t> activation_hop, gradient_hop;  // [s]: between stages s and s + 1
-  std::vector<std::int64_t> activation, deferred;          // per stage
-  std::vector<std::int64_t> charge;                        // per stage: the larger of the two
+  std::vector<std::int64_t> activation, kept, deferred;    // per stage
+  std::vector<std::int64_t> charge;                        // per stage: what an F has to find free
+  std::vector<std::int64_t> surge;                         // per stage: what an I has to find free beside that
   std::vector<std::int64_t> limit;                         // per rank
 };
 

@@ -146,10 +146,12 @@ std::int64_t peak(const SchedulingProblem& problem, const Execution& execution, 
     const int kind = execution.kind(row[position]), stage = execution.stage(row[position]);
     switch (kind) {
       case kForward:
-        held += problem.activation[stage];
+        held += problem.kept[stage];
         break;
       case kInputGradient:
-        held += problem.deferred[stage] - problem.activation[stage];
+        held -= problem.kept[stage];
+        most = std::max(most, held + problem.activation[stage]);
+        held += problem.deferred[stage];
         break;
       default:
         held -= problem.deferred[stage];

@@ -8,7 +8,8 @@ right, only not deferred. Other threads see the replacement too but have no tape
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,19 @@ torch_linear = F.linear
 torch_embedding = F.embedding
 
 
+class Keeper(Protocol):
+    """Who keeps what one forward leaves to its backward: what autograd saves, by its hooks, and what the tape does."""
+
+    pack: Callable[[Tensor], Any]
+
+    def use(self, use: Any) -> None:
+        """The tape keeps the input of this ``Use``."""
+
+
 class Recorder(Protocol):
     """What sees the operations of one forward: a tape."""
+
+    keeper: Keeper | None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -77,13 +89,19 @@ def _tape_for(x: Tensor) -> Recorder | None:
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
         or not _grad_enabled()
         or any_autocast()  # the gradient would have to repeat autocast's own casts
-        # Activation checkpointing runs the operation again, without a tape, and compares what the graphs have saved.
-        or top_saved_tensors_hooks(False) is not None
+        or _others_save(tape)
         or functorch_active()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
         or forward_derivatives_level() >= 0
     ):
         return None
     return tape
+
+
+def _others_save(tape: Recorder) -> bool:
+    """Whether hooks see what autograd saves, other than the tape's keeper's. Activation checkpointing runs the
+    operation again, without a tape, and compares what the graphs have saved."""
+    hooks = top_saved_tensors_hooks(False)
+    return hooks is not None and (tape.keeper is None or hooks[0] is not tape.keeper.pack)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -104,17 +104,18 @@ class Splitter:
         """Whether the contract ``fused`` holds for an operation with this gradient."""
         return dy.is_cuda if self._exact is None else not self._exact
 
-    def record(self, then: Then | None = None) -> Tape:
+    def record(self, then: Then | None = None, keeper: recording.Keeper | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
 
         Args:
             then: gets the tape at the end of every pass over it, so that none has to be announced.
+            keeper: whose hooks see what autograd saves, and who is told of what the tape keeps.
         """
         if self.mixed.watching and self.mixed.settled:
             for key in self.mixed.found:
                 self._forget(key)
             self._stop_watching()
-        return Tape(self, then)
+        return Tape(self, then, keeper)
 
     def alias(self, parameter: Tensor | None, bias_of: Tensor | None = None) -> Tensor | None:
         """The stand-in of a matrix, or of the bias beside one, in recorded operations; None where its gradient must not
@@ -127,7 +128,10 @@ class Splitter:
         fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
         if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
             return None  # not ours, or not recorded everywhere
-        self._watch(parameter)
+        # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
+        # gives it other memory from one micro-batch to the next: watched anew at each, it would be watched for ever.
+        if known is None or (known.dtype, known.device) != (parameter.dtype, parameter.device):
+            self._watch(parameter)
         self._aliases[id(parameter)] = alias = parameter.detach()
         return alias
 
@@ -175,12 +179,13 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_outer", "_passes", "_splitter", "_uses", "end_node", "first_node", "recording", "then",
+        "__weakref__", "_outer", "_passes", "_splitter", "_uses", "end_node", "first_node", "keeper", "recording",
+        "then",
     )  # fmt: skip
 
-    def __init__(self, splitter: Splitter, then: Then | None) -> None:
+    def __init__(self, splitter: Splitter, then: Then | None, keeper: recording.Keeper | None) -> None:
         self._splitter = splitter
-        self.then = then
+        self.then, self.keeper = then, keeper
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
         self._uses: list[tuple[Use, Tensor, int]] = []
@@ -211,6 +216,8 @@ class Tape:
         # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
         kept = x.new_empty(0) if w is None else x
         use = LinearUse(self, kept, None if w is None else weight, None if b is None else bias)
+        if self.keeper is not None:
+            self.keeper.use(use)
         if w is not None and (b is None) == (bias is None) and self._splitter.fuses(x):
             activation = activation_of(x, self.first_node)
             if activation is not None and worthwhile(activation, x, w):
@@ -230,6 +237,8 @@ class Tape:
             return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
         row = -1 if padding is None else padding % weight.shape[0]
         use = EmbeddingUse(self, x, weight, row, scale_by_frequency)
+        if self.keeper is not None:
+            self.keeper.use(use)
         return rooted(use, lambda: recording.torch_embedding(x, w, padding))
 
     def captured(self, use: Use, dy: Tensor) -> None:

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     layout = layout_of(plan, split_model(model, plan, balance))
     if options.json:
         print(json.dumps({
-            "digest": layout.digest.hex(), "batch_rank": layout.batch_rank, "target_rank": layout.target_rank,
+            "digest": layout.digest.hex(), "batch_ranks": layout.batch_ranks, "target_ranks": layout.target_ranks,
             "ranks": [
                 {"nbytes": layout.nbytes(rank), "stages": list(plan.placement.stages_of(rank))}
                 for rank in range(plan.placement.ranks)

@@ -15,7 +15,7 @@ from pipex.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """A parameter that stands in several stages.
+    """A parameter that several stages hold: it stands in several pieces of the model, or there are two copies of it.
 
     Attributes:
         name: its canonical name in the model.
@@ -32,19 +32,20 @@ class Tie:
         return ", ".join(map(str, self.stages))
 
 
-def ties_of(blueprint: Blueprint, counts: Sequence[int]) -> tuple[Tie, ...]:
-    """The parameters that stand in several stages, frozen ones too: they may be thawed later.
+def ties_of(blueprint: Blueprint, counts: Sequence[int], copies: int = 1) -> tuple[Tie, ...]:
+    """The parameters that several stages hold, frozen ones too: they may be thawed later.
 
     Args:
-        counts: layers of each stage.
+        counts: layers of each piece of the model.
+        copies: of the model; stage s of the second one is the number of pieces further on.
     """
-    stages = ranges_of(counts)
+    stages = ranges_of(counts) * copies
     found = [(held.name, _holders(held, stages)) for held in blueprint.tensors if held.parameter]
     return tuple(Tie(name, holders) for name, holders in found if len(holders) > 1)
 
 
 def ranges_of(counts: Sequence[int]) -> tuple[range, ...]:
-    """The layers of each stage, from how many each has."""
+    """The layers of each piece, from how many each has."""
     return tuple(range(*ends) for ends in pairwise(accumulate(counts, initial=0)))
 
 
@@ -56,13 +57,16 @@ def _holders(held: Held, stages: Sequence[range]) -> tuple[int, ...]:
 class Layout:
     """Where a model's layers and tensors are while a plan runs.
 
+    The model is cut into pieces, and each stage of the plan holds one. With two copies of the model (``bidirectional``)
+    two stages on different ranks hold the same piece.
+
     Args:
-        plan: of one pipe: the order, and the rank of each stage.
+        plan: the order, and the rank of each stage.
         blueprint: the model.
-        counts: layers of each stage.
+        counts: layers of each piece.
 
     Raises:
-        InputError: the layers are not all in one stage each, or the plan has another number of stages.
+        InputError: the layers are not all in one piece each, or the plan has another number of pieces.
     """
 
     plan: Plan
@@ -70,34 +74,36 @@ class Layout:
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        stages, layers = self.plan.placement.stages, len(self.blueprint.layers)
-        if len(self.plan.placement.pipes) > 1:
-            raise InputError("a layout is for plans with one copy of the model", got=f"{self.plan.family}, which has "
-                             f"{len(self.plan.placement.pipes)}", needed="another plan")  # fmt: skip
-        if len(self.counts) != stages or min(self.counts) < 1 or sum(self.counts) != layers:
+        pieces, layers = self.plan.placement.pieces, len(self.blueprint.layers)
+        if len(self.counts) != pieces or min(self.counts) < 1 or sum(self.counts) != layers:
             raise InputError(
                 "the layers are not all in one stage each", got=f"{list(self.counts)} layers in {len(self.counts)} "
-                f"stages", needed=f"{stages} counts of at least 1 with the sum {layers}",
+                f"stages", needed=f"{pieces} counts of at least 1 with the sum {layers}",
             )  # fmt: skip
 
     def rank_of(self, stage: int) -> int:
         """The rank that holds a stage."""
         return self.plan.placement.rank_of(stage)
 
+    def pieces_of(self, rank: int) -> tuple[int, ...]:
+        """The pieces of the model that a rank holds, rising."""
+        placement = self.plan.placement
+        return tuple(sorted({placement.piece(stage) for stage in placement.stages_of(rank)}))
+
     @cached_property
     def layers(self) -> tuple[range, ...]:
         """Of each stage."""
-        return ranges_of(self.counts)
+        return ranges_of(self.counts) * len(self.plan.placement.pipes)
 
     @cached_property
-    def batch_rank(self) -> int:
-        """The rank that reads the batch."""
-        return self.rank_of(0)
+    def batch_ranks(self) -> tuple[int, ...]:
+        """The ranks that read the batch: those of each copy's first stage."""
+        return tuple(self.rank_of(pipe[0]) for pipe in self.plan.placement.pipes)
 
     @cached_property
-    def target_rank(self) -> int:
-        """The rank that reads the target, and computes the loss."""
-        return self.rank_of(self.plan.placement.stages - 1)
+    def target_ranks(self) -> tuple[int, ...]:
+        """The ranks that read the target, and compute losses: those of each copy's last stage."""
+        return tuple(self.rank_of(pipe[-1]) for pipe in self.plan.placement.pipes)
 
     def holders(self, held: Held) -> tuple[int, ...]:
         """The stages that hold a tensor, rising."""
@@ -106,7 +112,7 @@ class Layout:
     @cached_property
     def ties(self) -> tuple[Tie, ...]:
         """As ``ties_of``."""
-        return ties_of(self.blueprint, self.counts)
+        return ties_of(self.blueprint, self.counts, len(self.plan.placement.pipes))
 
     @cached_property
     def tied_edges(self) -> tuple[tuple[int, int], ...]:
@@ -127,16 +133,20 @@ class Layout:
 
     def lines(self) -> Iterator[str]:
         """The layout in words: a line for each rank, stage, layer and tie."""
-        for rank in range(self.plan.placement.ranks):
+        placement = self.plan.placement
+        for rank in range(placement.ranks):
             parts = [f"rank {rank}", f"{self.nbytes(rank):,} bytes"]
-            parts += ["batch"] * (rank == self.batch_rank) + ["target"] * (rank == self.target_rank)
+            parts += ["batch"] * (rank in self.batch_ranks) + ["target"] * (rank in self.target_ranks)
             yield ", ".join(parts)
-            for stage in self.plan.placement.stages_of(rank):
-                sends = self.plan.placement.after(stage)
+            for stage in placement.stages_of(rank):
+                sends = placement.after(stage)
                 to = "" if sends is None else f" → stage {sends} on rank {self.rank_of(sends)}"
-                yield f"  stage {stage}{to}"
+                first = placement.piece(stage)
+                copy = "" if stage == first else f", a copy of stage {first} on rank {self.rank_of(first)}"
+                yield f"  stage {stage}{to}{copy}"
                 for layer in self.layers[stage]:
                     yield f"    {layer}: {self.blueprint.layer(layer)}"
         for tie in self.ties:
-            ranks = ", ".join(str(self.rank_of(stage)) for stage in tie.stages)
-            yield f"{tie.name} is tied between the stages {tie.between} (ranks {ranks}), whose gradients are added"
+            if len({placement.piece(stage) for stage in tie.stages}) > 1:  # else its stages are copies
+                ranks = ", ".join(str(self.rank_of(stage)) for stage in tie.stages)
+                yield f"{tie.name} is tied between the stages {tie.between} (ranks {ranks}), whose gradients are added"

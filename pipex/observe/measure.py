@@ -14,7 +14,8 @@ from pipex.plan.actions import Kind
 from pipex.plan.bubbles import Bubbles, bubbles
 from pipex.plan.placement import Edge, Placement
 
-COMPUTE = frozenset({"F", "I", "W", "B"})
+COMPUTE = frozenset({"F", "I", "W", "B", "UPDATE"})
+"""The kinds that a plan's orders consist of."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,17 @@ def _messages(step: Sequence[Sequence[Event]], placement: Placement) -> list[lis
     return times
 
 
+_CALLED = {
+    "RECV_F": "waiting", "RECV_B": "waiting", "SEND_F": "sending", "SEND_B": "sending", "UPDATE": "optimizer",
+}  # fmt: skip
+"""Kinds of event that count under another name."""
+
+
 def _shares(events: Sequence[Event]) -> dict[str, float]:
     whole = max(e.end for e in events) - min(e.begin for e in events)
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
-        what = (
-            "waiting" if event.kind.startswith("RECV") else "sending" if event.kind.startswith("SEND") else event.kind
-        )
+        what = _CALLED.get(event.kind, event.kind)
         seconds[what] += event.end - event.begin
     seconds["other"] = whole - sum(seconds.values())
     return {what: value / (whole or 1) for what, value in seconds.items()}

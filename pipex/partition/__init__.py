@@ -2,7 +2,7 @@
 
 from pipex.partition.balance import Balance
 from pipex.partition.build import build_stages
-from pipex.partition.describe import layout_of, tied
+from pipex.partition.describe import layout_of, tensors_of, tied
 from pipex.partition.materialize import materialize
 from pipex.partition.profile import profile_layers
 from pipex.partition.skeleton import without_others
@@ -11,5 +11,5 @@ from pipex.partition.stage import Stage, as_stages
 
 __all__ = [
     "Balance", "Stage", "as_stages", "build_stages", "layout_of", "materialize", "profile_layers", "split_model",
-    "tied", "without_others",
+    "tensors_of", "tied", "without_others",
 ]  # fmt: skip

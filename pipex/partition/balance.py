@@ -23,14 +23,13 @@ def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: 
 
     Args:
         layers: or their number, where ``balance`` does not ask for more.
-        where: the number of stages, each on a rank of its own, or the plan that they are for.
+        where: the number of stages, each on a rank of its own, or the plan that they are for: its stages, those of one
+            copy of the model.
 
     Raises:
-        InputError: there are fewer layers than stages, ``balance`` is unknown, counts or costs that do not fit, or a
-            plan with two copies of the model.
+        InputError: there are fewer layers than stages, ``balance`` is unknown, or counts or costs that do not fit.
     """
-    check_one_copy(where)
-    stages = where if isinstance(where, int) else where.placement.stages
+    stages = pieces_of(where)
     number = layers if isinstance(layers, int) else len(layers)
     check_stages(number, stages)
     if isinstance(balance, LayerCosts):
@@ -53,12 +52,9 @@ def layer_counts(layers: int | Sequence[nn.Module], where: int | Plan, balance: 
     return counts
 
 
-def check_one_copy(where: int | Plan) -> None:
-    """Raises InputError for a plan with two copies of the model."""
-    if isinstance(where, Plan) and len(where.placement.pipes) > 1:
-        raise InputError(
-            "a model is cut for plans with one copy of it", got=f"{where.family}, which has two", needed="another plan"
-        )
+def pieces_of(where: int | Plan) -> int:
+    """Into how many pieces the model is to be cut: a plan's stages, of one copy of the model."""
+    return where if isinstance(where, int) else where.placement.pieces
 
 
 def by_costs(layers: int, where: int | Plan, costs: LayerCosts) -> list[int]:

@@ -42,7 +42,8 @@ def build_stages(
         raise InputError("no rank of the plan", got=rank, needed=f"0 to {plan.placement.ranks - 1}")
     counts = layer_counts(layers, plan, balance)
     ranges = ranges_of(counts)
-    own = {layer for stage in plan.placement.stages_of(rank) for layer in ranges[stage]}
+    pieces = {plan.placement.piece(stage) for stage in plan.placement.stages_of(rank)}
+    own = {layer for piece in pieces for layer in ranges[piece]}
     with _given_back():
         built = _built(build, layers, own)
     return cut(built, counts, nn.Sequential(*built))

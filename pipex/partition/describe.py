@@ -19,18 +19,33 @@ def blueprint_of(stages: Sequence[Stage]) -> Blueprint:
         UnsupportedModule: as ``Stage.names``.
     """
     layers = [kind_of(layer) for stage in stages for layer in stage.layers]
-    found: dict[str, tuple[Tensor, set[int]]] = {}
+    tensors: dict[str, Tensor] = {}
+    where: dict[str, set[int]] = {}
+    for name, tensor, layer in _placed(stages):
+        tensors.setdefault(name, tensor)
+        where.setdefault(name, set()).add(layer)
+    held = [
+        Held(name, _form(tensor), _nbytes(tensor), isinstance(tensor, nn.Parameter), tuple(sorted(where[name])))
+        for name, tensor in tensors.items()
+    ]
+    return Blueprint(tuple(layers), tuple(held))
+
+
+def tensors_of(stages: Sequence[Stage]) -> dict[str, Tensor]:
+    """The tensors of a model, by their names in its blueprint."""
+    return {name: tensor for name, tensor, _ in reversed(_placed(stages))}
+
+
+def _placed(stages: Sequence[Stage]) -> list[tuple[str, Tensor, int]]:
+    """(name, tensor, layer) wherever one stands."""
+    found = []
     for stage in stages:
         names = {id(tensor): name for name, tensor in stage.names.items()}
         for path, tensor in _tensors(stage.layers):
             position, _, _ = path.partition(".")
             name = names.get(id(tensor)) or stage.called(path)
-            found.setdefault(name, (tensor, set()))[1].add(stage.first_layer + int(position))
-    held = [
-        Held(name, _form(tensor), _nbytes(tensor), isinstance(tensor, nn.Parameter), tuple(sorted(where)))
-        for name, (tensor, where) in found.items()
-    ]
-    return Blueprint(tuple(layers), tuple(held))
+            found.append((name, tensor, stage.first_layer + int(position)))
+    return found
 
 
 def layout_of(plan: Plan, stages: Sequence[Stage]) -> Layout:
@@ -38,9 +53,9 @@ def layout_of(plan: Plan, stages: Sequence[Stage]) -> Layout:
     return Layout(plan, blueprint_of(stages), _counts(stages))
 
 
-def tied(stages: Sequence[Stage]) -> tuple[Tie, ...]:
-    """The parameters that stand in several stages. Raises as ``blueprint_of``."""
-    return ties_of(blueprint_of(stages), _counts(stages))
+def tied(stages: Sequence[Stage], copies: int = 1) -> tuple[Tie, ...]:
+    """The parameters that several stages hold, as ``ties_of``. Raises as ``blueprint_of``."""
+    return ties_of(blueprint_of(stages), _counts(stages), copies)
 
 
 def _counts(stages: Sequence[Stage]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import ConfigMismatch, InputError
-from pipex.partition.balance import Balance, check_one_copy, layer_counts
+from pipex.partition.balance import Balance, layer_counts, pieces_of
 from pipex.partition.layers import layers_of
 from pipex.partition.profile import LossFunction, profile_layers
 from pipex.partition.stage import Stage, cut
@@ -40,7 +40,7 @@ def split_model(
     Args:
         model: an ``nn.Sequential``, or a module with an attribute ``pipeline_layers`` (see ``layers_of``).
         stages: number of stages, at most the number of layers; or the plan that they are for, which also says which
-            stages share a rank and in which order they work.
+            stages share a rank and in which order they work. Of a plan with two copies of the model the stages of one.
         balance: ``"uniform"``: layer counts differ by at most one, and the first stages get the extra layers;
             ``"parameters"``: the largest stage has as few parameters as any contiguous cut allows;
             ``"profile"``: the fullest rank has as little to do as it can be made, by the times that the layers take
@@ -58,8 +58,7 @@ def split_model(
     """
     layers = layers_of(model)
     if balance == "profile":
-        check_one_copy(stages)
-        check_stages(len(layers), stages if isinstance(stages, int) else stages.placement.stages)
+        check_stages(len(layers), pieces_of(stages))
         balance = _profile(model, sample, target, loss_fn, exchange)
     elif any(value is not None for value in (sample, target, loss_fn, exchange)):
         raise InputError(

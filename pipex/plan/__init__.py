@@ -3,10 +3,12 @@
 actions        what a rank can do, and its text form
 placement      which rank holds which stage
 plan           the orders of all ranks, as immutable data
+versions       which version of the weights an action uses
 families       the published schedules, by name
 costs          what the actions cost
 communication  sends and receives between the compute actions, and how many buffers they need
 causality      runs orders without a clock: finds deadlocks
+offload        when an offloaded activation is away
 memory         what a rank holds at its fullest moment
 validator      proves a plan before anything runs
 simulator      when everything starts and ends under given costs

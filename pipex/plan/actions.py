@@ -3,7 +3,7 @@
     cell   := simple | "(" simple ";" simple {";" simple} ")OVERLAP_F_B"
     simple := stage kind [micro-batch]                                    2F0   3SEND_F1   1UNSHARD
 
-A SEND and its WAIT_SEND name the stage that sends, a RECV the stage that receives.
+All but UPDATE are torch's. A SEND and its WAIT_SEND name the stage that sends, a RECV the stage that receives.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Kind(Enum):
     RESHARD = "RESHARD"
     REDUCE_GRAD = "REDUCE_GRAD"
     WAIT_REDUCE_GRAD = "WAIT_REDUCE_GRAD"
+    UPDATE = "UPDATE"
+    """the optimizer's step of one stage, with the gradients of all micro-batches since its last one up to this one"""
     OVERLAP_F_B = "OVERLAP_F_B"
     """a forward and a backward run as one; the action's ``parts``"""
 

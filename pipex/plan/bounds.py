@@ -15,6 +15,8 @@ first F and last I are of that stage, its first I and last F of its deepest. A l
 the memory is too small for all forwards at once; else the two windows may overlap, and only one of them counts.
 Besides, a micro-batch takes a certain memory for a certain time, and all of them must share the limit.
 
+Where stages may be recomputed or offloaded to keep a limit, a rank does so with those of its stages with which its own
+bound is lowest, the others having done nothing. What an I takes for itself, and the time of copies, are left out.
 With two copies of a model each pipe has its own such times, of which the shorter are certain, and the gradients of the
 copies are added up at the end.
 
@@ -25,16 +27,17 @@ last F adds (P-1)(F-W+2c); ZB-H1 reaches that, so it is optimal there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress, product
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipex.errors import InputError
 from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Update
+from pipex.plan.versions import Update
 
 SLACK = 1 + 1e-9
 """Sums of memory in floating point may exceed a limit by this factor: three thirds need not be 1."""
@@ -47,21 +50,34 @@ class Bound(NamedTuple):
     reason: str
 
 
-def smallest_memory(placement: Placement, costs: Costs) -> tuple[float, ...]:
+Spare = Literal["recompute", "offload"]
+"""A way to hold less of a stage between F and I."""
+
+_MOST_SPARED = 6
+"""Stages of a rank of which all subsets are looked at; of more, recomputation counts as if it took no time."""
+
+
+def smallest_memory(placement: Placement, costs: Costs, spare: Collection[Spare] = ()) -> tuple[float, ...]:
     """Per rank the memory without which no plan with a backward can run, in the unit of the costs: its weights, and a
-    micro-batch that has reached the last stage, which is held by all stages before it. With one pipe it is enough too,
-    as ``naive`` shows."""
+    micro-batch that has reached a stage, which is held, whole or as far as ``spare`` says, by all stages before it.
+    With one pipe it is enough too, as ``naive`` shows."""
+    every = range(placement.stages)
+    least = costs.spared(every if "recompute" in spare else (), every if "offload" in spare else ()).activation
+
+    def needed(stages: Sequence[int]) -> float:
+        return max(costs.activation[s] + sum(least[t] for t in stages if t < s) for s in stages)
+
     return tuple(
-        weights + min(sum(costs.activation[s] for s in held) for held in _stages_of(placement, rank, placement.pipes))
+        weights + min(map(needed, _stages_of(placement, rank, placement.pipes)))
         for rank, weights in enumerate(costs.weights_held(placement))
     )
 
 
-def check_limit(placement: Placement, costs: Costs, limit: Sequence[float]) -> None:
+def check_limit(placement: Placement, costs: Costs, limit: Sequence[float], spare: Collection[Spare] = ()) -> None:
     """Raises InputError unless ``limit`` has one entry per rank, none below ``smallest_memory``."""
     if len(limit) != placement.ranks:
         raise InputError("wrong number of memory limits", got=len(limit), needed=f"{placement.ranks}, one per rank")
-    for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs), strict=True)):
+    for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs, spare), strict=True)):
         if not given * SLACK >= needed:
             problem = f"no plan fits the memory limit of rank {rank}"
             what = "what one micro-batch holds there" + (", and the weights" if costs.weights is not None else "")
@@ -69,28 +85,39 @@ def check_limit(placement: Placement, costs: Costs, limit: Sequence[float]) -> N
 
 
 def makespan_bound(
-    placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None = None, update: Update = "step"
+    placement: Placement,
+    microbatches: int,
+    costs: Costs,
+    limit: Sequence[float] | None = None,
+    update: Update = "step",
+    spare: Collection[Spare] = (),
 ) -> Bound:
     """No plan has a smaller makespan.
 
     Args:
         placement, microbatches, update: those of the plans.
-        costs: those of the simulation.
+        costs: those of the simulation, or ``Costs.spared`` of them, for plans with these stages spared.
         limit: per rank the peak memory that plans may have, in the unit of the costs; None: any. Ignored where there
             is no backward.
+        spare: what plans may do with any of their stages to keep the limit.
 
     Raises:
         InputError: the costs do not fit the placement, or no plan at all fits the limit (names the smallest that is
             needed).
     """
-    return _bound(placement, microbatches, costs, limit, update, whole_step=True)
+    return _bound(placement, microbatches, costs, limit, update, spare, whole_step=True)
 
 
 def span_bound(
-    placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None = None, update: Update = "step"
+    placement: Placement,
+    microbatches: int,
+    costs: Costs,
+    limit: Sequence[float] | None = None,
+    update: Update = "step",
+    spare: Collection[Spare] = (),
 ) -> Bound:
     """No plan has a smaller span; as ``makespan_bound`` otherwise."""
-    return _bound(placement, microbatches, costs, limit, update, whole_step=False)
+    return _bound(placement, microbatches, costs, limit, update, spare, whole_step=False)
 
 
 def _bound(
@@ -99,26 +126,33 @@ def _bound(
     costs: Costs,
     limit: Sequence[float] | None,
     update: Update,
+    spare: Collection[Spare],
     *,
     whole_step: bool,
 ) -> Bound:
     costs.on(placement)
     every = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
     limits = [inf] * placement.ranks
-    if limit is not None and update != "never":
-        check_limit(placement, costs, limit)
+    if limit is None or update == "never":
+        spare = ()
+    else:
+        check_limit(placement, costs, limit, spare)
         limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
 
     def passing(chains: list[_Chain], ways: list[tuple[int, ...]]) -> Bound:
         """Where all of these are passed: the best way to share the micro-batches, and in that the worst rank."""
         if update == "never":
-            ranks = [_forward_only(rank, placement, chains, whole_step) for rank in range(placement.ranks)]
+            ranks = [[_forward_only(rank, placement, chains, whole_step)] for rank in range(placement.ranks)]
         else:
             ranks = [
-                _with_backward(rank, placement, chains, microbatches, costs, limits[rank], whole_step)
+                [
+                    _with_backward(rank, placement, chains, microbatches, choice, limits[rank], whole_step)
+                    for choice in _choices(placement.stages_of(rank), costs, spare)
+                ]
                 for rank in range(placement.ranks)
             ]
-        best = min((max((rank.bound(way) for rank in ranks), key=_value) for way in ways), key=_value)
+        each = [[min((choice.bound(way) for choice in rank), key=_value) for rank in ranks] for way in ways]
+        best = min((max(bounds, key=_value) for bounds in each), key=_value)
         alone = max(chain.end for chain in chains)
         if whole_step and alone > best.value:
             return Bound(alone, f"one micro-batch alone takes {alone:g}")
@@ -132,6 +166,19 @@ def _bound(
         sums = f"{best.reason}; then the gradients of both copies are added up for {costs.exchange:g}"
         return Bound(best.value + costs.exchange, sums)
     return best
+
+
+def _choices(stages: Sequence[int], costs: Costs, spare: Collection[Spare]) -> Iterator[Costs]:
+    """The costs of a rank, for each way to spare its stages that might be the best."""
+    if "offload" in spare:
+        yield costs.spared((), stages)  # holds less than all others, in the same time
+    elif "recompute" not in spare:
+        yield costs
+    elif len(stages) > _MOST_SPARED:
+        yield replace(costs.spared(stages, ()), input_gradient=costs.input_gradient)
+    else:
+        for chosen in product((False, True), repeat=len(stages)):
+            yield costs.spared(compress(stages, chosen), ())
 
 
 def _value(bound: Bound) -> float:
@@ -241,6 +288,8 @@ def _with_backward(
     limit: float,
     whole_step: bool,
 ) -> _Rank:
+    share = min(1.0, costs.overlap)
+    chains = [replace(chain, i={s: share * costs.input_gradient[s] for s in chain.i}) for chain in chains]
     pipes = list(zip(chains, _stages_of(placement, rank, [chain.pipe for chain in chains]), strict=True))
     windows = [_Windows.of(chain, stages, whole_step) for chain, stages in pipes]
     # Each pipe has its own windows; the shorter is the one that is certain.

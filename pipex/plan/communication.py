@@ -24,7 +24,7 @@ def communicate(plan: Plan) -> Orders:
 
     def messages(of: Action, kinds: dict[Kind, Kind]) -> Iterator[Action]:
         for stage, kind, microbatch, _ in of.each:
-            if kind is not Kind.W and (stage, kinds[kind]) in ends:
+            if kind in kinds and (stage, kinds[kind]) in ends:
                 yield Action(stage, kinds[kind], microbatch)
 
     def around(action: Action) -> list[Action]:

@@ -6,8 +6,8 @@ Measured stages give ``Costs``. Comparing schedules whose placements differ need
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pipex.errors import InputError
@@ -32,6 +32,11 @@ class Costs:
         activation: memory per stage of one micro-batch from the start of F to the end of I or B.
         deferred: memory per stage of one micro-batch from the end of I to the end of W.
         overlap: an OVERLAP_F_B takes this share of what its parts take one after another.
+        inputs: memory per stage of one micro-batch's input, which stays from F to I where a stage is recomputed; None:
+            nothing worth counting.
+        recompute: time per stage by which a recomputed stage's I or B is longer; None: that of F.
+        offload: time per stage of copying what one micro-batch holds to host memory, and of copying it back; None: such
+            copies take no time.
         weights: memory per stage of its weights, with their gradients and what an optimizer keeps; None: not said, and
             no limit counts them.
         exchange: time from the last action of two ranks that hold the two copies of the same layers to the sum of
@@ -45,8 +50,27 @@ class Costs:
     activation: Sequence[float]
     deferred: Sequence[float]
     overlap: float = 1.0
+    inputs: Sequence[float] | None = None
+    recompute: Sequence[float] | None = None
+    offload: Sequence[float] | None = None
     weights: Sequence[float] | None = None
     exchange: float = 0.0
+
+    @property
+    def recomputation(self) -> Sequence[float]:
+        """``recompute``, or what stands for it."""
+        return self.forward if self.recompute is None else self.recompute
+
+    def spared(self, recomputed: Iterable[int], offloaded: Iterable[int]) -> Costs:
+        """Those of plans with such stages, as far as one number per stage says them: I is longer by recomputation, and
+        ``activation`` is what is held between F and I. Copies take no time, and I no memory for itself."""
+        activation, input_gradient = list(self.activation), list(self.input_gradient)
+        for stage in recomputed:
+            activation[stage] = 0.0 if self.inputs is None else min(self.inputs[stage], activation[stage])
+            input_gradient[stage] += self.recomputation[stage]
+        for stage in offloaded:
+            activation[stage] = 0.0
+        return replace(self, activation=activation, input_gradient=input_gradient)
 
     @staticmethod
     def uniform(
@@ -86,20 +110,30 @@ class Costs:
 
     def _check(self, placement: Placement) -> None:
         stages = placement.stages
-        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred", "weights"):
-            values: Sequence[float] | None = getattr(self, name)
-            if values is None:
-                continue
-            if len(values) != stages:
-                raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
-            for stage, value in enumerate(values):
-                check_cost(f"{name} of stage {stage}", value)
+        for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred"):
+            _check_stages(name, getattr(self, name), stages)
+        for name in ("inputs", "recompute", "offload", "weights"):
+            if (values := getattr(self, name)) is not None:
+                _check_stages(name, values, stages)
         for edge in placement.edges:
             if edge not in self.hop:
                 raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
             check_cost(f"hop of the {edge}", self.hop[edge])
         check_cost("overlap", self.overlap)
         check_cost("exchange", self.exchange)
+
+
+def _check_stages(name: str, values: Sequence[float], stages: int) -> None:
+    if len(values) != stages:
+        raise InputError(f"wrong number of costs {name}", got=len(values), needed=f"{stages}, one per stage")
+    for stage, value in enumerate(values):
+        check_cost(f"{name} of stage {stage}", value)
+
+
+INPUT_SHARE = 1 / 34
+"""Of what a rank holds of one micro-batch, the input of a stage: a transformer layer holds 34 bytes for each element of
+its hidden state of 2 bytes (arXiv 2205.05198, section 4.1, with attention that keeps no scores), so that the input is
+1/17 of one layer, and less than half of that of a rank with more than two."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +150,10 @@ class RankCosts:
         hop: time from the producer's end to the message's arrival, the same on all edges.
         activation, deferred: likewise the memory of one micro-batch, as in ``Costs``.
         overlap, exchange: as in ``Costs``.
+        inputs: likewise the memory of a stage's input, as in ``Costs``; the same for each of a rank's chunks, however
+            many there are.
+        recompute, offload: likewise the times of recomputing and of copying out or back one micro-batch, as in
+            ``Costs``. Without ``offload``, what copies take is unknown, and a search offloads nothing.
         weights: likewise the memory of the weights in one copy of the model; None: not said.
     """
 
@@ -127,6 +165,9 @@ class RankCosts:
     activation: tuple[float, ...]
     deferred: tuple[float, ...]
     overlap: float = 1.0
+    inputs: tuple[float, ...] | None = None
+    recompute: tuple[float, ...] | None = None
+    offload: tuple[float, ...] | None = None
     weights: tuple[float, ...] | None = None
     exchange: float = 0.0
 
@@ -140,11 +181,15 @@ class RankCosts:
         activation: float | Sequence[float] = 1.0,
         deferred: float | Sequence[float] | None = None,
         overlap: float = 1.0,
+        inputs: float | Sequence[float] | None = None,
+        recompute: float | Sequence[float] | None = None,
+        offload: float | Sequence[float] | None = None,
         weights: float | Sequence[float] | None = None,
         exchange: float = 0.0,
     ) -> RankCosts:
         """From one number for all ranks, one per rank, or one per stage. Without ``deferred``, an activation is held
-        whole until W.
+        whole until W; without ``inputs``, they are ``INPUT_SHARE`` of the activation of a rank, or of a stage where
+        that is given.
 
         Raises:
             InputError: a number of values that is neither 1 nor a multiple of ``ranks``, or a value that is negative or
@@ -166,15 +211,19 @@ class RankCosts:
         check_cost("hop", hop)
         check_cost("overlap", overlap)
         check_cost("exchange", exchange)
+        held = each("activation", activation)
         return RankCosts(
             ranks=ranks,
             forward=each("forward", forward),
             input_gradient=each("input_gradient", input_gradient),
             weight_gradient=each("weight_gradient", weight_gradient),
             hop=hop,
-            activation=each("activation", activation),
+            activation=held,
             deferred=each("deferred", activation if deferred is None else deferred),
             overlap=overlap,
+            inputs=tuple(INPUT_SHARE * cost for cost in held) if inputs is None else each("inputs", inputs),
+            recompute=None if recompute is None else each("recompute", recompute),
+            offload=None if offload is None else each("offload", offload),
             weights=None if weights is None else each("weights", weights),
             exchange=exchange,
         )
@@ -191,7 +240,7 @@ class RankCosts:
         # A piece costs what it costs the rank that holds it in the first pipe.
         holder = [placement.rank_of(placement.piece(stage)) for stage in range(placement.stages)]
 
-        def share(costs: Sequence[float]) -> list[float]:
+        def share(costs: Sequence[float], shares: int = shares) -> list[float]:
             if len(costs) == self.ranks:
                 return [costs[rank] / shares for rank in holder]
             if len(costs) != placement.stages:
@@ -207,6 +256,9 @@ class RankCosts:
             activation=share(self.activation),
             deferred=share(self.deferred),
             overlap=self.overlap,
+            inputs=None if self.inputs is None else share(self.inputs, 1),
+            recompute=None if self.recompute is None else share(self.recompute),
+            offload=None if self.offload is None else share(self.offload),
             weights=None if self.weights is None else share(self.weights),
             exchange=self.exchange,
         )

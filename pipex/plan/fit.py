@@ -14,10 +14,10 @@ from math import ceil, isfinite
 from operator import le, mul
 
 from pipex.errors import InputError
-from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.cut import Block, MemoryUse, TooLittleMemory, cuts, held_blocks, loads
 from pipex.plan.layer_costs import LayerCosts
+from pipex.plan.memory import Form, changes
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, simulate
@@ -150,31 +150,20 @@ class _Memory:
             if end < len(self._layers):
                 activation += self._layers[end - 1].output
             deferred = self._deferred[end] - self._deferred[begin]
-            each += activation, deferred
+            each += self._layers[begin - 1].output if begin else self._layers[0].activation, activation, deferred
         peak: float = max(sum(map(mul, moment, each)) for moment in self._moments[rank])
         return parameters * self._state[rank] + peak
 
 
 def _moments(plan: Plan, rank: int) -> list[tuple[int, ...]]:
-    """The moments at which the rank may be fullest, as numbers of micro-batches: for each of its stages those from F to
-    I, and those from I to W. Which of them is the fullest depends on the bytes."""
-    place = {stage: 2 * index for index, stage in enumerate(plan.placement.stages_of(rank))}
-    held = [0] * (2 * len(place))
+    """The moments at which the rank may be fullest, as numbers of micro-batches: for each of its stages those of which
+    it holds each form. Which of them is the fullest depends on the bytes."""
+    place = {stage: len(Form) * index for index, stage in enumerate(plan.placement.stages_of(rank))}
+    held = [0] * (len(Form) * len(place))
     moments = set()
-    for stage, kind, _, _ in (part for action in plan.orders[rank] for part in action.each):
-        whole = place[stage]
-        match kind:
-            case Kind.F:
-                held[whole] += 1
-            case Kind.I:
-                held[whole] -= 1
-                held[whole + 1] += 1
-            case Kind.B:
-                held[whole] -= 1
-            case Kind.W:
-                held[whole + 1] -= 1
-        if kind in (Kind.F, Kind.I):
+    for change in changes(plan, rank):
+        for form, stage, more in change.by:
+            held[place[stage] + form] += more
+        if any(more > 0 for _, _, more in change.by):
             moments.add(tuple(held))
-        if kind is Kind.F and plan.update == "never":
-            held[whole] -= 1
     return [m for m in moments if not any(m != other and all(map(le, m, other)) for other in moments)]

@@ -105,7 +105,9 @@ class LayerCosts:
                 raise InputError("bad cost: bandwidth", got=0, needed="bytes per second above 0, or null for no limit")
             _check("bandwidth", self.bandwidth)
             for index, layer in enumerate(self.layers):
-                _check(f"output / bandwidth of layer {index} ({layer.name})", layer.output / self.bandwidth)
+                for name in ("output", "parameters"):
+                    cost = getattr(layer, name) / self.bandwidth
+                    _check(f"{name} / bandwidth of layer {index} ({layer.name})", cost)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -128,7 +130,7 @@ class LayerCosts:
         assert len(pipe) == len(placement.pipes[0])
         assert ends[-1] == len(self.layers)
         stages = pipe * len(placement.pipes)
-        last = {pipe[-1] for pipe in placement.pipes}
+        first, last = ({pipe[end] for pipe in placement.pipes} for end in (0, -1))
         return Costs(
             forward=[sum(layer.forward for layer in stage) for stage in stages],
             input_gradient=[sum(layer.input_gradient for layer in stage) for stage in stages],
@@ -140,6 +142,11 @@ class LayerCosts:
                 for index, stage in enumerate(stages)
             ],
             deferred=[sum(layer.deferred for layer in stage) for stage in stages],
+            # Of the batch it is known only that the first layer holds it.
+            inputs=[
+                stage[0].activation if index in first else stages[index - 1][-1].output
+                for index, stage in enumerate(stages)
+            ],
             weights=None if self.state is None else [self.state * size for size in map(_parameters, stages)],
             exchange=self._exchange(placement, stages),
         )

@@ -16,7 +16,7 @@ from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction
 
-_COMPUTE = {kind.value for kind in COMPUTE}
+_OF_A_PLAN = {kind.value for kind in (*COMPUTE, Kind.UPDATE)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def typical_step(plan: Plan, ranks: Sequence[Iterable[Event]]) -> MeasuredStep:
     steps: dict[int, list[list[TimedAction]]] = defaultdict(lambda: [[] for _ in ranks])
     for rank, events in enumerate(ranks):
         for event in events:
-            if event.kind in _COMPUTE:
+            if event.kind in _OF_A_PLAN:
                 action = Action(event.stage, Kind(event.kind), event.microbatch)
                 steps[event.step][rank].append(TimedAction(action, event.begin / 1e9, event.end / 1e9))
     if not steps:
@@ -100,7 +100,7 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
     Raises:
         InputError: a kind that the plan runs was not measured; names it and the stage.
     """
-    planned = {(part.kind, part.stage) for order in unfused(plan).orders for part in order}
+    planned = {(part.kind, part.stage) for order in unfused(plan).orders for part in order if part.kind in COMPUTE}
     for kind, stage in sorted(planned, key=lambda key: (key[1], key[0].value)):
         if (kind.value, stage) not in action:
             raise InputError(f"no measured time of {kind.value} on stage {stage}", needed="a trace of this plan")
@@ -113,4 +113,5 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
         hop=dict.fromkeys(plan.edges, hop),
         activation=share,
         deferred=share,
+        recompute=[0.0] * len(share),  # in the times of I and B, as they were measured
     )

@@ -46,7 +46,7 @@ def messages(plan: Plan, costs: Costs, simulation: Simulation) -> list[Message]:
     ends = plan.placement.ends
     found = []
     for consumer, (stage, kind, microbatch, _) in ((place, part) for part, place in where.items()):
-        if kind is Kind.W:
+        if kind in (Kind.W, Kind.UPDATE):
             continue
         edge = ends.get((stage, Kind.RECV_F if kind is Kind.F else Kind.RECV_B))
         if edge is None:  # the pipe begins here, or the tensor stays on the rank

@@ -87,9 +87,14 @@ class Placement:
         """The stage that takes its output, and whose input gradient it takes; None for the last of a pipe."""
         return self._after.get(stage)
 
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the model is cut: the stages of one pipe."""
+        return len(self.pipes[0])
+
     def piece(self, stage: int) -> int:
         """Which piece of the model it holds: how many stages come before it in its pipe."""
-        return stage % len(self.pipes[0])
+        return stage % self.pieces
 
     def twin_of(self, rank: int) -> int:
         """The rank that holds the other copy of what ``rank`` holds; where there is one copy, the rank itself."""

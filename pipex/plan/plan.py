@@ -5,6 +5,8 @@ The text has one line of metadata, then one line per rank with its actions in to
     # pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1
+
+A plan that holds less than it could says so at the end of its first line, as in ``recomputed=0 offloaded=1,2``.
 """
 
 from __future__ import annotations
@@ -13,24 +15,16 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast, get_args
+from itertools import pairwise
+from typing import cast, get_args
 
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan.actions import Action, Kind, parse_action, syntax_error
 from pipex.plan.placement import Edge, Placement, PlacementName
+from pipex.plan.versions import Update, versions_held, versions_used
 
 Orders = tuple[tuple[Action, ...], ...]
 """Per rank its actions, in the order in which it runs them."""
-
-
-Update = Literal["step", "microbatch", "delayed", "never"]
-"""When the weights change, and so how many versions of them a rank needs:
-
-step        after all micro-batches; one version. Every synchronous schedule.
-microbatch  after every backward; a micro-batch keeps the version it began with (PipeDream's weight stashing).
-delayed     after all micro-batches, which have used the version before the newest; two versions (PipeDream-2BW).
-never       there is no backward; an activation is held for its F only.
-"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +35,16 @@ class Plan:
         family: name of the schedule: lower-case letters, digits and dashes.
         placement: which rank holds which stage.
         microbatches: micro-batches per step M, at least 1.
-        orders: per rank its compute actions (F, I, W, B) in order; ``communicate`` adds the sends and receives.
+        orders: per rank its compute actions (F, I, W, B) and UPDATEs in order; ``communicate`` adds the sends and
+            receives.
         peak_activations: the promise: per rank the most activations held at once, in activations of one
             micro-batch at one stage (``placement.chunks`` of them are one micro-batch of the whole rank), each
             from the start of its F to the end of its B or W.
         update: when the weights change.
+        recomputed: stages of which only the input is held between F and I (or B), which begins with another forward.
+            They count in the promise from the start of I.
+        offloaded: stages of which nothing is held between F and I: what F made is copied to host memory, and back
+            before I. They count in the promise outside of the time that ``offload`` gives them.
 
     Raises:
         PlanError: a field does not fit the others.
@@ -57,6 +56,8 @@ class Plan:
     orders: Orders
     peak_activations: tuple[int, ...]
     update: Update = "step"
+    recomputed: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(_FAMILY, self.family):
@@ -66,6 +67,27 @@ class Plan:
         for name, rows in (("orders", len(self.orders)), ("peak_activations", len(self.peak_activations))):
             if rows != self.placement.ranks:
                 raise PlanError(f"wrong number of {name}", got=rows, needed=f"{self.placement.ranks}, one per rank")
+        if self.recomputed or self.offloaded:
+            self._check_spared()
+
+    def _check_spared(self) -> None:
+        """Raises PlanError unless both are lists of stages, rising, that can be recomputed or offloaded."""
+        for name, stages in (("recomputed", self.recomputed), ("offloaded", self.offloaded)):
+            for before, stage in zip((-1, *stages), stages, strict=False):
+                if not 0 <= stage < self.placement.stages:
+                    needed = f"0 to {self.placement.stages - 1}"
+                    raise PlanError(f"a stage that is not there is {name}", got=stage, needed=needed)
+                if stage <= before:
+                    problem = f"stage {stage} comes twice or late among the stages {name}"
+                    raise PlanError(problem, got=",".join(map(str, stages)), needed="each once, rising")
+        if both := set(self.recomputed) & set(self.offloaded):
+            raise PlanError(f"stage {min(both)} is recomputed and offloaded", needed="one of them")
+        if self.update in ("never", "microbatch"):
+            # Without a backward nothing waits. And what is stashed per micro-batch are its weights besides, one
+            # version per activation promised: for those of an activation that is away nobody would have room.
+            stage = min(self.recomputed + self.offloaded)
+            problem = f"stage {stage} is recomputed or offloaded in a plan with update={self.update}"
+            raise PlanError(problem, needed="update=step or update=delayed")
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -74,8 +96,11 @@ class Plan:
 
     def pipe_of(self, microbatch: int) -> range:
         """The stages that the micro-batch passes: the pipe in which it has an F; the first, where it has none."""
-        pipes = self.placement.pipes
-        return pipes[self._pipe_numbers.get(microbatch, 0) if len(pipes) > 1 else 0]
+        return self.placement.pipes[self.copy_of(microbatch)]
+
+    def copy_of(self, microbatch: int) -> int:
+        """The number of that pipe, and so of the copy of the model."""
+        return self._pipe_numbers.get(microbatch, 0) if len(self.placement.pipes) > 1 else 0
 
     @cached_property
     def _pipe_numbers(self) -> dict[int, int]:
@@ -85,13 +110,25 @@ class Plan:
 
     @property
     def weight_versions(self) -> tuple[int, ...]:
-        """Per rank the versions of its weights that it needs at once."""
-        match self.update:
-            case "microbatch":
-                return self.peak_activations
-            case "delayed":
-                return (2,) * self.placement.ranks
-        return (1,) * self.placement.ranks
+        """Per rank the most versions of a stage's weights that it needs at once."""
+        return tuple(versions_held(order, self.update) for order in self.orders)
+
+    @cached_property
+    def versions(self) -> dict[tuple[int, int], int]:
+        """(stage, micro-batch) -> which version of the stage's weights all its actions use: how many updates they have
+        had since the step began. -1 is the version before the one with which it began."""
+        return {key: version for order in self.orders for key, version in versions_used(order, self.update).items()}
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether weights change while micro-batches are under way."""
+        return self.update in ("microbatch", "delayed")
+
+    @cached_property
+    def groups(self) -> tuple[range, ...]:
+        """The micro-batches of each update, in order."""
+        ends = {part.microbatch + 1 for order in self.orders for part in order if part.kind is Kind.UPDATE}
+        return tuple(range(*bounds) for bounds in pairwise(sorted({0, self.microbatches, *ends})))
 
     @cached_property
     def digest(self) -> bytes:
@@ -105,6 +142,9 @@ class Plan:
             f"chunks={self.placement.chunks} microbatches={self.microbatches} "
             f"update={self.update} peak_activations={','.join(map(str, self.peak_activations))}"
         )
+        for name, stages in (("recomputed", self.recomputed), ("offloaded", self.offloaded)):
+            if stages:
+                header += f" {name}={','.join(map(str, stages))}"
         return "\n".join([header, *(",".join(map(str, order)) for order in self.orders), ""])
 
     @staticmethod
@@ -136,8 +176,10 @@ class Plan:
             ),
             microbatches=int(fields["microbatches"]),
             orders=tuple(_parse_row(row, line) for line, row in enumerate(lines[1:-1], start=2)),
-            peak_activations=tuple(map(int, fields["peaks"].split(","))),
+            peak_activations=_numbers(fields["peaks"]),
             update=cast(Update, fields["update"]),
+            recomputed=_numbers(fields["recomputed"]),
+            offloaded=_numbers(fields["offloaded"]),
         )
         check_stages(plan, len(text))
         return plan
@@ -199,12 +241,18 @@ def _parse_row(row: str, line: int) -> tuple[Action, ...]:
     return tuple(actions)
 
 
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return () if text is None else tuple(map(int, text.split(",")))
+
+
 _FAMILY = "[a-z0-9-]+"
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
+_NUMBERS = f"{_NUMBER}(?:,{_NUMBER})*"
 _HEADER = re.compile(
     f"# pipex plan 1: family=(?P<family>{_FAMILY}) placement=(?P<placement>{'|'.join(get_args(PlacementName))}) "
     f"ranks=(?P<ranks>{_NUMBER}) chunks=(?P<chunks>{_NUMBER}) microbatches=(?P<microbatches>{_NUMBER}) "
-    f"update=(?P<update>{'|'.join(get_args(Update))}) peak_activations=(?P<peaks>{_NUMBER}(?:,{_NUMBER})*)"
+    f"update=(?P<update>{'|'.join(get_args(Update))}) peak_activations=(?P<peaks>{_NUMBERS})"
+    f"(?: recomputed=(?P<recomputed>{_NUMBERS}))?(?: offloaded=(?P<offloaded>{_NUMBERS}))?"
 )
 _HEADER_EXAMPLE = (
     "# pipex plan 1: family=1f1b placement=loop ranks=2 chunks=1 microbatches=2 update=step peak_activations=2,1"

@@ -1,8 +1,10 @@
 """When every action starts and ends, under given costs.
 
 A rank starts an action as soon as the one before it has ended and the message it needs is there; a message is there
-one hop after its producer's end. Communication costs nothing else. With these rules the figures of the Zero Bubble
-paper (arXiv 2401.10241, table 5) come out to all printed digits, and steps measured on 8 GPUs to 1.5 %.
+one hop after its producer's end. Communication costs nothing else. The I (or B) of a recomputed stage begins with
+another forward. Copies to host memory and back run beside the actions, as ``offload`` says. With these rules the
+figures of the Zero Bubble paper (arXiv 2401.10241, table 5) come out to all printed digits, and steps measured on 8
+GPUs to 1.5 %.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from pipex.plan.causality import causal_order
 from pipex.plan.communication import communicate
 from pipex.plan.costs import Costs
 from pipex.plan.memory import peak_memory
+from pipex.plan.offload import CopyStreams, TimedCopy, away
 from pipex.plan.placement import Edge
 from pipex.plan.plan import Plan
 from pipex.plan.validator import validate
 
 
 class TimedAction(NamedTuple):
-    """A compute action with its start and end, from the start of the step."""
+    """An action of the plan with its start and end, from the start of the step."""
 
     action: Action
     start: float
@@ -36,11 +39,14 @@ class Simulation:
     """The course of one step.
 
     Attributes:
-        timeline: per rank its compute actions in order, with start and end.
-        makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``.
-        peak_memory: per rank, in the unit of the costs: activations, and weights where the costs have them.
+        timeline: per rank its actions in order, with start and end. An UPDATE takes no time.
+        makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``. Recomputation is no idle time.
+        peak_memory: per rank, in the unit of the costs: activations, and weights where the costs have them. The order
+            alone decides it; while copies are faster than they have to be, a rank holds less.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
+        recomputation: share of all ranks' time over the makespan in which they make again what they have made.
+        copies: per rank what was copied to host memory and back, in the order of the copies back.
     """
 
     timeline: tuple[tuple[TimedAction, ...], ...]
@@ -50,6 +56,13 @@ class Simulation:
     bubble_makespan: float
     peak_memory: tuple[float, ...]
     slots_used: dict[Edge, int]
+    recomputation: float = 0.0
+    copies: tuple[tuple[TimedCopy, ...], ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """Bubble and recomputation: the share of all ranks' time over the makespan that is no useful F, I or W."""
+        return self.bubble_makespan + self.recomputation
 
 
 def simulate(plan: Plan, costs: Costs) -> Simulation:
@@ -61,15 +74,30 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
         PlanError: another mistake of the plan keeps it from ending, as ``validate`` says it.
     """
     costs.check(plan)
-    timeline, slots_used = _run(plan, costs)
-    activations = peak_memory(plan, costs.activation, costs.deferred)
+    timeline, slots_used, copies = _run(plan, costs)
+    times = [[(start, end) for _, start, end in row] for row in timeline]
+    found = bubbles(times, _ends(plan, costs, timeline))
+    activations = peak_memory(plan, costs.activation, costs.deferred, costs.inputs)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
-        **bubbles(
-            [[(start, end) for _, start, end in row] for row in timeline], _ends(plan, costs, timeline)
-        )._asdict(),
+        **found._asdict(),
         peak_memory=tuple(map(add, costs.weights_held(plan.placement), activations)),
         slots_used=slots_used,
+        recomputation=_recomputed(plan, costs) / (len(timeline) * found.makespan) if found.makespan else 0.0,
+        copies=tuple(map(tuple, copies)),
+    )
+
+
+def _recomputed(plan: Plan, costs: Costs) -> float:
+    """The time that all recomputation takes."""
+    if not plan.recomputed:
+        return 0.0
+    return sum(
+        costs.recomputation[part.stage] * (costs.overlap if action.parts else 1)
+        for order in plan.orders
+        for action in order
+        for part in action.each
+        if part.stage in plan.recomputed and part.kind in (Kind.I, Kind.B)
     )
 
 
@@ -97,14 +125,16 @@ class _Link(NamedTuple):
     sent: list[float] | None
 
 
-def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, int]]:
-    """The timeline, and per edge the slots used. An action waits for the result that it needs, not for a message: the
-    receivers of a valid plan take the messages of an edge in the order sent, so that both give the same times."""
+def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, int], list[list[TimedCopy]]]:
+    """The timeline, per edge the slots used, and per rank the copies. An action waits for the result that it needs, not
+    for a message: the receivers of a valid plan take the messages of an edge in the order sent, so that both give the
+    same times."""
     sent: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
     received: dict[Edge, list[float]] = {edge: [] for edge in plan.edges}
     links = _links(plan, costs, sent, received)
     ends = [-1.0] * (2 * plan.placement.stages * plan.microbatches)
     timeline: list[list[TimedAction]] = [[] for _ in plan.orders]
+    streams = [CopyStreams(away(plan, rank), costs.offload) for rank in range(len(plan.orders))]
     now = [0.0] * len(plan.orders)
     waiting: dict[int, int] = {}
     runnable = list(range(len(plan.orders)))
@@ -118,6 +148,8 @@ def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, 
             if missing:
                 waiting[missing[0]] = rank
                 break
+            if plan.offloaded:
+                time = streams[rank].before(position, time)
             takes = 0.0
             for link, m in parts:
                 takes += link.takes
@@ -128,6 +160,8 @@ def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, 
             end = time + (takes * costs.overlap if action.parts else takes)
             row.append(TimedAction(action, time, end))
             time = end
+            if plan.offloaded:
+                streams[rank].after(position, time)
             for link, m in parts:
                 if link.result >= 0:
                     ends[link.result + m] = time
@@ -138,7 +172,8 @@ def _run(plan: Plan, costs: Costs) -> tuple[list[list[TimedAction]], dict[Edge, 
         now[rank] = time
     if waiting:
         _explain(plan)
-    return timeline, {edge: _most_under_way(sent[edge], received[edge]) for edge in plan.edges}
+    slots_used = {edge: _most_under_way(sent[edge], received[edge]) for edge in plan.edges}
+    return timeline, slots_used, [stream.done for stream in streams]
 
 
 def _links(
@@ -165,12 +200,15 @@ def _links(
     def backward(stage: int, takes: float) -> _Link:
         return link(stage, takes, stages * microbatches, placement.after(stage), Kind.RECV_B, Kind.SEND_B)
 
-    i, w = costs.input_gradient, costs.weight_gradient
+    i, w = list(costs.input_gradient), costs.weight_gradient
+    for stage in plan.recomputed:
+        i[stage] += costs.recomputation[stage]
     return {
         Kind.F: [forward(s) for s in range(stages)],
         Kind.I: [backward(s, i[s]) for s in range(stages)],
         Kind.B: [backward(s, i[s] + w[s]) for s in range(stages)],
         Kind.W: [_Link(w[s], NONE, 0.0, None, NONE, None) for s in range(stages)],
+        Kind.UPDATE: [_Link(0.0, NONE, 0.0, None, NONE, None) for _ in range(stages)],
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipex.errors import PlanError
 from pipex.plan.actions import COMPUTE, Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order
 from pipex.plan.communication import communicate
+from pipex.plan.memory import Form, changes
 from pipex.plan.placement import Edge, Placement
 from pipex.plan.plan import Plan
 
@@ -19,7 +21,8 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
     ``communicate`` places them.
 
     Raises:
-        PlanError: an action is missing, doubled, on the wrong rank, out of range or before one that it needs; messages
+        PlanError: an action is missing, doubled, on the wrong rank, out of range or before one that it needs; a
+            gradient is too late or too early for its update, or weights are used that no update has made yet; messages
             of an edge are not received in the order sent; a rank holds more than promised; an edge has no slots given.
         DeadlockError: ranks would wait for each other for ever.
     """
@@ -38,6 +41,10 @@ def validate(plan: Plan, slots: Mapping[Edge, int] | None = None) -> None:
     _check_complete(plan, where)
     for event in events:
         _check_order_on_rank(plan.placement, event, where)
+    if plan.update in ("microbatch", "delayed"):
+        _check_updates_complete(plan, where)
+        for rank in range(plan.placement.ranks):
+            _check_updates_on_rank(plan, rank, where)
     _check_message_order(plan)
     for _ in causal_order(communicate(plan), plan.placement, slots):
         pass  # to reach the end is the proof
@@ -50,14 +57,18 @@ def _check_joined(plan: Plan) -> None:
         for position, action in enumerate(order):
             kinds = [part.kind for part in action.parts]
             forwards = kinds.count(Kind.F)
-            if kinds and not (0 < forwards < len(kinds) and set(kinds[:forwards]) == {Kind.F}):
+            joined = 0 < forwards < len(kinds) and set(kinds[:forwards]) == {Kind.F} and Kind.UPDATE not in kinds
+            if kinds and not joined:
                 problem = f"{Event(rank, position, action)} does not join a forward with a backward"
                 raise PlanError(problem, needed="F first, then I, W or B")
 
 
 def _check_place(plan: Plan, event: Event) -> None:
     rank, _, (stage, kind, microbatch, _) = event
-    if kind not in COMPUTE:
+    if kind is Kind.UPDATE and plan.update in ("step", "never"):
+        got = f"update={plan.update}"
+        raise PlanError(f"{event} is in a plan without updates of its own", got=got, needed="microbatch or delayed")
+    if kind not in COMPUTE and kind is not Kind.UPDATE:
         raise PlanError(f"{event} is no compute action", got=kind.value, needed="F, I, W or B")
     if not 0 <= stage < plan.placement.stages:
         needed = f"0 to {plan.placement.stages - 1}"
@@ -130,6 +141,58 @@ def _needs(placement: Placement, action: Action) -> Iterator[Action]:
             yield Action(stage, Kind.I, microbatch)
 
 
+def _check_updates_complete(plan: Plan, where: Mapping[Action, Event]) -> None:
+    if len(plan.placement.pipes) > 1:
+        problem = "two copies of a model cannot change apart from each other within a step"
+        raise PlanError(problem, got=f"update={plan.update} on placement {plan.placement.name}", needed="update=step")
+    last = plan.microbatches - 1
+    updates: Sequence[int] = range(plan.microbatches)
+    needed = "an update after every micro-batch"
+    if plan.update == "delayed":
+        updates = sorted({last, *(action.microbatch for action in where if action.kind is Kind.UPDATE)})
+        needed = "the same updates on all stages, and one after the last micro-batch"
+    for stage in range(plan.placement.stages):
+        for update in (Action(stage, Kind.UPDATE, microbatch) for microbatch in updates):
+            if update not in where:
+                raise PlanError(f"rank {plan.placement.rank_of(stage)} never runs {update}", needed=needed)
+
+
+def _check_updates_on_rank(plan: Plan, rank: int, where: Mapping[Action, Event]) -> None:
+    """All gradients of an update are made before it, and none of a later one; a forward finds the version that it uses.
+
+    No I of a later micro-batch may come first either: what cannot wait for W, such as the gradients of norms, the
+    runtime makes there.
+    """
+    latest: dict[int, Event] = {}  # per stage: the backward of its largest micro-batch so far
+    gradients: Counter[int] = Counter()
+    updates: Counter[int] = Counter()
+    for position, part in (
+        (position, part) for position, action in enumerate(plan.orders[rank]) for part in action.each
+    ):
+        event = Event(rank, position, part)
+        stage, kind, microbatch, _ = part
+        if kind is Kind.F:
+            if updates[stage] < (version := plan.versions[stage, microbatch]):
+                got, needed = f"{updates[stage]} updates of stage {stage} before it", f"{version}"
+                raise PlanError(f"{event} uses weights that are not made yet", got=got, needed=needed)
+        elif kind is not Kind.UPDATE:
+            if stage not in latest or latest[stage].action.microbatch < microbatch:
+                latest[stage] = event
+            gradients[stage] += kind is not Kind.I
+        else:
+            updates[stage] += 1
+            if stage in latest and latest[stage].action.microbatch > microbatch:
+                early = latest[stage]
+                problem = f"{event} comes after {early.action} at position {early.position}"
+                raise PlanError(
+                    problem, needed="all backwards of later micro-batches after it: their gradients are not its own"
+                )
+            if gradients[stage] <= microbatch:
+                own = (Action(stage, k, m) for m in range(microbatch + 1) for k in (Kind.B, Kind.W))
+                late = next(where[a] for a in own if a in where and where[a].position > position)
+                raise PlanError(f"{event} comes before what it needs, {late.action} at position {late.position}")
+
+
 def _check_message_order(plan: Plan) -> None:
     """An edge hands messages over in the order sent; the receiver must want them in that order."""
     ends = plan.placement.ends
@@ -153,13 +216,10 @@ def _check_message_order(plan: Plan) -> None:
 
 
 def _check_promise(plan: Plan) -> None:
-    grows = {Kind.F: 1, Kind.I: 0, Kind.W: -1, Kind.B: -1}
-    for rank, (order, promised) in enumerate(zip(plan.orders, plan.peak_activations, strict=True)):
+    for rank, promised in enumerate(plan.peak_activations):
         held = 0
-        for position, part in ((position, part) for position, action in enumerate(order) for part in action.each):
-            held += grows[part.kind]
+        for position, part, _, by in changes(plan, rank):
+            held += sum(more for form, _, more in by if form is not Form.INPUT)
             if held > promised:
                 problem = f"rank {rank} holds more activations than promised"
                 raise PlanError(problem, got=f"{held} at position {position} ({part})", needed=promised)
-            if plan.update == "never":
-                held -= 1

@@ -10,7 +10,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from pipex.errors import InputError
+from pipex.errors import InputError, UnsupportedModule
 from pipex.layout import Layout
 from pipex.partition import Stage
 from pipex.plan import Plan
@@ -19,28 +19,39 @@ from pipex.runtime.copies import said_of_copies
 from pipex.transport.interface import World
 
 
-def check_runnable(plan: Plan) -> None:
-    """Raises InputError for a plan that needs more than one copy or version of the weights."""
-    copies = len(plan.placement.pipes) > 1
-    if copies or plan.update in ("microbatch", "delayed"):
-        what = "two copies of the model" if copies else "older versions of the weights"
+def refuse_asynchronous(**asked: bool) -> None:
+    """Raises InputError if something is asked of a plan with updates within the step that all ranks must do together:
+    none of them waits for another there."""
+    if wanted := [name for name, is_asked in asked.items() if is_asked]:
         raise InputError(
-            f"{plan.family} can be planned and simulated, but not run",
-            got=f"a plan with {what}",
-            needed="one copy of the weights",
-            fix="run a synchronous schedule of one pipe, such as interleaved-zb or zbv",
-        )
+            "this plan updates the weights within a step, on each rank by itself", got=", ".join(wanted),
+            needed="step() alone, and nothing that looks at all ranks' gradients", fix="leave it out, or run a plan "
+            "that updates at the end of a step",
+        )  # fmt: skip
+
+
+def refuse_ties(layout: Layout) -> None:
+    """Raises UnsupportedModule if stages of a plan with updates within the step share a parameter."""
+    for tie in layout.ties:
+        raise UnsupportedModule(
+            f"{tie.name} stands in the stages {tie.between}, and the plan updates each of them by itself",
+            got="a parameter of several stages", needed="one stage for each", fix="cut the model so that all its uses "
+            "are in one stage, or run a plan that updates at the end of a step",
+        )  # fmt: skip
 
 
 def check_stages(plan: Plan, ranks: int, stages: Sequence[nn.Module]) -> None:
     """Raises InputError if the plan cannot run, or the others do not fit it."""
     placement = plan.placement
-    check_runnable(plan)
+    if plan.asynchronous and placement.chunks > 1:
+        raise InputError("a plan with updates within the step needs one stage per rank", got=f"{placement.chunks} each",
+                         needed="one, since a rank has one optimizer")  # fmt: skip
     if placement.ranks != ranks:
         raise InputError("the plan is for another number of ranks", got=f"a plan for {placement.ranks}",
                          needed=f"{ranks}, as launched")  # fmt: skip
-    if len(stages) != placement.stages:
-        needed = f"{placement.stages} ({placement.ranks} ranks × {placement.chunks} chunks)"
+    if len(stages) != placement.pieces:
+        of = "in each copy of the model" if len(placement.pipes) > 1 else f"× {placement.chunks} chunks"
+        needed = f"{placement.pieces} ({placement.ranks} ranks {of})"
         raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
 
 

@@ -7,21 +7,25 @@ unsplit model (``names_of`` its stages).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipex import state
 from pipex.errors import CheckpointError, UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
+from pipex.runtime.versions import Versions, Weights
 from pipex.state.optimizer import MAIN
 from pipex.transport.interface import World
+
+PREVIOUS = "previous/"
+"""of the weights before the newest, under the names of the model's"""
 
 
 def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
@@ -42,8 +46,12 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 def save(
     world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
     step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
+    previous: Mapping[str, Tensor],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
+
+    Args:
+        previous: older weights that the next step begins with.
 
     Returns:
         None if it is saved; otherwise what went wrong, the same on every rank, and nothing of this attempt is left.
@@ -56,6 +64,7 @@ def save(
             raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
         names = names_of(stages)
         tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
+        tensors |= {PREVIOUS + name: weight for name, weight in previous.items()}
         values: dict[str, Any] = {}
         if optimizer is not None:
             optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main})
@@ -88,12 +97,13 @@ def save(
 
 def load(
     world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
-    directory: str | os.PathLike[str], main: Mapping[str, Tensor],
+    directory: str | os.PathLike[str], main: Mapping[str, Tensor], versions: Versions | None,
 ) -> tuple[int, dict[str, Any]] | str:  # fmt: skip
     """Every rank reads its part; when all have, each puts it in place.
 
     Args:
         stages: those of this rank.
+        versions: of their weights, where a plan changes them within a step.
 
     Returns:
         the optimizer steps that were done, and the ``meta`` that was saved; or what is wrong (there is no checkpoint,
@@ -123,6 +133,8 @@ def load(
             restores.append(state.read_optimizer_state(checkpoint, optimizer, {**names, **main}))
         saved = checkpoint.load(MAIN + name for name in main if MAIN + name in checkpoint.tensors)
         # Of a run without main weights: what was rounded is all there is.
+        if versions is not None:
+            restores.append(read_previous(checkpoint, names, versions.resume))
         restores.append(lambda: _put({weight: saved.get(MAIN + n, names[n]) for n, weight in main.items()}))
         restores.append(state.read_object_state(checkpoint, objects, world.rank, world.ranks))
     except CheckpointError as failure:
@@ -139,6 +151,23 @@ def load(
     for restore in restores:
         restore()
     return checkpoint.step, meta
+
+
+def read_previous(
+    checkpoint: state.Checkpoint, names: Mapping[str, Tensor], resume: Callable[[Weights], None]
+) -> state.Restore:
+    """Reads the weights before the newest; what it returns hands them to ``resume``: none, if none were saved.
+
+    Raises:
+        CheckpointError: they do not fit the parameters.
+    """
+    forms = {name: form for name, form in state.forms_of(names).items() if PREVIOUS + name in checkpoint.tensors}
+    for name, form in forms.items():
+        if (saved := checkpoint.tensors[PREVIOUS + name]) != form:
+            raise CheckpointError(f"the older weights of {name} are of another model", got=saved, needed=form)
+    saved_values = checkpoint.load(PREVIOUS + name for name in forms)
+    older = {names[name]: saved_values[PREVIOUS + name] for name in forms}
+    return lambda: resume({p: value.to(p.device) for p, value in older.items() if isinstance(p, nn.Parameter)})
 
 
 def _together(errors: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class Gradients:
 
     def __init__(self, world: World, layout: Layout, trainables: Trainables) -> None:
         self._world, self._layout, self._trainables = world, layout, trainables
+        self._rounds = _rounds(layout)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -38,23 +41,29 @@ class Gradients:
     def reduce_ties(self, step: int, links: Links) -> None:
         """Replaces each tied parameter's gradient by the sum of all stages' accumulators, on every holder; by None
         where none of them has one."""
+        parameters = dict(self._trainables.tied)
+        for number, together in enumerate(self._rounds):
+            self._reduce(step, number, [(tie, parameters[tie]) for tie in together if tie in parameters], links)
+
+    def _reduce(self, step: int, number: int, held: Sequence[tuple[Tie, nn.Parameter]], links: Links) -> None:
+        """One round of ``reduce_ties``: all send first, so that none waits for a rank that waits for it."""
         rank, rank_of, own = self._world.rank, self._layout.rank_of, self._trainables.accumulators.of
-        edges = [(*edge, between) for edge in self._layout.tied_edges if (between := self._between(*edge))]
+        edges = [
+            (source, destination, between) for source, destination in self._layout.tied_edges
+            if (between := [(tie, p) for tie, p in held if source in tie.stages and destination in tie.stages])
+        ]  # fmt: skip
         for source, destination, between in edges:
             if rank_of(source) == rank:
                 tensors = [tied.packed(own(source, p), p) for _, p in between]
-                links.senders[source, destination, "tied"].send(step, 0, tensors)
+                links.senders[source, destination, "tied"].send(step, number, tensors)
         received: dict[tuple[str, int], Tensor | None] = {}
         for source, destination, between in edges:
             if rank_of(destination) == rank:
-                incoming = links.receivers[source, destination, "tied"].receive(step, 0)
+                incoming = links.receivers[source, destination, "tied"].receive(step, number)
                 received.update({(tie.name, source): tied.unpacked(t, p)
                                  for (tie, p), t in zip(between, incoming, strict=True)})  # fmt: skip
-        for tie, p in self._trainables.tied:
+        for tie, p in held:
             p.grad = tied.total([own(s, p) if rank_of(s) == rank else received[tie.name, s] for s in tie.stages])
-
-    def _between(self, source: int, destination: int) -> list[tuple[Tie, nn.Parameter]]:
-        return [held for held in self._trainables.tied if {source, destination} <= set(held[0].stages)]
 
     def divide(self, count: float) -> None:
         """Divides all gradients: they were those of a sum."""
@@ -88,6 +97,27 @@ class Gradients:
         for parameter in self._trainables.every:
             parameter.grad = None
         self._trainables.forget()
+
+
+_ROUND = 32 << 20
+"""Bytes of gradients that are exchanged at once, and so are held by two ranks: a rank would otherwise need as much once
+more as its part of the model takes."""
+_MESSAGE = 1024
+"""Tensors of one message, which has room for some thousands."""
+
+
+def _rounds(layout: Layout) -> list[list[Tie]]:
+    """The ties in their order, by what is exchanged at once; the same on every rank, whatever is trained."""
+    nbytes = {held.name: held.nbytes for held in layout.blueprint.tensors}
+    rounds: list[list[Tie]] = []
+    room = 0
+    for tie in layout.ties:
+        if nbytes[tie.name] > room or len(rounds[-1]) == _MESSAGE:
+            rounds.append([])
+            room = max(_ROUND, nbytes[tie.name])
+        rounds[-1].append(tie)
+        room -= nbytes[tie.name]
+    return rounds
 
 
 def _encode(norm: Tensor) -> tuple[str, float]:

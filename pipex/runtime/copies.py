@@ -7,59 +7,44 @@ tensor rests on an equal beginning and equal updates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
-from pipex.layout import Layout
-from pipex.partition import Stage
-from pipex.plan import Placement
+from pipex.layout import Held, Layout
+from pipex.partition import Stage, tensors_of
 from pipex.runtime.aliases import memory_of, overlap
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A parameter or buffer of the model, and the stages that hold it."""
-
-    name: str
-    tensor: Tensor
-    stages: list[int]
-
-    @property
-    def called(self) -> str:
-        return f"{self.name} of stage {', '.join(map(str, self.stages))}"
 
 
 def said_of_copies(stages: Sequence[Stage], layout: Layout, rank: int) -> dict[str, str]:
     """What this rank tells the others when a pipeline is made, so that copies begin as equals.
 
+    Args:
+        stages: of the model.
+
     Raises:
         UnsupportedModule: tensors that are not one share memory, and that of different ranks.
     """
-    held = _held(stages)
-    _refuse_overlaps(held, layout.plan.placement)
-    names = ", ".join(f"{tie.name} of the stages {tie.between}" for tie in layout.ties)
-    said = {"tied parameters": names or "none"}
-    for one in held:
-        ranks = {layout.rank_of(stage) for stage in one.stages}
-        if rank in ranks and len(ranks) > 1:  # other ranks never use theirs, which may be anything
-            said[f"what {one.called} begins with (seed the ranks alike)"] = _content(one.tensor)
-    return said
+    tensors = tensors_of(stages)
+    held = [_Copied(one, tensors[one.name], layout.holders(one), layout) for one in layout.blueprint.tensors]
+    _refuse_overlaps(held)
+    return {
+        f"what {one.called} begins with (seed the ranks alike)": _content(one.tensor)
+        for one in held
+        if rank in one.ranks and len(one.ranks) > 1  # other ranks never use theirs, which may be anything
+    }
 
 
-def _held(stages: Sequence[Stage]) -> list[_Held]:
-    held: dict[int, _Held] = {}
-    for stage in stages:
-        prefix = f"stage {stage.index}"
-        names = (*stage.names.items(), *stage.named_parameters(prefix), *stage.named_buffers(prefix))
-        for name, tensor in names:  # under the first of its names
-            one = held.setdefault(id(tensor), _Held(name, tensor, []))
-            if stage.index not in one.stages:
-                one.stages.append(stage.index)
-    return list(held.values())
+class _Copied:
+    """A tensor of the model, and who holds it."""
+
+    def __init__(self, held: Held, tensor: Tensor, stages: Sequence[int], layout: Layout) -> None:
+        self.tensor = tensor
+        self.written = held.parameter
+        self.ranks = frozenset(map(layout.rank_of, stages))
+        self.called = f"{held.name} of stage {', '.join(map(str, stages))}"
 
 
 def _content(tensor: Tensor) -> str:
@@ -79,9 +64,9 @@ def _has_bytes(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
 
 
-def _refuse_overlaps(held: Iterable[_Held], placement: Placement) -> None:
-    """Raises UnsupportedModule if a parameter lies in memory of something that another rank holds too."""
-    by_storage: dict[int, list[tuple[int, int, _Held]]] = {}
+def _refuse_overlaps(held: Iterable[_Copied]) -> None:
+    """Raises UnsupportedModule if a parameter lies in memory of something that other ranks hold."""
+    by_storage: dict[int, list[tuple[int, int, _Copied]]] = {}
     for one in held:
         if _has_bytes(one.tensor):
             by_storage.setdefault(memory_of(one.tensor), []).append((*_extent(one.tensor), one))
@@ -91,9 +76,8 @@ def _refuse_overlaps(held: Iterable[_Held], placement: Placement) -> None:
             for begin, _, other in together[position + 1 :]:
                 if begin >= end:
                     break
-                ranks = {placement.rank_of(stage) for stage in (*one.stages, *other.stages)}
-                written = isinstance(one.tensor, nn.Parameter) or isinstance(other.tensor, nn.Parameter)
-                if written and len(ranks) > 1 and overlap(one.tensor, other.tensor):
+                apart = (one.written or other.written) and one.ranks != other.ranks
+                if apart and overlap(one.tensor, other.tensor):
                     raise UnsupportedModule(
                         f"{one.called} and {other.called} share memory, but not a rank",
                         got="two tensors that are updated apart from each other",

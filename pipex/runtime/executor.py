@@ -12,8 +12,11 @@ from torch import Tensor
 from pipex.backward.deferral import deferral
 from pipex.observe.times import Times
 from pipex.plan import Action, Kind, Plan
+from pipex.runtime.loss import Share
+from pipex.runtime.offloading import Move, moves
 from pipex.runtime.precision import as_recorded, forget_casts
 from pipex.runtime.stage_runner import StageRunner
+from pipex.runtime.versions import Versions
 from pipex.torch_internals import any_autocast
 from pipex.transport.interface import Links, Receiver, Sender, World
 
@@ -25,13 +28,13 @@ class StepData:
     Attributes:
         step: counted from 1.
         inputs, targets: per micro-batch; empty where this rank does not hold the first or the last stage.
-        weights: per micro-batch its share of the batch's samples.
+        shares: per micro-batch.
     """
 
     step: int
     inputs: Sequence[tuple[Any, ...]]
     targets: Sequence[Any]
-    weights: Sequence[float]
+    shares: Sequence[Share]
 
 
 @dataclass(slots=True)
@@ -47,6 +50,10 @@ class _Ends:
     outbox: dict[tuple[Kind, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
+Method = Callable[[StageRunner, _Ends, int], None]
+"""What runs an action: of (runner, ends, micro-batch)."""
+
+
 class Executor:
     """Runs the plan's actions of this rank.
 
@@ -56,11 +63,13 @@ class Executor:
         order: this rank's actions, sends and receives included.
         runners: this rank's stages by index.
         times: takes the time of every action.
+        versions: of the weights of this rank's one stage, if they change within a step.
+        update: makes the optimizer's step there.
     """
 
     def __init__(
         self, world: World, plan: Plan, order: Sequence[Action], runners: Mapping[int, StageRunner],
-        times: Times,
+        times: Times, versions: Versions | None, update: Callable[[Versions], None],
     ) -> None:  # fmt: skip
         self._world = world
         self._placement = plan.placement
@@ -71,7 +80,9 @@ class Executor:
             stage: _Ends(sends=frozenset(a.kind for a in order if a.stage == stage and a.kind in sends))
             for stage in runners
         }
+        self._plan, self._versions, self._update = plan, versions, update
         self._deferral = deferral((a.kind.value, a.stage, a.microbatch) for a in order)
+        self._moves = moves(plan, world.rank, runners)
         self._program = [
             (self._method_of(action), runners[action.stage], self._ends[action.stage], action.microbatch)
             for action in order
@@ -101,6 +112,8 @@ class Executor:
         """One step's actions; gradients are in ``.grad`` and losses in the last stage's runner afterwards."""
         self._data = data
         forget_casts()
+        if self._versions is not None:
+            self._versions.begin()
         self._times.start()
         at, step = self._world.at, data.step
         for position, (run, runner, ends, microbatch) in enumerate(self._program, self._first_position):
@@ -110,14 +123,17 @@ class Executor:
     def evaluate(self, data: StepData) -> None:
         """All forwards; losses are in the last stage's runner afterwards.
 
-        Micro-batch by micro-batch through this rank's stages: free of deadlock with one slot, for any number of them.
+        Micro-batch by micro-batch through this rank's stages, and through the copies of the model by turns: free of
+        deadlock with one slot, for any number of them.
         """
+        pipes = self._placement.pipes
         self._data = data
         forget_casts()
         with torch.no_grad():
-            for microbatch in range(len(data.weights)):
+            for microbatch in range(len(data.shares)):
                 for stage, runner in sorted(self._runners.items()):
-                    self._evaluate(runner, self._ends[stage], microbatch)
+                    if stage in pipes[microbatch % len(pipes)]:
+                        self._evaluate(runner, self._ends[stage], microbatch)
 
     def reset(self) -> None:
         """Forgets the micro-batches under way and the losses."""
@@ -128,11 +144,42 @@ class Executor:
 
     # One method per kind of action, named after it, and two for an I and its W that are not apart.
 
-    def _method_of(self, action: Action) -> Callable[[StageRunner, _Ends, int], None]:
+    def _method_of(self, action: Action) -> Method:
         if action.kind in (Kind.I, Kind.W) and (action.stage, action.microbatch) not in self._deferral.split:
-            return self._I_with_W if action.kind is Kind.I else self._W_made_with_I
-        method: Callable[[StageRunner, _Ends, int], None] = getattr(self, f"_{action.kind.name}")
-        return method
+            method: Method = self._I_with_W if action.kind is Kind.I else self._W_made_with_I
+        else:
+            method = getattr(self, f"_{action.kind.name}")
+        if self._versions is not None:
+            method = self._with_its_weights(action, method, self._versions)
+        return self._with_moves(method, *self._moves[action]) if action in self._moves else method
+
+    def _with_moves(self, method: Method, before: Sequence[Move], after: Sequence[Move]) -> Method:
+        """The action between what is copied to host memory, and back."""
+
+        def run(runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+            for move in before:
+                move()
+            method(runner, ends, microbatch)
+            for move in after:
+                move()
+
+        return run
+
+    def _with_its_weights(self, action: Action, method: Method, versions: Versions) -> Method:
+        """The action on the version of the weights that it uses."""
+        version = self._plan.versions[action.stage, action.microbatch]
+
+        def forward(runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+            with versions.forward(microbatch, version):
+                method(runner, ends, microbatch)
+
+        def backward(runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+            with versions.backward(microbatch):
+                method(runner, ends, microbatch)
+            if action.kind is not Kind.I:
+                versions.done(microbatch)
+
+        return {Kind.F: forward, Kind.I: backward, Kind.W: backward, Kind.B: backward}.get(action.kind, method)
 
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
         data = self._data
@@ -140,7 +187,7 @@ class Executor:
         begin = self._times.now()
         outputs = runner.forward(
             data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
-            data.weights[microbatch], (runner.index, microbatch) in self._deferral.split,
+            data.shares[microbatch], (runner.index, microbatch) in self._deferral.split,
         )  # fmt: skip
         self._note(begin, Kind.F, runner, microbatch)
         self.peak_live = max(self.peak_live, sum(map(len, self._live)))
@@ -179,6 +226,12 @@ class Executor:
 
     _RECV_B = _RECV_F
 
+    def _UPDATE(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+        begin = self._times.now()
+        assert self._versions is not None
+        self._update(self._versions)
+        self._note(begin, Kind.UPDATE, runner, microbatch)
+
     # What they share.
 
     def _backward(
@@ -187,6 +240,7 @@ class Executor:
     ) -> None:  # fmt: skip
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = self._times.now()
+        runner.before_backward(microbatch)
         found = as_recorded(run, microbatch, gradients) if any_autocast() else run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:
@@ -230,7 +284,7 @@ class Executor:
         data = self._data
         inputs = self._input(runner, ends, microbatch)
         outputs = runner.evaluate(
-            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None, data.weights[microbatch]
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None, data.shares[microbatch]
         )
         if not runner.last:
             assert ends.activation_out is not None

@@ -8,10 +8,11 @@ the gradients are divided once, when all of them are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,26 +35,48 @@ class MicroLoss:
     count: Tensor | float | None
 
 
+class Share(NamedTuple):
+    """What a micro-batch contributes, by its samples.
+
+    Attributes:
+        loss: to the loss of the step.
+        gradient: to the gradients of its update; the same in a step with one update.
+    """
+
+    loss: float
+    gradient: float
+
+
+def shares_of(samples: Sequence[int], groups: Sequence[range]) -> list[Share]:
+    """Of micro-batches of so many samples, with an update for each group of them."""
+    whole = sum(samples)
+    parts = [sum(samples[m] for m in group) for group in groups]
+    return [
+        Share(samples[m] / whole, samples[m] / part) for group, part in zip(groups, parts, strict=True) for m in group
+    ]
+
+
 class Loss:
     """The loss function of a pipeline's last stage.
 
     Args:
         function: (output, target) of a micro-batch -> mean, or (sum, count).
         scale: applied to what the backward starts from.
+        means_only: whether sums with counts are refused.
     """
 
-    def __init__(self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None, *, means_only: bool = False
+    ) -> None:
         self.function, self._scale = function, scale
         self.trains = False
         """whether anything in the pipeline is to be trained in this step, so that a loss must have a graph"""
+        self.means_only = means_only
         self.total: float | None = None
         """of this step, if it was told: then sums are divided by it before their backward"""
 
-    def __call__(self, output: Any, target: Any, share: float) -> tuple[Tensor, MicroLoss]:
+    def __call__(self, output: Any, target: Any, share: Share) -> tuple[Tensor, MicroLoss]:
         """Where the backward of a micro-batch starts, and its loss.
-
-        Args:
-            share: of the batch's samples.
 
         Raises:
             InputError: the function returned something else, or a loss that nothing can be trained by.
@@ -76,7 +99,12 @@ class Loss:
                              needed="one that returns (sum, count)")  # fmt: skip
         root = value = loss.reshape(()) if loss.dim() else loss
         if count is None:
-            root = value = value * share
+            root = value * share.gradient
+            value = root if share.loss == share.gradient else value * share.loss
+        elif self.means_only:
+            raise InputError("weights that change within a step need the mean loss of a micro-batch",
+                             got="a sum and a count, which other ranks would learn too late", needed="a mean",
+                             fix="divide the sum by the count in the loss function")  # fmt: skip
         elif self.total is not None:
             root = value / self.total
         if torch.is_grad_enabled():
@@ -115,6 +143,27 @@ def of_batch(losses: Sequence[MicroLoss], total: float | None) -> tuple[float, f
         return (value / total).item(), None
     count = sum(numbers)
     return (value / count).item(), count
+
+
+Said = list[tuple[int, str, float, float | None]]
+"""Losses as they can be told: (micro-batch, dtype, value, count)."""
+
+
+def said_of(losses: Mapping[int, MicroLoss]) -> Said:
+    """The losses of micro-batches, for the other ranks."""
+    said = []
+    for m, loss in losses.items():
+        dtype, count = str(loss.value.dtype).removeprefix("torch."), loss.count
+        said.append((m, dtype, loss.value.item(), None if count is None else float(count)))
+    return said
+
+
+def told(said: Said) -> list[MicroLoss]:
+    """The losses that ranks have told, by rising micro-batch; the same bits on every rank."""
+    return [
+        MicroLoss(torch.tensor(value, dtype=getattr(torch, dtype)), count)
+        for _, dtype, value, count in sorted(said, key=itemgetter(0))
+    ]
 
 
 def check_total(total: object) -> float | None:

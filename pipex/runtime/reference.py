@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from pipex.partition import as_stages
 from pipex.partition import tied as ties_of_stages
+from pipex.plan import Plan
 from pipex.runtime import microbatch, tied
 from pipex.runtime.aliases import fold
-from pipex.runtime.loss import Loss, MicroLoss, of_batch
+from pipex.runtime.loss import Loss, MicroLoss, of_batch, shares_of
 from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 
 
 class OneProcess:
-    """Arguments as of ``pipex.Pipeline``; ``microbatches`` as the plan has."""
+    """Arguments as of ``pipex.Pipeline``; of a plan with one copy of the model the number of micro-batches will do."""
 
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        microbatches: int,
+        plan: Plan | int,
         loss_fn: Any,
         *,
         optimizer: Any = None,
@@ -38,10 +39,13 @@ class OneProcess:
     ) -> None:
         self.stages = as_stages(stages)
         self.steps = 0
-        self._ties = ties_of_stages(self.stages)
+        self._microbatches = plan if isinstance(plan, int) else plan.microbatches
+        self._groups = [range(plan)] if isinstance(plan, int) else plan.groups
+        self._copies = 1 if isinstance(plan, int) else len(plan.placement.pipes)
+        self._copy_of: Callable[[int], int] = (lambda m: 0) if isinstance(plan, int) else plan.copy_of
+        self._ties = ties_of_stages(self.stages, self._copies)
         self._accumulators = tied.Accumulators()
         self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
-        self._microbatches = microbatches
         self._loss = Loss(loss_fn)
         self._counts: list[float | None] = []  # of each forward_backward since the last update
         self._clip_norm = clip_norm
@@ -67,10 +71,15 @@ class OneProcess:
     def forward_backward(self, batch: Any, target: Any, *, total: float | None = None) -> float:
         """Adds to the gradients; returns the batch's mean loss."""
         self._loss.trains = bool(self.trained)
-        self._accumulators.share({stage.index: list(stage.parameters()) for stage in self.stages})
+        # Each stage of each copy has accumulators of its own.
+        pieces = len(self.stages)
+        self._accumulators.share({
+            copy * pieces + stage.index: list(stage.parameters())
+            for copy in range(self._copies) for stage in self.stages
+        })  # fmt: skip
         losses = []
-        for root, loss in self._losses(batch, target, total):
-            self._backward(root)
+        for number, (root, loss) in enumerate(self._losses(batch, target, total)):
+            self._backward(root, self._copy_of(number) * pieces)
             losses.append(loss)
         mean, count = of_batch(losses, total)
         self._counts.append(count)
@@ -79,7 +88,7 @@ class OneProcess:
     def reduce_gradients(self) -> None:
         """Leaves the gradients of all calls since the last update, not yet clipped, in ``.grad``."""
         for tie in self._ties:
-            parameter = tied.parameter_of(tie, dict(enumerate(self.stages)))
+            parameter = tied.parameter_of(tie, dict(enumerate(self.stages * self._copies)))
             parameter.grad = tied.total([self._accumulators.of(stage, parameter) for stage in tie.stages])
         self._accumulators.clear()
         counts = [count for count in self._counts if count is not None]
@@ -119,13 +128,20 @@ class OneProcess:
         targets = microbatch.cut(target, target_how, len(how.samples), device)
         self._loss.total = total
         before = len(self._counts) * self._microbatches if torch.is_grad_enabled() else 0
+        training = torch.is_grad_enabled()
+        shares = shares_of(how.samples, self._groups if training else [range(len(how.samples))])
         seeds = Seeds(device, self._seed)
         with seeds.apart(self.steps + 1, 0):
             for number, (piece, wanted) in enumerate(zip(inputs, targets, strict=True)):
                 seed = seeds.of(self.steps + 1, before + number)
+                if training:
+                    self._before_forward(number)
                 output = self._forward(seed, microbatch.as_arguments(piece))
                 seed(sum(len(stage.layers) for stage in self.stages))
-                yield self._loss(output, wanted, how.samples[number] / sum(how.samples))
+                yield self._loss(output, wanted, shares[number])
+
+    def _before_forward(self, microbatch: int) -> None:
+        """What a training step does before each micro-batch: nothing, where weights change between steps."""
 
     def _forward(self, seed: Callable[[int], None], inputs: tuple[Any, ...]) -> Any:
         values: Any = inputs
@@ -143,14 +159,15 @@ class OneProcess:
             stage.before_layer = None
         return values
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, first_stage: int) -> None:
+        """``first_stage``: of the copy."""
         if not self._ties:
             torch.autograd.backward([loss])
             return
         outputs: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
         for stage, (sent, received) in zip(reversed(self.stages), [*reversed(self._cuts), ((), None)], strict=True):
-            with self._accumulators.during(stage.index):
+            with self._accumulators.during(first_stage + stage.index):
                 if outputs:
                     torch.autograd.backward(outputs, gradients)
             if received is not None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pipex.errors import UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Kind, Plan
+from pipex.runtime.survey import keeps_nothing
 from pipex.torch_internals import buffers_of, parameters_of, version
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -39,11 +41,13 @@ class Watch:
 
     Args:
         modules: those that are not to change, with what they are called.
-        stages: where they are used.
+        refusal: (module, what has changed) -> the error.
     """
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]], stages: Sequence[int]) -> None:
-        self._modules, self._stages = modules, stages
+    def __init__(
+        self, modules: Sequence[tuple[str, nn.Module]], refusal: Callable[[str, str], UnsupportedModule]
+    ) -> None:
+        self._modules, self._refusal = modules, refusal
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -56,30 +60,48 @@ class Watch:
         yield
         for (called, module), kept in zip(self._modules, before, strict=True):
             if changed := _changed(kept, _state(module)):
-                self._refuse(called, changed)
+                raise self._refusal(called, changed)
 
-    def _refuse(self, called: str, changed: str) -> NoReturn:
-        raise UnsupportedModule(
-            f"{called} is used in the stages {', '.join(map(str, self._stages))} and keeps what its forward changes",
-            got=f"a change of {changed}",
-            needed="nothing that changes, since these stages do not run one after the other, in one process, as the "
-            "model does",
-            fix="cut the model so that all of its uses are in one stage, or give each use a module of its own",
-        )
+
+def _of_shared(stages: Sequence[int], called: str, changed: str) -> UnsupportedModule:
+    return UnsupportedModule(
+        f"{called} is used in the stages {', '.join(map(str, stages))} and keeps what its forward changes",
+        got=f"a change of {changed}",
+        needed="nothing that changes, since these stages do not run one after the other, in one process, as the model "
+        "does",
+        fix="cut the model so that all of its uses are in one stage, give each use a module of its own, or run a plan "
+        "with one copy of the model",
+    )
+
+
+def _of_recomputed(stage: int, called: str, changed: str) -> UnsupportedModule:
+    return UnsupportedModule(
+        f"{called} is in stage {stage}, which is recomputed, and keeps what its forward changes",
+        got=f"a change of {changed}", needed="nothing that changes, since each forward runs twice",
+        fix="run a plan that does not recompute this stage",
+    )  # fmt: skip
 
 
 def watch(stages: Sequence[Stage], plan: Plan, stage: int) -> Watch | None:
-    """For a stage of the model; None where nothing of it can go wrong."""
-    kept_by = [_kept(other) for other in stages]
+    """For a stage of the plan; None where nothing of it can go wrong.
+
+    Args:
+        stages: of the model.
+    """
+    placement = plan.placement
+    if stage in plan.recomputed:
+        own = [(called, m) for called, m in _named(stages[placement.piece(stage)]) if not keeps_nothing(m)]
+        return Watch(own, partial(_of_recomputed, stage))
+    kept_by = [_kept(other) for other in stages] * len(placement.pipes)
     watched: list[tuple[str, nn.Module]] = []
     together: set[int] = set()
-    for called, module in _named(stages[stage]):
+    for called, module in _named(stages[placement.piece(stage)]):
         kept = {id(module), *(id(buffer) for buffer in buffers_of(module).values() if buffer is not None)}
         users = [other for other, its in enumerate(kept_by) if kept & its]
-        if len(users) > 1 and not _as_in_one_process(plan, users):
+        if len(users) > 1 and not (keeps_nothing(module) or _as_in_one_process(plan, users)):
             watched.append((called, module))
             together.update(users)
-    return Watch(watched, sorted(together)) if watched else None
+    return Watch(watched, partial(_of_shared, sorted(together))) if watched else None
 
 
 def _kept(stage: Stage) -> set[int]:

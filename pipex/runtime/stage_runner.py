@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
+from pipex.backward.recording import Keeper
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
 from pipex.runtime.aliases import fold
-from pipex.runtime.loss import Loss, MicroLoss
+from pipex.runtime.loss import Loss, MicroLoss, Share
 from pipex.runtime.received import Received, seeded
 from pipex.runtime.seeding import Seeds
 from pipex.runtime.shared_state import Watch
@@ -59,7 +60,8 @@ class StageRunner:
     """Runs one stage.
 
     Args:
-        stage: the stage; the runner owns it while the pipeline lives.
+        index: of the stage, in the plan.
+        stage: the piece of the model that it is; the runner owns it while the pipeline lives.
         placement: of the whole pipeline's stages.
         loss: used on the last stage only.
         seeds: of the random layers, and of the loss.
@@ -70,6 +72,7 @@ class StageRunner:
 
     def __init__(
         self,
+        index: int,
         stage: Stage,
         placement: Placement,
         loss: Loss,
@@ -79,9 +82,9 @@ class StageRunner:
         watch: Watch | None,
     ) -> None:
         self.stage = stage
-        self.index = stage.index
-        self.first = placement.before(stage.index) is None
-        self.last = placement.after(stage.index) is None
+        self.index = index
+        self.first = placement.before(index) is None
+        self.last = placement.after(index) is None
         self.live: dict[int, _Live] = {}
         self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
         self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds
@@ -95,6 +98,7 @@ class StageRunner:
         self._watch = watch
         self._splitter = Splitter.of(stage, exact)
         self.survey = survey(stage)
+        self.keeper: Keeper | None = None  # of what the forward at hand leaves to its backward
 
     def look(self) -> None:
         """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
@@ -120,14 +124,14 @@ class StageRunner:
             self._seed(self.stage.first_layer + position)
 
     def forward(
-        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float, split: bool
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share, split: bool
     ) -> tuple[Tensor, ...]:
         """F. Returns what the next stage gets; nothing on the last stage, which keeps its loss instead.
 
         Args:
             inputs: received tensors; on stage 0 the micro-batch, which may hold anything.
             target: the micro-batch's target; read on the last stage only.
-            weight: the micro-batch's share of the batch's samples; a mean loss is scaled by it before backward.
+            share: of the micro-batch; a mean loss is scaled by it before backward.
             split: whether W is deferred (``pipex.backward.deferral``): ``backward_input`` and ``backward_weight`` will
                 follow, rather than ``backward``.
         """
@@ -135,13 +139,13 @@ class StageRunner:
         if not self.first:
             inputs = received.handed
         if split:
-            with self._splitter.record() as tape:
+            with self._splitter.record(keeper=self.keeper) as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
             output = self.compute(step, microbatch, inputs)
         if self.last:
-            root = self.loss(microbatch, output, target, weight)
+            root = self.loss(microbatch, output, target, share)
             received.check_use(self.index)
             roots: Sequence[Tensor] = (root,) if root.requires_grad else ()
             self.live[microbatch] = _Live(received, roots, tape)
@@ -152,13 +156,13 @@ class StageRunner:
         return outputs
 
     def evaluate(
-        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, weight: float
+        self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share
     ) -> tuple[Tensor, ...]:
         """The forward alone; arguments and result as of ``forward``."""
         received = self.received(inputs)
         output = self.compute(step, microbatch, inputs if self.first else received.handed)
         if self.last:
-            self.loss(microbatch, output, target, weight)
+            self.loss(microbatch, output, target, share)
         received.check_use(self.index)
         return () if self.last else self.message(output, received)
 
@@ -175,14 +179,18 @@ class StageRunner:
         tensors = output_tensors(self.stage, output)
         return tensors if len(tensors) == 1 else tuple(fold(tensors, received.overlapping))
 
-    def loss(self, microbatch: int, output: Any, target: Any, weight: float) -> Tensor:
+    def loss(self, microbatch: int, output: Any, target: Any, share: Share) -> Tensor:
         """Keeps the loss of a micro-batch; returns where its backward starts.
 
         Raises:
             InputError: as ``Loss``.
         """
-        root, self.losses[microbatch] = self._loss(output, target, weight)
+        root, self.losses[microbatch] = self._loss(output, target, share)
         return root
+
+    def before_backward(self, microbatch: int) -> None:
+        """Called before the first backward of a micro-batch, under the autocast of its forward: for what the stage has
+        to make anew, which is nothing where it has kept all."""
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """I. Takes the gradients of the outputs that require grad, returns those of the inputs that do.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipex.partition import Stage
-from pipex.torch_internals import children_of, hooks_on_all_modules, parts_of
+from pipex.torch_internals import buffers_of, children_of, hooks_on_all_modules, parts_of
 
 _CONTIGUOUS: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
 """These do not write to their input, and give a contiguous one a contiguous gradient."""
@@ -38,6 +38,15 @@ class Survey:
     parameters: list[nn.Parameter]
     drawing: frozenset[int]
     plain: bool
+
+
+def keeps_nothing(module: nn.Module) -> bool:
+    """Whether its own forward is known to change nothing that it keeps: one of torch's modules without buffers, hooks
+    or a forward of its own, and no embedding that renormalizes its rows. What is inside of it counts for itself."""
+    _, _, before, after = parts_of(module)
+    own = before or after or hooks_on_all_modules() or "forward" in vars(module)
+    changes = own or buffers_of(module) or getattr(module, "max_norm", None) is not None
+    return type(module).__module__.startswith("torch.nn.modules.") and not changes
 
 
 def survey(stage: Stage) -> Survey:

@@ -61,13 +61,15 @@ def name_in(stage: Stage, parameter: nn.Parameter) -> str:
 
 
 def refuse_new(
-    stages: Iterable[Stage], elsewhere: Elsewhere, ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter]
-) -> None:
-    """Raises UnsupportedModule if a parameter stands in several stages that were not among the ties.
+    stages: Iterable[Stage], elsewhere: Elsewhere, ties: Sequence[Tie], parameters: Mapping[str, nn.Parameter],
+    copies: bool,
+) -> None:  # fmt: skip
+    """Raises UnsupportedModule if several stages hold a parameter that was not among the ties.
 
     Args:
         stages: this rank's.
         parameters: of the ties, by name.
+        copies: whether another stage has a copy of whatever is in one.
     """
     known = {id(parameters[tie.name]): set(tie.stages) for tie in ties}
     holders: dict[int, dict[int, Callable[[], str]]] = {}  # by stage, its name there
@@ -85,6 +87,13 @@ def refuse_new(
                 got=f"one parameter of the stages {', '.join(map(str, indices))}",
                 needed="ties that the pipeline knows of, whose gradients are added",
                 fix="tie parameters first, then cut the model and make the pipeline",
+            )  # fmt: skip
+        if copies and key not in known:
+            raise UnsupportedModule(
+                f"{names[indices[0]]()} was added when there were copies of the model already",
+                got="a parameter of which the other copy's rank may know nothing",
+                needed="those that were there when the pipeline was made, whose gradients are added",
+                fix="add it first, then make the pipeline; or run a plan with one copy of the model",
             )  # fmt: skip
 
 

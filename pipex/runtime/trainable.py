@@ -20,14 +20,16 @@ class Trainables:
     runners: the stages of this rank.
     accumulators: of the parameters that several of these hold; as the runners have them.
     elsewhere: the other ranks' stages.
+    copies: whether there are several copies of the model, and so a tie for every parameter.
     """
 
     def __init__(
         self, ties: Sequence[Tie], runners: Mapping[int, StageRunner], accumulators: tied.Accumulators,
-        elsewhere: Elsewhere,
+        elsewhere: Elsewhere, copies: bool,
     ) -> None:  # fmt: skip
-        self._runners, self.accumulators, self._elsewhere = runners, accumulators, elsewhere
+        self._runners, self.accumulators, self._elsewhere, self._copies = runners, accumulators, elsewhere, copies
         self._stages = {stage: runner.stage for stage, runner in runners.items()}
+        self._in_order = sorted(runners.values(), key=lambda runner: runner.stage.index)
         self.ties = [tie for tie in ties if not runners.keys().isdisjoint(tie.stages)]
         """the tied parameters that this rank has, in an order that is the same on every rank"""
         self.said: dict[str, object] = {}
@@ -56,7 +58,7 @@ class Trainables:
         held = {s: runner.survey.parameters for s, runner in self._runners.items()}
         if not all(s in self._held and _same(parameters, self._held[s]) for s, parameters in held.items()):
             self._elsewhere.look()
-            tied.refuse_new(self._stages.values(), self._elsewhere, self.ties, self._tied)
+            tied.refuse_new(self._stages.values(), self._elsewhere, self.ties, self._tied, self._copies)
             self._held = held
             self._here = {id(parameter) for parameters in held.values() for parameter in parameters}
             self.accumulators.share(held)
@@ -109,7 +111,7 @@ class Trainables:
     @property
     def every(self) -> list[nn.Parameter]:
         """All parameters here, each once, in model order; frozen ones too."""
-        held = [runner.survey.parameters for _, runner in sorted(self._runners.items())]
+        held = [runner.survey.parameters for runner in self._in_order]
         return list({id(p): p for parameters in held for p in parameters}.values())
 
     @property

@@ -20,6 +20,7 @@ from pipex.partition import Stage
 from pipex.runtime.agreement import compare, share
 from pipex.runtime.commit import Gradients
 from pipex.runtime.main_weights import MainWeights
+from pipex.runtime.versions import Versions
 from pipex.torch_internals import found_infinite
 from pipex.transport.interface import Links, World
 
@@ -202,6 +203,13 @@ class Update:
             self._main.round()
         self._forget()
         return made
+
+    def within(self, versions: Versions) -> None:
+        """An update of this rank's stage alone, while micro-batches are under way."""
+        self._name_those_without()
+        if self.optimizer is not None:
+            versions.update(self.optimizer.step)
+        self._gradients.clear()
 
     def loaded(self) -> None:
         """Parameters and optimizer are those of a checkpoint now."""

@@ -21,7 +21,7 @@ from pipex.plan.layer_costs import Layer, LayerCosts
 
 KEYS = {
     "family", "chunks", "makespan", "span", "bubble_makespan", "bubble_span", "bound_makespan", "peak_memory", "limit",
-    "over_limit", "seconds", "plan_file",
+    "over_limit", "seconds", "plan_file", "recomputation", "lost", "activations",
 }  # fmt: skip
 
 
@@ -195,7 +195,10 @@ def test_a_search_keeps_the_memory_and_says_how_far_it_is_from_the_bound(pipex: 
         (["--max-chunks", "999999999"], "the plan is too large; got 8 micro-batches on 4 ranks with 999999999 chunks"),
         (["--f", "1e308"], "bad cost: forward, number 0; got 1e+308"),
         (["--evaluations", "0"], "too few evaluations; got 0; needed at least 1"),
-        (["--memory", "0.5"], "memory"),
+        (["--memory", "0.5", "--spare", "none"], "memory limit of rank 0; got 0.5; needed at least 1, what one"),
+        (["--memory", "0.3"], "memory limit of rank 0; got 0.3; needed at least 0.338235, what one"),
+        (["--memory", "0.2", "--offload", "1"], "memory limit of rank 0; got 0.2; needed at least 0.25, what one"),
+        (["--offload", "-1"], "bad cost: offload, number 0; got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -203,6 +206,42 @@ def test_a_search_that_cannot_be_made_says_why(pipex: Any, arguments: list[str],
     said = pipex("plan", "-p", "4", "-m", "8", *arguments, code=1)
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_search_says_what_becomes_of_the_activations_of_every_stage(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "best.plan"
+    sizes = ("plan", "-p", "4", "-m", "8", "--memory", "1", "--max-chunks", "2", "--evaluations", "300")
+    found = last_line(pipex(*sizes, "--out", str(file), "--json"))
+    plan = Plan.from_text(file.read_text())
+    assert plan.recomputed
+    assert found["activations"] == ["recomputed" if stage in plan.recomputed else "held" for stage in range(8)]
+    assert 0 < found["recomputation"] == pytest.approx(found["lost"] - found["bubble_makespan"])
+    assert found["lost"] == pytest.approx(1 - 8 * 3 / found["makespan"])
+    assert any(other["recomputed"] for other in found["runners_up"])
+    assert not any(other["offloaded"] for other in found["runners_up"])
+    assert last_line(pipex("view", str(file), "--json"))["makespan"] == found["makespan"]
+    longer = last_line(pipex("view", str(file), "--recompute", "2", "--json"))
+    assert longer["makespan"] > found["makespan"]
+    text = pipex(*sizes)
+    assert "stages recomputed), the best of" in text
+    assert "recomputed between F and I: stages " in text
+    assert f"bubble and recomputation: {found['lost']:.2%} of the makespan is no useful F, I or W" in text
+
+    found = last_line(pipex(*sizes, "--offload", "0.1", "--spare", "offload", "--out", str(file), "--json"))
+    plan = Plan.from_text(file.read_text())
+    assert plan.offloaded
+    assert found["activations"] == ["offloaded" if stage in plan.offloaded else "held" for stage in range(8)]
+    assert (found["recomputation"], found["lost"]) == (0, found["bubble_makespan"])
+    slower = last_line(pipex("view", str(file), "--offload", "2", "--json"))
+    assert slower["makespan"] > found["makespan"]
+    assert "offloaded between F and I: stages " in pipex(*sizes, "--offload", "0.1", "--spare", "offload")
+    assert set(last_line(pipex(*sizes, "--spare", "none", "--json"))["activations"]) == {"held"}
+
+
+def test_a_plan_for_torch_holds_every_activation(pipex: Any, tmp_path: Path) -> None:
+    sizes = ("plan", "-p", "4", "-m", "8", "--memory", "1", "--evaluations", "100")
+    found = last_line(pipex(*sizes, "--out", str(tmp_path / "best.csv"), "--json"))
+    assert set(found["activations"]) == {"held"}
 
 
 def test_work_that_takes_no_time_is_no_mistake(pipex: Any) -> None:
@@ -224,6 +263,7 @@ def test_a_plan_for_measured_layers_is_priced_by_their_best_cut(pipex: Any, tmp_
     for option in ("--f", "--weights", "--exchange"):
         said = pipex(*sizes, option, "2", code=1)
         assert "--layers excludes --f, --i, --w, --hop, --weights and --exchange" in said
+    assert "--layers excludes --recompute and --offload" in pipex(*sizes, "--offload", "2", code=1)
 
 
 def test_two_copies_are_proposed_where_weights_and_memory_say_that_there_is_room(pipex: Any, tmp_path: Path) -> None:

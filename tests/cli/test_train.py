@@ -88,6 +88,21 @@ def test_a_resumed_run_ends_in_the_same_bits(here: Callable[..., tuple[str, str]
         assert expected.equal(found), name
 
 
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-2bw", "dualpipe"])
+def test_other_weights_and_copies_have_the_bits_of_one_process_across_a_resume(
+    here: Callable[..., tuple[str, str]], tmp_path: Path, schedule: str
+) -> None:
+    common = ["train", *SMALL, "--dropout", "0.1", "--schedule", schedule, "--ranks", "2", "--check", "--json"]
+    stdout, _ = here(*common, "--steps", "2", "--save", str(tmp_path), "--trace", str(tmp_path / "trace"))
+    assert last_line(stdout)["identical"] is True
+    stdout, _ = here(*common, "--steps", "4", "--resume", str(tmp_path))
+    result = last_line(stdout)
+    assert (result["identical"], result["steps"]) == (True, 2)
+    if schedule.startswith("pipedream"):
+        names = {row.get("name") for row in json.loads((tmp_path / "trace").read_text())["traceEvents"]}
+        assert "PP:1UPDATE3" in names
+
+
 def test_a_plain_report_for_people(here: Callable[..., tuple[str, str]]) -> None:
     stdout, _ = here("train", *SMALL, "--ranks", "2", "--steps", "3", "--schedule", "1f1b")
     for words in ("1f1b, 2 ranks", "tokens/s", "makespan bubble", "where a step's time went"):

@@ -12,7 +12,7 @@ from cases import sampled
 
 from pipex.errors import PeerLost
 from pipex.transport.interface import Phase
-from tests.faults.conftest import RANKS, SCHEDULES, STEPS, Aftermath, Place, expected, orders, sigkill
+from tests.faults.conftest import ALL_SCHEDULES, RANKS, STEPS, Aftermath, Place, expected, orders, sigkill
 
 pytestmark = pytest.mark.timing
 
@@ -34,7 +34,7 @@ def covering(schedule: str) -> list[tuple[str, int, int]]:
     return [(schedule, rank, position) for (rank, _), position in found.items()]
 
 
-COVERING = [case for schedule in SCHEDULES for case in covering(schedule)]
+COVERING = [case for schedule in ALL_SCHEDULES for case in covering(schedule)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_at_every_kind_of_action(run: Run, schedule: str, victim: int, position:
     assert_named(run, schedule, victim, ("at", STEPS, position))
 
 
-EVERY_ACTION = [(s, r, p, n) for s in SCHEDULES for r, p, _ in orders(s) for n in range(1, STEPS + 1)]
+EVERY_ACTION = [(s, r, p, n) for s in ALL_SCHEDULES for r, p, _ in orders(s) for n in range(1, STEPS + 1)]
 
 
 @pytest.mark.long

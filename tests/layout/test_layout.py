@@ -21,7 +21,7 @@ from pipex.plan import Plan, build
 
 PLANS = [
     build("1f1b", 2, 4), build("interleaved", 2, 4, chunks=3), build("zbv", 3, 6), build("looped-bfs", 1, 2, chunks=4),
-    build("hanayo", 2, 4, chunks=4),
+    build("hanayo", 2, 4, chunks=4), build("dualpipe", 2, 4), build("chimera", 4, 4),
 ]  # fmt: skip
 
 
@@ -38,22 +38,27 @@ def test_everything_is_where_the_stages_have_it(plan: Plan) -> None:
     whole = model()
     stages = split_model(whole, plan)
     layout = layout_of(plan, stages)
+    copies = 2 if plan.placement.name == "bidirectional" else 1
+    every = stages * copies  # by stage of the plan
     assert [list(layers) for layers in layout.layers] == [
-        list(range(stage.first_layer, stage.first_layer + len(stage.layers))) for stage in stages
+        list(range(stage.first_layer, stage.first_layer + len(stage.layers))) for stage in every
     ]
     tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     assert {held.name: held.form for held in layout.blueprint.tensors} == {
         name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()
     }
     for held in layout.blueprint.tensors:
-        own = [s.index for s in stages if any(t is tensors[held.name] for t in (*s.parameters(), *s.buffers()))]
+        own = [n for n, s in enumerate(every) if any(t is tensors[held.name] for t in (*s.parameters(), *s.buffers()))]
         assert list(layout.holders(held)) == own
         assert held.parameter is isinstance(tensors[held.name], nn.Parameter)
     for rank in range(plan.placement.ranks):
-        mine = nn.ModuleList(stages[s] for s in plan.placement.stages_of(rank))
+        mine = nn.ModuleList(every[s] for s in plan.placement.stages_of(rank))
+        assert [stages[piece] for piece in layout.pieces_of(rank)] == sorted(mine, key=lambda stage: stage.index)
         assert layout.nbytes(rank) == sum(t.nbytes for t in (*mine.parameters(), *mine.buffers()))
-    assert (layout.batch_rank, layout.target_rank) == (layout.rank_of(0), layout.rank_of(len(stages) - 1))
-    several = [name for name in tensors if sum(t is tensors[name] for s in stages for t in set(s.parameters())) > 1]
+    ends = {layout.rank_of(0), layout.rank_of(len(every) - 1)} if copies == 1 else {0, plan.placement.ranks - 1}
+    assert {*layout.batch_ranks, *layout.target_ranks} == ends
+    assert (layout.batch_ranks[0], layout.target_ranks[0]) == (layout.rank_of(0), layout.rank_of(len(stages) - 1))
+    several = [name for name in tensors if sum(t is tensors[name] for s in every for t in set(s.parameters())) > 1]
     assert sorted(tie.name for tie in layout.ties) == sorted(several)
     crossing = {
         (one, other)
@@ -86,8 +91,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     for counts in ((1, 1), (1, 1, 1), (3, 0)):
         with pytest.raises(InputError, match=r"not all in one stage each; .* 2 counts of at least 1 with the sum 3"):
             Layout(plan, blueprint, counts)
-    with pytest.raises(InputError, match="plans with one copy of the model; got dualpipe, which has 2"):
-        Layout(build("dualpipe", 2, 4), blueprint, (1, 2))
+    with pytest.raises(InputError, match=r"got \[1, 1, 1\] layers in 3 stages; needed 2 counts"):
+        Layout(build("dualpipe", 2, 4), blueprint, (1, 1, 1))
     for layers in ((), (3,), (-1,), (2, 0), (1, 1)):
         with pytest.raises(InputError, match=r"0\.weight stands where no layer is"):
             dataclasses.replace(blueprint, tensors=(Held("0.weight", "float32[1]", 4, True, layers),))

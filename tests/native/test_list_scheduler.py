@@ -16,6 +16,7 @@ SIZES: dict[str, Any] = {
     "activation_hop": [0],
     "gradient_hop": [0],
     "activation": [1, 1],
+    "kept": [1, 1],
     "deferred": [1, 1],
     "limit": [2, 2],
 }
@@ -26,6 +27,7 @@ TWO_PIPES: dict[str, Any] = {
     "activation_hop": [0] * 3,
     "gradient_hop": [0] * 3,
     "activation": [1] * 4,
+    "kept": [1] * 4,
     "deferred": [1] * 4,
 }
 DUE: dict[str, Any] = {
@@ -55,6 +57,7 @@ DUE: dict[str, Any] = {
         {"durations": [[1, 1], [1, 1], [1]]},
         {"activation_hop": []},
         {"gradient_hop": [0, 0]},
+        {"kept": [1]},
         {"deferred": [1]},
         {"limit": []},
         {"limit": [2]},

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -136,9 +137,12 @@ def test_a_plan_says_how_many_stages_there_are() -> None:
         split_model(model(7), plan, [3, 4])
 
 
-def test_a_plan_with_two_copies_of_the_model_is_refused() -> None:
-    with pytest.raises(InputError, match="a model is cut for plans with one copy of it; got chimera"):
-        split_model(model(8), build("chimera", 4, 4))
+@pytest.mark.parametrize("balance", ["uniform", "parameters", [2, 2, 2, 2]])
+def test_for_two_copies_the_model_is_cut_once(balance: Any) -> None:
+    plan = build("chimera", 4, 4)
+    assert [len(stage.layers) for stage in split_model(model(8), plan, balance)] == [2, 2, 2, 2]
+    costs = costs_of(1, 1, 2, 1, 1, 3, 1, 1)
+    assert [len(stage.layers) for stage in split_model(model(8), plan, costs)] == list(fit(costs, plan).counts)
 
 
 def test_costs_of_another_number_of_layers_are_refused_with_both_numbers() -> None:

@@ -54,7 +54,7 @@ class Explorer:
             receives: list[Step] = []
             sends: list[Step] = []
             for stage, kind, microbatch, _ in action.parts or (action,):
-                if kind is Kind.W:
+                if kind in (Kind.W, Kind.UPDATE):
                     continue
                 name, ahead = ("activation", 1) if kind is Kind.F else ("gradient", -1)
                 if self._is_edge(stage - ahead, stage):

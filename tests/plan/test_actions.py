@@ -23,6 +23,7 @@ TEXTS = {
     "1RESHARD": Action(1, Kind.RESHARD),
     "1REDUCE_GRAD": Action(1, Kind.REDUCE_GRAD),
     "1WAIT_REDUCE_GRAD": Action(1, Kind.WAIT_REDUCE_GRAD),
+    "0UPDATE3": Action(0, Kind.UPDATE, 3),
     "(0F1;7B0)OVERLAP_F_B": Action(NONE, Kind.OVERLAP_F_B, NONE, (Action(0, Kind.F, 1), Action(7, Kind.B, 0))),
 }
 
@@ -37,7 +38,8 @@ def test_torch_reads_and_writes_the_same_texts() -> None:
     from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
     known = {kind.value for kind in _ComputationType}
-    assert {kind.value for kind in Kind} - known <= {kind.value for kind in WAITED_BY}  # torch 2.15 has them all
+    ours_alone = {kind.value for kind in Kind} - known - {kind.value for kind in WAITED_BY}  # torch 2.15 has the waits
+    assert ours_alone == {"UPDATE"}
     for text, ours in TEXTS.items():
         if ours.kind.value in known:
             theirs = _Action.from_str(text)
@@ -66,6 +68,7 @@ def test_torch_reads_and_writes_the_same_texts() -> None:
         ("0F-1", 3),
         ("0UNSHARD3", 9),
         ("0WAIT_SEND_F", 13),
+        ("0UPDATE", 8),
         ("0WAIT_REDUCE_GRAD3", 18),
         ("0F0junk", 4),
         ("0F00", 4),
@@ -79,6 +82,7 @@ def test_torch_reads_and_writes_the_same_texts() -> None:
         ("(0F1; 7B0)OVERLAP_F_B", 6),
         ("(0F1;7B0x)OVERLAP_F_B", 9),
         ("(0F1;7SEND_B0)OVERLAP_F_B", 6),
+        ("(0F1;0UPDATE0)OVERLAP_F_B", 6),
         ("((0F1;7B0)OVERLAP_F_B;0F1)OVERLAP_F_B", 2),
     ],
 )

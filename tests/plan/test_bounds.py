@@ -10,7 +10,7 @@ from itertools import permutations, product
 import pytest
 
 from pipex.errors import InputError, PlanError
-from pipex.plan.bounds import Bound, check_limit, makespan_bound, smallest_memory, span_bound
+from pipex.plan.bounds import Bound, Spare, check_limit, makespan_bound, smallest_memory, span_bound
 from pipex.plan.costs import Costs, RankCosts
 from pipex.plan.families import FAMILIES, build
 from pipex.plan.placement import Edge, Placement, PlacementName
@@ -331,3 +331,102 @@ def test_two_pipes_share_the_micro_batches() -> None:
     assert span_bound(placement, 6, costs).value == 6 + 1  # all in the second pipe, and the last one to its end
     costs = Costs([3, 1, 5, 1], zero, zero, dict.fromkeys(placement.edges, 0.0), zero, zero)
     assert span_bound(placement, 6, costs).value == max(3 * 4 + 1 * 2, 1 * 4 + 5 * 2)
+
+
+# --- stages that are spared ------------------------------------------------------------------------------------------
+
+
+def spared_peak(order: tuple[Job, ...], costs: Costs, recomputed: set[int], offloaded: set[int]) -> float:
+    """The most that one rank holds, if what is copied out or back is held for no moment longer than F and I take."""
+    assert costs.inputs is not None
+    held = peak = 0.0
+    for kind, s, _ in order:
+        kept = costs.inputs[s] if s in recomputed else 0.0 if s in offloaded else costs.activation[s]
+        before, during, after = {
+            "F": (0.0, max(kept, costs.activation[s] if s in offloaded else kept), kept),
+            "I": (kept, costs.activation[s], costs.deferred[s]),
+            "B": (kept, costs.activation[s], 0.0),
+            "W": (costs.deferred[s], costs.deferred[s], 0.0),
+        }[kind]
+        peak = max(peak, held - before + during, held - before + after)
+        held += after - before
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "chunks", "microbatches", "draws"),
+    [("loop", 2, 1, 2, 40), ("v", 2, 2, 1, 40), ("loop", 2, 2, 1, 40)],
+)
+def test_no_choice_of_stages_to_spare_beats_a_bound(
+    name: PlacementName, ranks: int, chunks: int, microbatches: int, draws: int
+) -> None:
+    placement = Placement(name, ranks, chunks)
+    every = list(product(*(orders_of(placement.stages_of(rank), microbatches, False) for rank in range(ranks))))
+    rng = random.Random(f"{name}{ranks}{chunks}{microbatches}")
+    reached = gained = 0
+    for _ in range(draws):
+        f, i, w, activation, deferred, again = (
+            [float(rng.choice((1, 2, 3, 5, 9))) for _ in range(placement.stages)] for _ in range(6)
+        )
+        inputs = [rng.choice((0.0, 0.25, 0.5)) * most for most in activation]
+        hop = {edge: float(rng.choice((0, 1, 4))) for edge in placement.edges}
+        costs = Costs(f, i, w, hop, activation, deferred, inputs=inputs, recompute=again)
+        links = {(edge.source, edge.destination): time for edge, time in hop.items()}
+        spare: tuple[Spare, ...] = rng.choice((("recompute",), ("offload",), ("recompute", "offload")))
+        least = smallest_memory(placement, costs, spare)
+        limits = [need + rng.choice((0, 0, 1, 2)) for need in least]
+        best: dict[bool, float] = {}
+        fullest = [float("inf")] * ranks
+        for chosen in product(("", *spare), repeat=placement.stages):
+            recomputed = {s for s, way in enumerate(chosen) if way == "recompute"}
+            offloaded = {s for s, way in enumerate(chosen) if way == "offload"}
+            longer = {"F": f, "I": [t + again[s] * (s in recomputed) for s, t in enumerate(i)], "W": w}
+            makespan = span = float("inf")
+            peaks = [
+                {o: spared_peak(o, costs, recomputed, offloaded) for o in {e[r] for e in every}} for r in range(ranks)
+            ]
+            fullest = [min(most, *of.values()) for most, of in zip(fullest, peaks, strict=True)]
+            for orders in every:
+                if all(of[o] <= most for of, o, most in zip(peaks, orders, limits, strict=True)) and (
+                    rows := times_of(orders, longer, links)
+                ):
+                    makespan = min(makespan, max(row[-1][1] for row in rows))
+                    span = min(span, max(row[-1][1] - row[0][0] for row in rows))
+            if makespan < float("inf"):
+                own = costs.spared(recomputed, offloaded)
+                assert makespan_bound(placement, microbatches, own, limits).value <= makespan * (1 + 1e-9)
+                assert span_bound(placement, microbatches, own, limits).value <= span * (1 + 1e-9)
+                spares = bool(recomputed or offloaded)
+                best[spares] = min(best.get(spares, float("inf")), makespan)
+        bound = makespan_bound(placement, microbatches, costs, limits, spare=spare).value
+        assert bound <= min(best.values()) * (1 + 1e-9)
+        assert least == pytest.approx(fullest)
+        reached += bound == pytest.approx(min(best.values()))
+        gained += best[True] < best.get(False, float("inf"))
+    assert reached > draws / 5
+    assert gained > draws / 5
+
+
+def test_with_loose_limits_sparing_changes_no_bound() -> None:
+    loop = Placement("loop", 8, 4)
+    costs = RankCosts.of(8, 100, 100, 65, 2).on(loop)
+    plain = makespan_bound(loop, 32, costs, [8] * 8)
+    assert makespan_bound(loop, 32, costs, [8] * 8, spare=("recompute",)) == plain
+    free = makespan_bound(loop, 32, costs)
+    assert makespan_bound(loop, 32, costs, [8] * 8, spare=("offload",)).value == free.value < plain.value
+    tight = makespan_bound(loop, 32, costs, [3] * 8, spare=("recompute",)).value
+    assert free.value < tight < makespan_bound(loop, 32, costs, [3] * 8).value
+    assert makespan_bound(loop, 32, costs, None, spare=("recompute", "offload")) == free
+
+
+def test_of_very_many_chunks_recomputation_is_taken_to_cost_nothing() -> None:
+    loop = Placement("loop", 2, 8)
+    costs = RankCosts.of(2, 8, 8, 8).on(loop)
+    limits = [0.75] * 2
+    least = makespan_bound(loop, 6, costs, limits, spare=("recompute",)).value
+    free = dataclasses.replace(costs.spared(range(16), ()), input_gradient=costs.input_gradient)
+    assert least == makespan_bound(loop, 6, free, limits).value
+    with pytest.raises(
+        InputError, match=r"rank 0; got 0\.1; needed at least 0\.330882, what one micro-batch holds there"
+    ):
+        makespan_bound(loop, 6, costs, [0.1] * 2, spare=("recompute",))

@@ -92,14 +92,18 @@ TABLES: list[tuple[str, int, int, dict[str, int], str]] = [
         1F0 1F1 1F2 3F0 3I0 3F1 3I1 3W0 3F2 3I2 3W1 1I0 3W2 1I1 1W0 1I2 1W1 1W2
     """),
     ("pipedream", 3, 4, {}, """
-        F0 F1 F2 B0 F3 B1 B2 B3
-        F0 F1 B0 F2 B1 F3 B2 B3
-        F0 B0 F1 B1 F2 B2 F3 B3
+        F0 F1 F2 B0 UPDATE0 F3 B1 UPDATE1 B2 UPDATE2 B3 UPDATE3
+        F0 F1 B0 UPDATE0 F2 B1 UPDATE1 F3 B2 UPDATE2 B3 UPDATE3
+        F0 B0 UPDATE0 F1 B1 UPDATE1 F2 B2 UPDATE2 F3 B3 UPDATE3
     """),
     ("pipedream-2bw", 3, 3, {}, """
-        F0 F1 F2 B0 B1 B2
-        F0 F1 B0 F2 B1 B2
-        F0 B0 F1 B1 F2 B2
+        F0 F1 F2 B0 B1 B2 UPDATE2
+        F0 F1 B0 F2 B1 B2 UPDATE2
+        F0 B0 F1 B1 F2 B2 UPDATE2
+    """),
+    ("pipedream-2bw", 2, 6, {"updates": 3}, """
+        F0 F1 B0 F2 B1 UPDATE1 F3 B2 F4 B3 UPDATE3 F5 B4 B5 UPDATE5
+        F0 B0 F1 B1 UPDATE1 F2 B2 F3 B3 UPDATE3 F4 B4 F5 B5 UPDATE5
     """),
     ("forward-only", 2, 3, {}, """
         F0 F1 F2

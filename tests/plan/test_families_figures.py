@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pipex.plan.actions import Kind
 from pipex.plan.bounds import smallest_memory
 from pipex.plan.costs import RankCosts
 from pipex.plan.families import build
+from pipex.plan.families.updates import with_updates
 from pipex.plan.memory import peak_memory
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, simulate
@@ -228,6 +230,7 @@ def test_pipedream_keeps_as_many_versions_as_it_says(ranks: int) -> None:
     """A micro-batch reads the newest version that there is at its F; every backward makes one."""
     plan = build("pipedream", ranks, 5 * ranks)
     for rank, order in enumerate(plan.orders):
+        order = [action for action in order if action.kind is not Kind.UPDATE]
         reads = [sum(a.kind is Kind.B for a in order[:at]) for at, a in enumerate(order) if a.kind is Kind.F]
         made_after = list(range(1, plan.microbatches + 1))
         assert versions_alive([a.kind for a in order], reads, made_after) == plan.weight_versions[rank] == ranks - rank
@@ -236,9 +239,10 @@ def test_pipedream_keeps_as_many_versions_as_it_says(ranks: int) -> None:
 def delayed_versions(ranks: int, per_update: int) -> list[int]:
     """Versions alive per rank when six updates of ``per_update`` micro-batches follow each other in the order that
     pipedream-2bw has for all of them: W(t+1) = W(t) - lr g(W(t-1)), so those of update t read version t-1."""
-    plan = build("pipedream", ranks, 6 * per_update)
+    plan = build("1f1b", ranks, 6 * per_update)
     if per_update >= ranks:
-        assert plan.orders == build("pipedream-2bw", ranks, 6 * per_update).orders
+        orders = build("pipedream-2bw", ranks, 6 * per_update, updates=6).orders
+        assert plan.orders == tuple(tuple(a for a in order if a.kind is not Kind.UPDATE) for order in orders)
     reads = [max(0, m // per_update - 1) for m in range(plan.microbatches)]
     made_after = [per_update * (update + 1) for update in range(6)]
     return [versions_alive([a.kind for a in order], reads, made_after) for order in plan.orders]
@@ -256,6 +260,11 @@ def test_pipedream_2bw_with_fewer_micro_batches_would_not_have_its_version_in_ti
     """Rank 0 has P micro-batches under way: with fewer than P-1 per update, one enters too early."""
     with pytest.raises(AssertionError, match="read before it was made"):
         delayed_versions(ranks, ranks - 2)
+    plain = replace(build("1f1b", ranks, 6 * (ranks - 2)), update="delayed")
+    with pytest.raises(PlanError, match="uses weights that are not made yet"):
+        validate(replace(plain, orders=with_updates(plain.orders, ranks - 2)))
+    plain = replace(build("1f1b", ranks, 6 * (ranks - 1)), update="delayed")
+    validate(replace(plain, orders=with_updates(plain.orders, ranks - 1)))
     with pytest.raises(PlanError, match="too few micro-batches per update"):
         build("pipedream-2bw", ranks, ranks - 1)
 
@@ -323,3 +332,15 @@ def test_interleaved_zb_says_which_memory_it_needs() -> None:
         build("interleaved-zb", 4, 8, memory=[4, 4, 4])
     with pytest.raises(InputError, match="the costs are of another number of ranks; got 2; needed 4"):
         build("interleaved-zb", 4, 8, costs=RankCosts.of(2))
+
+
+@pytest.mark.parametrize("family", ["zb-auto", "interleaved-zb"])
+@pytest.mark.parametrize("limit", [None, 4.0])
+def test_a_limit_counts_weights_where_the_costs_have_them(family: str, limit: float | None) -> None:
+    weights = (5, 6, 7, 8)
+    counted = RankCosts.of(4, 3, 3, 2, weights=weights)
+    limits = None if limit is None else [limit + own for own in weights]
+    plain = build(family, 4, 8, costs=RankCosts.of(4, 3, 3, 2), memory=limit)
+    assert build(family, 4, 8, costs=counted, memory=limits).orders == plain.orders
+    with pytest.raises(InputError, match=r"got 5\.5; needed at least 6.*, and the weights|one micro-batch and the wei"):
+        build(family, 4, 8, costs=counted, memory=5.5)

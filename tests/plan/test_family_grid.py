@@ -138,7 +138,7 @@ def programs_of(plan: Plan) -> list[Program]:
     programs: list[Program] = [[] for _ in plan.orders]
     for program, order in zip(programs, plan.orders, strict=True):
         for action in order:
-            parts = [ends[part.stage, part.kind] for part in action.each if part.kind is not Kind.W]
+            parts = [ends[part.stage, part.kind] for part in action.each if (part.stage, part.kind) in ends]
             program += [(edge, False) for receives, _ in parts for edge in receives]
             program += [(edge, True) for _, sends in parts for edge in sends]
     return programs

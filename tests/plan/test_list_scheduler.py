@@ -67,6 +67,8 @@ def random_problem(
     first = rng.randint(0, microbatches)
     activation = tuple(rng.randint(1, 5) for _ in range(stages))
     deferred = tuple(rng.randint(0, 6) for _ in range(stages))
+    spares = rng.random() < 0.5
+    kept = tuple(rng.randint(0, a) if spares and rng.random() < 0.5 else a for a in activation)
     problem = Problem(
         placement,
         microbatches,
@@ -75,9 +77,13 @@ def random_problem(
         activation,
         deferred,
         limit=(0,) * placement.ranks,
+        kept=kept,
         passing=(first, microbatches - first) if name == "bidirectional" else (),
     )
-    least = [sum(problem.charge[stage] for stage in placement.stages_of(rank)) for rank in range(placement.ranks)]
+    least = [
+        sum(problem.charge[stage] for stage in stages) + max(problem.surge[stage] for stage in stages)
+        for stages in problem.stages_of
+    ]
     return dataclasses.replace(problem, limit=tuple(max(0, needed + rng.choice(slack)) for needed in least))
 
 
@@ -104,20 +110,23 @@ def scheduled(problem: Problem, rule: Rule) -> Packed:
 
 
 def costs_of(problem: Problem) -> Costs:
-    """The same problem in the simulator's words."""
+    """The same problem in the simulator's words; the times of I are taken to contain recomputation."""
     hops = {}
     for edge in problem.placement.edges:
         is_forward = edge.kind == "activation"
         hops[edge] = (problem.activation_hop if is_forward else problem.gradient_hop)[
             min(edge.source, edge.destination)
         ]
-    return Costs(*problem.durations, hops, problem.activation, problem.deferred)
+    again = [0] * problem.placement.stages
+    return Costs(*problem.durations, hops, problem.activation, problem.deferred, inputs=problem.kept, recompute=again)
 
 
 def plan_of(problem: Problem, packed: Packed) -> Plan:
     orders = unpack(problem, packed)
     most = (problem.placement.chunks * problem.microbatches,) * problem.placement.ranks
-    return Plan("search", problem.placement, problem.microbatches, orders, most)
+    less = zip(problem.kept, problem.activation, strict=True)
+    recomputed = tuple(stage for stage, (kept, activation) in enumerate(less) if kept < activation)
+    return Plan("search", problem.placement, problem.microbatches, orders, most, recomputed=recomputed)
 
 
 # The same from C++ and Python
@@ -185,7 +194,9 @@ def test_the_least_memory_is_one_activation_of_every_chunk(placement: Placement)
 
 def test_with_two_pipes_the_least_memory_is_one_activation_of_each() -> None:
     ones, hops = (1,) * 8, (1, 1, 1, 0, 1, 1, 1)
-    problem = Problem(Placement("bidirectional", 4, 2), 6, ones, ones, ones, hops, hops, ones, ones, (2,) * 4, (3, 3))
+    problem = Problem(
+        Placement("bidirectional", 4, 2), 6, ones, ones, ones, hops, hops, ones, ones, (2,) * 4, passing=(3, 3)
+    )
     for rule in (*PORTFOLIO["loop"], *PORTFOLIO["bidirectional"]):
         packed = scheduled(problem, rule)
         assert max(simulate(plan_of(problem, packed), costs_of(problem)).peak_memory) <= 2
@@ -290,7 +301,7 @@ def test_each_of_two_pipes_has_its_own_lines() -> None:
     up starts every 21."""
     times = (2, 4, 2, 4), (3, 3, 3, 3), (2, 0, 2, 0)
     problem = Problem(
-        Placement("bidirectional", 2, 2), 3, *times, (5, 0, 6), (7, 0, 8), (1,) * 4, (1,) * 4, (9, 9), (2, 1)
+        Placement("bidirectional", 2, 2), 3, *times, (5, 0, 6), (7, 0, 8), (1,) * 4, (1,) * 4, (9, 9), passing=(2, 1)
     )
     assert problem.microbatches_at == (range(2), range(2), range(2, 3), range(2, 3))
     assert (problem.interval, problem.lifetimes) == (7, (24, 7, 26, 7))
@@ -346,7 +357,7 @@ def test_replay_is_what_the_simulator_says(random_plans: list[Plan]) -> None:
 def test_the_span_of_a_rank_ends_with_the_rank_that_holds_the_same_layers() -> None:
     """Rank 0 runs from 0 to 5, rank 1 from 1 to 13."""
     placement, ones = Placement("bidirectional", 2, 2), (1,) * 4
-    problem = Problem(placement, 1, ones, ones, (1, 10, 1, 1), (0,) * 3, (0,) * 3, ones, ones, (1, 1), (1, 0))
+    problem = Problem(placement, 1, ones, ones, (1, 10, 1, 1), (0,) * 3, (0,) * 3, ones, ones, (1, 1), passing=(1, 0))
     orders = tuple(tuple(Action(rank, kind, 0) for kind in (Kind.F, Kind.I, Kind.W)) for rank in range(2))
     packed = pack(problem, orders)
     assert replay(problem, packed) == execution.replay(problem, packed) == (13, 13, (1, 1))
@@ -362,8 +373,10 @@ def random_values(plan: Plan, rng: random.Random) -> dict[str, tuple[int, ...]]:
         return tuple(rng.randint(0, 9) * (stage in across) for stage in range(stages - 1))
 
     names = ("forward", "input_gradient", "weight_gradient", "activation", "deferred")
+    found = {name: values() for name in names}
     return {
-        **{name: values() for name in names},
+        **found,
+        "kept": tuple(rng.choice((rng.randint(0, most), most)) for most in found["activation"]),
         "activation_hop": hops(),
         "gradient_hop": hops(),
         "limit": (10_000,) * plan.placement.ranks,

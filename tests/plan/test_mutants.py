@@ -23,6 +23,8 @@ from pipex.plan.plan import Plan
 from pipex.plan.validator import validate
 
 MUTANTS = 10_000
+ALONE = (Kind.W, Kind.UPDATE)
+"""take and give no message"""
 
 
 class Wrong(Exception):
@@ -54,6 +56,11 @@ class Replay:
         self.chains = [chain for chain in (stages[:half], stages[half:]) if chain]
         self.before = {t: s for chain in self.chains for s, t in pairwise(chain)}
         self.after = {s: t for t, s in self.before.items()}
+        self.letters = {"F", "I", "W", "B"} | ({"UPDATE"} if plan.update in ("microbatch", "delayed") else set())
+        self.touched: dict[int, set[int]] = {stage: set() for stage in stages}
+        self.summed: dict[int, set[int]] = {stage: set() for stage in stages}
+        """per stage the micro-batches with a backward, and those with their weight gradient, since its last update"""
+        self.updates = dict.fromkeys(stages, 0)
         self.stuck: dict[int, set[int]] = {}
         """of a deadlock: the ranks that each stuck rank waits for"""
 
@@ -80,11 +87,20 @@ class Replay:
                 if letters and not re.fullmatch("F+[IWB]+", letters):
                     raise Wrong(f"{action} is no forward joined with a backward")
                 for part in action.parts or (action,):
-                    if part.kind.value not in ("F", "I", "W", "B") or not 0 <= part.stage < len(self.holder):
+                    if part.kind.value not in self.letters or not 0 <= part.stage < len(self.holder):
                         raise Wrong(f"{part} does not exist")
                     if self.holder[part.stage] != rank:
                         raise Wrong(f"{part} is not of rank {rank}")
                     found[part.kind.value, part.stage, part.microbatch] += 1
+        self.lasts = {
+            stage: sorted(m for kind, s, m in found if (kind, s) == ("UPDATE", stage))
+            for stage in range(len(self.holder))
+        }
+        every = list(range(self.plan.microbatches))
+        for stage in self.lasts if "UPDATE" in self.letters else ():
+            wanted = every if self.plan.update == "microbatch" else sorted({*self.lasts[0], every[-1]})
+            if self.lasts[stage] != wanted or any(found.pop(("UPDATE", stage, m)) != 1 for m in wanted):
+                raise Wrong(f"stage {stage} makes the updates {self.lasts[stage]}")
         backwards = [Counter("")] if self.plan.update == "never" else [Counter("B"), Counter("IW")]
         for m in range(self.plan.microbatches):
             chain = next((chain for chain in self.chains if any(found["F", s, m] for s in chain)), self.chains[0])
@@ -121,11 +137,32 @@ class Replay:
                 if not any((letter, stage, part.microbatch) in self.done for letter in letters):
                     raise Wrong(f"{part} runs without {letters} of stage {stage}")
         for part in parts:
+            self._change_weights(part)
             self.done.add((part.kind.value, part.stage, part.microbatch))
             if channel := self._output(part):
                 self.queues.setdefault(channel, deque()).append(part.microbatch)
         at[rank] += 1
         return True
+
+    def _change_weights(self, part: Action) -> None:
+        """What an update finds must be the gradients of its own micro-batches: all of them and no others."""
+        stage, made = part.stage, self.updates[part.stage]
+        match part.kind.value:
+            case "UPDATE":
+                begin = self.lasts[stage][made - 1] + 1 if made else 0
+                own = set(range(begin, part.microbatch + 1))
+                if part.microbatch != self.lasts[stage][made]:
+                    raise Wrong(f"{part} is not the next one")
+                if self.summed[stage] != own or self.touched[stage] != own:
+                    raise Wrong(f"{part} finds gradients of {self.summed[stage]} and more of {self.touched[stage]}")
+                self.summed[stage], self.touched[stage], self.updates[stage] = set(), set(), made + 1
+            case "F":
+                group = sum(last < part.microbatch for last in self.lasts[stage])
+                if self.plan.update == "delayed" and group - 1 > made:
+                    raise Wrong(f"{part} would use version {group - 1} of {made}")
+            case kind:
+                self.touched[stage].add(part.microbatch)
+                self.summed[stage] |= {part.microbatch} if kind in "WB" else set()
 
     def _missing(self, action: Action) -> list[Channel]:
         """The channels that hold fewer messages than the action takes."""
@@ -134,11 +171,15 @@ class Replay:
 
     def _input(self, part: Action) -> Channel | None:
         name, sources = ("activation", self.before) if part.kind is Kind.F else ("gradient", self.after)
-        return self._channel(name, sources.get(part.stage), part.stage) if part.kind is not Kind.W else None
+        return (
+            self._channel(name, sources.get(part.stage), part.stage) if part.kind not in (Kind.W, Kind.UPDATE) else None
+        )
 
     def _output(self, part: Action) -> Channel | None:
         name, targets = ("activation", self.after) if part.kind is Kind.F else ("gradient", self.before)
-        return self._channel(name, part.stage, targets.get(part.stage)) if part.kind is not Kind.W else None
+        return (
+            self._channel(name, part.stage, targets.get(part.stage)) if part.kind not in (Kind.W, Kind.UPDATE) else None
+        )
 
     def _channel(self, name: str, source: int | None, destination: int | None) -> Channel | None:
         if source is None or destination is None or self.holder[source] == self.holder[destination]:
@@ -148,6 +189,8 @@ class Replay:
     def _needs_on_rank(self, part: Action) -> Iterator[tuple[str, int]]:
         """What must be done already: a stage, and the letters of which one will do."""
         stage = part.stage
+        if part.kind is Kind.UPDATE:
+            return
         if part.kind is Kind.W:
             yield "I", stage
         elif part.kind is not Kind.F:
@@ -162,7 +205,7 @@ Orders = list[list[Action]]
 
 
 class Atom(NamedTuple):
-    """One of F, I, W, B where it stands: a whole action, or a part of one."""
+    """One of F, I, W, B and UPDATE where it stands: a whole action, or a part of one."""
 
     rank: int
     position: int
@@ -335,7 +378,7 @@ def check_names(message: str, plan: Plan) -> None:
     ):
         rank, position, text = int(found[1]), int(found[2]), found[3]
         assert text in texts[rank, position], message
-        if other := re.search(r"what it needs, (\S+) at position (\d+)", message):
+        if other := re.search(r"(?:what it needs,|comes after) (\S+) at position (\d+)", message):
             assert other[1] in texts[rank, int(other[2])], message
         if other := re.search(r"on the (\w+) edge \d+→(\d+); got the message of micro-batch (\d+)", message):
             kinds = {"activation": "F", "gradient": "[IB]"}[other[1]]
@@ -343,7 +386,7 @@ def check_names(message: str, plan: Plan) -> None:
             assert {*takes} - {other[3]}, message
         if other := re.search(r"was done before, at position (\d+)", message):
             assert text in texts[rank, int(other[1])], message
-    elif found := re.match(r"rank \d+ never runs (\d+F\d+); ", message):
+    elif found := re.match(r"rank \d+ never runs (\d+(?:F|UPDATE)\d+); ", message):
         assert not any(found[1] in here for here in texts.values()), message
     else:
         found = re.match(r"rank \d+ lacks a backward of stage (\d+), micro-batch (\d+); ", message)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import pytest
+from step_judge import Judge
 
 from pipex.errors import InputError, PlanError
 from pipex.plan.bounds import makespan_bound, span_bound
@@ -15,6 +16,7 @@ from pipex.plan.costs import Costs, RankCosts
 from pipex.plan.families import FAMILIES, build
 from pipex.plan.list_scheduler import execution, improvement, reference
 from pipex.plan.placement import Placement
+from pipex.plan.plan import Plan
 from pipex.plan.search import SearchResult, planner, search
 from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES
 from pipex.plan.search.units import Units
@@ -236,18 +238,25 @@ def test_the_smallest_feasible_limit_is_kept_and_less_is_refused_by_name() -> No
     result = search(model, [2, 3, 5], ranks=3, microbatches=4, evaluations=60)
     assert result.simulation.peak_memory == (2, 3, 5)
     with pytest.raises(InputError, match=r"memory limit of rank 1; got 2\.9; needed at least 3, what one micro-batch"):
-        search(model, [2, 2.9, 5], ranks=3, microbatches=4)
+        search(model, [2, 2.9, 5], ranks=3, microbatches=4, spare=())
     with pytest.raises(InputError, match="wrong number of memory limits; got 2; needed 3"):
         search(model, [2, 3], ranks=3, microbatches=4)
     with pytest.raises(InputError, match="memory limit of rank 0; got nan"):
         search(model, float("nan"), ranks=3, microbatches=4)
+    # With several chunks, of which all but one hold their inputs alone: 5/4 and three inputs of 5/34 on rank 2.
+    model = RankCosts.of(3, activation=[2, 3, 5])
+    result = search(model, [0.8, 1.1, 1.75], ranks=3, microbatches=4, evaluations=60)
+    assert result.plan.recomputed
+    assert all(p <= most for p, most in zip(result.simulation.peak_memory, [0.8, 1.1, 1.75], strict=True))
+    with pytest.raises(InputError, match=r"memory limit of rank 2; got 1\.65; needed at least 1\.69118, what one"):
+        search(model, [0.8, 1.1, 1.65], ranks=3, microbatches=4)
 
 
 def test_a_limit_that_the_families_miss_is_called_unproven_with_one_that_is_enough() -> None:
     with pytest.raises(
         PlanError, match="found no plan of 1f1b, gpipe within the memory limit, and cannot prove"
     ) as caught:
-        search(rank_costs(4), 3, ranks=4, microbatches=8, families=["1f1b", "gpipe"])
+        search(rank_costs(4), 3, ranks=4, microbatches=8, families=["1f1b", "gpipe"], spare=())
     assert "got 3, 3, 3, 3; needed 4 per rank, which is enough for 1f1b" in str(caught.value)
     assert search(rank_costs(4), 4, ranks=4, microbatches=8, families=["1f1b", "gpipe"]).best.family == "1f1b"
 
@@ -272,6 +281,7 @@ def test_measured_costs_of_stages_fit_their_placement_only() -> None:
         ({"families": "zbv"}, "bad families; got 'zbv'"),
         ({"families": []}, "bad families"),
         ({"evaluations": 0}, "too few evaluations; got 0"),
+        ({"spare": ["keep"]}, "unknown way to spare memory; got 'keep'; needed recompute or offload"),
         ({"seconds": -1.0}, "bad number of seconds; got -1.0; needed at least 0"),
         ({"seconds": float("nan")}, "bad number of seconds; got nan"),
         ({"families": ["zb-h9"]}, "unknown schedule; got 'zb-h9'; needed one of naive, gpipe"),
@@ -315,3 +325,94 @@ def test_units_suit_any_scale() -> None:
 def test_costs_of_nothing_can_be_searched() -> None:
     result = search(RankCosts.of(2, 0, 0, 0, activation=0), 0, ranks=2, microbatches=3, evaluations=50)
     assert (result.simulation.makespan, result.distance) == (0, 0)
+
+
+# --- stages that are spared ------------------------------------------------------------------------------------------
+
+
+def judged(result: SearchResult, model: RankCosts) -> float:
+    """The makespan of the best plan by the judge, for which every candidate is what it claims, and keeps the limit."""
+    assert result.limit is not None
+    makespans = []
+    for candidate in (result.best, *result.runners_up):
+        plan = candidate.plan
+        validate(plan)
+        assert (plan.recomputed, plan.offloaded) == (candidate.recomputed, candidate.offloaded)
+        assert Plan.from_text(plan.to_text()) == plan
+        judge = Judge(unfused(plan), model.on(plan.placement))
+        makespans.append(max(judge.end.values()) - min(judge.start.values()))
+        assert makespans[-1] == pytest.approx(candidate.makespan, rel=1e-6)
+        for rank in judge.ranks:
+            assert judge.peak(rank) == pytest.approx(candidate.peak_memory[rank], rel=1e-6)
+            assert judge.peak(rank) <= result.limit[rank] * (1 + 1e-9)
+            assert judge.most_held(rank) <= plan.peak_activations[rank]
+            assert judge.most_held_by_the_clock(rank) <= plan.peak_activations[rank]
+    assert result.bound.value <= makespans[0] * (1 + 1e-9)
+    return makespans[0]
+
+
+def test_with_three_activations_on_eight_ranks_bubble_and_recomputation_are_less_than_the_bubble_alone() -> None:
+    """An activation is that of one micro-batch on a rank. Recomputing one takes as long as its F, copying it 10."""
+    lost = {}
+    model = RankCosts.of(8, F, I, W, HOP, offload=10)
+    for spare in ((), ("recompute",), ("offload",), ("recompute", "offload")):
+        result = search(model, 3, ranks=8, microbatches=32, spare=spare, evaluations=2000)  # type: ignore[arg-type]
+        makespan = judged(result, model)
+        lost[spare] = 1 - 32 * (F + I + W) / makespan
+        assert result.simulation.lost == pytest.approx(lost[spare], abs=1e-6)
+        assert bool(result.plan.recomputed) == (spare == ("recompute",))
+        assert bool(result.plan.offloaded) == ("offload" in spare)
+        print(spare, f"lost {lost[spare]:.4f}, recomputation {result.simulation.recomputation:.4f}", result.best)
+    assert lost["recompute",] < 0.24 < 0.32 < lost[()]
+    assert lost["offload",] < 0.04
+    assert lost["recompute", "offload"] < 0.04
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_candidate_that_spares_is_what_it_claims(seed: int) -> None:
+    rng = random.Random(seed)
+    ranks, microbatches = rng.randint(2, 5), rng.randint(4, 10)
+    f = [rng.choice((1.0, 1.5, 4.0)) for _ in range(ranks)]
+    model = RankCosts.of(
+        ranks, f, [1.2 * x for x in f], [0.7 * x for x in f], 0.1, deferred=rng.choice((None, 0.5)),
+        inputs=rng.choice((0.0, 0.2, None)), recompute=rng.choice((None, 0.5)), offload=rng.choice((0.1, 1.0, 5.0)),
+    )  # fmt: skip
+    memory = [rng.choice((1.0, 1.5, 2.0)) for _ in range(ranks)]
+    objective: planner.Objective = rng.choice(("makespan", "span"))
+    found = search(model, memory, ranks=ranks, microbatches=microbatches, evaluations=300, objective=objective)
+    judged(found, model)
+    assert found.evaluations <= 300
+    plain = search(
+        model, memory, ranks=ranks, microbatches=microbatches, evaluations=300, objective=objective, spare=()
+    )
+    spares = [bool(c.recomputed or c.offloaded) for c in (found.best, *found.runners_up)]
+    assert any(spares) == (getattr(found.best, objective) < getattr(plain.best, objective))
+
+
+def test_copies_that_are_too_slow_leave_room_for_recomputation() -> None:
+    """A copy that takes as long as all work for a micro-batch is worth less than recomputation in its place."""
+    lost = {}
+    for offload in (10.0, 150.0, 2000.0):
+        model = RankCosts.of(4, F, I, W, HOP, offload=offload)
+        result = search(model, 1.5, ranks=4, microbatches=16, evaluations=1500)
+        lost[offload] = 1 - 16 * (F + I + W) / judged(result, model)
+        assert bool(result.plan.offloaded) == (offload < 2000)
+        assert bool(result.plan.recomputed) == (offload == 2000)
+    assert lost[10.0] < lost[150.0] < lost[2000.0]
+
+
+def test_a_family_that_needs_more_memory_is_kept_by_recomputing() -> None:
+    model = rank_costs(4)
+    result = search(model, 2, ranks=4, microbatches=8, families=["1f1b"], evaluations=20)
+    judged(result, model)
+    assert (result.best.family, result.best.placement) == ("1f1b", Placement("loop", 4))
+    assert set(result.plan.recomputed) >= {0, 1}
+    with pytest.raises(PlanError, match="found no plan of 1f1b within the memory limit"):
+        search(model, 2, ranks=4, microbatches=8, families=["1f1b"], spare=())
+
+
+def test_nothing_is_spared_without_a_limit_or_where_it_is_loose() -> None:
+    for memory in (None, 8):
+        result = search(rank_costs(8), memory, ranks=8, microbatches=32, evaluations=200)
+        assert not result.plan.recomputed + result.plan.offloaded
+        assert not any(c.offloaded for c in result.runners_up)  # what copies take is not known

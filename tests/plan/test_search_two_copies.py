@@ -22,6 +22,7 @@ from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 from pipex.plan.search import Candidate, SearchResult, planner, search
 from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES
+from pipex.plan.simulator import simulate
 from pipex.plan.validator import validate
 
 ONE_COPY = [name for name in FAMILIES if name not in ONLY_BY_NAME | TWO_COPIES]
@@ -134,7 +135,7 @@ def test_every_plan_is_what_a_judge_says_within_the_memory(
     ]
     result = search(
         model.costs(), both, ranks=ranks, microbatches=microbatches, families=sorted(TWO_COPIES), objective=objective,
-        evaluations=120,
+        evaluations=120, spare=(),
     )  # fmt: skip
     assert result.best in two_copies(result)
     for candidate in two_copies(result):
@@ -164,13 +165,23 @@ def test_no_published_plan_with_two_copies_is_better_and_neither_is_one_copy(
         "uneven": Model(*([x * (1 + 0.3 * (r % 3)) for r in range(ranks)] for x in (2.0, 2.0, 1.3)), hop=0.2),
     }[times]
     memory = ranks + spare
-    found = search(model.costs(), memory, ranks=ranks, microbatches=microbatches, families=BOTH, evaluations=100)
-    without = search(model.costs(), memory, ranks=ranks, microbatches=microbatches, families=ONE_COPY, evaluations=100)
+    found = search(
+        model.costs(), memory, ranks=ranks, microbatches=microbatches, families=BOTH, spare=(), evaluations=100
+    )
+    without = search(
+        model.costs(), memory, ranks=ranks, microbatches=microbatches, families=ONE_COPY, spare=(), evaluations=100
+    )
     assert found.best.makespan <= without.best.makespan
     if found.best not in two_copies(found):
         assert found.plan.digest == without.plan.digest  # the same search, and another one after it
         found = search(
-            model.costs(), memory, ranks=ranks, microbatches=microbatches, families=sorted(TWO_COPIES), evaluations=100
+            model.costs(),
+            memory,
+            ranks=ranks,
+            microbatches=microbatches,
+            families=sorted(TWO_COPIES),
+            evaluations=100,
+            spare=(),
         )
     assert judge(found.plan, model).makespan == pytest.approx(found.best.makespan)
     compared = 0
@@ -211,7 +222,7 @@ def test_a_second_copy_is_proposed_only_where_there_is_known_to_be_room_for_it()
 
     def found(memory: float | None, **more: float) -> SearchResult:
         costs = RankCosts.of(4, 100, 100, 65, 2, **more)
-        return search(costs, memory, ranks=4, microbatches=4, evaluations=300)
+        return search(costs, memory, ranks=4, microbatches=4, evaluations=300, spare=())
 
     assert not families_of(found(LIMIT)) & TWO_COPIES  # nothing is said of weights
     assert not families_of(found(None, weights=2.0)) & TWO_COPIES  # nothing of memory
@@ -247,6 +258,17 @@ def test_sizes_without_a_use_for_two_copies_have_none(ranks: int, microbatches: 
     assert not two_copies(search(costs, 99, ranks=ranks, microbatches=microbatches, evaluations=40))
     with pytest.raises(PlanError, match="none of dualpipe, chimera fits these sizes"):
         search(costs, 99, ranks=ranks, microbatches=microbatches, families=["dualpipe", "chimera"])
+
+
+def test_two_copies_may_recompute_to_fit() -> None:
+    """Weights of 2 and 2 leave 1.2 of 5.2 for activations, too little for a whole one of each copy."""
+    costs = RankCosts.of(4, 100, 100, 65, 2, weights=2.0)
+    result = search(costs, 5.2, ranks=4, microbatches=8, families=["dualpipe", "chimera"], evaluations=200)
+    assert result.plan.recomputed
+    validate(result.plan)
+    assert simulate(result.plan, costs.on(result.plan.placement)).makespan == pytest.approx(result.best.makespan)
+    assert max(result.simulation.peak_memory) <= 5.2
+    assert result.bound.value <= result.best.makespan
 
 
 # How micro-batches are shared
@@ -285,7 +307,7 @@ def test_the_bound_counts_both_placements_and_the_exchange() -> None:
     both = Placement("bidirectional", 4, 2)
     for objective, of in (("makespan", makespan_bound), ("span", span_bound)):
         result = search(
-            costs, 9, ranks=4, microbatches=8, families=["dualpipe"], evaluations=60,
+            costs, 9, ranks=4, microbatches=8, families=["dualpipe"], evaluations=60, spare=(),
             objective=objective,  # type: ignore[arg-type]
         )  # fmt: skip
         bound = of(both, 8, costs.on(both), [9] * 4)
@@ -318,7 +340,9 @@ def test_the_same_search_finds_the_same_plan_natively_and_in_python(monkeypatch:
 
 def test_more_evaluations_never_find_worse() -> None:
     found = [
-        search(uneven(6, 5).costs(), 6.5, ranks=6, microbatches=14, families=["dualpipe"], evaluations=n).best.makespan
+        search(
+            uneven(6, 5).costs(), 6.5, ranks=6, microbatches=14, families=["dualpipe"], spare=(), evaluations=n
+        ).best.makespan
         for n in (20, 100, 600)
     ]
     assert all(more <= fewer for fewer, more in pairwise(found))

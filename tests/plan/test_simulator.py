@@ -113,6 +113,7 @@ def random_costs(plan: Plan, rng: random.Random) -> Costs:
 def ends_by_relaxation(plan: Plan, costs: Costs) -> dict[Action, float]:
     """Raises every end until nothing that an action waits for ends later than it may."""
     time = {"F": costs.forward, "I": costs.input_gradient, "W": costs.weight_gradient}
+    letters = {Kind.F: "F", Kind.I: "I", Kind.W: "W", Kind.B: "IW", Kind.UPDATE: ""}
     ends = {part: 0.0 for order in plan.orders for action in order for part in action.each}
     rank_of = plan.placement.rank_of
     neighbours = {(s, t) for pipe in plan.placement.pipes for s in pipe for t in pipe if abs(s - t) == 1}
@@ -124,8 +125,8 @@ def ends_by_relaxation(plan: Plan, costs: Costs) -> dict[Action, float]:
                 waits = [ends[before.each[0]]] if before else [0.0]
                 takes = 0.0
                 for stage, kind, m, _ in action.each:
-                    takes += sum(time[letter][stage] for letter in ("IW" if kind is Kind.B else kind.value))
-                    source = {"F": stage - 1, "I": stage + 1, "B": stage + 1, "W": stage}[kind.value]
+                    takes += sum(time[letter][stage] for letter in letters[kind])
+                    source = {Kind.F: stage - 1, Kind.I: stage + 1, Kind.B: stage + 1}.get(kind, stage)
                     if (source, stage) not in neighbours:
                         continue
                     for maker in (Action(source, k, m) for k in ((Kind.F,) if kind is Kind.F else (Kind.I, Kind.B))):

@@ -456,7 +456,7 @@ def test_plans_that_torch_s_runtime_would_run_wrongly_are_not_written() -> None:
     with pytest.raises(PlanError, match="torch's runtime has one copy of the model; got placement bidirectional"):
         to_torch_csv(two_pipes)
     with pytest.raises(PlanError, match="changes the weights after all micro-batches; got update 'microbatch'"):
-        to_torch_csv(dataclasses.replace(build("1f1b", 2, 2), update="microbatch"))
+        to_torch_csv(build("pipedream", 2, 2))
     broken = dataclasses.replace(build("1f1b", 2, 2), microbatches=3)
     with pytest.raises(PlanError, match="never runs 0F2"):
         to_torch_csv(broken)

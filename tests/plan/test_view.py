@@ -8,9 +8,10 @@ from pipex.plan.actions import parse_action
 from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan, Update
+from pipex.plan.plan import Plan
 from pipex.plan.simulator import simulate
 from pipex.plan.validator import validate
+from pipex.plan.versions import Update
 from pipex.plan.view.text import plan_view, simulation_view
 
 

@@ -76,13 +76,13 @@ def test_of_two_messages_the_later_is_waited_for(pair: str) -> None:
 def test_memory_rises_with_f_and_falls_with_i_and_w() -> None:
     plan = build("zb-h1", 1, 1)
     costs = Costs.uniform(plan, activation=5.0, deferred=2.0)
-    assert memory_curve(plan, costs, simulate(plan, costs).timeline[0]) == [(0, 0), (0, 5), (2, 2), (3, 0)]
+    assert memory_curve(plan, costs, simulate(plan, costs), 0) == [(0, 0), (0, 5), (2, 2), (3, 0)]
 
 
 def test_a_fused_pair_holds_its_forward_beside_what_its_backward_frees() -> None:
     costs = Costs.uniform(FUSED)
     # F at 0, 1 and 2, 3B2 ends at 5, the pair runs from 5 to 8, then two backwards
-    assert memory_curve(FUSED, costs, simulate(FUSED, costs).timeline[0]) == [
+    assert memory_curve(FUSED, costs, simulate(FUSED, costs), 0) == [
         (0, 0), (0, 1), (1, 2), (2, 3), (5, 2), (5, 3), (8, 2), (10, 1), (12, 0),
     ]  # fmt: skip
 
@@ -90,15 +90,15 @@ def test_a_fused_pair_holds_its_forward_beside_what_its_backward_frees() -> None
 def test_a_fused_pair_frees_nothing_before_its_end() -> None:
     plan = fused("(0B0;3F3)OVERLAP_F_B")
     costs = replace(Costs.uniform(plan), activation=[5.0, 1.0, 1.0, 1.0])
-    assert memory_curve(plan, costs, simulate(plan, costs).timeline[0]) == [
-        (0, 0), (0, 5), (1, 10), (2, 11), (5, 10), (8, 6), (10, 5), (12, 0),
+    assert memory_curve(plan, costs, simulate(plan, costs), 0) == [
+        (0, 0), (0, 5), (1, 10), (2, 11), (5, 10), (5, 11), (8, 6), (10, 5), (12, 0),
     ]  # fmt: skip
 
 
 def test_a_forward_alone_holds_for_its_own_time() -> None:
     plan = build("forward-only", 1, 2)
     costs = Costs.uniform(plan)
-    assert memory_curve(plan, costs, simulate(plan, costs).timeline[0]) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert memory_curve(plan, costs, simulate(plan, costs), 0) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
 
 
 def test_curves_peak_where_the_simulator_says(random_plans: list[Plan]) -> None:
@@ -109,8 +109,8 @@ def test_curves_peak_where_the_simulator_says(random_plans: list[Plan]) -> None:
         costs = replace(costs, activation=[2.0 + s % 3 for s in stages], deferred=[1.0] * len(stages))
         simulation = simulate(plan, costs)
         found = messages(plan, costs, simulation)
-        for rank, row in enumerate(simulation.timeline):
-            curve = memory_curve(plan, costs, row)
+        for rank in range(plan.placement.ranks):
+            curve = memory_curve(plan, costs, simulation, rank)
             assert max(held for _, held in curve) == simulation.peak_memory[rank]
             assert curve[-1][1] == 0
             assert [time for time, _ in curve] == sorted(time for time, _ in curve)

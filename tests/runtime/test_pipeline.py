@@ -243,28 +243,7 @@ def test_a_pipeline_that_has_failed_says_so() -> None:
             call(*data(4, 0))
 
 
-TWO_RANKS = ((Action(0, Kind.F, 0), Action(0, Kind.B, 0)), (Action(1, Kind.F, 0), Action(1, Kind.B, 0)))
-TWO_PIPES = (
-    (Action(0, Kind.F, 0), Action(3, Kind.F, 1), Action(3, Kind.B, 1), Action(0, Kind.B, 0)),
-    (Action(2, Kind.F, 1), Action(1, Kind.F, 0), Action(1, Kind.B, 0), Action(2, Kind.B, 1)),
-)
 LOOP = Placement("loop", 2)
-
-
-@pytest.mark.parametrize(
-    ("plan", "reason"),
-    [
-        (Plan("chimera", Placement("bidirectional", 2, 2), 2, TWO_PIPES, (2, 2)), "two copies of the model"),
-        (Plan("pipedream", LOOP, 1, TWO_RANKS, (1, 1), update="microbatch"), "older versions of the weights"),
-        (Plan("pipedream-2bw", LOOP, 1, TWO_RANKS, (1, 1), update="delayed"), "older versions of the weights"),
-    ],
-    ids=lambda value: value.family if isinstance(value, Plan) else "",
-)
-def test_a_plan_with_more_than_one_set_of_weights_is_refused(plan: Plan, reason: str) -> None:
-    with pytest.raises(
-        PeerFailed, match=f"InputError: {plan.family} can be planned and simulated, .* got a plan with {reason}"
-    ):
-        host_world.launch(run_plan, 2, args=(plan,))
 
 
 def run_plan(plan: Plan) -> float:

@@ -12,9 +12,12 @@ import pytest
 import random_models
 import torch
 from cases import SEED, case
+from layer_kinds import KEEPING
 from random_models import Model, Plain
 from runnable_plans import runnable
 from trained_models import Cell, compare, rank_train
+
+import pipex
 
 MODELS, SAMPLE, TOGETHER = 500, 60, 10
 
@@ -31,10 +34,13 @@ def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, dict[str, Any]]
     while count:
         chance = random.Random(seed)
         cell = chance.choice(cells(first % 4 + 1))
-        model = random_models.draw(seed, cell[1] * cell[2], cell[3])
+        family, cell_ranks, chunks, microbatches = cell
+        plan = pipex.build(family, cell_ranks, microbatches, chunks=chunks)
+        copies = len(plan.placement.pipes) > 1
+        model = random_models.draw(seed, plan.placement.pieces, microbatches, without=KEEPING if copies else ())
         seed += 1000
         try:
-            plain = Plain(model)
+            plain = Plain(model, [plan.copy_of(m) for m in range(microbatches)])
             if not plain.parameters:
                 continue
             expected = plain.train()

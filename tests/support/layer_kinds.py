@@ -230,6 +230,14 @@ def simple(act: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
     return lambda: Layer(lambda m, x: act(x))
 
 
+KEEPING = frozenset({
+    "batch norm", "batch norm over all", "instance norm", "buffer in place", "buffer reassigned",
+    "frozen parameter as state", "attribute in place", "attribute reassigned", "counter", "generator of its own",
+    "dropout that begins later", "embedding with max_norm", "spectral norm", "hook on a weight", "hook behind the sum",
+})  # fmt: skip
+"""These keep what their forward changes, or look at the sum of a weight's gradients. With two copies of the model each
+would see only its own micro-batches."""
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "linear": through(lin),
     "linear without bias": through(lambda: lin(False)),

@@ -126,10 +126,16 @@ def base_of(step: int, microbatch: int) -> int:
 
 class Plain:
     """The model in one process: micro-batch by micro-batch through the whole of it, one backward each. A parameter in
-    several stages has a stand-in in each but the first of them, and their gradients are added in stage order."""
+    several stages has a stand-in in each but the first of them, and their gradients are added in stage order; with
+    several copies of the model it has one in each stage of each copy.
 
-    def __init__(self, model: Model) -> None:
+    ``copy_of``: which copy each micro-batch passes.
+    """
+
+    def __init__(self, model: Model, copy_of: Sequence[int] = ()) -> None:
         self.model, self.layers = model, model.layers()
+        self.copies = max(copy_of, default=0) + 1
+        self.copy_of = copy_of or [0] * model.microbatches
         self.stages: list[Stage] = []
         first = 0
         for count in model.counts:
@@ -140,7 +146,7 @@ class Plain:
 
     def _stand_ins(self) -> Iterator[dict[str, Tensor]]:
         known: set[Tensor] = set()
-        for stage in self.stages:
+        for stage in self.stages * self.copies:
             held = dict(stage.named_parameters())
             yield {n: p.detach().requires_grad_() for n, p in held.items() if p in known and p.requires_grad}
             known.update(held.values())
@@ -153,21 +159,22 @@ class Plain:
         for microbatch, (values, wanted) in enumerate(pieces):
             samples, base = len(values), base_of(step, microbatch)
             values = values.data  # a version counter of its own
-            for stage, stand_ins in zip(self.stages, self.stand_ins, strict=True):
+            first = self.copy_of[microbatch] * len(self.stages)
+            for stage, stand_ins in zip(self.stages, self.stand_ins[first:], strict=False):
                 values = torch.func.functional_call(stage, stand_ins, (values, base))
             torch.default_generator.manual_seed(seed_of(base, len(self.layers)))
             yield loss_fn(values, wanted) * (samples / len(batch))
 
-    def train(self) -> dict[str, Any]:
+    def train(self, steps: int = STEPS) -> dict[str, Any]:
         """Everything that can be compared; raises what torch raises."""
         found: dict[str, Any] = {"losses": [], "gradients": []}
         update = optimizer(self.parameters)
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             total = None
             for loss in self.losses(step):
                 loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
-            for stage, stand_ins in zip(self.stages, self.stand_ins, strict=True):
+            for stage, stand_ins in zip(self.stages * self.copies, self.stand_ins, strict=True):
                 for name, stand_in in stand_ins.items():
                     parameter = stage.get_parameter(name)
                     mine, other = parameter.grad, stand_in.grad
@@ -181,6 +188,6 @@ class Plain:
         for stage in self.stages:
             stage.eval()
         with torch.no_grad():
-            first, *rest = self.losses(STEPS + 1)
+            first, *rest = self.losses(steps + 1)
         found["evaluated"] = sum(rest, first).item()
         return found

@@ -1,4 +1,4 @@
-"""Which plans the runtime executes."""
+"""Which plans train as one process does that updates at the end of a step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pipex
 import pipex.plan as plans
 from pipex.errors import PlanError
 
-NOT_RUN = {"dualpipe", "chimera", "pipedream", "pipedream-2bw", "forward-only"}
-"""Two copies of the model, older weights, or no backward: planned and simulated only."""
+APART = {"pipedream", "pipedream-2bw", "forward-only"}
+"""Weights that change within a step (``test_older_weights``), or no backward."""
 
 
 def runnable(ranks: range, chunks: range, microbatches: Sequence[int]) -> list[tuple[str, int, int, int]]:
-    """All (family, ranks, chunks, micro-batches) that are legal and that the runtime executes."""
+    """All (family, ranks, chunks, micro-batches) that are legal and not ``APART``."""
     cells = []
     for name in plans.FAMILIES:
         for cell in itertools.product([name], ranks, chunks, microbatches):
-            if name not in NOT_RUN and is_legal(*cell):
+            if name not in APART and is_legal(*cell):
                 cells.append(cell)
     return cells
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -16,15 +17,19 @@ Cell = tuple[str, int, int, int]
 """Schedule, ranks, chunks, micro-batches."""
 
 
-def rank_train(jobs: list[tuple[Cell, Model]]) -> list[dict[str, Any]]:
+def rank_train(
+    jobs: list[tuple[Cell, Model]], steps: int = STEPS, spared: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """``spared``: fields of the plans, such as ``{"recomputed": (0, 2)}``."""
     torch.set_num_threads(1)
-    return [train(*job) for job in jobs]
+    return [train(*job, steps, spared[number] if spared else None) for number, job in enumerate(jobs)]
 
 
-def train(cell: Cell, model: Model) -> dict[str, Any]:
+def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None) -> dict[str, Any]:
     family, ranks, chunks, microbatches = cell
     plan = pipex.build(family, ranks, microbatches, chunks=chunks)
-    stages = pipex.split_model(nn.Sequential(*model.layers()), plan.placement.stages, balance=model.counts)
+    plan = dataclasses.replace(plan, **(spared or {}))
+    stages = pipex.split_model(nn.Sequential(*model.layers()), plan, balance=model.counts)
     pipeline = pipex.Pipeline(
         stages, plan, random_models.loss_fn, optimizer=random_models.optimizer, seed=random_models.SEED
     )
@@ -34,9 +39,9 @@ def train(cell: Cell, model: Model) -> dict[str, Any]:
         pipeline.optimizer.register_step_pre_hook(lambda *_: found["gradients"].append(gradients(own)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no gradient came to")  # some layers do not use all of their parameters
-        found["losses"] = [pipeline.step(*model.batch(step)) for step in range(1, STEPS + 1)]
+        found["losses"] = [pipeline.step(*model.batch(step)) for step in range(1, steps + 1)]
     found["tensors"] = tensors(own)
-    found["evaluated"] = pipeline.evaluate(*model.batch(STEPS + 1))
+    found["evaluated"] = pipeline.evaluate(*model.batch(steps + 1))
     pipeline.close()
     return found
 

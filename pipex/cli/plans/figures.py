@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from pipex.plan import CostModel, Plan, Simulation, bounds, simulate, simulation_view
+from pipex.plan import CostModel, Costs, Plan, Simulation, bounds, simulate, simulation_view
 
 
 def figures(
@@ -27,9 +27,10 @@ def figures(
     """
     stage_costs = costs.on(plan.placement)
     simulation = simulate(plan, stage_costs)
-    over = [] if limit is None else [r for r, most in enumerate(limit) if simulation.peak_memory[r] > most]
+    slack = bounds.SLACK
+    over = [] if limit is None else [r for r, most in enumerate(limit) if simulation.peak_memory[r] > most * slack]
     kept = None if over else limit  # nothing bounds a plan that breaks the limit but what holds without one
-    bound = bounds.makespan_bound(plan.placement, plan.microbatches, stage_costs, kept, plan.update)
+    bound = bound_of(plan, stage_costs, kept)
     # A bound is a bound; only the rounding of two different sums can put it above.
     least = simulation.makespan if 0 < bound.value / (simulation.makespan or 1) - 1 < 1e-9 else bound.value
     found = {
@@ -40,6 +41,9 @@ def figures(
         "bubble_makespan": simulation.bubble_makespan,
         "bubble_span": simulation.bubble_span,
         "bound_makespan": least,
+        "recomputation": simulation.recomputation,
+        "lost": simulation.lost,
+        "activations": activations(plan),
         "peak_memory": list(simulation.peak_memory),
         "limit": None if limit is None else list(limit),
         "over_limit": over,
@@ -47,6 +51,21 @@ def figures(
         "plan_file": plan_file,
     }
     return found, simulation
+
+
+def bound_of(plan: Plan, costs: Costs, limit: Sequence[float] | None) -> bounds.Bound:
+    """What no plan of the same sizes can go below that recomputes and offloads the same stages."""
+    spared = costs.spared(plan.recomputed, plan.offloaded)
+    return bounds.makespan_bound(plan.placement, plan.microbatches, spared, limit, plan.update)
+
+
+def activations(plan: Plan) -> list[str]:
+    """Per stage what becomes of an activation between F and I."""
+    found = ["held"] * plan.placement.stages
+    for name, stages in (("recomputed", plan.recomputed), ("offloaded", plan.offloaded)):
+        for stage in stages:
+            found[stage] = name
+    return found
 
 
 def picture(simulation: Simulation) -> str:

@@ -6,16 +6,32 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from pipex.cli.plans.figures import figures, picture
 from pipex.cli.plans.files import write_plan
-from pipex.cli.plans.sizes import add_costs, add_json, add_sizes, check_no_costs, check_sizes, costs_of, memory_of
+from pipex.cli.plans.sizes import (
+    add_costs,
+    add_json,
+    add_sizes,
+    add_spare_costs,
+    check_no_costs,
+    check_sizes,
+    costs_of,
+    memory_of,
+)
 from pipex.errors import InputError
-from pipex.plan import CostModel, validate
+from pipex.plan import CostModel, bounds, validate
 from pipex.plan.layer_costs import LayerCosts
 from pipex.plan.plan import check_size
 from pipex.plan.search import Candidate, search
+
+SPARE: dict[str, tuple[bounds.Spare, ...]] = {
+    "recompute": ("recompute",),
+    "offload": ("offload",),
+    "both": ("offload", "recompute"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluations", type=int, metavar="N", help="orders to judge (default: about a second's worth)"
     )
     parser.add_argument("--seconds", type=float, metavar="T", help="begin no evaluation after so long")
-    add_costs(parser)
+    add_spare_costs(add_costs(parser))
+    parser.add_argument(
+        "--spare", choices=(*SPARE, "none"), default="both",
+        help="what may be done with stages between F and I so that a rank holds less: recompute, offload (if --offload "
+        "says what that costs), both (default), or none, as in a plan for torch",
+    )  # fmt: skip
     parser.add_argument(
         "--layers", metavar="FILE",
         help="take the costs from what `pipex profile` measured, instead of --f, --i, --w and --hop: every placement "
@@ -73,11 +94,16 @@ def run(options: argparse.Namespace) -> int:
         if limit is None:  # what 1f1b holds
             weights = costs.weights or (0.0,)
             limit = tuple(options.ranks + sum(weights[rank :: options.ranks]) for rank in range(options.ranks))
+    spare = SPARE.get(options.spare, ())
+    if options.offload is None:
+        spare = tuple(way for way in spare if way != "offload")
+    if options.out is not None and options.out.endswith(".csv"):
+        spare = ()  # torch's runtime holds every activation
     begin = time.perf_counter()
     result = search(
         costs, limit, ranks=options.ranks, microbatches=options.microbatches, objective=options.objective,
         chunks=options.max_chunks, families=None if options.families is None else options.families.split(","),
-        evaluations=options.evaluations, seconds=options.seconds,
+        spare=spare, evaluations=options.evaluations, seconds=options.seconds,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     validate(result.plan)
@@ -102,6 +128,11 @@ def run(options: argparse.Namespace) -> int:
         f"{_name(best)}, the best of {result.evaluations} orders in {seconds:.1f} s"
         f"{'; --seconds ended the search' if result.capped else ''}"
     )
+    for what in ("recomputed", "offloaded"):
+        if stages := [stage for stage, name in enumerate(found["activations"]) if name == what]:
+            print(f"{what} between F and I: stages {_ranges(stages)} of {len(found['activations'])}")
+    if found["recomputation"]:
+        print(f"bubble and recomputation: {found['lost']:.2%} of the makespan is no useful F, I or W")
     print(f"{found['distance']:.2%} above the bound on the {options.objective}, {bound.value:g}: {bound.reason}")
     least = getattr(best, options.objective)
     for other in result.runners_up[:5]:
@@ -110,10 +141,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _ranges(stages: list[int]) -> str:
+    """Rising numbers, in words: 0 to 7, 9."""
+    words = []
+    for _, group in groupby(enumerate(stages), key=lambda numbered: numbered[1] - numbered[0]):
+        run = [stage for _, stage in group]
+        words.append(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(words)
+
+
 def _name(candidate: Candidate) -> str:
     chunks = f"{candidate.placement.chunks} chunks per rank"
     held = chunks if len(candidate.placement.pipes) == 1 else "two copies of the model"
-    return f"{candidate.family} with {held} ({candidate.origin})"
+    spared = [name for name in ("recomputed", "offloaded") if getattr(candidate, name)]
+    what = f", stages {' and '.join(spared)}" if spared else ""
+    return f"{candidate.family} with {held} ({candidate.origin}{what})"
 
 
 def _brief(candidate: Candidate) -> dict[str, Any]:
@@ -124,4 +166,6 @@ def _brief(candidate: Candidate) -> dict[str, Any]:
         "makespan": candidate.makespan,
         "span": candidate.span,
         "peak_memory": list(candidate.peak_memory),
+        "recomputed": list(candidate.recomputed),
+        "offloaded": list(candidate.offloaded),
     }

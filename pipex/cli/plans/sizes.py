@@ -16,8 +16,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--microbatches", type=int, required=True, metavar="M", help="micro-batches per step")
 
 
-def add_costs(parser: argparse.ArgumentParser) -> None:
-    """Declares the costs."""
+def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declares the costs; returns their group."""
     group = parser.add_argument_group(
         "costs",
         "Times in any one unit, of a whole rank, which its chunks share evenly: one number for all ranks, or one per "
@@ -40,6 +40,20 @@ def add_costs(parser: argparse.ArgumentParser) -> None:
         "--exchange", type=float, default=0.0, metavar="T",
         help="time after the last action in which two copies of a model add up their gradients (default 0)",
     )  # fmt: skip
+    return group
+
+
+def add_spare_costs(group: argparse._ArgumentGroup) -> None:
+    """Declares what it costs to hold less."""
+    group.add_argument(
+        "--recompute", type=numbers, metavar="T", help="time of computing an activation again, inside I (default: F)"
+    )
+    group.add_argument(
+        "--offload",
+        type=numbers,
+        metavar="T",
+        help="time of copying an activation to host memory, and of copying it back",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +85,11 @@ def costs_of(options: argparse.Namespace, ranks: int) -> RankCosts:
     Raises:
         InputError: a number is negative, or there is a wrong number of them.
     """
+    recompute, offload = (getattr(options, name, None) for name in ("recompute", "offload"))
     return RankCosts.of(
-        ranks, options.f, options.i, options.w, options.hop, weights=options.weights, exchange=options.exchange
-    )
+        ranks, options.f, options.i, options.w, options.hop, recompute=recompute, offload=offload,
+        weights=options.weights, exchange=options.exchange,
+    )  # fmt: skip
 
 
 def check_no_costs(options: argparse.Namespace, other: str) -> None:
@@ -83,6 +99,8 @@ def check_no_costs(options: argparse.Namespace, other: str) -> None:
         raise InputError(
             f"{other} excludes --f, --i, --w, --hop, --weights and --exchange", fix="its file says the costs"
         )
+    if (options.recompute, options.offload) != (None, None):
+        raise InputError(f"{other} excludes --recompute and --offload", fix="its file says the costs")
 
 
 def memory_of(options: argparse.Namespace, ranks: int) -> tuple[float, ...] | None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipex.cli.plans.figures import figures, picture
+from pipex.cli.plans.figures import bound_of, figures, picture
 from pipex.cli.plans.files import read_plan, write_text
-from pipex.cli.plans.sizes import add_costs, add_json, check_no_costs, costs_of, memory_of
+from pipex.cli.plans.sizes import add_costs, add_json, add_spare_costs, check_no_costs, costs_of, memory_of
 from pipex.errors import InputError
 from pipex.observe import measure, read_trace
-from pipex.plan import bounds
 from pipex.plan.measured import measured_costs
 from pipex.plan.view.chrome import chrome_trace
 from pipex.plan.view.html import html_page
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the costs from what `pipex train --trace` measured, and show the run beside the plan on the page",
     )  # fmt: skip
     parser.add_argument("--chrome", metavar="FILE", help="write the simulated step for Perfetto")
-    add_costs(parser)
+    add_spare_costs(add_costs(parser))
     add_json(parser)
 
 
@@ -50,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
     found, simulation = figures(plan, costs, limit=limit, seconds=0.0, plan_file=options.plan)
     if options.html is not None:
         kept = None if found["over_limit"] else limit
-        bound = bounds.makespan_bound(plan.placement, plan.microbatches, costs, kept, plan.update)
-        write_text(options.html, html_page(plan, costs, bound=bound, limit=limit, trace=trace))
+        write_text(options.html, html_page(plan, costs, bound=bound_of(plan, costs, kept), limit=limit, trace=trace))
     if options.chrome is not None:
         write_text(options.chrome, json.dumps(chrome_trace(plan, costs)))
     if options.json:

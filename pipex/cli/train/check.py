@@ -8,27 +8,36 @@ from torch import Tensor
 
 from pipex import state
 from pipex.cli.train.data import ByteText
-from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stages, digest
+from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stages, clip_norm, digest
 from pipex.cli.train.options import Options
 from pipex.models.transformer import next_token_loss
+from pipex.runtime.checkpoint import read_previous
 from pipex.runtime.reference import OneProcess
+from pipex.runtime.reference_versions import OneProcessWithVersions
 from pipex.runtime.worlds import current_world
 
 
 def prepare(options: Options, ranks: int) -> OneProcess:
     """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
     plan = build_plan(options, ranks)
-    stages = [stage.to(current_world().device) for stage in build_stages(options, plan.placement.stages)]
-    process = OneProcess(
-        stages, plan.microbatches, next_token_loss,
-        optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed,
-    )  # fmt: skip
+    stages = [stage.to(current_world().device) for stage in build_stages(options, plan)]
+    optimizer = build_optimizer(options)
+    if plan.asynchronous:
+        process: OneProcess = OneProcessWithVersions(
+            stages, plan, next_token_loss, optimizer=optimizer, seed=options.seed
+        )
+    else:
+        process = OneProcess(
+            stages, plan, next_token_loss, optimizer=optimizer, clip_norm=clip_norm(options, plan), seed=options.seed
+        )
     if options.resume is not None:
         checkpoint = state.Checkpoint.open(Path(options.resume))
         assert process.optimizer is not None
         state.read_model_state(checkpoint, _names(process))()
         state.read_optimizer_state(checkpoint, process.optimizer, _names(process))()
         process.steps = checkpoint.step
+        if isinstance(process, OneProcessWithVersions):
+            read_previous(checkpoint, _names(process), process.resume)()
     return process
 
 

@@ -25,7 +25,6 @@ def run(namespace: argparse.Namespace) -> int:
     options = option_module.read(namespace)
     from pipex.cli.train.data import load_bytes
     from pipex.cli.train.job import build_plan, build_stages, check_resume
-    from pipex.runtime.arguments import check_runnable
     from pipex.runtime.launch import launch
     from pipex.runtime.worlds import under_torchrun
 
@@ -35,10 +34,9 @@ def run(namespace: argparse.Namespace) -> int:
     text.batch(0, 1, options.context, options.seed)
     options.check_outputs()
     plan = build_plan(options, ranks)
-    check_runnable(plan)
     if plan.update == "never":
         raise InputError(f"{plan.family} has no backward", fix="choose a plan that trains")
-    check_resume(options, build_stages(options, plan.placement.stages))
+    check_resume(options, build_stages(options, plan))
     results = launch(_rank, ranks, args=(options, text), timeout=options.timeout, device=options.device)
     return max(int(result) for result in results if result is not None)
 

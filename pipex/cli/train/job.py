@@ -61,17 +61,22 @@ def build_plan(options: Options, ranks: int) -> Plan:
     return plans.build(options.schedule, ranks, options.microbatches, **chunks)
 
 
-def build_stages(options: Options, stages: int) -> list[Stage]:
+def build_stages(options: Options, plan: Plan) -> list[Stage]:
     """The model in stages, with the initial weights that the seed gives."""
     torch.manual_seed(options.seed)
     config = ModelConfig(width=options.width, heads=options.heads, layers=options.layers, context=options.context,
                          dropout=options.dropout, tied=options.tied)  # fmt: skip
-    return split_model(Transformer(config), stages)
+    return split_model(Transformer(config), plan)
 
 
 def build_optimizer(options: Options) -> Any:
     """The optimizer's factory."""
     return lambda parameters: torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+
+
+def clip_norm(options: Options, plan: Plan) -> float | None:
+    """What gradients are clipped to."""
+    return 1.0 if options.clip is None and not plan.asynchronous else options.clip
 
 
 def describe_run(options: Options) -> dict[str, Any]:
@@ -98,8 +103,8 @@ def train(options: Options, text: ByteText) -> Outcome:
     plan = build_plan(options, world.ranks)
     recorder = Recorder(OBSERVED_STEPS)
     pipeline = Pipeline(
-        build_stages(options, plan.placement.stages), plan, next_token_loss,
-        optimizer=build_optimizer(options), clip_norm=options.clip, seed=options.seed, observer=recorder,
+        build_stages(options, plan), plan, next_token_loss,
+        optimizer=build_optimizer(options), clip_norm=clip_norm(options, plan), seed=options.seed, observer=recorder,
         exact=options.check or None,
     )  # fmt: skip
     if options.resume is not None:

@@ -35,7 +35,7 @@ class Options:
     dropout: float = 0.0
     tied: bool = False
     lr: float = 3e-3
-    clip: float = 1.0
+    clip: float | None = None
     seed: int = 0
     timeout: float = 300.0
     device: str = "cpu"
@@ -52,8 +52,9 @@ class Options:
             if value is not None and value < 1:
                 raise InputError(f"--{name} is out of range", got=value, needed="at least 1")
         for name in ("lr", "clip", "timeout"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise InputError(f"--{name} is out of range", got=getattr(self, name), needed="a number above 0")
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"--{name} is out of range", got=value, needed="a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed is out of range", got=self.seed, needed="0 to 2⁶³-1")
         check_stages(self.layers + 2, self.ranks)  # the blocks, an embedding and a head
@@ -103,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dropout", "dropout probability")
     add("tied", "tie the output head to the token embedding")
     add("lr", "learning rate of AdamW")
-    add("clip", "largest norm of the gradient")
+    add("clip", "largest norm of the gradient; 1 by default, where the plan updates at the end of a step", kind=float)
     add("seed", "seed of the initial weights, the batches and dropout")
     add("timeout", "seconds without progress after which a rank counts as stalled")
     add("device", "cpu, or cuda: a GPU for each rank, by turns where there are fewer")

@@ -15,7 +15,8 @@ from typing import Any, cast, get_args
 from pipex.errors import PlanError, PlanSyntaxError
 from pipex.plan.interop.torch_versions import Versions
 from pipex.plan.placement import Placement, PlacementName
-from pipex.plan.plan import Orders, Plan, Update
+from pipex.plan.plan import Orders, Plan
+from pipex.plan.versions import Update
 
 _MAX_LENGTH = 1 << 20  # a plan of 100,000 ranks has a shorter one
 

@@ -57,8 +57,8 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None 
     ``compute_only`` is the same for all.
 
     Raises:
-        PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe and changes the weights
-            after all micro-batches.
+        PlanError: the plan is not valid, or is not for torch's runtime, which has one pipe, changes the weights
+            after all micro-batches, and holds every activation until it is used.
         InputError: ``format`` or ``torch`` is none.
     """
     if format not in get_args(Format):
@@ -71,6 +71,10 @@ def to_torch_csv(plan: Plan, format: Format = "compute_only", torch: str | None 
     if plan.update not in ("step", "never"):
         got = f"update {plan.update!r}"
         raise PlanError("torch's runtime changes the weights after all micro-batches", got=got, fix=fix)
+    if plan.recomputed or plan.offloaded:
+        name = "recomputed" if plan.recomputed else "offloaded"
+        got = f"stage {min(plan.recomputed or plan.offloaded)} {name}"
+        raise PlanError("torch's runtime holds every activation from F to its backward", got=got, fix=fix)
     return rows_text(plan.orders if format == "compute_only" else with_torch_actions(plan, versions))
 
 
@@ -83,10 +87,11 @@ def from_torch_csv(text: str | bytes, metadata: str | bytes | None = None) -> Pl
 
     Raises:
         PlanSyntaxError: a cell or the metadata cannot be read; names the place.
-        PlanError: no placement fits the actions; the sends, receives and waits do not fit them; the metadata are of
-            another plan, or for another torch.
+        PlanError: an action is none of torch's; no placement fits the actions; the sends, receives and waits do not
+            fit them; the metadata are of another plan, or for another torch.
     """
     rows = parse_rows(text)
+    _check_torch_s_own(rows)
     orders = tuple(tuple(a for a in row if a and a.each[0].kind in COMPUTE) for row in rows)
     kinds = {a.kind for row in rows for a in row if a}
     plan = _inferred(orders) if metadata is None else plan_with_metadata(orders, versions_of(kinds), metadata)
@@ -135,6 +140,14 @@ def _cells(row: str, line: int) -> Iterator[Action | None]:
 def rows_text(rows: Rows | Orders) -> str:
     """The CSV of these cells, byte for byte what Python's csv module, and so torch, writes."""
     return "".join(",".join("" if cell is None else str(cell) for cell in row) + "\r\n" for row in rows)
+
+
+def _check_torch_s_own(rows: Rows) -> None:
+    for rank, row in enumerate(rows):
+        for position, action in enumerate(row):
+            if action and action.kind is Kind.UPDATE:
+                problem = f"{Event(rank, position, action)} is an action that torch does not have"
+                raise PlanError(problem, fix="keep such a plan in pipex's own text form")
 
 
 def _inferred(orders: Orders) -> Plan:

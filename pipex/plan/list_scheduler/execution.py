@@ -106,9 +106,11 @@ def peak(problem: Problem, order: Sequence[int]) -> int:
     for action in order:
         kind, stage = meaning(problem, action)
         if kind == FORWARD:
-            held += problem.activation[stage]
+            held += problem.kept[stage]
         elif kind == INPUT_GRADIENT:
-            held += problem.deferred[stage] - problem.activation[stage]
+            held -= problem.kept[stage]
+            most = max(most, held + problem.activation[stage])
+            held += problem.deferred[stage]
         else:
             held -= problem.deferred[stage]
         most = max(most, held)

@@ -52,6 +52,7 @@ def _native_problem(problem: Problem) -> SchedulingProblem | None:
         activation_hop=problem.activation_hop,
         gradient_hop=problem.gradient_hop,
         activation=problem.activation,
+        kept=problem.kept,
         deferred=problem.deferred,
         limit=problem.limit,
     )

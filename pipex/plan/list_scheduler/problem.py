@@ -40,6 +40,8 @@ class Problem:
         activation: per stage what one micro-batch holds from the start of its F to the end of its I.
         deferred: per stage what it holds from the end of its I to the end of its W.
         limit: per rank the most that it may hold.
+        kept: per stage what one micro-batch holds from the start of its F to the start of its I, where that is less
+            than ``activation``; empty: nowhere.
         passing: per pipe how many micro-batches pass it, those of the first pipe with the lower numbers; empty: all
             pass the only one.
 
@@ -58,9 +60,12 @@ class Problem:
     activation: tuple[int, ...]
     deferred: tuple[int, ...]
     limit: tuple[int, ...]
+    kept: tuple[int, ...] = ()
     passing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.kept:
+            object.__setattr__(self, "kept", self.activation)
         stages = self.placement.stages
         pipes, passing = len(self.placement.pipes), self.passing or (self.microbatches,)
         if len(passing) != pipes or sum(passing) != self.microbatches or min(passing) < 0:
@@ -96,8 +101,16 @@ class Problem:
 
     @cached_property
     def charge(self) -> tuple[int, ...]:
-        """Per stage the larger of activation and deferred: what an F has to find free, so that its I never waits."""
-        return tuple(map(max, self.activation, self.deferred))
+        """Per stage what an F has to find free: the larger of activation and deferred, so that its I never waits; or
+        what is kept, where that is less than an activation."""
+        each = zip(self.kept, self.activation, self.deferred, strict=True)
+        return tuple(kept if kept < activation else max(activation, deferred) for kept, activation, deferred in each)
+
+    @cached_property
+    def surge(self) -> tuple[int, ...]:
+        """Per stage what an I has to find free besides, for itself and the W that follows."""
+        each = zip(self.activation, self.deferred, self.charge, strict=True)
+        return tuple(max(activation, deferred) - charge for activation, deferred, charge in each)
 
     @cached_property
     def rank_of(self) -> tuple[int, ...]:
@@ -129,12 +142,14 @@ class Problem:
 
 
 def pack(problem: Problem, orders: Orders) -> Packed:
-    """The packed form of the orders of a valid plan. A B becomes I and W; with two pipes, micro-batches are numbered
-    anew, as ``Problem.passing`` has them, and keep their order in each."""
+    """The packed form of the orders of a valid plan. A B becomes I and W; UPDATEs, which take no time, are left out.
+    With two pipes, micro-batches are numbered anew, as ``Problem.passing`` has them, and keep their order in each."""
     codes = array("q")
     number = _numbers(problem, orders)
     for order in orders:
         for action in (part for fused in order for part in fused.each):
+            if action.kind is Kind.UPDATE:
+                continue
             kinds = (Kind.I, Kind.W) if action.kind is Kind.B else (action.kind,)
             m = number[action.microbatch]
             codes.extend(code(problem, KINDS.index(kind), action.stage, m) for kind in kinds)

@@ -71,13 +71,14 @@ class Scheduler:
 
     def _candidates(self, rank: int, now: int) -> list[_Candidate]:
         """Per stage and kind the next micro-batch, where it is known when it will be ready and where there is memory.
-        An F that lacks memory lends its due date to the most urgent W, which will free some."""
+        What lacks memory lends its due date to the most urgent W, which will free some."""
         problem, due, placement = self.problem, self.due, self.problem.placement
         next_f, next_i, next_w = self.next
         end_f, end_i, _ = self.end
         candidates: list[_Candidate] = []
         blocked = _NEVER
         first_w: _Candidate | None = None
+        left = problem.limit[rank] - sum(self.held[stage] for stage in problem.stages_of[rank])
         for stage, room in zip(self.problem.stages_of[rank], self._rooms(rank), strict=True):
             before, after = placement.before(stage), placement.after(stage)
             m = next_f[stage]
@@ -94,7 +95,10 @@ class Scheduler:
                 if after is not None:
                     ready = max(ready, end_i[after][m] + problem.gradient_hop[stage])
                 date = due.start[m] + due.offset[INPUT_GRADIENT][stage]
-                candidates.append(_Candidate(date, INPUT_GRADIENT, stage, ready))
+                if problem.surge[stage] == 0 or problem.surge[stage] <= left:
+                    candidates.append(_Candidate(date, INPUT_GRADIENT, stage, ready))
+                elif ready - now <= due.look:
+                    blocked = min(blocked, date)
             m = next_w[stage]
             if m < next_i[stage]:
                 date = due.start[m] + due.offset[WEIGHT_GRADIENT][stage]
@@ -107,10 +111,11 @@ class Scheduler:
 
     def _rooms(self, rank: int) -> list[int]:
         """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk; of two pipes,
-        its own cap or the limit."""
+        its own cap or what both may hold together."""
         stages = self.problem.stages_of[rank]
         if len(self.problem.placement.pipes) > 1:
-            left = self.problem.limit[rank] - sum(self.held[stage] for stage in stages)
+            surge = max(self.problem.surge[stage] for stage in stages)
+            left = self.problem.limit[rank] - surge - sum(self.held[stage] for stage in stages)
             return [min(self.due.cap[stage] - self.held[stage], left) for stage in stages]
         rooms = []
         held = 0

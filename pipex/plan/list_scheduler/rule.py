@@ -126,12 +126,14 @@ def _caps(problem: Problem, share: int) -> list[int]:
 
     From one chunk to the next the cap grows by at least one activation. So when a chunk is at its cap, one of its own
     activations is there to go on: the deepest chunk that waits for memory always gets it. With two pipes each keeps
-    the limit without what is kept for the other, which is just as safe.
+    the limit without what is kept for the other, which is just as safe. What an I takes beside what was kept since its
+    F is left free of all forwards.
     """
     lifetimes = problem.lifetimes
     caps = [0] * problem.placement.stages
-    for rank, limit in enumerate(problem.limit):
+    for rank, most in enumerate(problem.limit):
         stages = problem.stages_of[rank]
+        limit = most - max(problem.surge[stage] for stage in stages)
         total = sum(lifetimes[stage] for stage in stages) or 1
         if len(problem.placement.pipes) > 1:
             for stage, other in zip(stages, reversed(stages), strict=True):

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache, partial
 from math import inf
-from operator import sub
+from operator import add, sub
 from typing import NamedTuple
 
-from pipex.errors import InputError, PlanError
+from pipex.errors import PlanError
 from pipex.plan.actions import Kind
+from pipex.plan.bounds import Spare
 from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
-from pipex.plan.families import FAMILIES, options_of
+from pipex.plan.families import FAMILIES
 from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan, Update
+from pipex.plan.plan import Plan
+from pipex.plan.search.arguments import check_arguments
 from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
+from pipex.plan.search.sparing import neighbour, promising, with_copies
 from pipex.plan.search.units import Units, with_whole_backward
 from pipex.plan.simulator import simulate
+from pipex.plan.versions import Update
 
 _ACTIONS = 10_000_000
 """So many actions are planned by default, in all evaluations together: a second or two in the native list scheduler."""
@@ -56,18 +61,19 @@ def search(
     objective: Objective = "makespan",
     chunks: int = 4,
     families: Sequence[str] | None = None,
+    spare: Collection[Spare] | None = None,
     evaluations: int | None = None,
     seconds: float | None = None,
 ) -> SearchResult:
     """The plan with the smallest makespan (or span) that was found, and how far it is from what is possible.
 
     Candidates are the published orders, and orders planned by due dates: on loops (under the names zb-auto with one
-    chunk per rank, interleaved-zb with several), on a V (zbv), and with two copies of the model (dualpipe).
+    chunk per rank, interleaved-zb with several), on a V (zbv), and with two copies of the model (dualpipe). Where a
+    limit makes ranks wait for memory, these are also planned with stages that are recomputed or offloaded.
 
     Two copies hold all weights twice and add up their gradients at the end. So they are considered only where there is
-    known to be room for the second one: where the costs have ``weights`` and a limit is given, which then counts both
-    copies; or where ``families`` names them. They are looked at after all else, with as many evaluations again, and so
-    never make the answer worse.
+    known to be room for both, as the costs have ``weights`` and a limit is given, or where ``families`` names them;
+    after all else, with as many evaluations again, so that they never make the answer worse.
 
     Args:
         costs: the true costs, for any placement.
@@ -76,10 +82,11 @@ def search(
         ranks, microbatches: sizes of the step.
         objective: "makespan" for steps that end with a barrier, "span" for steps that do not.
         chunks: at most so many stages per rank; more means more messages.
-        families: the names of those to consider; None: all that keep one version of the weights, those with two copies
-            as said above.
+        families: the names of those to consider; None: all that keep one version of the weights, as said above.
+        spare: what may be done with stages to hold less: "recompute", "offload". None: both, under a limit, offloading
+            where the costs say what copies take.
         evaluations: how many orders to judge, and as many again with two copies; the same number gives the same plan
-            on every machine. None: what takes about a second.
+            on every machine. None: what takes about a second, or with stages to spare a few.
         seconds: no evaluation begins after so long; None: no such cap.
 
     Raises:
@@ -88,30 +95,21 @@ def search(
         PlanError: a family is unknown, or no plan found keeps the limit though one may exist (says the smallest limit
             that is known to be enough).
     """
-    if objective not in ("makespan", "span"):
-        raise InputError("unknown objective", got=repr(objective), needed="makespan or span")
-    for name, value in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"bad number of {name}", got=repr(value), needed="a whole number, at least 1")
-    if families is not None and (isinstance(families, str) or not families):
-        raise InputError("bad families", got=repr(families), needed="a list of names, or None for all")
-    if evaluations is not None and evaluations < 1:
-        raise InputError("too few evaluations", got=evaluations, needed="at least 1")
-    if seconds is not None and not seconds >= 0:  # so that nan is refused too
-        raise InputError("bad number of seconds", got=seconds, needed="at least 0")
-    for name in families or ():
-        options_of(name)
+    check_arguments(objective, ranks, microbatches, chunks, families, spare, evaluations, seconds)
     limit = None
     if memory is not None:
         limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
     deadline = inf if seconds is None else time.monotonic() + seconds
-    units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit)
+    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    spare = () if limit is None else priced if spare is None else spare
+    units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
+        evaluations += evaluations // 2 if spare else 0
     if families is None:
         counted = limit is not None and any(space.costs.weights is not None for space in spaces)
         families = [name for name in FAMILIES if name not in ONLY_BY_NAME and (counted or name not in TWO_COPIES)]
-    return _Search(units, spaces, limit, objective, tuple(families), evaluations, deadline).run()
+    return _Search(units, spaces, limit, objective, tuple(families), spare, evaluations, deadline).run()
 
 
 class _Draft(NamedTuple):
@@ -127,9 +125,11 @@ class _Search:
     """The state of a search.
 
     Attributes:
-        planned: the placements on which it plans.
+        planned: where it plans at present, of ``all_planned``: on placements with one copy of the model, or two.
         searched: placements, and when their plans change the weights: what the bound is for.
-        best: per family and number of chunks the best that keeps the limit, with the key of its rank.
+        best: per family, number of chunks, and whether stages are recomputed and offloaded, the best that keeps the
+            limit, with the key of its rank.
+        sparing: gives the spaces with the most promising choices of stages to spare on a placement.
         too_large: what does not keep the limit.
         drafts: the best orders, each with another value, best first.
     """
@@ -141,6 +141,7 @@ class _Search:
         limit: tuple[float, ...] | None,
         objective: Objective,
         families: tuple[str, ...],
+        spare: Collection[Spare],
         evaluations: int,
         deadline: float,
     ) -> None:
@@ -152,25 +153,20 @@ class _Search:
         self.planned: list[Space] = []
         self.spaces = {space.placement: space for space in reversed(spaces)}  # of a placement's shares the halves
         self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.all_planned}
-        self.best: dict[tuple[str, int], tuple[tuple[int, int, int, int], Candidate]] = {}
+        self.best: dict[tuple[str, int, bool, bool], tuple[tuple[int, int, int, int], Candidate]] = {}
+        self.spare, self.sparing = spare, cache(partial(promising, spare=spare))
         self.too_large: list[Candidate] = []
         self.drafts: list[_Draft] = []
 
     def run(self) -> SearchResult:
         for copies in (1, 2):
-            self.planned = [space for space in self.all_planned if space.copies == copies]
             names = [name for name in self.families if (name in TWO_COPIES) == (copies == 2)]
             if names:
-                begin, self.drafts = self.evaluations, []
-                self.most_evaluations = begin + self.budget
-                self._try_starts()
-                self._vary_rules(begin + min(self.budget // 3, _FIRST))
-                self._try_published(names)
-                self._refine()
+                self._search([space for space in self.all_planned if space.copies == copies], names)
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
-        bounds = [self.spaces[placement].bound(self.objective, update) for placement, update in self.searched]
+        bounds = [self.spaces[p].least(self.objective, update, self.spare) for p, update in self.searched]
         return SearchResult(
             best=ranking[0],
             runners_up=tuple(ranking[1:]),
@@ -181,6 +177,17 @@ class _Search:
             evaluations=self.evaluations,
             capped=self.capped,
         )
+
+    def _search(self, planned: list[Space], families: Sequence[str]) -> None:
+        """With a budget of its own, so that what comes before does not depend on it."""
+        begin, self.planned, self.drafts = self.evaluations, planned, []
+        self.most_evaluations = begin + self.budget
+        self._try_starts()
+        self._vary_rules(begin + min(self.budget // 3, _FIRST))
+        self._try_published(families)
+        if self.spare:
+            self._try_sparing()
+        self._refine()
 
     def _begin(self, evaluations: int = 1) -> bool:
         """Whether so much may be done; counts it. Neither budget nor clock ends a search that has found nothing."""
@@ -194,11 +201,11 @@ class _Search:
     def _may_win(self, space: Space, whole_backward: bool = False) -> bool:
         """Whether the placement's bound leaves room below the best plan. Rounding to whole numbers may make every
         action on a critical path shorter, by half a unit."""
-        if not self.best:
+        bound = space.bound(self.objective, "step", whole_backward).value
+        if not self.best or bound == inf:  # without stages to spare nothing keeps the limit; with them it may
             return True
-        (bound,) = self.units.times([space.bound(self.objective, "step", whole_backward).value])
         rounding = 3 * space.placement.stages * space.microbatches
-        return bound + rounding < min(key[0] for key, _ in self.best.values())
+        return self.units.times([bound])[0] + rounding < min(key[0] for key, _ in self.best.values())
 
     def _try_starts(self) -> None:
         """On the placements with the lowest bounds first, for those who do not wait for the end."""
@@ -223,6 +230,29 @@ class _Search:
                 if not self._begin():
                     return
                 self._plan(space, rule, parent.medians)
+
+    def _try_sparing(self) -> None:
+        """Plans with the most promising choices of stages, then with neighbours of the best of these: a third of what
+        is left of the evaluations."""
+        until = self.evaluations + (self.most_evaluations - self.evaluations) // 3
+        spaces = [spared for space in self.planned for spared in self.sparing(space)]
+        spaces.sort(key=lambda space: space.bound(self.objective).value)
+        for turn in range(max((len(STARTS[space.placement.name]) for space in spaces), default=0)):
+            for space in spaces:
+                rules = STARTS[space.placement.name]
+                if turn < len(rules) and self.evaluations < until and self._may_win(space) and self._begin():
+                    self._plan(space, rules[turn], medians=False)
+        spaces = [space for space in spaces if space.pool.kept]
+        while spaces and self.evaluations < until:
+            spaces = sorted((s for s in spaces if s.pool.kept), key=lambda s: s.pool.kept[0].value)[:_DRAFTS]
+            parent = spaces[biased(len(spaces), self.random)]
+            space = parent.sparing(*neighbour(parent, self.spare, self.random))
+            for known in parent.pool.kept[:2]:
+                if not self._begin():
+                    return
+                self._plan(space, known.rule, known.medians)
+            spaces.append(space)
+        self.planned += [space for space in spaces if space.pool.kept]
 
     def _plan(self, space: Space, rule: Rule, medians: bool) -> None:
         """Plans by due dates with the true or with the median times, and judges by the true ones."""
@@ -277,40 +307,53 @@ class _Search:
             for orders in (plan, unfused(plan)) if fused and space.costs.overlap < 1 else (unfused(plan),):
                 if not self._begin():
                     return
-                self._judge_published(space, orders)
+                fits = self._judge_published(space, orders)
+            for spared in self.sparing(space) if self.spare and not fits else ():
+                if not self._begin():
+                    return
+                self._judge_packed(spared, plan.family, "published", pack(spared.problem, plan.orders))
 
-    def _judge_published(self, space: Space, plan: Plan) -> None:
-        """As it is: natively where every backward is whole or every one is split. Where the plan has some of each, all
-        are split, which costs no time; and little memory, or else the plan is judged as it is after all."""
+    def _judge_published(self, space: Space, plan: Plan) -> bool:
+        """Whether it keeps the limit. As it is: natively where every backward is whole or every one is split. Where the
+        plan has some of each, all are split, which costs no time; and little memory, or else it is judged as it is."""
         kinds = {action.kind for order in plan.orders for action in order}
-        if space.copies == 1 and kinds == {Kind.F, Kind.B}:
+        if space.copies == 1 and kinds - {Kind.UPDATE} == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None
-            self._judge(space, plan.family, "published", plan, replayed)
-            return
+            return self._judge(space, plan.family, "published", plan, replayed)[1]
         if space.copies == 1 and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
             _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
             if fits or Kind.B not in kinds:
-                return
-        simulation = simulate(plan, space.costs)
-        makespan, span = self.units.times((simulation.makespan, simulation.span))
-        activations = map(sub, simulation.peak_memory, space.costs.weights_held(space.placement))
-        self._judge(space, plan.family, "published", plan, Replay(makespan, span, self.units.memories(activations)))
+                return fits
+        _, fits = self._judge(space, plan.family, "published", plan, self._simulated(plan, space))
         if space.copies == 2:  # with all backwards split, another order to improve
             self._judge_packed(space, plan.family, "improved", pack(space.problem, plan.orders))
+        return fits
 
     def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
-        """Judges orders with split backwards, and keeps them as a draft if they are among the best."""
+        """Judges orders with split backwards, and keeps them as a draft if they are among the best. Those that offload
+        are judged with their copies if they might win without."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
-        makespan, span, peaks = replayed
-        replayed = Replay(makespan + space.exchange, span + space.exchange, peaks)
-        value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
+        replayed = Replay(replayed.makespan + space.exchange, replayed.span + space.exchange, replayed.peaks)
+        if space.offloaded:
+            value = replayed.makespan if self.objective == "makespan" else replayed.span
+            fits = all(peak <= most for peak, most in zip(replayed.peaks, space.problem.limit, strict=True))
+            if fits and value < min((key[0] for key, _ in self.best.values()), default=inf):
+                plan = with_copies(space, family, packed)
+                fits = self._judge(space, family, origin, plan, self._simulated(plan, space))[1]
+        else:
+            value, fits = self._judge(space, family, origin, (space.problem, packed), replayed)
         if fits and value not in (draft.value for draft in self.drafts):
             drafts = [*self.drafts, _Draft(value, space, family, packed)]
             self.drafts = sorted(drafts, key=lambda draft: draft.value)[:_DRAFTS]
         return value, fits
+
+    def _simulated(self, plan: Plan, space: Space) -> Replay:
+        simulation = simulate(plan, space.costs)
+        makespan, span = self.units.times((simulation.makespan, simulation.span))
+        return Replay(makespan, span, self.units.memories(map(sub, simulation.peak_memory, space.weights)))
 
     def _judge(
         self, space: Space, family: str, origin: Origin, orders: Plan | tuple[Problem, Packed], replayed: Replay
@@ -319,8 +362,8 @@ class _Search:
         whether they keep the limit."""
         times = (replayed.makespan, replayed.span)
         value, other = times if self.objective == "makespan" else times[::-1]
-        key = (value, space.copies, other, space.placement.chunks)
-        group = (family, space.placement.chunks)
+        key = value, space.copies, other, space.placement.chunks
+        group = family, space.placement.chunks, bool(space.recomputed), bool(space.offloaded)
         fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
         if not fits or group not in self.best or key < self.best[group][0]:
             candidate = Candidate(
@@ -331,11 +374,10 @@ class _Search:
                 orders.update if isinstance(orders, Plan) else "step",
                 makespan=replayed.makespan / self.units.time,
                 span=replayed.span / self.units.time,
-                peak_memory=tuple(
-                    peak / self.units.memory + weights
-                    for peak, weights in zip(replayed.peaks, space.costs.weights_held(space.placement), strict=True)
-                ),
+                peak_memory=tuple(map(add, (peak / self.units.memory for peak in replayed.peaks), space.weights)),
                 orders=orders,
+                recomputed=space.recomputed,
+                offloaded=space.offloaded,
             )
             if fits:
                 self.best[group] = key, candidate
@@ -346,8 +388,9 @@ class _Search:
     def _nothing_fits(self) -> PlanError:
         names = ", ".join(self.families)
         if self.limit is None or not self.too_large:
-            more = "more chunks" if self.limit is None else "more chunks, or more memory"
-            return PlanError(f"none of {names} fits these sizes", fix=f"allow other families, {more}")
+            return PlanError(
+                f"none of {names} fits these sizes", fix="allow other families, more chunks or more memory"
+            )
         least = min(self.too_large, key=lambda candidate: max(candidate.peak_memory))
         return PlanError(
             f"found no plan of {names} within the memory limit, and cannot prove that there is none",

@@ -45,7 +45,7 @@ def published(
             try:
                 small = _small(family, chosen.get("chunks"))
                 space = spaces.get(replace(small.placement, ranks=ranks))
-                if space is not None and worth(space, all(a.kind in (Kind.F, Kind.B) for a in small.orders[0])):
+                if space is not None and worth(space, not any(a.kind in (Kind.I, Kind.W) for a in small.orders[0])):
                     yield build(family, ranks, microbatches, **chosen)
             except InputError:
                 continue  # the sizes or the memory do not fit this family

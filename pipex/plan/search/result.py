@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -10,10 +10,11 @@ from pipex.plan.bounds import Bound
 from pipex.plan.costs import Costs
 from pipex.plan.list_scheduler import Packed, Problem, unpack
 from pipex.plan.list_scheduler.improvement import Objective
-from pipex.plan.memory import peak_memory
+from pipex.plan.memory import with_promise
 from pipex.plan.placement import Placement
-from pipex.plan.plan import Plan, Update
+from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, simulate
+from pipex.plan.versions import Update
 
 Origin = Literal["published", "planned", "planned on medians", "improved"]
 
@@ -29,6 +30,7 @@ class Candidate:
         makespan, span: of its replay on the true costs, in their unit of time.
         peak_memory: per rank, in their unit of memory.
         orders: what ``plan`` is made of.
+        recomputed, offloaded: those of the plan.
     """
 
     family: str
@@ -40,6 +42,8 @@ class Candidate:
     span: float
     peak_memory: tuple[float, ...]
     orders: Plan | tuple[Problem, Packed] = field(repr=False, compare=False)
+    recomputed: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
 
     @cached_property
     def plan(self) -> Plan:
@@ -48,9 +52,8 @@ class Candidate:
             return self.orders
         problem, packed = self.orders
         orders, ranks = unpack(problem, packed), self.placement.ranks
-        draft = Plan(self.family, self.placement, self.microbatches, orders, (0,) * ranks)
-        ones = [1] * self.placement.stages
-        return replace(draft, peak_activations=tuple(map(int, peak_memory(draft, ones, ones))))
+        draft = Plan(self.family, self.placement, self.microbatches, orders, (0,) * ranks, recomputed=self.recomputed)
+        return with_promise(draft)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class SearchResult:
 
     Attributes:
         best: the candidate with the smallest makespan, or span.
-        runners_up: the best of every other family and number of chunks that was not ruled out by its bound, best first.
+        runners_up: the best of every other family, number of chunks and way to spare memory that was not ruled out by
+            its bound, best first.
         costs: the true costs of the best one's placement.
         bound: what no plan on any of the placements searched can go below, whatever makes it.
         objective: which time was to be made small.

@@ -34,7 +34,8 @@ class Units:
         """Units for all of these placements."""
         times, all_time, all_memory = [0.0], 0.0, 0.0
         for placement, cost in costs.items():
-            kinds = cost.forward, cost.input_gradient, cost.weight_gradient
+            kinds = [cost.forward, cost.input_gradient, cost.weight_gradient]
+            kinds += [cost.recompute] if cost.recompute is not None else []
             for rank in range(placement.ranks):
                 times.append(sum(kind[stage] for kind in kinds for stage in placement.stages_of(rank)))
             times += cost.hop.values()
@@ -64,22 +65,32 @@ class Units:
         costs: Costs,
         limit: Sequence[float] | None,
         passing: tuple[int, ...] = (),
+        recomputed: Sequence[int] = (),
+        offloaded: Sequence[int] = (),
     ) -> Problem:
-        """What is to be scheduled."""
+        """What is to be scheduled. Copies take no time here, but a rank has less memory: by the largest that it
+        offloads, while its F runs, and where that leaves more than half, as much again for one on its way."""
         stages = range(placement.stages - 1)
+        spared = costs.spared(recomputed, offloaded)
+        copies = [
+            max((costs.activation[s] for s in offloaded if placement.rank_of(s) == rank), default=0.0)
+            for rank in range(placement.ranks)
+        ]
+        limits = zip(self.limits(placement, microbatches, costs, limit), self.memories(copies), strict=True)
         ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in stages]
         back = [placement.ends.get((stage, Kind.RECV_B)) for stage in stages]
         return Problem(
             placement,
             microbatches,
             forward=self.times(costs.forward),
-            input_gradient=self.times(costs.input_gradient),
+            input_gradient=self.times(spared.input_gradient),
             weight_gradient=self.times(costs.weight_gradient),
             activation_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in ahead),
             gradient_hop=self.times(costs.hop[edge] if edge else 0.0 for edge in back),
             activation=self.memories(costs.activation),
             deferred=self.memories(costs.deferred),
-            limit=self.limits(placement, microbatches, costs, limit),
+            limit=tuple(max(0, most - min(2 * copy, max(copy, most // 2))) for most, copy in limits),
+            kept=self.memories(spared.activation),
             passing=passing,
         )
 

@@ -1,15 +1,18 @@
 """A simulated plan as a Chrome trace, for Perfetto or chrome://tracing.
 
-One process per rank with its actions, an arrow per message, and two counters: what the rank holds, and how many
-messages for it are sent but not taken. Ranges are named as in a measured trace (``PP:2F0``).
+One process per rank with its actions, its copies to host memory and back, an arrow per message, and two counters: what
+the rank holds, and how many messages for it are sent but not taken. Ranges are named as in a measured trace
+(``PP:2F0``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipex.plan.costs import Costs
 from pipex.plan.messages import Message, messages
+from pipex.plan.offload import TimedCopy
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction, simulate
 from pipex.plan.view.course import memory_curve, under_way_curve
@@ -34,9 +37,10 @@ def chrome_trace(plan: Plan, costs: Costs) -> dict[str, Any]:
             {"ph": "M", "name": "thread_name", "pid": rank, "tid": 0, "args": {"name": "compute"}},
         ]
         rows += [_slice(rank, timed) for timed in row]
+        rows += _copies(rank, simulation.copies[rank])
         rows += [
             {"ph": "C", "name": "memory", "pid": rank, "ts": _microseconds(time), "args": {"held": amount}}
-            for time, amount in memory_curve(plan, costs, row)
+            for time, amount in memory_curve(plan, costs, simulation, rank)
         ]
         to_rank = [message for message in all_messages if message.consumer[0] == rank]
         rows += [
@@ -64,6 +68,22 @@ def _slice(rank: int, timed: TimedAction) -> dict[str, Any]:
         "ph": "X", "name": f"PP:{action}", "cat": action.kind.value, "pid": rank, "tid": 0,
         "ts": ts, "dur": _microseconds(end) - ts, "args": args,
     }  # fmt: skip
+
+
+def _copies(rank: int, copies: Sequence[TimedCopy]) -> list[dict[str, Any]]:
+    """The copy streams, each a thread of its own."""
+    rows: list[dict[str, Any]] = []
+    for tid, name in enumerate(("copy out", "copy back"), start=1) if copies else ():
+        rows.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": {"name": name}})
+        for copy in copies:
+            start, end = (copy.out_start, copy.out_end) if tid == 1 else (copy.back_start, copy.back_end)
+            ts = _microseconds(start)
+            rows.append({
+                "ph": "X", "name": f"{name} {copy.stage} {copy.microbatch}", "cat": "copy", "pid": rank, "tid": tid,
+                "ts": ts, "dur": _microseconds(end) - ts,
+                "args": {"stage": copy.stage, "microbatch": copy.microbatch},
+            })  # fmt: skip
+    return rows
 
 
 def _arrow(number: int, message: Message, producer: TimedAction) -> list[dict[str, Any]]:

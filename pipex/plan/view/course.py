@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
+from pipex.plan.memory import changes
 from pipex.plan.messages import Message, Place
 from pipex.plan.plan import Plan
-from pipex.plan.simulator import Simulation, TimedAction
+from pipex.plan.simulator import Simulation
 
 
 def waits(simulation: Simulation, under_way: Iterable[Message]) -> dict[Place, Message]:
@@ -24,33 +24,39 @@ def waits(simulation: Simulation, under_way: Iterable[Message]) -> dict[Place, M
     return last
 
 
-def memory_curve(plan: Plan, costs: Costs, row: Sequence[TimedAction]) -> list[tuple[float, float]]:
+def memory_curve(plan: Plan, costs: Costs, simulation: Simulation, rank: int) -> list[tuple[float, float]]:
     """What a rank holds, as (time, amount from then on); begins with its weights, where the costs have them, at 0. Its
-    maximum is ``Simulation.peak_memory``.
+    maximum is ``Simulation.peak_memory``, or less where copies end before they have to.
 
-    An F adds when it starts, a backward changes when it ends: between the two a fused pair holds both.
+    An F adds when it starts, a backward changes when it ends: between the two a fused pair holds both. An activation
+    that was copied out is gone with the copy's end, and takes its room again when the copy back starts.
     """
-    held = costs.weights_held(plan.placement)[plan.placement.rank_of(row[0].action.each[0].stage)]
+    row = simulation.timeline[rank]
+    copies = {(copy.stage, copy.microbatch): copy for copy in simulation.copies[rank]}
+    amounts = costs.inputs or [0.0] * plan.placement.stages, costs.activation, costs.deferred
+    timed = []
+    for change in changes(plan, rank):
+        match change.when:
+            case "start":
+                time = row[change.position].start
+            case "end":
+                time = row[change.position].end
+            case "gone":
+                time = copies[change.part.stage, change.part.microbatch].out_end
+            case "back":
+                time = copies[change.part.stage, change.part.microbatch].back_start
+        timed.append((time, change))
+    held = costs.weights_held(plan.placement)[rank]
     curve = [(0.0, held)]
-    for action, start, end in row:
-        during = held
-        for stage, kind, _, _ in action.each:
-            match kind:
-                case Kind.F:
-                    held += costs.activation[stage]
-                case Kind.I:
-                    held += costs.deferred[stage] - costs.activation[stage]
-                case Kind.B:
-                    held -= costs.activation[stage]
-                case Kind.W:
-                    held -= costs.deferred[stage]
-            if kind is Kind.F:
-                during = max(during, held)
-                if plan.update == "never":
-                    held -= costs.activation[stage]
-        for time, amount in ((start, during), (end, held)):
-            if amount != curve[-1][1]:
-                curve.append((time, amount))
+    last: tuple[int, str] | None = None
+    for time, (position, _, when, by) in sorted(timed, key=lambda pair: pair[0]):
+        held += sum(more * amounts[form][stage] for form, stage, more in by)
+        if last == (position, when):  # of a fused pair, whose parts start and end together
+            curve.pop()
+        last = None
+        if held != curve[-1][1]:
+            last = position, when
+            curve.append((time, held))
     return curve
 
 

@@ -1,7 +1,13 @@
 // ---------------------------------------------------------------- data
 
 const page = JSON.parse(document.getElementById("data").textContent);
-const KINDS = { F: "forward", I: "input gradient", W: "weight gradient", B: "input and weight gradient" };
+const KINDS = {
+  F: "forward",
+  I: "input gradient",
+  W: "weight gradient",
+  B: "input and weight gradient",
+  UPDATE: "update of the weights",
+};
 const ranks = page.planned.length;
 const chunks = page.stages[0].length;
 
@@ -9,7 +15,7 @@ const chunks = page.stages[0].length;
 function readRow({ actions, start, end }) {
   const names = actions.split(",");
   const parts = names.map((name) =>
-    [...name.matchAll(/(\d+)([FIWB])(\d+)/g)].map(([, stage, kind, microbatch]) => ({
+    [...name.matchAll(/(\d+)([FIWB]|UPDATE)(\d+)/g)].map(([, stage, kind, microbatch]) => ({
       stage: +stage,
       kind,
       microbatch,

@@ -34,7 +34,9 @@ function drawActions(row, rank, y, { boxes, names }) {
     const tall = size.bar / row.parts[i].length;
     row.parts[i].forEach((part, k) => {
       const chunk = page.stages[rank].indexOf(part.stage);
-      const box = `M${round(x)} ${y + k * tall}h${round(wide > 5 ? wide - 1 : wide)}v${tall}H${round(x)}z`;
+      const least = part.kind === "UPDATE" ? 2 : 0; // a planned one takes no time, and is to be seen all the same
+      const drawn = Math.max(wide > 5 ? wide - 1 : wide, least);
+      const box = `M${round(x)} ${y + k * tall}h${round(drawn)}v${tall}H${round(x)}z`;
       (boxes[shade(part.kind, chunk)] ??= []).push(box);
       const [from, to] = [Math.max(x, LEFT), Math.min(x + wide, LEFT + width)]; // what is seen of it
       const name = nameThatFits(part, to - from, tall);

@@ -56,7 +56,7 @@ def html_page(
         "bound": None if bound is None else _short(bound[0]),
         "limit": None if limit is None else list(map(_short, limit)),
         "peak": list(map(_short, simulation.peak_memory)),
-        "memory": [_memory(plan, costs, row) for row in simulation.timeline],
+        "memory": [_memory(plan, costs, simulation, rank) for rank in range(ranks)],
         "planned": list(map(_row, simulation.timeline)),
         "measured": None if measured is None else list(map(_row, measured.timeline)),
         "waits": _waits(plan, costs, simulation),
@@ -130,8 +130,8 @@ def _row(row: Sequence[TimedAction]) -> dict[str, Any]:
     }
 
 
-def _memory(plan: Plan, costs: Costs, row: Sequence[TimedAction]) -> dict[str, Any]:
-    curve = memory_curve(plan, costs, row)
+def _memory(plan: Plan, costs: Costs, simulation: Simulation, rank: int) -> dict[str, Any]:
+    curve = memory_curve(plan, costs, simulation, rank)
     return {"time": [_short(time) for time, _ in curve], "held": [_short(held) for _, held in curve]}
 
 
@@ -175,6 +175,11 @@ def _figures(
         beside = (show(ran), _difference(planned, ran, show)) if measured else ()
         lines.append(((show(planned), *beside), name, meaning))
     nothing = ("", "") if measured else ()
+    if simulation.recomputation:
+        meaning = "Share of all ranks' time over the makespan in which they make again what they have made."
+        lines.append(((_percent(simulation.recomputation), *nothing), "recomputation", meaning))
+        meaning = "Bubble of the makespan and recomputation together: all that is no useful F, I or W."
+        lines.append(((_percent(simulation.lost), *nothing), "lost", meaning))
     peak = max(simulation.peak_memory)
     rank = simulation.peak_memory.index(peak)
     allowed = "" if limit is None else f" (limit there {_number(limit[rank])})"

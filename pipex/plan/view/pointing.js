@@ -36,7 +36,7 @@ function describe({ lane, rank, index }) {
   const row = lanes[lane][rank];
   const [start, end] = [row.start[index], row.end[index]];
   const facts = [
-    ["does", row.parts[index].map((part) => `${KINDS[part.kind]} of micro-batch ${part.microbatch}`).join(" and ")],
+    ["does", row.parts[index].map(does).join(" and ")],
     ["rank", rank],
     [
       "stage",
@@ -66,6 +66,10 @@ function describe({ lane, rank, index }) {
       (lane === "measured" ? ", measured" : critical.has(`${rank}/${index}`) ? ", on the critical path" : ""),
     facts,
   };
+}
+
+function does({ kind, microbatch }) {
+  return `${KINDS[kind]} ${kind === "UPDATE" ? "with gradients up to" : "of"} micro-batch ${microbatch}`;
 }
 
 function waited(rank, index) {

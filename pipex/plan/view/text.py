@@ -5,6 +5,7 @@ rank 0 |F0 F1 ..................B0----F2 ...
 
 from __future__ import annotations
 
+from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import Simulation, TimedAction, simulate
@@ -19,9 +20,10 @@ def simulation_view(simulation: Simulation, width: int = 120) -> str:
     """A simulated step to scale, in lines of at most ``width`` characters, and a last line with its figures.
 
     An action shows kind and micro-batch (stage first, where a rank has several), the kind alone where that is too
-    long; an OVERLAP_F_B shows its parts, as in ``F3+B0``. Actions narrower than a character hide each other.
+    long; an OVERLAP_F_B shows its parts, as in ``F3+B0``. Actions narrower than a character hide each other. UPDATEs,
+    which take no time, are not shown.
     """
-    rows = simulation.timeline
+    rows = [tuple(timed for timed in row if timed.action.kind is not Kind.UPDATE) for row in simulation.timeline]
     with_stage = any(len({part.stage for timed in row for part in timed.action.each}) > 1 for row in rows)
     heads = [f"rank {rank:>{len(str(len(rows) - 1))}} |" for rank in range(len(rows))]
     labels = [[_label(timed, with_stage) for timed in row] for row in rows]
@@ -30,9 +32,11 @@ def simulation_view(simulation: Simulation, width: int = 120) -> str:
     lines = [head + _draw(row, names, scale) for head, row, names in zip(heads, rows, labels, strict=True)]
     total = round(simulation.makespan * scale) + len(heads[0])
     peak = max(simulation.peak_memory)
+    fullest = simulation.peak_memory.index(peak)
+    again = f"recomputation {simulation.recomputation:.1%}; " if simulation.recomputation else ""
     figures = (
         f"makespan {simulation.makespan:g}; bubble {simulation.bubble_makespan:.1%} of the makespan, "
-        f"{simulation.bubble_span:.1%} of the span; peak memory {peak:g} on rank {simulation.peak_memory.index(peak)}"
+        f"{simulation.bubble_span:.1%} of the span; {again}peak memory {peak:g} on rank {fullest}"
     )
     return "\n".join([*(line.ljust(total, ".") for line in lines), figures])
 

@@ -1,0 +1,184 @@
+"""What one forward has left to its backward, and its way to host memory and back.
+
+Autograd gets handles to put in its graph, and the tape has uses, which keep their operation's input. At "gone" both let
+go of the device's memory, and get other memory with the same bytes at "back". Whatever else refers to the memory keeps
+it alive, so nothing can be read that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipex.backward.uses import Use
+from pipex.runtime.aliases import memory_of
+from pipex.torch_internals import version
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in its memory."""
+
+    memory: int
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class _Handle:
+    """In the place of a tensor that autograd has saved."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.put(tensor)
+
+    def put(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, version(tensor)
+
+
+class _Memory:
+    """What one storage holds: on the device, on the host, or on both."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device: Tensor | None = _empty(tensor.device).set_(tensor.untyped_storage())
+        self.host = _empty(torch.device("cpu"))
+
+    def copy_out(self) -> None:
+        assert self.device is not None
+        self.host = torch.empty(self.device.shape, dtype=torch.uint8, pin_memory=self.device.is_cuda)
+        self.host.copy_(self.device, non_blocking=True)
+
+    def copy_back(self) -> None:
+        assert self.device is not None
+        self.device.copy_(self.host, non_blocking=True)
+
+
+class Saved:
+    """What one forward has left to its backward, on a device. ``pack`` and ``unpack`` are autograd's hooks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pack: Callable[[Tensor], Any] = self._pack  # one object, by which it is known
+        self._device = device
+        self._holders: list[_Handle | Use] = []
+        self._places: list[_Place] = []  # of each of them
+        self._memory: dict[int, _Memory] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def _pack(self, tensor: Tensor) -> _Handle:
+        handle = _Handle(tensor)
+        self._holders.append(handle)
+        return handle
+
+    def unpack(self, handle: _Handle) -> Tensor:
+        """Raises RuntimeError as autograd does, of a tensor that was changed in place since it was saved."""
+        tensor, needed = handle.tensor, handle.version
+        if version(tensor) != needed:
+            raise RuntimeError(
+                f"a tensor that the backward needs was modified in place after the forward; got version "
+                f"{version(tensor)} of a tensor of shape {tuple(tensor.shape)}, needed version {needed}; use an "
+                "out-of-place operation there"
+            )
+        return tensor
+
+    def use(self, use: Use) -> None:
+        """A tape keeps the input of an operation."""
+        self._holders.append(use)
+
+    def stay(self, tensors: Iterable[Tensor]) -> None:
+        """Leaves alone what shares memory with one of these, and what was changed since it was saved: that is refused
+        where it is used."""
+        kept = {memory_of(tensor) for tensor in tensors if _movable(tensor)}
+
+        def moves(holder: _Handle | Use) -> bool:
+            tensor = _held(holder)
+            return _movable(tensor) and memory_of(tensor) not in kept and version(tensor) == holder.version
+
+        self._holders = list(filter(moves, self._holders))
+
+    def copy_out(self) -> None:
+        """Begins to copy."""
+        for holder in self._holders:
+            tensor = _held(holder)
+            key = memory_of(tensor)
+            if key not in self._memory:
+                self._memory[key] = _Memory(tensor)
+            offset = int(tensor.storage_offset())
+            self._places.append(_Place(key, tensor.dtype, offset, tensor.shape, tensor.stride()))
+        self._copied = _beside(self._device, "out", [memory.copy_out for memory in self._memory.values()])
+
+    def gone(self) -> None:
+        """Work that is given to the device from here on finds the memory free."""
+        _wait(self._copied)
+        for memory in self._memory.values():
+            memory.device = None
+        for holder in self._holders:
+            _put(holder, _empty(self._device))
+
+    def back(self) -> None:
+        """Begins to copy back."""
+        for memory in self._memory.values():
+            memory.device = torch.empty(memory.host.shape, dtype=torch.uint8, device=self._device)
+        self._copied = _beside(self._device, "back", [memory.copy_back for memory in self._memory.values()])
+
+    def ready(self) -> None:
+        """Work that is given to the device from here on finds all in place."""
+        _wait(self._copied)
+        for holder, place in zip(self._holders, self._places, strict=False):  # no places: nothing has moved
+            memory = self._memory[place.memory].device
+            assert memory is not None
+            tensor = torch.empty(0, dtype=place.dtype, device=self._device)
+            _put(holder, tensor.set_(memory.untyped_storage(), place.offset, place.shape, place.stride))
+        self._holders, self._places = [], []
+        self._memory.clear()
+
+
+def _held(holder: _Handle | Use) -> Tensor:
+    return holder.tensor if isinstance(holder, _Handle) else holder.x
+
+
+def _put(holder: _Handle | Use, tensor: Tensor) -> None:
+    if isinstance(holder, _Handle):
+        holder.put(tensor)
+    else:
+        holder.x, holder.version = tensor, version(tensor)
+
+
+def _movable(tensor: Tensor) -> bool:
+    """Whether its bytes are all that it is."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return not (tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_inference()) and tensor.numel() > 0
+
+
+def _empty(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device)
+
+
+# Copies on a GPU have a stream for each direction. The memory that they read or write is the main stream's: they begin
+# when that has made what they read, or has done with what the memory was before; and nobody frees it, and so gives it
+# to others, before the main stream has waited for their end.
+
+_streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
+
+
+def _beside(device: torch.device, way: str, copies: Iterable[Callable[[], None]]) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        for copy in copies:
+            copy()
+        return None
+    stream = _streams.setdefault((device, way), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for copy in copies:
+            copy()
+    done: torch.cuda.Event = stream.record_event()
+    return done
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)

@@ -1,0 +1,160 @@
+"""What a pipeline is between its steps: alive or not, made of parts, saved and loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic_ns
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipex.errors import CheckpointError, InputError, PipexError
+from pipex.observe import Event, Observer
+from pipex.partition import Stage
+from pipex.runtime import checkpoint
+from pipex.runtime.parts import Parts
+from pipex.runtime.worlds import current_world
+from pipex.state import Stateful
+from pipex.transport.interface import Buffers, Phase
+
+
+class Session:
+    """What a ``Pipeline`` is between its steps.
+
+    Attributes:
+        world: the ranks.
+        steps: updates made; of asynchronous plans steps, each of which makes several.
+    """
+
+    _parts: Parts
+
+    def __init__(self, observer: Observer | None) -> None:
+        self.world = current_world()
+        self.steps = 0
+        self._observer = observer
+        self._failed: BaseException | None = None
+        self._closed = False
+        self._without_values = False  # until a load
+
+    @property
+    def local_stages(self) -> list[Stage]:
+        """The stages that this rank holds, in order."""
+        return self._parts.local_stages
+
+    @property
+    def peak_activations(self) -> int:
+        """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
+        return self._parts.executor.peak_live
+
+    @property
+    def buffers(self) -> dict[str, Buffers]:
+        """Per edge that this rank sends on, the memory of its buffers and how often they have grown."""
+        return {f"{kind} {source}→{to}": end.buffers for (source, to, kind), end in self._parts.links.senders.items()}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's, as ``optimizer=`` has made it: for schedules of the learning rate, and new parameters."""
+        return self._parts.update.optimizer
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """2-norm of all gradients at the last update, before clipping; None unless it was clipped or guarded."""
+        return self._parts.update.norm
+
+    def save(
+        self, directory: str | os.PathLike[str], meta: dict[str, Any] | None = None, *,
+        state: Mapping[str, Stateful] | None = None,
+    ) -> None:  # fmt: skip
+        """Collective: writes model and optimizer; the directory's old checkpoint stays until the new one is whole.
+
+        Args:
+            meta: anything JSON can hold; ``load`` returns it.
+            state: what else this rank goes on from, by name, such as ``{"scheduler": scheduler}``: objects with
+                ``state_dict`` and ``load_state_dict``. Every rank saves its own.
+
+        Raises:
+            CheckpointError: it cannot be written; the old checkpoint is untouched. InputError: the model has no values.
+        """
+        self._check_alive(values=True)
+        with self._together():
+            self.world.at(self.steps, Phase.SAVING)
+            problem = checkpoint.save(
+                self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
+                self._parts.update.main, self._previous_weights(),
+            )  # fmt: skip
+            self.world.at(self.steps, Phase.IDLE)
+        if problem is not None:
+            raise CheckpointError(problem)  # on every rank; the pipeline itself can go on
+
+    def load(self, directory: str | os.PathLike[str], *, state: Mapping[str, Stateful] | None = None) -> dict[str, Any]:
+        """Collective: restores model, optimizer and step count, from any number of ranks. Returns the ``meta`` of
+        ``save``.
+
+        Args:
+            state: the objects to restore, by the names that they were saved under. On as many ranks as saved them each
+                gets its own state back; on another number they must have been the same on all ranks.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model. Then nothing has changed on any
+                rank: the pipeline can go on, or load another. Only where a ``load_state_dict`` fails, this rank's
+                pipeline is at an end.
+        """
+        update = self._parts.update
+        with self._together():
+            found = checkpoint.load(
+                self.world, self.local_stages, self.optimizer, state or {}, directory, update.main,
+                self._parts.versions,
+            )  # fmt: skip
+            if not isinstance(found, str):
+                self.steps, meta = found
+                update.loaded()
+                self._without_values = False
+                return meta
+        raise CheckpointError(found)  # on every rank
+
+    def close(self) -> None:
+        """Frees the buffers between ranks; what needs them is a PipexError afterwards. Safe to repeat;
+        ``pipex.launch`` ends the world itself."""
+        self._closed = True
+        self._parts.executor.disconnect()
+        self._parts.links.close()
+
+    def _previous_weights(self) -> dict[str, Tensor]:
+        """By name, what micro-batches of the next step will use besides the parameters."""
+        versions = self._parts.versions
+        previous = {} if versions is None else {id(p): older for p, older in versions.previous.items()}
+        names = [(name, tensor) for stage in self.local_stages for name, tensor in stage.names.items()]
+        return {name: previous[id(tensor)] for name, tensor in names if id(tensor) in previous}
+
+    # Failure and progress.
+
+    def _check_alive(self, *, buffers: bool = False, values: bool = False) -> None:
+        if self._failed is not None:
+            raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
+        if buffers and self._closed:
+            raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
+        if values and self._without_values:
+            raise InputError("the model has no values yet", got="one that was made on the meta device",
+                             needed="load(directory) first, or a model that pipex.build_stages builds")  # fmt: skip
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails here fails on every rank."""
+        self._check_alive()
+        try:
+            yield
+        except BaseException as error:
+            self._failed = error
+            self.world.fail(error)
+            raise
+
+    def _phase(self, step: int, phase: Phase) -> int:
+        self.world.at(step, phase)
+        return monotonic_ns()
+
+    def _done(self, begin: int, step: int, phase: Phase) -> None:
+        if self._observer is not None:
+            self._observer(Event(step, phase.name.lower(), -1, -1, begin, monotonic_ns()))
