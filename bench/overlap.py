@@ -93,7 +93,7 @@ def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]
     for step in sorted({event.step for event in events[0]}):
         ranks = [[event for event in rank if event.step == step] for rank in events]
         compute = [[event for event in rank if event.kind in COMPUTE] for rank in ranks]
-        spans.append((max(rank[-1].end for rank in compute) - min(rank[0].begin for rank in compute)) / 1e9)
+        spans.append((max(e.end for rank in compute for e in rank) - min(rank[0].begin for rank in compute)) / 1e9)
         on_messages = [
             waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks, placement), strict=True)
         ]

@@ -236,7 +236,7 @@ def simulated(
 ) -> plans.Simulation:
     """The plan's course with the action times of this run of it, and with its median message unless they are free."""
     hop = 0.0 if free or not figures.messages else max(0.0, median(figures.messages))
-    return plans.simulate(plan, measured_costs(plan, action_times(events), hop))
+    return plans.simulate(plan, measured_costs(plan, action_times(events), hop, figures.overlap))
 
 
 def action_times(events: Sequence[Sequence[Event]]) -> Mapping[tuple[str, int], float]:

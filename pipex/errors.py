@@ -10,6 +10,7 @@
     ├── CudaError             a call of CUDA failed; names the call and CUDA's error
     ├── OutOfSharedMemory     the buffers between ranks cannot be allocated (also a MemoryError)
     ├── OutOfDeviceMemory     the same on a GPU (also a MemoryError)
+    ├── StageTooLarge         a stage does not fit into its rank's memory (also a MemoryError)
     ├── CheckpointError       a checkpoint cannot be written or does not fit this model
     ├── ConfigMismatch        ranks were started with different plans, sizes or types
     ├── MessageMismatch       what a stage received is not what comes next in its plan
@@ -77,6 +78,10 @@ class OutOfSharedMemory(PipexError, MemoryError):
 
 class OutOfDeviceMemory(PipexError, MemoryError):
     """The buffers between ranks cannot be allocated on a GPU."""
+
+
+class StageTooLarge(PipexError, MemoryError):
+    """The parameters and buffers of a stage do not fit into its rank's memory; says how much would."""
 
 
 class CheckpointError(PipexError):

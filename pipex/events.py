@@ -30,6 +30,6 @@ class Event(NamedTuple):
 
 
 class Observer(Protocol):
-    """Receives the events of this rank, in the order in which they end."""
+    """Receives the events of this rank, in the order in which they end; those of a fused pair in the plan's."""
 
     def __call__(self, event: Event) -> None: ...

@@ -142,6 +142,9 @@ any_autocast: Callable[[], bool] = _private("torch._C._is_any_autocast_enabled")
 # Whether saved tensors are packed (checkpointing, offload).
 top_saved_tensors_hooks: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 functorch_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")  # torch.func is at work
+# How many modes are on, in this thread.
+function_modes: Callable[[], int] = _private("torch._C._len_torch_function_stack", "a pipeline")
+dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack", "a pipeline")
 _private("torch.autograd.forward_ad._current_level")  # forward-mode derivatives are at work; -1 if not
 forward_derivatives_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
 _compiled_call: Callable[[nn.Module], Any] = _attribute("torch.nn.Module", "_compiled_call_impl")  # by module.compile()

@@ -20,6 +20,10 @@ BENCHES = {
         "pipex.bench.overlap",
         "how much of a step is communication that computing does not hide: pipex, torch.distributed.pipelining",
     ),
+    "pairs": (
+        "pipex.bench.pairs",
+        "fused pairs of dualpipev or dualpipe: both parts at once, one after the other",
+    ),
     "drop-in": (
         "pipex.bench.drop_in",
         "a training step of torch.distributed.pipelining, with and without pipex.drop_in()",

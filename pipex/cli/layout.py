@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({
             "digest": layout.digest.hex(), "batch_ranks": layout.batch_ranks, "target_ranks": layout.target_ranks,
             "ranks": [
-                {"nbytes": layout.nbytes(rank), "stages": list(plan.placement.stages_of(rank))}
+                {"nbytes": layout.nbytes(rank), "stages": list(plan.placement.stages_of(rank)),
+                 "versions": plan.weight_versions[rank]}
                 for rank in range(plan.placement.ranks)
             ],
             "stages": [{"rank": layout.rank_of(s), "layers": list(layers)} for s, layers in enumerate(layout.layers)],

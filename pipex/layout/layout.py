@@ -121,6 +121,11 @@ class Layout:
         pairs = {(s, d) for tie in self.ties for s in tie.stages for d in tie.stages}
         return tuple(sorted((s, d) for s, d in pairs if self.rank_of(s) != self.rank_of(d)))
 
+    @cached_property
+    def owners(self) -> dict[str, int]:
+        """By a tensor's name, the rank of its first holder, which saves it."""
+        return {held.name: self.rank_of(self.holders(held)[0]) for held in self.blueprint.tensors}
+
     def nbytes(self, rank: int) -> int:
         """Of the parameters and buffers that a rank holds, each once."""
         own = set(self.plan.placement.stages_of(rank))
@@ -136,6 +141,8 @@ class Layout:
         placement = self.plan.placement
         for rank in range(placement.ranks):
             parts = [f"rank {rank}", f"{self.nbytes(rank):,} bytes"]
+            if (versions := self.plan.weight_versions[rank]) > 1:
+                parts += [f"{versions} versions of what is trained"]
             parts += ["batch"] * (rank in self.batch_ranks) + ["target"] * (rank in self.target_ranks)
             yield ", ".join(parts)
             for stage in placement.stages_of(rank):

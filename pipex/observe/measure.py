@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from statistics import median
 
 from pipex.errors import InputError
 from pipex.events import Event
 from pipex.plan.actions import Kind
-from pipex.plan.bubbles import Bubbles, bubbles
+from pipex.plan.bubbles import Bubbles, bubbles, busy_times
 from pipex.plan.placement import Edge, Placement
 
 COMPUTE = frozenset({"F", "I", "W", "B", "UPDATE"})
@@ -26,9 +26,12 @@ class Figures:
         makespan, bubble_makespan, bubble_span: as of ``Bubbles``, of a step's actions.
         after_actions: from the last action's end to the end of the step's last event: reductions and the optimizer.
         action: time of one action by (kind, stage).
+        overlap: the time of a pair whose parts ran at once, as a share of that of both parts together, each of which
+            takes longer than alone; 1 if none did. What ``Costs.overlap`` is to be with these times of actions.
         stage: compute time of a whole step per stage.
         messages: for every message the time from both ends being ready to its tensors being usable.
-        shares: per rank, by what it did, the share of the step's wall time; ``waiting`` is time in receives.
+        shares: per rank, by what it did, the share of the step's wall time; ``waiting`` is time in receives. Of
+            what ran at once both count.
     """
 
     makespan: float
@@ -36,6 +39,7 @@ class Figures:
     bubble_makespan: float
     bubble_span: float
     action: dict[tuple[str, int], float]
+    overlap: float
     stage: dict[int, float]
     messages: list[float]
     shares: list[dict[str, float]]
@@ -56,14 +60,16 @@ def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
     tails: list[float] = []
     actions: dict[tuple[str, int], list[float]] = defaultdict(list)
     stages: dict[int, list[float]] = defaultdict(list)
+    overlaps: list[float] = []
     messages: list[float] = []
     shares: list[dict[str, list[float]]] = [defaultdict(list) for _ in ranks]
     for step in steps.values():
         compute = [[e for e in rank if e.kind in COMPUTE] for rank in step]
         if not all(compute):
             continue
-        courses.append(bubbles([[(e.begin, e.end) for e in rank] for rank in compute]))
-        tails.append((max(e.end for rank in step for e in rank) - max(rank[-1].end for rank in compute)) / 1e9)
+        courses.append(bubbles([_busy(rank) for rank in compute]))
+        tails.append((max(e.end for rank in step for e in rank) - max(e.end for rank in compute for e in rank)) / 1e9)
+        overlaps += chain.from_iterable(map(_overlaps, compute))
         per_stage: dict[int, float] = defaultdict(float)
         for rank in compute:
             for event in rank:
@@ -86,6 +92,7 @@ def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
         bubble_makespan=median(course.bubble_makespan for course in courses),
         bubble_span=median(course.bubble_span for course in courses),
         action={key: median(values) for key, values in actions.items()},
+        overlap=median(overlaps) if overlaps else 1.0,
         stage={stage: median(values) for stage, values in sorted(stages.items())},
         messages=messages,
         shares=[{what: median(values) for what, values in rank.items()} for rank in shares],
@@ -122,11 +129,23 @@ _CALLED = {
 """Kinds of event that count under another name."""
 
 
+def _busy(events: Iterable[Event]) -> list[tuple[float, float]]:
+    return busy_times([(event.begin, event.end) for event in events])
+
+
+def _overlaps(compute: Sequence[Event]) -> Iterable[float]:
+    """``Figures.overlap`` of each pair."""
+    for one, other in pairwise(compute):
+        if other.begin < one.end:
+            wall = max(one.end, other.end) - min(one.begin, other.begin)
+            yield wall / (one.end - one.begin + other.end - other.begin)
+
+
 def _shares(events: Sequence[Event]) -> dict[str, float]:
     whole = max(e.end for e in events) - min(e.begin for e in events)
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
         what = _CALLED.get(event.kind, event.kind)
         seconds[what] += event.end - event.begin
-    seconds["other"] = whole - sum(seconds.values())
+    seconds["other"] = whole - sum(end - begin for begin, end in _busy(events))
     return {what: value / (whole or 1) for what, value in seconds.items()}

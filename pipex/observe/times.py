@@ -19,8 +19,8 @@ class Times(Protocol):
     def now(self) -> Any:
         """A point in time, for ``note``."""
 
-    def note(self, begin: Any, step: int, kind: str, stage: int, microbatch: int) -> None:
-        """An action ran from ``begin`` until now."""
+    def note(self, begin: Any, step: int, kind: str, stage: int, microbatch: int, end: Any = None) -> None:
+        """An action ran from ``begin`` until ``end``, or until now."""
 
     def finish(self) -> None:
         """Call when all that the step has enqueued is done: the observer has its events after that."""
@@ -34,7 +34,7 @@ class NoTimes:
     def now(self) -> int:
         return 0
 
-    def note(self, begin: int, step: int, kind: str, stage: int, microbatch: int) -> None: ...
+    def note(self, begin: int, step: int, kind: str, stage: int, microbatch: int, end: int | None = None) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -50,8 +50,8 @@ class HostTimes:
     def now(self) -> int:
         return monotonic_ns()
 
-    def note(self, begin: int, step: int, kind: str, stage: int, microbatch: int) -> None:
-        self._observer(Event(step, kind, stage, microbatch, begin, monotonic_ns()))
+    def note(self, begin: int, step: int, kind: str, stage: int, microbatch: int, end: int | None = None) -> None:
+        self._observer(Event(step, kind, stage, microbatch, begin, monotonic_ns() if end is None else end))
 
     def finish(self) -> None: ...
 
@@ -79,8 +79,8 @@ class GpuTimes:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def note(self, begin: Any, step: int, kind: str, stage: int, microbatch: int) -> None:
-        self._noted.append((begin, self.now(), step, kind, stage, microbatch))
+    def note(self, begin: Any, step: int, kind: str, stage: int, microbatch: int, end: Any = None) -> None:
+        self._noted.append((begin, self.now() if end is None else end, step, kind, stage, microbatch))
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -1,7 +1,8 @@
 """Chrome trace files (for Perfetto or chrome://tracing) of what really ran.
 
-One process per rank, one thread each for compute, sends and receives, and an arrow per message. The ranges carry
-torch.distributed.pipelining's names (``PP:2F0``), so tools that know them read these files too.
+One process per rank, one thread each for compute, sends, receives and what was computed beside the action before it,
+and an arrow per message. The ranges carry torch.distributed.pipelining's names (``PP:2F0``), so tools that know them
+read these files too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LARGEST = 1 << 28
 _MOST = 2**53
 """Microseconds, about three centuries: above it a float has no fractions, and a time no meaning."""
 _KINDS = {kind.value for kind in Kind}
-_THREADS = ("compute", "send", "receive")
+_THREADS = ("compute", "send", "receive", "compute at once")
 _COLORS = {"F": "thread_state_running", "I": "rail_response", "W": "good", "B": "rail_animation"}
 
 
@@ -37,8 +38,13 @@ def write_trace(path: str | os.PathLike[str], ranks: Sequence[Iterable[Event]], 
         rows.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         for thread, name in enumerate(_THREADS):
             rows.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": name}})
+        done = 0
         for event in events:
-            rows.extend(_rows(rank, event, placement))
+            row, *arrow = _rows(rank, event, placement)
+            if row["tid"] == 0:
+                row["tid"] = 3 if event.begin < done else 0  # slices of one thread must not overlap
+                done = max(done, event.end)
+            rows += [row, *arrow]
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": rows, "displayTimeUnit": "ms"}, file)

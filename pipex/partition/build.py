@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from pipex.errors import InputError
 from pipex.layout import ranges_of
 from pipex.partition.balance import Balance, layer_counts
+from pipex.partition.room import room_for_layer
 from pipex.partition.skeleton import Skeletons
 from pipex.partition.stage import Stage, cut
 from pipex.plan import Plan
@@ -37,6 +38,7 @@ def build_stages(
 
     Raises:
         InputError: more stages than layers, another balance, no such rank, or ``build`` returned something else.
+        StageTooLarge: there is no memory for another layer.
     """
     if not 0 <= rank < plan.placement.ranks:
         raise InputError("no rank of the plan", got=rank, needed=f"0 to {plan.placement.ranks - 1}")
@@ -44,16 +46,19 @@ def build_stages(
     ranges = ranges_of(counts)
     pieces = {plan.placement.piece(stage) for stage in plan.placement.stages_of(rank)}
     own = {layer for piece in pieces for layer in ranges[piece]}
+    stage_of = [stage for stage, layers_of in enumerate(ranges) for _ in layers_of]
     with _given_back():
-        built = _built(build, layers, own)
+        built = _built(build, stage_of, own)
     return cut(built, counts, nn.Sequential(*built))
 
 
-def _built(build: Callable[[int], nn.Module], layers: int, own: Collection[int]) -> list[nn.Module]:
+def _built(build: Callable[[int], nn.Module], stage_of: Sequence[int], own: Collection[int]) -> list[nn.Module]:
+    """``stage_of``: each layer."""
     skeletons = Skeletons()
-    found = []
-    for number in range(layers):
-        layer = build(number)
+    found: list[nn.Module] = []
+    for number, stage in enumerate(stage_of):
+        with room_for_layer(number, stage, [found[n] for n in range(number) if n in own]):
+            layer = build(number)
         if not isinstance(layer, nn.Module):
             raise InputError(f"layer {number} was not built", got=type(layer).__name__, needed="an nn.Module")
         if number in own:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
+from pipex.partition.room import room_for
 from pipex.partition.stage import Stage
 from pipex.torch_internals import buffers_of, non_persistent_of, parameters_of
 
@@ -21,6 +22,7 @@ def materialize(stages: Sequence[Stage], device: torch.device) -> bool:
 
     Raises:
         UnsupportedModule: one of them is a buffer that no checkpoint will have a value for.
+        StageTooLarge: there is not so much memory.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what it is made for, whose id nobody else has meanwhile
     for stage in stages:  # all of them before anything is changed
@@ -33,12 +35,13 @@ def materialize(stages: Sequence[Stage], device: torch.device) -> bool:
                         fix="compute it in the forward, or build the model layer by layer with pipex.build_stages",
                     )  # fmt: skip
     for stage in stages:
-        for module in stage.layers.modules():
-            for held in (parameters_of(module), buffers_of(module)):
-                for name, tensor in held.items():
-                    if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.is_meta:
-                        made.setdefault(id(tensor), (tensor, _empty(tensor, device)))
-                        held[name] = made[id(tensor)][1]  # type: ignore[assignment]
+        with room_for(stage, device):
+            for module in stage.layers.modules():
+                for held in (parameters_of(module), buffers_of(module)):
+                    for name, tensor in held.items():
+                        if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.is_meta:
+                            made.setdefault(id(tensor), (tensor, _empty(tensor, device)))
+                            held[name] = made[id(tensor)][1]  # type: ignore[assignment]
     return bool(made)
 
 

@@ -26,11 +26,24 @@ class Bubbles(NamedTuple):
     bubble_makespan: float
 
 
+def busy_times(actions: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The start and end of each time in which a rank ran something, from those of its actions, in the order of their
+    starts: parts of a pair may have run at once."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(actions):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
 def bubbles(ranks: Sequence[Sequence[tuple[float, float]]], ends: Sequence[float] | None = None) -> Bubbles:
     """Of a step in which every rank ran something.
 
     Args:
-        ranks: per rank the start and end of its compute actions, in the order in which it ran them.
+        ranks: per rank the start and end of its compute actions, in the order in which it ran them,
+            none at once with another (``busy_times``).
         ends: per rank when the step is over for it; None: with its last action.
     """
     ends = ends or [rank[-1][1] for rank in ranks]

@@ -10,7 +10,7 @@ from statistics import median_low
 from pipex.errors import InputError
 from pipex.events import Event
 from pipex.plan.actions import COMPUTE, Action, Kind
-from pipex.plan.bubbles import bubbles
+from pipex.plan.bubbles import bubbles, busy_times
 from pipex.plan.communication import unfused
 from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
@@ -85,17 +85,18 @@ def _measured(number: int, of: int, rows: list[list[TimedAction]]) -> MeasuredSt
         number=number,
         of=of,
         timeline=timeline,
-        **bubbles([[(start, end) for _, start, end in row] for row in timeline])._asdict(),
+        **bubbles([busy_times([(start, end) for _, start, end in row]) for row in timeline])._asdict(),
     )
 
 
-def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: float) -> Costs:
+def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: float, overlap: float = 1.0) -> Costs:
     """The plan's costs in seconds from a measured run of it, memory in micro-batches of a whole rank.
 
     Args:
         action: time of one action by (kind, stage), as ``pipex.observe.Figures.action`` has it. A B whose parts were
             never measured apart counts as I, and so does a W that was made with its I.
         hop: time of one message, the same on all edges.
+        overlap: as of ``Costs``; ``Figures.overlap`` of a run whose pairs ran at once.
 
     Raises:
         InputError: a kind that the plan runs was not measured; names it and the stage.
@@ -114,4 +115,5 @@ def measured_costs(plan: Plan, action: Mapping[tuple[str, int], float], hop: flo
         activation=share,
         deferred=share,
         recompute=[0.0] * len(share),  # in the times of I and B, as they were measured
+        overlap=overlap,
     )

@@ -46,12 +46,13 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 def save(
     world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
     step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
-    previous: Mapping[str, Tensor],
+    previous: Mapping[str, Tensor], owners: Mapping[str, int],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
     Args:
         previous: older weights that the next step begins with.
+        owners: by name, the rank that saves what several hold. What is not among these every holder saves.
 
     Returns:
         None if it is saved; otherwise what went wrong, the same on every rank, and nothing of this attempt is left.
@@ -63,11 +64,13 @@ def save(
         if not isinstance(meta, Mapping):
             raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
         names = names_of(stages)
-        tensors = state.model_state(names) | {MAIN + name: weight.detach() for name, weight in main.items()}
-        tensors |= {PREVIOUS + name: weight for name, weight in previous.items()}
+        others = {name for name in names if owners.get(name, rank) != rank}
+        tensors = state.model_state({name: tensor for name, tensor in names.items() if name not in others})
+        tensors |= {MAIN + name: weight.detach() for name, weight in main.items() if name not in others}
+        tensors |= {PREVIOUS + name: weight for name, weight in previous.items() if name not in others}
         values: dict[str, Any] = {}
         if optimizer is not None:
-            optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main})
+            optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main}, others)
             tensors |= optimizer_tensors
         object_tensors, object_values = state.object_state(objects, rank)
         tensors |= object_tensors

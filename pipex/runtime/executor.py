@@ -69,7 +69,7 @@ class Executor:
 
     def __init__(
         self, world: World, plan: Plan, order: Sequence[Action], runners: Mapping[int, StageRunner],
-        times: Times, versions: Versions | None, update: Callable[[Versions], None],
+        times: Times, versions: Versions | None = None, update: Callable[[Versions], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self._world = world
         self._placement = plan.placement
@@ -88,6 +88,8 @@ class Executor:
             for action in order
         ]
         self._live = [runner.live for runner in runners.values()]
+        self.pairs_at_once = 0  # of the last step (``fused_executor``)
+        self.why_apart = ""  # and why the last of the others ran one part after the other
         self.peak_live = 0  # most micro-batches whose state was held at once, over this rank's stages
         self._data = StepData(0, (), (), ())
         self._first_position = 0  # of the program, as the world counts; known when it is connected
@@ -182,15 +184,11 @@ class Executor:
         return {Kind.F: forward, Kind.I: backward, Kind.W: backward, Kind.B: backward}.get(action.kind, method)
 
     def _F(self, runner: StageRunner, ends: _Ends, microbatch: int) -> None:
-        data = self._data
         inputs = self._input(runner, ends, microbatch)
         begin = self._times.now()
-        outputs = runner.forward(
-            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
-            data.shares[microbatch], (runner.index, microbatch) in self._deferral.split,
-        )  # fmt: skip
+        outputs = self._forward(runner, microbatch, inputs)
         self._note(begin, Kind.F, runner, microbatch)
-        self.peak_live = max(self.peak_live, sum(map(len, self._live)))
+        self._count()
         if not runner.last:
             self._hand_over(Kind.SEND_F, ends, ends.activation_out, microbatch, outputs)
 
@@ -234,6 +232,13 @@ class Executor:
 
     # What they share.
 
+    def _forward(self, runner: StageRunner, microbatch: int, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        data = self._data
+        return runner.forward(
+            data.step, microbatch, inputs, data.targets[microbatch] if runner.last else None,
+            data.shares[microbatch], (runner.index, microbatch) in self._deferral.split,
+        )  # fmt: skip
+
     def _backward(
         self, kind: Kind, run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], runner: StageRunner, ends: _Ends,
         microbatch: int,
@@ -241,10 +246,14 @@ class Executor:
         gradients = self._output_gradients(runner, ends, microbatch)
         begin = self._times.now()
         runner.before_backward(microbatch)
+        self._count()
         found = as_recorded(run, microbatch, gradients) if any_autocast() else run(microbatch, gradients)
         self._note(begin, kind, runner, microbatch)
         if not runner.first:
             self._hand_over(Kind.SEND_B, ends, ends.gradient_out, microbatch, found)
+
+    def _count(self) -> None:
+        self.peak_live = max(self.peak_live, sum(map(len, self._live)))
 
     def _input(self, runner: StageRunner, ends: _Ends, microbatch: int) -> tuple[Any, ...]:
         if runner.first:

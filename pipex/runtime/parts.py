@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.amp import GradScaler
 
@@ -13,14 +14,15 @@ import pipex.plan as plans
 from pipex.layout import Layout
 from pipex.observe import Observer
 from pipex.observe.times import Times, times_of
-from pipex.partition import Stage, as_stages, layout_of, materialize, without_others
+from pipex.partition import Stage, as_stages, layout_of, materialize, room_for, without_others
 from pipex.plan import Plan
-from pipex.runtime import tied
+from pipex.runtime import pairs, tied
 from pipex.runtime.agreement import share
 from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled, refuse_asynchronous, refuse_ties
 from pipex.runtime.commit import Gradients
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor
+from pipex.runtime.fused_executor import FusedExecutor
 from pipex.runtime.loss import Loss, LossFunction
 from pipex.runtime.main_weights import refuse_main_grad
 from pipex.runtime.offloading import OffloadingRunner
@@ -83,8 +85,12 @@ def assemble(
         "main_weights": main_weights, "seed": seed, "exact": exact,
     })  # fmt: skip
     refuse_main_grad(model)
+    if plan.asynchronous:
+        refuse_asynchronous(clip_norm=clip_norm is not None, scaler=scaler is not None, main_weights=main_weights)
+        refuse_ties(layout)
     own = layout.pieces_of(world.rank)
-    runnable = plans.unfused(plan)  # one device gains nothing from a fused pair
+    apart = pairs.agreed_obstacle(world, plan)
+    runnable = plans.unfused(plan) if apart else plan
     kept = without_others(model, own)
     blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
@@ -93,7 +99,7 @@ def assemble(
     placement = plan.placement
     runners = {
         stage: _kind_of(stage, plan)(
-            stage, kept[placement.piece(stage)].to(world.device), placement, loss, seeds, exact, accumulators,
+            stage, _on(world.device, kept[placement.piece(stage)]), placement, loss, seeds, exact, accumulators,
             watch(model, runnable, stage),
         )
         for stage in placement.stages_of(world.rank)
@@ -106,18 +112,27 @@ def assemble(
 
     versions = None
     if plan.asynchronous:
-        refuse_asynchronous(clip_norm=clip_norm is not None, scaler=scaler is not None, main_weights=main_weights)
-        refuse_ties(layout)
         (runner,) = runners.values()
         versions = Versions(lambda: runner.survey.parameters, delayed=plan.update == "delayed")
     orders = plans.communicate(runnable)
     links = connect(world, layout, runnable, orders)
     times = times_of(world.device, observer)
-    executor = Executor(world, runnable, orders[world.rank], runners, times, versions, update.within)
+    common = world, runnable, orders[world.rank], runners, times
+    if pairs.has_some(runnable):
+        way = pairs.way_of(world.device, {stage: runner.stage for stage, runner in runners.items()})
+        executor: Executor = FusedExecutor(*common, way)
+    else:
+        executor = Executor(*common, versions, update.within)
+        executor.why_apart = apart
     executor.connect(links)
     return Parts(
         number, layout, kept, local, runners, loss, seeds, times, trainables, update, versions, links, executor, blank
     )
+
+
+def _on(device: torch.device, stage: Stage) -> Stage:
+    with room_for(stage, device):
+        return stage.to(device)
 
 
 def _kind_of(stage: int, plan: Plan) -> type[StageRunner]:

@@ -52,6 +52,7 @@ class Pipeline(Passes):
         InputError: an argument cannot be used; PlanError: the plan is no legal schedule.
         UnsupportedModule: a parameter brings a ``main_grad``, or shares memory with one of another rank; or a buffer is
             on the meta device that no checkpoint holds.
+        StageTooLarge: a stage does not fit into its rank's memory.
         ConfigMismatch: the ranks were given different plans or options, or copies of a tied parameter that differ.
         PeerError: another rank ended the run.
     """

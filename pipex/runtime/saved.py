@@ -91,7 +91,7 @@ class Saved:
     def stay(self, tensors: Iterable[Tensor]) -> None:
         """Leaves alone what shares memory with one of these, and what was changed since it was saved: that is refused
         where it is used."""
-        kept = {memory_of(tensor) for tensor in tensors if _movable(tensor)}
+        kept = {memory_of(tensor) for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested}
 
         def moves(holder: _Handle | Use) -> bool:
             tensor = _held(holder)

@@ -15,6 +15,7 @@ from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.partition import Stage
 from pipex.runtime import checkpoint
+from pipex.runtime.pairs import Pairs
 from pipex.runtime.parts import Parts
 from pipex.runtime.worlds import current_world
 from pipex.state import Stateful
@@ -46,8 +47,16 @@ class Session:
 
     @property
     def peak_activations(self) -> int:
-        """Most micro-batches that this rank has held at once (from F to the end of B or W), over its stages."""
+        """Most micro-batches that this rank has held at once, over its stages: from F to the end of B or W, or from I
+        on where a stage is recomputed. Those in host memory count too."""
         return self._parts.executor.peak_live
+
+    @property
+    def pairs(self) -> Pairs:
+        """Of the last step: how many of this rank's fused pairs have run as one, and why the others have not."""
+        executor = self._parts.executor
+        fused = sum(bool(action.parts) for action in self._parts.layout.plan.orders[self.world.rank])
+        return Pairs(executor.pairs_at_once, fused, executor.why_apart)
 
     @property
     def buffers(self) -> dict[str, Buffers]:
@@ -83,7 +92,7 @@ class Session:
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
                 self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
-                self._parts.update.main, self._previous_weights(),
+                self._parts.update.main, self._previous_weights(), self._parts.layout.owners,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:

@@ -121,7 +121,8 @@ def _as_in_one_process(plan: Plan, stages: Sequence[int]) -> bool:
     ranks = {plan.placement.rank_of(stage) for stage in stages}
     if len(ranks) > 1:
         return False
-    order = [(a.microbatch, a.stage) for a in plan.orders[ranks.pop()] if a.kind is Kind.F and a.stage in stages]
+    parts = [part for action in plan.orders[ranks.pop()] for part in action.each]
+    order = [(part.microbatch, part.stage) for part in parts if part.kind is Kind.F and part.stage in stages]
     return order == sorted(order)
 
 

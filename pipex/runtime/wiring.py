@@ -15,12 +15,13 @@ def connect(world: World, layout: Layout, plan: Plan, orders: Orders) -> Links:
     Args:
         world: the ranks.
         layout: of the plan that all ranks were given.
-        plan: the plan as it runs, with nothing fused.
+        plan: the plan as it runs.
         orders: its orders, sends and receives included.
     """
-    digest, rank_of = layout.plan.digest, layout.rank_of
+    digest, rank_of = plan.digest, layout.rank_of
     specs = [EdgeSpec(s, d, "tied", rank_of(s), rank_of(d), slots=1, alive=1) for s, d in layout.tied_edges]
     specs += _edges(plan)
+    orders = tuple(tuple(p for action in order for p in action.each) for order in orders)  # a part names its rank
     links = world.open([spec for spec in specs if spec.source_rank != spec.destination_rank], digest, orders)
     for spec in specs:
         if spec.source_rank == spec.destination_rank == world.rank:

@@ -124,6 +124,11 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
+def cores_of(world: World) -> int:
+    """Cores that a rank of this world has to itself: its host's shared out among the ranks there, at least one."""
+    return threads_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks)) if under_torchrun() else world.ranks)
+
+
 def set_threads(ranks: int) -> None:
     """Gives this process its share."""
     torch.set_num_threads(threads_per_rank(ranks))

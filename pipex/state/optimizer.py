@@ -11,7 +11,7 @@ other groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,8 +30,14 @@ MAIN = "main/"
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group
 
 
-def optimizer_state(optimizer: Optimizer, names: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and meta to be saved. ``names``: ``Stage.names``, or more than the optimizer has parameters of.
+def optimizer_state(
+    optimizer: Optimizer, names: Mapping[str, Tensor], others: Container[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and meta to be saved.
+
+    Args:
+        names: ``Stage.names``, or more than the optimizer has parameters of.
+        others: names whose state somebody else saves.
 
     Raises:
         CheckpointError: the optimizer has a parameter that is not in ``names``, or state that is neither a tensor
@@ -41,6 +47,8 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[str, Tensor]) -> tuple[
     meta: dict[str, Any] = {}
     kind = type(optimizer).__name__
     for group, name, parameter in _parameters(optimizer, names):
+        if name in others:
+            continue
         state = optimizer.state.get(parameter, {})
         in_tensors = [key for key, value in state.items() if isinstance(value, Tensor)]
         tensors |= {f"{PREFIX}{name}/{key}": state[key].detach() for key in in_tensors}

@@ -198,6 +198,7 @@ def test_a_search_keeps_the_memory_and_says_how_far_it_is_from_the_bound(pipex: 
         (["--memory", "0.5", "--spare", "none"], "memory limit of rank 0; got 0.5; needed at least 1, what one"),
         (["--memory", "0.3"], "memory limit of rank 0; got 0.3; needed at least 0.338235, what one"),
         (["--memory", "0.2", "--offload", "1"], "memory limit of rank 0; got 0.2; needed at least 0.25, what one"),
+        (["--memory", "2", "--spare", "offload"], "the costs do not say what it takes to offload"),
         (["--offload", "-1"], "bad cost: offload, number 0; got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_pipeline import data, layers, optimizer, train, train_until_one_is_killed
+from small_pipeline import data, layers, optimizer, plan_of, train, train_until_one_is_killed
 from torch import nn
 
 import pipex
 from pipex.errors import PeerLost
 from pipex.runtime.reference import OneProcess
+from pipex.runtime.reference_versions import OneProcessWithVersions
 from tests.gpu.conftest import Site
 
 FAMILIES = ("1f1b", "zb-h1", "zbv")
@@ -46,6 +47,26 @@ def assert_exact(answers: list[list[dict[str, Any]]], *, device: str, may_be_sta
 def test_exact_pipelines_of_two_ranks_have_the_bits_of_one_process(site: Site) -> None:
     answers = site.launch(train, 2, args=([(family, True) for family in FAMILIES],))
     assert_exact(answers, device="cuda" if site.simulator is None else "cpu")
+
+
+OTHERS = ("gpipe recomputed", "gpipe offloaded", "dualpipev", "dualpipe", "pipedream")
+
+
+def test_spared_stages_pairs_copies_and_older_weights_have_the_bits_of_one_process(site: Site) -> None:
+    """What has streams or memory of its own on a GPU: copies to the host and back, pairs, versions."""
+    answers = site.launch(train, 2, args=([(family, True) for family in OTHERS],))
+    device = "cuda" if site.simulator is None else "cpu"
+    for rank in answers:
+        for family, answer in zip(OTHERS, rank, strict=True):
+            plan = plan_of(family, 2)
+            stages = [stage.to(device) for stage in pipex.split_model(layers(), plan)]
+            process = (
+                OneProcessWithVersions(stages, plan, nn.functional.mse_loss, optimizer=optimizer)
+                if plan.asynchronous
+                else OneProcess(stages, plan, nn.functional.mse_loss, optimizer=optimizer, clip_norm=1.0)
+            )
+            expected = [process.step(*(tensor.to(device) for tensor in data(step))).hex() for step in range(5)]
+            assert answer["losses"] == expected, family
 
 
 @pytest.fixture(scope="module")

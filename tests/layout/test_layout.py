@@ -16,7 +16,7 @@ import pipex
 from pipex.cli import main
 from pipex.errors import InputError, PeerFailed
 from pipex.layout import Blueprint, Held, Layout, Tie
-from pipex.partition import layout_of, split_model
+from pipex.partition import as_stages, layout_of, split_model
 from pipex.plan import Plan, build
 
 PLANS = [
@@ -82,6 +82,19 @@ def test_what_ranks_would_not_agree_on_has_another_digest() -> None:
         layout_of(plan, split_model(nn.Sequential(*model()[:7], nn.Tanh()), plan)),
     ]
     assert len({layout.digest, *(other.digest for other in others)}) == 6
+
+
+def test_copies_and_versions_are_told() -> None:
+    stages = [nn.Linear(4, 4, bias=False) for _ in range(4)]
+    lines = list(layout_of(build("chimera", 4, 4), as_stages(stages)).lines())
+    assert lines[0] == "rank 0, 128 bytes, batch, target"
+    assert "  stage 4 → stage 5 on rank 2, a copy of stage 0 on rank 0" in lines
+    assert not [line for line in lines if "is tied" in line]
+    stages[3].weight = stages[0].weight
+    *_, last = layout_of(build("chimera", 4, 4), as_stages(stages)).lines()
+    assert last == "0.weight is tied between the stages 0, 3, 4, 7 (ranks 0, 3, 3, 0), whose gradients are added"
+    first, *_ = layout_of(build("pipedream", 4, 8), as_stages([*stages[:3], nn.Linear(4, 4)])).lines()
+    assert first == "rank 0, 64 bytes, 4 versions of what is trained, batch"
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

@@ -53,6 +53,19 @@ def test_shares_add_up() -> None:
         assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_parts_of_a_pair_that_ran_at_once() -> None:
+    """On one rank: F 0-10, then F 10-16 beside B 12-20, another pair whose B ends first, and B 40-50."""
+    pairs = [event("F", 0, 0, 10), event("F", 0, 10, 16), event("B", 1, 12, 20), event("F", 0, 20, 40),
+             event("B", 1, 21, 31), event("B", 0, 40, 50)]  # fmt: skip
+    figures = measure([pairs], Placement("loop", 1, 2))
+    assert figures.overlap == pytest.approx((10 / 14 + 20 / 30) / 2)
+    assert figures.bubble_makespan == figures.bubble_span == 0
+    assert figures.makespan == pytest.approx(50e-6)
+    assert figures.shares[0]["other"] == 0
+    assert sum(figures.shares[0].values()) == pytest.approx(64 / 50)
+    assert measure([RANK_0, RANK_1], PLACEMENT).overlap == 1
+
+
 def test_an_incomplete_step_is_left_out() -> None:
     torn = [event("F", 0, 200, 210, step=2)]
     assert measure([RANK_0 + torn, RANK_1], PLACEMENT) == measure([RANK_0, RANK_1], PLACEMENT)

@@ -38,6 +38,19 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "trace.json") == RANKS
 
 
+def test_what_was_computed_at_once_is_on_another_track(tmp_path: Path) -> None:
+    """Slices of one track of such a file must lie within each other or apart."""
+    kinds = [("F", 0, 10, 100), ("F", 1, 100, 300), ("B", 0, 150, 400), ("F", 2, 400, 600), ("B", 1, 400, 500)]
+    events = [Event(1, kind, 0, microbatch, begin * 1000, end * 1000) for kind, microbatch, begin, end in kinds]
+    write_trace(tmp_path / "trace.json", [events], Placement("loop", 1))
+    assert read_trace(tmp_path / "trace.json") == [events]
+    rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [(row["name"], row["tid"]) for row in rows if row["ph"] == "X"] == [
+        ("PP:0F0", 0), ("PP:0F1", 0), ("PP:0B0", 3), ("PP:0F2", 0), ("PP:0B1", 3)
+    ]  # fmt: skip
+    assert any(row["name"] == "thread_name" and row["tid"] == 3 for row in rows)
+
+
 def whole_nanoseconds(microseconds: float) -> int:
     return int(microseconds * 1000)  # cut off, as viewers do
 

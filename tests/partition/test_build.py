@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -174,3 +175,41 @@ def test_a_model_of_three_times_the_memory_of_a_rank_trains() -> None:
         assert losses[0] == pytest.approx((parts[0] + parts[1]).item(), rel=1e-6)
         assert losses[1] < losses[0]
         assert 0.24 < share < 0.26
+
+
+CONFINED = """
+import resource, sys
+import pipex, torch
+from pathlib import Path
+from torch import nn
+
+def layer(number):
+    return nn.Linear(4096, 4096, bias=False)  # 64 MiB
+
+plan = pipex.build("1f1b", 1, 2)
+addressed = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (addressed + (224 << 20),) * 2)
+try:
+    if sys.argv[1] == "built":
+        pipex.build_stages(layer, 8, plan, 0)
+    else:
+        with torch.device("meta"):
+            model = nn.Sequential(*map(layer, range(8)))
+        pipex.Pipeline(pipex.split_model(model, plan), plan, nn.functional.mse_loss)
+except pipex.errors.StageTooLarge as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("built", r"layer [23] of stage 0 does not fit .* got [\d,]+ bytes free; .* beside the [23] of this rank that "
+         r"are there, of (134,217,728|201,326,592) bytes; cut the model into more stages"),
+        ("meta", r"stage 0 does not fit .* got 2\d\d,\d+,\d+ bytes free on cpu; needed 536,870,912 bytes .* of 8 "
+         "layers; 3 of its layers would fit"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_does_not_fit_is_refused_with_what_would(how: str, words: str) -> None:
+    found = subprocess.run([sys.executable, "-c", CONFINED, how], capture_output=True, text=True)
+    assert re.search(words, found.stdout), found.stdout + found.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipex.plan.bubbles import Bubbles, bubbles
+from pipex.plan.bubbles import Bubbles, bubbles, busy_times
 
 
 def test_both_bubbles_of_a_step() -> None:
@@ -21,3 +21,8 @@ def test_a_rank_may_wait_at_its_end() -> None:
 
 def test_a_step_without_length_has_no_bubble() -> None:
     assert bubbles([[(3, 3)], [(3, 3)]]) == Bubbles(0, 0, 0, 0)
+
+
+def test_what_runs_at_once_is_one_time() -> None:
+    assert busy_times([(0, 2), (2, 3), (4, 9), (5, 6), (8, 10)]) == [(0, 2), (2, 3), (4, 10)]
+    assert busy_times([(5, 9), (3, 6)]) == [(3, 9)]  # the second part of a pair began first

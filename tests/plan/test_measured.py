@@ -95,6 +95,15 @@ def test_measured_times_are_the_costs() -> None:
     assert (costs.activation, costs.deferred) == (Costs.uniform(PLAN).activation[:1], Costs.uniform(PLAN).deferred[:1])
 
 
+def test_a_pair_costs_the_measured_share_of_its_parts() -> None:
+    plan = build("dualpipev", 1, 2)
+    times = {(kind, stage): 2.0 for kind in "FIWB" for stage in (0, 1)}
+    apart, at_once = (simulate(plan, measured_costs(plan, times, 0.0, *share)).makespan for share in ((), (0.75,)))
+    pairs = sum(bool(action.parts) for action in plan.orders[0])
+    assert pairs
+    assert apart - at_once == pytest.approx(pairs * (1 - 0.75) * (2 + 4))  # F, and I and W
+
+
 def test_a_kind_that_was_not_measured_is_named() -> None:
     with pytest.raises(InputError, match="no measured time of B on stage 1"):
         measured_costs(PLAN, {("F", 0): 1.0, ("B", 0): 2.0, ("F", 1): 3.0}, hop=0.0)

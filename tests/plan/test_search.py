@@ -281,6 +281,7 @@ def test_measured_costs_of_stages_fit_their_placement_only() -> None:
         ({"families": "zbv"}, "bad families; got 'zbv'"),
         ({"families": []}, "bad families"),
         ({"evaluations": 0}, "too few evaluations; got 0"),
+        ({"spare": ["offload"]}, "the costs do not say what it takes to offload; needed offload, the time of a copy"),
         ({"spare": ["keep"]}, "unknown way to spare memory; got 'keep'; needed recompute or offload"),
         ({"seconds": -1.0}, "bad number of seconds; got -1.0; needed at least 0"),
         ({"seconds": float("nan")}, "bad number of seconds; got nan"),
@@ -356,7 +357,7 @@ def test_with_three_activations_on_eight_ranks_bubble_and_recomputation_are_less
     lost = {}
     model = RankCosts.of(8, F, I, W, HOP, offload=10)
     for spare in ((), ("recompute",), ("offload",), ("recompute", "offload")):
-        result = search(model, 3, ranks=8, microbatches=32, spare=spare, evaluations=2000)  # type: ignore[arg-type]
+        result = search(model, 3, ranks=8, microbatches=32, spare=spare, evaluations=1500)  # type: ignore[arg-type]
         makespan = judged(result, model)
         lost[spare] = 1 - 32 * (F + I + W) / makespan
         assert result.simulation.lost == pytest.approx(lost[spare], abs=1e-6)
@@ -394,7 +395,7 @@ def test_copies_that_are_too_slow_leave_room_for_recomputation() -> None:
     lost = {}
     for offload in (10.0, 150.0, 2000.0):
         model = RankCosts.of(4, F, I, W, HOP, offload=offload)
-        result = search(model, 1.5, ranks=4, microbatches=16, evaluations=1500)
+        result = search(model, 1.5, ranks=4, microbatches=16, evaluations=600)
         lost[offload] = 1 - 16 * (F + I + W) / judged(result, model)
         assert bool(result.plan.offloaded) == (offload < 2000)
         assert bool(result.plan.recomputed) == (offload == 2000)
@@ -409,6 +410,15 @@ def test_a_family_that_needs_more_memory_is_kept_by_recomputing() -> None:
     assert set(result.plan.recomputed) >= {0, 1}
     with pytest.raises(PlanError, match="found no plan of 1f1b within the memory limit"):
         search(model, 2, ranks=4, microbatches=8, families=["1f1b"], spare=())
+
+
+def test_less_than_one_micro_batch_of_a_rank_is_enough_for_plans_with_several_chunks() -> None:
+    """No plan that spares nothing has a bound here, and those that are tried after the first that fits have to do."""
+    model = rank_costs(4)
+    for memory in (0.5, 0.7, 0.9):
+        result = search(model, memory, ranks=4, microbatches=8, evaluations=400)
+        assert judged(result, model) < 8 * 4 * (F + I + W)
+        assert all(c.recomputed for c in (result.best, *result.runners_up))
 
 
 def test_nothing_is_spared_without_a_limit_or_where_it_is_loose() -> None:

@@ -299,6 +299,19 @@ def test_copies_take_as_long_as_the_promise_lets_them(promise: int, held: int, s
     assert simulation.recomputation == 0
 
 
+def test_memory_falls_when_a_copy_out_has_ended_and_rises_when_a_copy_back_starts() -> None:
+    """F0 F1 B0 B1 of 10 and 20 with copies of 3 and room for one activation: nothing runs while a copy is under way."""
+    plan = dataclasses.replace(spared(build("gpipe", 1, 2), (), (0,)), peak_activations=(1,))
+    costs = dataclasses.replace(Costs.uniform(plan, 10, 12, 8, activation=5), offload=[3.0])
+    assert memory_curve(plan, costs, simulate(plan, costs), 0) == [
+        (0, 0), (0, 5), (13, 0), (13, 5), (26, 0), (26, 5), (49, 0), (49, 5), (72, 0),
+    ]  # fmt: skip
+    beside = dataclasses.replace(plan, microbatches=3, orders=build("gpipe", 1, 3).orders, peak_activations=(2,))
+    assert memory_curve(beside, costs, simulate(beside, costs), 0)[:6] == [
+        (0, 0), (0, 5), (10, 10), (13, 5), (20, 10), (23, 5),
+    ]  # fmt: skip
+
+
 def test_one_copy_at_a_time_goes_in_each_direction() -> None:
     """Copies that take 25 beside an F of 10: each begins when the one before it has ended."""
     plan = dataclasses.replace(spared(build("gpipe", 1, 4), (), (0,)), peak_activations=(1,))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import pipex
 from pipex.errors import PipexError
 from pipex.plan import Action, Kind, Plan, validate
+from pipex.plan.memory import with_promise
 
 WIDTH, STEPS = 6, 10
 Cell = tuple[str, int, int, int]
@@ -33,7 +34,7 @@ CELLS: list[Cell] = [
     *(("pipedream split", ranks, 5, 5) for ranks in (2, 4)),
     *(("pipedream-2bw", 2, m, u) for m, u in ((2, 1), (3, 1), (4, 1), (4, 2), (6, 2), (6, 3), (8, 4))),
     *(("pipedream-2bw", 4, m, u) for m, u in ((4, 1), (7, 1), (8, 2), (12, 3))),
-    *(("pipedream-2bw split", ranks, 8, 2) for ranks in (2, 4)),
+    *((f"pipedream-2bw {how}", ranks, 8, 2) for ranks in (2, 4) for how in ("split", "recomputed", "offloaded")),
 ]
 
 
@@ -42,7 +43,9 @@ def plan_of(cell: Cell) -> Plan:
     family, *split = name.split()
     options = {} if family == "pipedream" else {"updates": updates}
     plan = pipex.build(family, ranks, microbatches, **options)
-    if split:
+    if split and split != ["split"]:
+        plan = with_promise(dataclasses.replace(plan, **{split[0]: tuple(range(ranks))}))
+    elif split:
         plan = dataclasses.replace(
             plan, orders=tuple(tuple(p for a in order for p in halves(a)) for order in plan.orders)
         )
@@ -76,9 +79,11 @@ class Twice(nn.Module):
         return y
 
 
-def stages_of(ranks: int) -> list[nn.Module]:
+def stages_of(ranks: int, name: str = "") -> list[nn.Module]:
+    """With running statistics, where forwards run once."""
     torch.manual_seed(ranks)
-    return [nn.Sequential(Twice(), Gain(), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(ranks)]
+    norm = nn.LayerNorm if "recomputed" in name else nn.BatchNorm1d
+    return [nn.Sequential(Twice(), Gain(), norm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(ranks)]
 
 
 def data(step: int, microbatches: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,7 @@ def rank_train(jobs: Sequence[tuple[Cell, str]]) -> list[dict[str, Any]]:
 def train(cell: Cell, kind: str) -> dict[str, Any]:
     plan, gradients = plan_of(cell), []
     pipeline = pipex.Pipeline(
-        stages_of(cell[1]), plan, F.mse_loss, optimizer=lambda parameters: witness(kind, gradients, parameters)
+        stages_of(cell[1], cell[0]), plan, F.mse_loss, optimizer=lambda parameters: witness(kind, gradients, parameters)
     )
     losses = [pipeline.step(*data(step, plan.microbatches)) for step in range(STEPS)]
     evaluated = pipeline.evaluate(*data(STEPS, plan.microbatches))
@@ -121,7 +126,7 @@ def train(cell: Cell, kind: str) -> dict[str, Any]:
 def plain(cell: Cell, kind: str) -> dict[str, Any]:
     """In one process, micro-batch by micro-batch: each on the version of each stage's weights that the papers say."""
     name, ranks, microbatches, updates = cell
-    stages = stages_of(ranks)
+    stages = stages_of(ranks, name)
     trained = [{n: p for n, p in stage.named_parameters() if p.requires_grad} for stage in stages]
     gradients: list[list[str | None]] = [[] for _ in stages]
     optimizers = [witness(kind, seen, list(held.values())) for seen, held in zip(gradients, trained, strict=True)]

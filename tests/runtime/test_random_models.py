@@ -13,7 +13,7 @@ import random_models
 import torch
 from cases import SEED, case
 from layer_kinds import KEEPING
-from random_models import Model, Plain
+from random_models import STEPS, Model, Plain
 from runnable_plans import runnable
 from trained_models import Cell, compare, rank_train
 
@@ -27,8 +27,9 @@ def cells(ranks: int) -> list[Cell]:
     return runnable(range(ranks, ranks + 1), range(1, 3), range(2, 6))
 
 
-def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, dict[str, Any]]]:
-    """So many that plain torch can train; it refuses some, such as an in-place layer behind a tanh."""
+def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, Spared, dict[str, Any]]]:
+    """So many that plain torch can train; it refuses some, such as an in-place layer behind a tanh. Half of the plans
+    recompute some stages, and offload others."""
     torch.set_num_threads(1)
     seed = first
     while count:
@@ -37,7 +38,9 @@ def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, dict[str, Any]]
         family, cell_ranks, chunks, microbatches = cell
         plan = pipex.build(family, cell_ranks, microbatches, chunks=chunks)
         copies = len(plan.placement.pipes) > 1
-        model = random_models.draw(seed, plan.placement.pieces, microbatches, without=KEEPING if copies else ())
+        spared = draw_spared(chance, plan.placement.stages)
+        without = KEEPING if copies or spared["recomputed"] else ()
+        model = random_models.draw(seed, plan.placement.pieces, microbatches, without=without)
         seed += 1000
         try:
             plain = Plain(model, [plan.copy_of(m) for m in range(microbatches)])
@@ -47,7 +50,18 @@ def drawn(first: int, count: int) -> Iterator[tuple[Cell, Model, dict[str, Any]]
         except RuntimeError:
             continue
         count -= 1
-        yield cell, model, expected
+        yield cell, model, spared, expected
+
+
+Spared = dict[str, tuple[int, ...]]
+"""The plan's fields ``recomputed`` and ``offloaded``."""
+
+
+def draw_spared(chance: random.Random, stages: int) -> Spared:
+    fates = [chance.choice(("kept", "recomputed", "offloaded")) for _ in range(stages)]
+    if chance.random() < 0.5:
+        fates = ["kept"] * stages
+    return {kind: tuple(s for s, fate in enumerate(fates) if fate == kind) for kind in ("recomputed", "offloaded")}
 
 
 def groups() -> Iterator[Any]:
@@ -60,7 +74,8 @@ def groups() -> Iterator[Any]:
 def test_random_models_have_the_bits_of_plain_torch(group: int) -> None:
     models = list(drawn(group, TOGETHER))
     ranks = group % 4 + 1
-    results = host_world.launch(rank_train, ranks, args=([(cell, model) for cell, model, _ in models],))
-    for number, (cell, model, expected) in enumerate(models):
-        with case(cell, model):
+    jobs = [(cell, model) for cell, model, _, _ in models]
+    results = host_world.launch(rank_train, ranks, args=(jobs, STEPS, [spared for *_, spared, _ in models]))
+    for number, (cell, model, spared, expected) in enumerate(models):
+        with case(cell, model, spared):
             compare([result[number] for result in results], expected)

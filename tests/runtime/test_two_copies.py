@@ -16,6 +16,7 @@ from cases import case
 from layer_kinds import KEEPING, KINDS, SIZE
 from random_models import WEIGHT_AGAIN, Model, Plain
 from runnable_plans import is_legal
+from safetensors import safe_open
 from torch import Tensor, nn
 from trained_models import Cell, compare, rank_train
 
@@ -183,6 +184,10 @@ def rank_go_on() -> list[float]:
 
 def test_a_checkpoint_goes_on_with_one_copy_and_with_two(tmp_path: Path) -> None:
     first, second, third = host_world.launch(rank_save_and_load, 2, args=(str(tmp_path),))[0]
+    saved = [set(safe_open(file, "pt").keys()) for file in tmp_path.glob("*.safetensors")]
+    assert len(saved) == 2
+    assert all(saved)
+    assert not set.intersection(*saved)  # what both ranks hold is saved once
     through = host_world.launch(rank_go_on, 2)[0]
     assert first == through[:3]
     assert second + third == pytest.approx(through[3:], rel=1e-5)  # sums of one copy have other bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import pipex
 from pipex.errors import PeerLost
 from pipex.observe import Recorder
+from pipex.plan import Plan
+from pipex.plan.memory import with_promise
 
 WIDTH = 64
 
@@ -36,11 +39,19 @@ def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
+def plan_of(family: str, ranks: int) -> Plan:
+    """``"gpipe offloaded"``: with all stages offloaded."""
+    name, *spared = family.split()
+    plan = pipex.build(name, ranks, 6)
+    every = tuple(range(plan.placement.stages))
+    return with_promise(dataclasses.replace(plan, **dict.fromkeys(spared, every))) if spared else plan
+
+
 def pipeline(family: str, ranks: int, exact: bool | None, observer: Recorder | None = None) -> pipex.Pipeline:
-    plan = pipex.build(family, ranks, 6)
+    plan = plan_of(family, ranks)
     return pipex.Pipeline(
-        pipex.split_model(layers(), plan.placement.stages), plan, nn.functional.mse_loss, optimizer=optimizer,
-        clip_norm=1.0, exact=exact, observer=observer,
+        pipex.split_model(layers(), plan), plan, nn.functional.mse_loss, optimizer=optimizer,
+        clip_norm=None if plan.asynchronous else 1.0, exact=exact, observer=observer,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from random_models import STEPS, Model, gradients, tensors
 from torch import nn
 
 import pipex
+from pipex.plan.memory import with_promise
 
 Cell = tuple[str, int, int, int]
 """Schedule, ranks, chunks, micro-batches."""
@@ -25,10 +26,11 @@ def rank_train(
     return [train(*job, steps, spared[number] if spared else None) for number, job in enumerate(jobs)]
 
 
-def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None) -> dict[str, Any]:
+def train(cell: Cell, model: Model, steps: int, spared: dict[str, Any] | None = None) -> dict[str, Any]:
     family, ranks, chunks, microbatches = cell
     plan = pipex.build(family, ranks, microbatches, chunks=chunks)
-    plan = dataclasses.replace(plan, **(spared or {}))
+    if spared is not None:
+        plan = with_promise(dataclasses.replace(plan, **spared))  # the smallest, so that as much as can be moves
     stages = pipex.split_model(nn.Sequential(*model.layers()), plan, balance=model.counts)
     pipeline = pipex.Pipeline(
         stages, plan, random_models.loss_fn, optimizer=random_models.optimizer, seed=random_models.SEED

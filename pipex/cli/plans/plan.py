@@ -15,7 +15,6 @@ from pipex.cli.plans.sizes import (
     add_costs,
     add_json,
     add_sizes,
-    add_spare_costs,
     check_no_costs,
     check_sizes,
     costs_of,
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluations", type=int, metavar="N", help="orders to judge (default: about a second's worth)"
     )
     parser.add_argument("--seconds", type=float, metavar="T", help="begin no evaluation after so long")
-    add_spare_costs(add_costs(parser))
+    add_costs(parser, spare=True)
     parser.add_argument(
         "--spare", choices=(*SPARE, "none"), default="both",
         help="what may be done with stages between F and I so that a rank holds less: recompute, offload (if --offload "
@@ -95,8 +94,8 @@ def run(options: argparse.Namespace) -> int:
             weights = costs.weights or (0.0,)
             limit = tuple(options.ranks + sum(weights[rank :: options.ranks]) for rank in range(options.ranks))
     spare = SPARE.get(options.spare, ())
-    if options.offload is None:
-        spare = tuple(way for way in spare if way != "offload")
+    if options.spare == "both" and options.offload is None:
+        spare = ("recompute",)
     if options.out is not None and options.out.endswith(".csv"):
         spare = ()  # torch's runtime holds every activation
     begin = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from pipex.errors import InputError
 from pipex.plan import RankCosts
@@ -16,8 +17,14 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--microbatches", type=int, required=True, metavar="M", help="micro-batches per step")
 
 
-def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Declares the costs; returns their group."""
+class Group(Protocol):
+    """Options that stand together in the help."""
+
+    def add_argument(self, *names: str, **how: Any) -> Any: ...
+
+
+def add_costs(parser: argparse.ArgumentParser, *, spare: bool = False) -> None:
+    """Declares the costs; ``spare``: also those of holding less."""
     group = parser.add_argument_group(
         "costs",
         "Times in any one unit, of a whole rank, which its chunks share evenly: one number for all ranks, or one per "
@@ -40,20 +47,15 @@ def add_costs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--exchange", type=float, default=0.0, metavar="T",
         help="time after the last action in which two copies of a model add up their gradients (default 0)",
     )  # fmt: skip
-    return group
-
-
-def add_spare_costs(group: argparse._ArgumentGroup) -> None:
-    """Declares what it costs to hold less."""
-    group.add_argument(
-        "--recompute", type=numbers, metavar="T", help="time of computing an activation again, inside I (default: F)"
-    )
-    group.add_argument(
-        "--offload",
-        type=numbers,
-        metavar="T",
-        help="time of copying an activation to host memory, and of copying it back",
-    )
+    if spare:
+        group.add_argument(
+            "--recompute", type=numbers, metavar="T",
+            help="time of computing an activation again, inside I (default: that of F)",
+        )  # fmt: skip
+        group.add_argument(
+            "--offload", type=numbers, metavar="T",
+            help="time of copying an activation to host memory, and of copying it back",
+        )  # fmt: skip
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipex.cli.plans.figures import bound_of, figures, picture
 from pipex.cli.plans.files import read_plan, write_text
-from pipex.cli.plans.sizes import add_costs, add_json, add_spare_costs, check_no_costs, costs_of, memory_of
+from pipex.cli.plans.sizes import add_costs, add_json, check_no_costs, costs_of, memory_of
 from pipex.errors import InputError
 from pipex.observe import measure, read_trace
 from pipex.plan.measured import measured_costs
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the costs from what `pipex train --trace` measured, and show the run beside the plan on the page",
     )  # fmt: skip
     parser.add_argument("--chrome", metavar="FILE", help="write the simulated step for Perfetto")
-    add_spare_costs(add_costs(parser))
+    add_costs(parser, spare=True)
     add_json(parser)
 
 

@@ -26,6 +26,7 @@ from pipex.observe import Event, Recorder
 from pipex.partition import Stage, split_model
 from pipex.plan import Plan
 from pipex.runtime.agreement import share
+from pipex.runtime.pairs import Pairs
 from pipex.runtime.pipeline import Pipeline
 from pipex.runtime.worlds import current_world
 
@@ -41,6 +42,7 @@ class Outcome:
         seconds: per step of this run.
         events: per rank, of the last ``OBSERVED_STEPS`` steps.
         peaks: per rank the most micro-batches held at once.
+        pairs: per rank, what became of the last step's.
         digests: SHA-256 of every parameter by name.
         interrupted: Ctrl-C ended the run before its last step.
     """
@@ -49,6 +51,7 @@ class Outcome:
     seconds: list[float]
     events: list[list[Event]]
     peaks: list[int]
+    pairs: list[Pairs]
     digests: dict[str, str]
     interrupted: bool
 
@@ -120,13 +123,19 @@ def train(options: Options, text: ByteText) -> Outcome:
             progress.show(pipeline.steps, losses[-1], seconds[-1])
     if options.save is not None:
         pipeline.save(options.save, describe_run(options))
-    said = {"events": recorder.events, "peak": pipeline.peak_activations, "digests": _digests(pipeline.local_stages)}
+    said = {
+        "events": recorder.events,
+        "peak": pipeline.peak_activations,
+        "pairs": pipeline.pairs,
+        "digests": _digests(pipeline.local_stages),
+    }
     every = share(world, "the report", said)
     pipeline.close()
     return Outcome(
         losses, seconds,
         events=[[Event(*event) for event in rank["events"]] for rank in every],
         peaks=[rank["peak"] for rank in every],
+        pairs=[Pairs(*rank["pairs"]) for rank in every],
         digests={name: digest for rank in every for name, digest in rank["digests"].items()},
         interrupted=pipeline.steps < options.steps,
     )  # fmt: skip

@@ -41,6 +41,7 @@ def numbers(
         "p2p_us_p50": _percentile(figures.messages, 50),
         "p2p_us_p99": _percentile(figures.messages, 99),
         "peak_activations": outcome.peaks,
+        "pairs": [pairs._asdict() for pairs in outcome.pairs],
     }
     if different is not None:
         result["identical"] = not different
@@ -68,6 +69,10 @@ def text(result: dict[str, Any], figures: Figures, different: list[str] | None) 
         )
     held = ", ".join(f"{peak / result['chunks']:g}" for peak in result["peak_activations"])
     lines.append(f"activations held  {held} micro-batches at most, per rank")
+    if any(pairs["all"] for pairs in result["pairs"]):
+        ran = ", ".join(f"{pairs['at_once']} of {pairs['all']}" for pairs in result["pairs"])
+        why = next((f"; {pairs['why']}" for pairs in result["pairs"] if pairs["why"]), "")
+        lines.append(f"pairs at once      {ran}, per rank{why}")
     if different is not None:
         lines.append(
             "one process       identical, bit for bit" if not different
@@ -89,7 +94,7 @@ def _table(figures: Figures) -> list[str]:
 def _predicted(plan: Plan, figures: Figures) -> plans.Simulation:
     """The plan's course with the measured median times of its actions."""
     hop = median(figures.messages) if figures.messages else 0.0
-    return plans.simulate(plan, measured_costs(plan, figures.action, hop))
+    return plans.simulate(plan, measured_costs(plan, figures.action, hop, figures.overlap))
 
 
 def _percentile(seconds: list[float], percent: int) -> float | None:

@@ -7,6 +7,7 @@ from typing import get_args
 
 from pipex.errors import InputError
 from pipex.plan.bounds import Spare
+from pipex.plan.costs import CostModel
 from pipex.plan.families import options_of
 
 
@@ -36,3 +37,17 @@ def check_arguments(
         options_of(name)
     if unknown := set(spare or ()) - set(get_args(Spare)):
         raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
+
+
+def ways_to_spare(
+    costs: CostModel, limit: Sequence[float] | None, spare: Collection[Spare] | None
+) -> Collection[Spare]:
+    """What may be done with stages to keep the limit: what was asked for, else all that the costs know the price of.
+
+    Raises:
+        InputError: the costs do not say what copies take, and they were asked for.
+    """
+    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
+    if missing := set(spare or ()) - set(priced):
+        raise InputError(f"the costs do not say what it takes to {min(missing)}", needed="offload, the time of a copy")
+    return () if limit is None else priced if spare is None else spare

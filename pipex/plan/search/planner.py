@@ -20,7 +20,7 @@ from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, li
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
-from pipex.plan.search.arguments import check_arguments
+from pipex.plan.search.arguments import check_arguments, ways_to_spare
 from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
@@ -100,8 +100,7 @@ def search(
     if memory is not None:
         limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
     deadline = inf if seconds is None else time.monotonic() + seconds
-    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
-    spare = () if limit is None else priced if spare is None else spare
+    spare = ways_to_spare(costs, limit, spare)
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
@@ -202,8 +201,8 @@ class _Search:
         """Whether the placement's bound leaves room below the best plan. Rounding to whole numbers may make every
         action on a critical path shorter, by half a unit."""
         bound = space.bound(self.objective, "step", whole_backward).value
-        if not self.best or bound == inf:  # without stages to spare nothing keeps the limit; with them it may
-            return True
+        if not self.best or bound == inf:
+            return not self.best
         rounding = 3 * space.placement.stages * space.microbatches
         return self.units.times([bound])[0] + rounding < min(key[0] for key, _ in self.best.values())
 

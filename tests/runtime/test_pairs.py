@@ -1,0 +1,631 @@
+"""Fused pairs: a forward beside a backward, with the bits of plain torch, whatever the model's code does meanwhile."""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import device_world
+import host_world
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import case, sampled
+from layer_kinds import KEEPING, KINDS
+from random_models import WEIGHT_AGAIN, Model, Plain
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from trained_models import Cell, compare, train
+
+import pipex
+from pipex.errors import PeerLost
+from pipex.partition import as_stages
+from pipex.plan import Placement, Plan, unfused, validate
+from pipex.plan.actions import parse_action
+from pipex.runtime import pairs
+from pipex.runtime.pairs import Pairs, TwoStreams, TwoThreads
+from pipex.runtime.shared_state import watch
+from pipex.transport.local import LocalEdge
+
+WIDTH = 8
+
+
+@pytest.fixture(autouse=True)
+def a_core_to_spare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pairs, "cores_of", lambda world: 2)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def cores(of_rank: Callable[[int], int]) -> Iterator[None]:
+    """In a rank of its own, by its number."""
+    torch.set_num_threads(1)
+    before, pairs.cores_of = pairs.cores_of, lambda world: of_rank(world.rank)
+    try:
+        yield
+    finally:
+        pairs.cores_of = before
+
+
+# The numbers are those of plain torch.
+
+Found = dict[str, Any]
+
+
+def rank_train(cell: Cell, models: Sequence[Model], steps: int, together: bool = True) -> list[Found]:
+    """Also how many pairs have run at once in the last step, and why others have not."""
+    made: list[pipex.Pipeline] = []
+
+    class Noted(pipex.Pipeline):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    before, pipex.Pipeline = pipex.Pipeline, Noted  # type: ignore[misc]
+    try:
+        with cores(lambda rank: 1 + together):
+            found = [train(cell, model, steps) for model in models]
+    finally:
+        pipex.Pipeline = before  # type: ignore[misc]
+    for result, pipeline in zip(found, made, strict=True):
+        result["pairs"] = pipeline.pairs
+    return found
+
+
+def copies(cell: Cell) -> list[int]:
+    """Of the model, which one a micro-batch passes: of DualPipe's the second half the second one."""
+    family, _, _, microbatches = cell
+    return [int(family == "dualpipe" and m >= microbatches // 2) for m in range(microbatches)]
+
+
+def assert_as_plain(
+    cell: Cell, models: Sequence[Model], *, steps: int = 3, launch: Callable[..., list[Any]] = host_world.launch
+) -> list[list[Pairs]]:
+    """Returns what became of the pairs, by model and rank."""
+    ranks = launch(rank_train, cell[1], args=(cell, models, steps))
+    for number, model in enumerate(models):
+        with case(cell, model):
+            compare([rank[number] for rank in ranks], Plain(model, copies(cell)).train(steps))
+    return [[Pairs(*rank[number]["pairs"]) for rank in ranks] for number in range(len(models))]
+
+
+CELLS: list[Cell] = [
+    ("dualpipev", 1, 2, 4), ("dualpipev", 2, 2, 5), ("dualpipev", 4, 2, 8), ("dualpipe", 2, 2, 6), ("dualpipe", 4, 2, 8)
+]  # fmt: skip
+
+
+def spread(kinds: Sequence[str], cell: Cell) -> Model:
+    """These kinds of layers, by turns on all stages."""
+    family, ranks, _, microbatches = cell
+    stages = ranks if family == "dualpipe" else 2 * ranks
+    pieces = [("linear", *kinds[stage::stages], *kinds[:stage:stages]) for stage in range(stages)]
+    return Model(5, tuple(map(tuple, pieces)), microbatches, 2 * microbatches + 1)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_every_bit_is_that_of_plain_torch(cell: Cell) -> None:
+    """Dropout, a tied weight, several tensors between stages; and no pair is kept apart."""
+    kinds = ["dropout", "one tensor more", "layer norm", "mlp", "merging", "attention", WEIGHT_AGAIN, "residual"]
+    (ranks,) = assert_as_plain(cell, [spread(kinds, cell)], steps=10)
+    for rank in ranks:
+        assert rank.at_once == rank.all > 0, rank
+
+
+def test_every_bit_through_device_memory(simulated_cuda: Path) -> None:
+    """Slots are given back by the thread that has done the backward."""
+    launch = partial(device_world.launch, library=simulated_cuda, settings="seed=3,queues=2,delay=300,poison=1")
+    cell: Cell = ("dualpipev", 2, 2, 5)
+    (ranks,) = assert_as_plain(cell, [spread(["dropout", "mlp", "layer norm"], cell)], launch=launch)
+    assert all(rank.at_once == rank.all for rank in ranks)
+
+
+def test_every_bit_where_backwards_run_code_of_the_model() -> None:
+    cell: Cell = ("dualpipev", 2, 2, 5)
+    kinds = ("checkpointed dropout", "custom Function", "backward hook")
+    assert_as_plain(cell, [spread([kind, "dropout"] * 4, cell) for kind in kinds])
+
+
+OF_ALL_KINDS = [
+    (cell, kind)
+    for cell in CELLS
+    for kind in sorted(KINDS.keys() - {"hook on an activation"})  # it asks for inputs that require grad
+    if cell[0] == "dualpipev" or kind not in KEEPING
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("cell", "kind"), sampled(OF_ALL_KINDS, 8, name="pairs", stratum=lambda one: one[0]), ids=str)
+def test_layers_of_every_kind(cell: Cell, kind: str) -> None:
+    assert_as_plain(cell, [spread([kind, "dropout", "linear", "noise on some data"], cell)])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_over_hundreds_of_steps(cell: Cell) -> None:
+    kinds = ["dropout", "checkpointed dropout", "mlp", "one tensor more", "merging", "stochastic depth", WEIGHT_AGAIN]
+    assert_as_plain(cell, [spread(kinds, cell), spread(["attention", "layer norm", "dropout"], cell)], steps=300)
+
+
+# What happens in a pair, seen by the model's own code.
+
+
+class Seen(nn.Module):
+    """A linear layer whose forwards and backwards call this."""
+
+    def __init__(self, forward: Callable[[], object] = int, backward: Callable[[Any], object] | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self._before, self._behind = forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._before()
+        y = self.linear(x)
+        if self._behind is not None:
+            y.register_hook(self._behind)
+        return y
+
+
+def one_rank(first: nn.Module, last: nn.Module, plan: Plan | None = None, **options: Any) -> pipex.Pipeline:
+    """Of two stages on one rank; without another plan, ``ORDER``."""
+    if plan is None:
+        plan = pipex.build("dualpipev", 1, 4)
+        assert " ".join(map(str, plan.orders[0])) == ORDER
+    return pipex.Pipeline([first, last], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), **options)
+
+
+ORDER = (
+    "0F0 1F0 0F1 1B0 (1F1;0B0)OVERLAP_F_B (0F2;1B1)OVERLAP_F_B (1F2;0B1)OVERLAP_F_B (0F3;1B2)OVERLAP_F_B "
+    "(1F3;0B2)OVERLAP_F_B 1B3 0I3 0W3"
+)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1))
+    return x, y
+
+
+def test_both_parts_run_at_the_same_time() -> None:
+    """Forwards of the last stage end only when the backward beside them has come to the first stage. That one tells by
+    a function in C, which needs no Python to be called."""
+    come: list[Tensor] = []
+    met: list[bool] = []
+
+    def meet() -> None:
+        if met:  # the first forward has no backward beside it
+            wait_until(lambda: len(come) == len(met))
+        met.append(len(come) == len(met))
+
+    torch.manual_seed(0)
+    pipeline = one_rank(Seen(backward=come.append), Seen(meet))
+    pipeline.step(*batch())
+    assert met == [True] * 4
+    assert pipeline.pairs == (5, 5, "")
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(2000):
+        if true():
+            break
+        pause.wait(0.005)
+
+
+def test_the_models_code_never_runs_in_two_threads() -> None:
+    """A forward goes on only when the hook of the backward beside it runs, or has not come in a while; each draws."""
+    running = 0
+    most = 0
+    drawn: list[float] = []
+
+    @contextmanager
+    def here() -> Iterator[None]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        yield
+        running -= 1
+
+    def forward() -> None:
+        with here():
+            pause = threading.Event()
+            for _ in range(10):
+                if running > 1:
+                    break
+                pause.wait(0.003)
+            drawn.append(torch.rand(()).item())
+
+    def backward(dy: Tensor) -> Tensor:
+        with here():
+            drawn.append(torch.rand(()).item())
+            return dy + 0.1 * torch.randn_like(dy)
+
+    def trained(together: bool) -> tuple[list[float], list[float], Pairs]:
+        drawn.clear()
+        torch.manual_seed(0)
+        with cores(lambda rank: 1 + together):
+            pipeline = one_rank(Seen(forward, backward), Seen(forward, backward))
+            losses = [pipeline.step(*batch()) for _ in range(3)]
+        return losses, list(drawn), pipeline.pairs
+
+    *numbers, (at_once, _, why) = trained(together=True)
+    assert why == "a hook, a custom Function or a checkpointed region in a backward has waited for the forward"
+    assert at_once == 0
+    assert numbers == list(trained(together=False)[:2])
+    assert most == 1
+
+
+def test_the_order_of_events_is_the_plans_and_their_times_are_both_parts_own() -> None:
+    events: list[pipex.Event] = []
+    come: list[Tensor] = []
+    forwards = count()
+
+    def meet() -> None:
+        if next(forwards) == 1:  # in the first pair
+            wait_until(lambda: len(come) == 1)
+
+    torch.manual_seed(0)
+    pipeline = one_rank(Seen(backward=come.append), Seen(meet), observer=events.append)
+    pipeline.step(*batch())
+    compute = [event for event in events if event.kind in "FBIW"]
+    order = [str(part) for action in pipeline.layout.plan.orders[0] for part in action.each]
+    assert [event.name for event in compute] == order
+    by_name = {event.name: event for event in compute}
+    forward, backward = by_name["1F1"], by_name["0B0"]
+    assert max(forward.begin, backward.begin) < min(forward.end, backward.end)
+    assert pipeline.peak_activations == 3  # the forward's beside what its backward frees
+
+
+# When something fails.
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_rank_is_named_by_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every forward and in every hook of a backward the place that the world was told last is theirs."""
+    world = pipex.current_world()
+    told: list[int] = []
+    monkeypatch.setattr(type(world), "at", lambda self, step, position: told.append(position))
+    found: list[str] = []
+    plan = pipex.build("dualpipev", 1, 4)
+    parts = [str(part) for action in plan.orders[0] for part in action.each]
+
+    def doing(*_: object) -> None:
+        found.append(parts[told[-1]])
+
+    torch.manual_seed(0)
+    one_rank(Seen(doing, doing), Seen(doing, doing)).step(*batch())
+    assert found == [part for part in parts if "W" not in part]
+
+
+def fail(when: Callable[[], bool], error: type[BaseException] = Broken) -> Callable[..., None]:
+    def run(*_: object) -> None:
+        if when():
+            raise error("as asked for")
+
+    return run
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_part_that_fails_ends_the_other(
+    part: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = pipex.current_world()
+    told: list[int] = []
+    monkeypatch.setattr(type(world), "at", lambda self, step, position: told.append(position))
+    calls: list[int] = []
+    failing = fail(lambda: calls.append(1) or len(calls) == 2, error)
+    before = threading.active_count()
+    torch.manual_seed(0)
+    later: list[Tensor] = []
+    first = Seen(backward=failing if part == "backward" else lambda dy: later.append(dy))
+    pipeline = one_rank(first, Seen(failing if part == "forward" else int))
+    with pytest.raises(error, match="as asked for"):
+        pipeline.step(*batch())
+    parts = [str(p) for action in pipeline.layout.plan.orders[0] for p in action.each]
+    assert parts[told[-1]] == ("1F1" if part == "forward" else "0B1")
+    assert threading.active_count() == before
+    if part == "forward":
+        assert later == []  # what waited for the forward's end did not begin
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch, forward: Callable[[Any], Any], backward: Callable[[], Any]
+) -> tuple[BaseException, list[str]]:
+    """What ``TwoThreads`` raises, and whether it said that the backward was left. ``forward`` gets the other part."""
+    jobs: list[Any] = []
+
+    class Noted(pairs._Backward):
+        def __init__(self, run: Any) -> None:
+            super().__init__(run)
+            jobs.append(self)
+
+    monkeypatch.setattr(pairs, "_Backward", Noted)
+    way, said, before = TwoThreads(), [], threading.active_count()
+    with pytest.raises((Exception, KeyboardInterrupt)) as raised:
+        way.run(lambda: forward(jobs[0]), backward, (0, 1), lambda: said.append("left"))
+    way.end()
+    assert threading.active_count() == before
+    assert jobs[0].ended.is_set()
+    return raised.value, said
+
+
+DIVIDES = partial(operator.truediv, 1, 0)
+"""No Python function: it does not wait for the forward."""
+
+
+def raise_broken() -> None:
+    raise Broken
+
+
+def test_the_first_failure_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def later(job: Any) -> None:
+        job.ended.wait()
+        raise Broken
+
+    error, said = both(monkeypatch, later, DIVIDES)
+    assert isinstance(error, ZeroDivisionError)
+    assert said == ["left"]
+    error, said = both(monkeypatch, lambda job: raise_broken(), raise_broken)
+    assert isinstance(error, Broken)
+    assert said == []
+    error, said = both(monkeypatch, lambda job: (), DIVIDES)
+    assert isinstance(error, ZeroDivisionError)
+    assert said == ["left"]
+
+
+def test_ctrl_c_while_the_backward_is_waited_for_is_raised_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+
+    def backward() -> tuple[()]:  # begins when the forward has ended: the main thread waits for this one
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(0.05)
+        ended.append(True)
+        return ()
+
+    error, _ = both(monkeypatch, lambda job: (), backward)
+    assert isinstance(error, KeyboardInterrupt)
+    assert ended == [True]
+
+
+def rank_dies(stage: int, part: str, call: int) -> None:
+    """At this call of a stage's code."""
+    calls: list[object] = []
+
+    def die(*what: object) -> None:
+        calls.append(what)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with cores(lambda rank: 2):
+        torch.manual_seed(0)
+        stages = [Seen() for _ in range(4)]
+        stages[stage] = Seen(die) if part == "F" else Seen(backward=die)
+        plan = pipex.build("dualpipev", 2, 4)
+        pipeline = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+        pipeline.step(*batch())
+
+
+@pytest.mark.parametrize(("stage", "part", "call", "action"), [(2, "F", 3, "2F2"), (1, "B", 1, "1B0")])
+def test_a_rank_that_is_killed_in_a_pair_is_named_by_the_part_that_it_was_in(
+    stage: int, part: str, call: int, action: str
+) -> None:
+    """Rank 1 runs (2F2;1B0)OVERLAP_F_B."""
+    with pytest.raises(PeerLost) as lost:
+        pipex.launch(rank_dies, 2, args=(stage, part, call))
+    assert (lost.value.rank, lost.value.action, lost.value.stage) == (1, action, stage)
+
+
+# Pairs that run one part after the other, and why.
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def hand_made(order: str, microbatches: int) -> Plan:
+    like = pipex.build("dualpipev", 1, microbatches)
+    actions = tuple(map(parse_action, order.split()))
+    return Plan("by-hand", like.placement, microbatches, (actions,), (2 * microbatches,))
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("(0F1;1B0)OVERLAP_F_B 0B0 1F1 1B1 0B1", ""),
+        ("(0F1;1I0)OVERLAP_F_B 1W0 0B0 1F1 1B1 0B1", r"\(0F1;1I0\)\S+ is not a forward and a whole backward"),
+        ("0F1 (1F1;1B0)OVERLAP_F_B 0B0 1B1 0B1", r"\(1F1;1B0\)OVERLAP_F_B is of one stage"),
+    ],
+)
+def test_pairs_that_are_not_a_forward_and_the_backward_of_another_stage(pair: str, words: str) -> None:
+    def trained(plan: Plan) -> tuple[list[float], Pairs]:
+        torch.manual_seed(0)
+        pipeline = one_rank(Seen(), Seen(), plan)
+        return [pipeline.step(*batch()) for _ in range(3)], pipeline.pairs
+
+    losses, found = trained(hand_made(f"0F0 1F0 {pair}", 2))
+    assert losses == trained(hand_made("0F0 1F0 0F1 1B0 0B0 1F1 1B1 0B1", 2))[0]
+    assert found.at_once == (not words)
+    assert found.all == 1
+    assert re.fullmatch(words, found.why)
+
+
+@pytest.mark.parametrize(
+    ("around", "words"),
+    [
+        (
+            partial(torch.autocast, "cpu", torch.bfloat16),
+            "autocast is on, and keeps its casts for all threads together",
+        ),
+        (partial(torch.device, "cpu"), "a mode of torch's is on, and sees one thread alone"),
+        (Passing, "a mode of torch's is on, and sees one thread alone"),
+    ],
+)
+def test_what_torch_keeps_for_a_thread_or_for_all(
+    around: Callable[[], AbstractContextManager[Any]], words: str
+) -> None:
+    def trained(cores_here: int) -> tuple[list[float], Pairs]:
+        torch.manual_seed(0)
+        with cores(lambda rank: cores_here):
+            pipeline = one_rank(Seen(), Seen())
+            with around():
+                losses = [pipeline.step(*batch()) for _ in range(3)]
+        return losses, pipeline.pairs
+
+    losses, found = trained(2)
+    assert found == (0, 5, words)
+    assert losses == trained(1)[0]
+
+
+def rank_says(threads: int, of_last: int) -> list[Any]:
+    with cores(lambda rank: of_last if rank == 1 else 8):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        plan = pipex.build("dualpipev", 2, 4)
+        stages = [Seen() for _ in range(4)]
+        pipeline = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+        losses = [pipeline.step(*batch()) for _ in range(2)]
+        torch.set_num_threads(1)
+        return [losses, *pipeline.pairs]
+
+
+@pytest.mark.parametrize(
+    ("threads", "of_last", "words"),
+    [
+        (1, 2, ""),
+        (1, 1, "rank 1 has one core"),
+        (4, 8, ""),
+        (4, 7, "rank 1 has 7 cores, and every operation takes 4; torch.set_num_threads(3) before the pipeline is made "
+               "leaves some for a second one"),
+    ],
+)  # fmt: skip
+def test_all_ranks_take_pairs_apart_where_one_has_no_cores_for_them(threads: int, of_last: int, words: str) -> None:
+    losses, *rest = zip(*host_world.launch(rank_says, 2, args=(threads, of_last)), strict=True)
+    assert losses[0] == losses[1]
+    assert rest == [(0, 0) if words else (3, 3), (3, 3), (words, words)]
+
+
+def test_a_plan_without_pairs_has_none() -> None:
+    torch.manual_seed(0)
+    pipeline = one_rank(Seen(), Seen(), pipex.build("interleaved", 1, 4, chunks=2))
+    pipeline.step(*batch())
+    assert pipeline.pairs == (0, 0, "")
+
+
+# Two streams, of a device that is not there: what was given to which, and what waits for what.
+
+
+class Stream:
+    """Knows the work that comes before what it is given next: its own, and that of streams that it has waited for."""
+
+    def __init__(self, device: object = None) -> None:
+        self.before: set[int] = set()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.before |= other.before
+
+
+class Streams:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = Stream()
+        self.work: list[tuple[str, Stream, frozenset[int]]] = []
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(pairs, "way_of", lambda device, stages: TwoStreams(device, stages))
+
+    @contextmanager
+    def on(self, stream: Stream | None) -> Iterator[None]:
+        before, self.current = self.current, stream or self.current
+        yield
+        self.current = before
+
+    def take(self, name: str) -> None:
+        """Work of this name, for the stream that is current."""
+        self.work.append((name, self.current, frozenset(self.current.before)))
+        self.current.before.add(len(self.work) - 1)
+
+
+def test_a_pair_goes_to_two_streams_that_part_before_it_and_meet_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    send = LocalEdge.send
+
+    def sending(edge: LocalEdge, step: int, microbatch: int, tensors: Any) -> None:
+        streams.take(f"{edge._spec.source}SEND{microbatch}")
+        send(edge, step, microbatch, tensors)
+
+    monkeypatch.setattr(LocalEdge, "send", sending)
+    microbatches: dict[str, Iterator[int]] = {f"{stage}{part}": count() for stage in (0, 1) for part in "FB"}
+
+    def taking(what: str) -> Callable[..., None]:
+        return lambda *_: streams.take(f"{what}{next(microbatches[what])}")
+
+    def trained() -> tuple[list[float], Pairs]:
+        torch.manual_seed(0)
+        pipeline = one_rank(*(Seen(taking(f"{stage}F"), taking(f"{stage}B")) for stage in (0, 1)))
+        return [pipeline.step(*batch())], pipeline.pairs
+
+    losses, found = trained()
+    assert found == (5, 5, "")
+    names = [name.replace("0B3", "0I3") for name, _, _ in streams.work]
+    places = {name: place for place, name in enumerate(names)}
+    own = {stage: {id(stream) for name, stream, _ in streams.work if name[0] == stage} for stage in "01"}
+    assert len(own["0"]) == len(own["1"]) == 1
+    assert own["0"] != own["1"]
+    fused = [action.parts for action in map(parse_action, ORDER.split()) if action.parts]
+    at_once = {(places[str(forward)], places[str(backward)]) for forward, backward in fused}
+    for later, (_, _, before) in enumerate(streams.work):
+        for earlier in range(later):
+            assert (earlier in before) == ((earlier, later) not in at_once), (names[earlier], names[later])
+    monkeypatch.undo()
+    with cores(lambda rank: 1):
+        microbatches = {what: count() for what in microbatches}
+        assert trained()[0] == losses
+
+
+def test_stages_that_share_a_parameter_do_not_run_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    torch.manual_seed(0)
+    first, last = Seen(), Seen()
+    last.linear.weight = first.linear.weight
+    pipeline = one_rank(first, last)
+    pipeline.step(*batch())
+    assert pipeline.pairs == (0, 5, "the stages 1 and 0 share modules or parameters")
+
+
+def test_stages_of_one_stream_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three stages on a rank, of which the first and the last have the main stream."""
+    Streams(monkeypatch)
+    order = "0F0 1F0 2F0 (0F1;2B0)OVERLAP_F_B 1B0 (1F1;0B0)OVERLAP_F_B 2F1 2B1 1B1 0B1"
+    plan = Plan("by-hand", Placement("loop", 1, 3), 2, (tuple(map(parse_action, order.split())),), (6,))
+    pipeline = pipex.Pipeline([Seen(), Seen(), Seen()], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+    pipeline.step(*batch())
+    assert pipeline.pairs == (1, 2, "the stages 0 and 2 have one stream")
+
+
+def test_a_module_in_both_stages_of_a_rank_is_watched_whether_pairs_are_fused_or_not() -> None:
+    """Whether its uses come in the order of one process is seen in the forwards of pairs too."""
+    norm = nn.BatchNorm1d(4)
+    stages = as_stages([nn.Sequential(nn.Linear(4, 4), norm) for _ in range(2)])
+    header = ("# pipex plan 1: family=by-hand placement=loop ranks=1 chunks=2 microbatches=3 update=step "
+              "peak_activations=6\n")  # fmt: skip
+    in_order = Plan.from_text(f"{header}0F0,1F0,(0F1;1B0)OVERLAP_F_B,0B0,1F1,1B1,0B1,0F2,1F2,1B2,0B2\n")
+    early = Plan.from_text(f"{header}0F0,1F0,0F1,(0F2;1B0)OVERLAP_F_B,1F1,(1F2;1B1)OVERLAP_F_B,0B0,1B2,0B1,0B2\n")
+    for plan, watched in ((in_order, False), (early, True)):
+        validate(plan)
+        for form in (plan, unfused(plan)):
+            assert (watch(stages, form, 0) is not None) is watched
