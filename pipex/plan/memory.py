@@ -30,7 +30,7 @@ class Change(NamedTuple):
 
     Attributes:
         position: of the action that changes it, or before which it does.
-        part: that of the action which does.
+        part: the first part of that action; of an activation that is gone or back, what made it, or needs it.
         when: "start" and "end" of the action, or before it: "gone" of an activation that was copied out, "back" of one
             for which room is made.
     """
@@ -42,7 +42,8 @@ class Change(NamedTuple):
 
 
 def changes(plan: Plan, rank: int) -> Iterator[Change]:
-    """In the order in which the rank holds more or less. The F of an OVERLAP_F_B is held beside what its B frees."""
+    """In the order in which the rank holds more or less. What the parts of an OVERLAP_F_B hold, they hold beside each
+    other: none frees anything before its end."""
     gone, back = defaultdict(list), defaultdict(list)
     for activation in away(plan, rank):
         if activation.gone < activation.back:
@@ -55,23 +56,25 @@ def changes(plan: Plan, rank: int) -> Iterator[Change]:
         for came in back[position]:
             part = Action(came.stage, Kind.I, came.microbatch)
             yield Change(position, part, "back", ((Form.WHOLE, came.stage, 1),))
-        for part in action.each:
-            stage, kind = part.stage, part.kind
-            recomputed = stage in plan.recomputed
+        first: list[tuple[Form, int, int]] = []
+        last: list[tuple[Form, int, int]] = []
+        for stage, kind, _, _ in action.each:
             if kind is Kind.F:
-                yield Change(position, part, "start", ((Form.INPUT if recomputed else Form.WHOLE, stage, 1),))
+                first.append((Form.INPUT if stage in plan.recomputed else Form.WHOLE, stage, 1))
                 if plan.update == "never":
-                    yield Change(position, part, "end", ((Form.WHOLE, stage, -1),))
-                continue
-            if recomputed and kind in (Kind.I, Kind.B):
-                yield Change(position, part, "start", ((Form.INPUT, stage, -1), (Form.WHOLE, stage, 1)))
-            match kind:
-                case Kind.I:
-                    yield Change(position, part, "end", ((Form.WHOLE, stage, -1), (Form.DEFERRED, stage, 1)))
-                case Kind.B:
-                    yield Change(position, part, "end", ((Form.WHOLE, stage, -1),))
-                case Kind.W:
-                    yield Change(position, part, "end", ((Form.DEFERRED, stage, -1),))
+                    last.append((Form.WHOLE, stage, -1))
+            if kind in (Kind.I, Kind.B):
+                if stage in plan.recomputed:
+                    first += [(Form.INPUT, stage, -1), (Form.WHOLE, stage, 1)]
+                last.append((Form.WHOLE, stage, -1))
+            if kind is Kind.I:
+                last.append((Form.DEFERRED, stage, 1))
+            if kind is Kind.W:
+                last.append((Form.DEFERRED, stage, -1))
+        if first:
+            yield Change(position, action.each[0], "start", tuple(first))
+        if last:
+            yield Change(position, action.each[0], "end", tuple(last))
 
 
 def peak_memory(

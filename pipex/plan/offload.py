@@ -66,7 +66,8 @@ def away(plan: Plan, rank: int) -> list[Away]:
                 for place in range(whole.get(key, position), position + 1):
                     held[place] += 1
     # One action more for each copy in turn, so that none takes all the room that there is.
-    copies = sorted([(a.forward, 0, a) for a in found.values()] + [(a.backward, 1, a) for a in found.values()])
+    copies = [(a.forward, 0, a) for a in found.values()] + [(a.backward, 1, a) for a in found.values()]
+    copies.sort(key=lambda copy: (copy[0], copy[1], copy[2].stage, copy[2].microbatch))
     for _ in range(3 * plan.placement.chunks):  # a micro-batch's actions: slower copies could not keep up anyway
         longer = []
         for copy in copies:

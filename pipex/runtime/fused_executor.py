@@ -80,7 +80,7 @@ class FusedExecutor(Executor):
         way, other, its_ends, its_microbatch = self._way, *backward
         step = self._data.step
         with way.on(runner.index):
-            inputs = self._input(runner, ends, microbatch)
+            inputs = self._input(runner, ends, microbatch)  # held until both have met again (``pairs`` says why)
         with way.on(other.index):
             gradients = self._output_gradients(*backward)
         self.peak_live = max(self.peak_live, sum(map(len, self._live)) + 1)

@@ -167,6 +167,11 @@ class _Backward:
             del _here.backward
             self.ended.set()
 
+    def finish(self) -> None:
+        """Waits for its end, when the forward has come to its own."""
+        self.alone.set()
+        self.ended.wait()
+
     def wait(self) -> None:
         """Called in its thread, before code runs that is not to run beside the forward."""
         if not self.alone.is_set():
@@ -196,13 +201,22 @@ class TwoThreads:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._job: _Backward | None = None  # the last one
         self._jobs: SimpleQueue[_Backward | None] = SimpleQueue()
+        # torch imports what its backwards need when they need it first, and a thread that waits for a forward must not
+        # hold the lock of an import.
+        one = torch.ones(1, requires_grad=True)
+        torch.autograd.backward(one * one, torch.ones(1))
 
     def on(self, stage: int) -> AbstractContextManager[None]:
         return _NOWHERE
 
     def end(self) -> None:
         if self._thread is not None:
+            if self._job is not None and not self._job.ended.is_set():  # a Ctrl-C has come at the worst moment
+                self._job.abandoned = True
+                self._job.alone.set()
+            self._job = None
             self._jobs.put(None)
             _outlast(self._thread.join)
             self._thread = None
@@ -218,6 +232,7 @@ class TwoThreads:
             self._thread = threading.Thread(target=self._work, name="pipex backward", daemon=True)
             self._thread.start()
         job = _Backward(backward)
+        self._job = job
         self._jobs.put(job)
         try:
             found = forward()
@@ -230,8 +245,8 @@ class TwoThreads:
         else:
             left()
         finally:
-            job.alone.set()
-            _outlast(job.ended.wait)
+            _outlast(job.finish)
+        self._job = None
         if job.error is not None:
             raise job.error
         return found, job.result, _WAITED if job.waited else ""

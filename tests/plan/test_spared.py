@@ -134,11 +134,23 @@ def fused() -> Plan:
     return dataclasses.replace(plan, orders=((*first[:2], *pairs, *first[10:]), *plan.orders[1:]))
 
 
+def two_at_once() -> Plan:
+    """Two forwards and two backwards in one action each."""
+    f, b = ([Action(0, kind, m) for m in range(4)] for kind in (Kind.F, Kind.B))
+    joined = (Action(NONE, Kind.OVERLAP_F_B, NONE, parts) for parts in ((f[1], f[2], b[0]), (f[3], b[1], b[2])))
+    return Plan("by-hand", Placement("loop", 1), 4, ((f[0], *joined, b[3]),), (4,))
+
+
 def cases(random_plans: list[Plan]) -> Iterator[tuple[Plan, Costs]]:
     """Plans with any of their stages spared, under whole-numbered costs and any promise from the smallest on."""
     rng = random.Random(0)
     families = [name for name in FAMILIES if build(name, 4, 8).update in ("step", "delayed")]
-    plans = [*random_plans[:150], fused(), *(build(family, 4, 8) for family in families for _ in range(3))]
+    plans = [
+        *random_plans[:150],
+        fused(),
+        *[two_at_once()] * 6,
+        *(build(family, 4, 8) for family in families for _ in range(3)),
+    ]
     for plan in plans:
         stages = range(plan.placement.stages)
         what = [rng.choice(("held", "recomputed", "offloaded", "offloaded")) for _ in stages]

@@ -6,6 +6,7 @@ import operator
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -53,10 +54,13 @@ def cores(of_rank: Callable[[int], int]) -> Iterator[None]:
     """In a rank of its own, by its number."""
     torch.set_num_threads(1)
     before, pairs.cores_of = pairs.cores_of, lambda world: of_rank(world.rank)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(interval / 100)
     try:
         yield
     finally:
         pairs.cores_of = before
+        sys.setswitchinterval(interval)
 
 
 # The numbers are those of plain torch.
@@ -133,7 +137,7 @@ def test_every_bit_through_device_memory(simulated_cuda: Path) -> None:
 
 def test_every_bit_where_backwards_run_code_of_the_model() -> None:
     cell: Cell = ("dualpipev", 2, 2, 5)
-    kinds = ("checkpointed dropout", "custom Function", "backward hook")
+    kinds = ("checkpointed dropout", "custom Function", "backward hook", "channels last")
     assert_as_plain(cell, [spread([kind, "dropout"] * 4, cell) for kind in kinds])
 
 
@@ -153,9 +157,11 @@ def test_layers_of_every_kind(cell: Cell, kind: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_over_hundreds_of_steps(cell: Cell) -> None:
+def test_over_many_steps(cell: Cell) -> None:
+    """Under threads that take turns a hundred times as often as Python has them."""
     kinds = ["dropout", "checkpointed dropout", "mlp", "one tensor more", "merging", "stochastic depth", WEIGHT_AGAIN]
-    assert_as_plain(cell, [spread(kinds, cell), spread(["attention", "layer norm", "dropout"], cell)], steps=300)
+    for _ in range(5):
+        assert_as_plain(cell, [spread(kinds, cell), spread(["attention", "layer norm", "dropout"], cell)], steps=20)
 
 
 # What happens in a pair, seen by the model's own code.
@@ -283,7 +289,6 @@ def test_the_order_of_events_is_the_plans_and_their_times_are_both_parts_own() -
     by_name = {event.name: event for event in compute}
     forward, backward = by_name["1F1"], by_name["0B0"]
     assert max(forward.begin, backward.begin) < min(forward.end, backward.end)
-    assert pipeline.peak_activations == 3  # the forward's beside what its backward frees
 
 
 # When something fails.
@@ -444,20 +449,23 @@ def hand_made(order: str, microbatches: int) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("pair", "words"),
+    ("pair", "words", "peak"),
     [
-        ("(0F1;1B0)OVERLAP_F_B 0B0 1F1 1B1 0B1", ""),
-        ("(0F1;1I0)OVERLAP_F_B 1W0 0B0 1F1 1B1 0B1", r"\(0F1;1I0\)\S+ is not a forward and a whole backward"),
-        ("0F1 (1F1;1B0)OVERLAP_F_B 0B0 1B1 0B1", r"\(1F1;1B0\)OVERLAP_F_B is of one stage"),
+        ("(0F1;1B0)OVERLAP_F_B 0B0 1F1 1B1 0B1", "", 3),
+        ("(0F1;1I0)OVERLAP_F_B 1W0 0B0 1F1 1B1 0B1", r"\(0F1;1I0\)\S+ is not a forward and a whole backward", 3),
+        ("0F1 (1F1;1B0)OVERLAP_F_B 0B0 1B1 0B1", r"\(1F1;1B0\)OVERLAP_F_B is of one stage", 4),
     ],
 )
-def test_pairs_that_are_not_a_forward_and_the_backward_of_another_stage(pair: str, words: str) -> None:
+def test_pairs_that_are_not_a_forward_and_the_backward_of_another_stage(pair: str, words: str, peak: int) -> None:
     def trained(plan: Plan) -> tuple[list[float], Pairs]:
         torch.manual_seed(0)
         pipeline = one_rank(Seen(), Seen(), plan)
-        return [pipeline.step(*batch()) for _ in range(3)], pipeline.pairs
+        losses = [pipeline.step(*batch()) for _ in range(3)]
+        assert pipeline.peak_activations == peak  # in the pair: its forward's beside what its backward frees
+        return losses, pipeline.pairs
 
     losses, found = trained(hand_made(f"0F0 1F0 {pair}", 2))
+    peak = 3
     assert losses == trained(hand_made("0F0 1F0 0F1 1B0 0B0 1F1 1B1 0B1", 2))[0]
     assert found.at_once == (not words)
     assert found.all == 1

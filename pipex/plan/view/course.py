@@ -45,17 +45,12 @@ def memory_curve(plan: Plan, costs: Costs, simulation: Simulation, rank: int) ->
                 time = copies[change.part.stage, change.part.microbatch].out_end
             case "back":
                 time = copies[change.part.stage, change.part.microbatch].back_start
-        timed.append((time, change))
+        timed.append((time, change.by))
     held = costs.weights_held(plan.placement)[rank]
     curve = [(0.0, held)]
-    last: tuple[int, str] | None = None
-    for time, (position, _, when, by) in sorted(timed, key=lambda pair: pair[0]):
+    for time, by in sorted(timed, key=lambda pair: pair[0]):
         held += sum(more * amounts[form][stage] for form, stage, more in by)
-        if last == (position, when):  # of a fused pair, whose parts start and end together
-            curve.pop()
-        last = None
         if held != curve[-1][1]:
-            last = position, when
             curve.append((time, held))
     return curve
 
