@@ -146,7 +146,7 @@ class SchedulingProblem:
     def __init__(
         self,
         rank_of: Sequence[int],
-        microbatches: int,
+        passing: Sequence[int],
         durations: Sequence[Sequence[int]],
         activation_hop: Sequence[int],
         gradient_hop: Sequence[int],

@@ -60,9 +60,9 @@ py::bytes improve_packed(const SchedulingProblem& problem, const py::bytes& pack
 
 void bind_list_scheduler(py::module_& module) {
   py::class_<SchedulingProblem>(module, "SchedulingProblem", plain_type())
-      .def(py::init<std::vector<int>, int, std::array<Numbers, kKinds>, Numbers, Numbers, Numbers, Numbers, Numbers,
-                    Numbers>(),
-           py::arg("rank_of"), py::arg("microbatches"), py::arg("durations"), py::arg("activation_hop"),
+      .def(py::init<std::vector<int>, std::vector<int>, std::array<Numbers, kKinds>, Numbers, Numbers, Numbers, Numbers,
+                    Numbers, Numbers>(),
+           py::arg("rank_of"), py::arg("passing"), py::arg("durations"), py::arg("activation_hop"),
            py::arg("gradient_hop"), py::arg("activation"), py::arg("kept"), py::arg("deferred"), py::arg("limit"))
       .def(
           "list_schedule",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -27,7 +28,7 @@ class ListScheduler {
   ListScheduler(const SchedulingProblem& problem, const DueDates& due) : problem_(problem), due_(due) {
     const auto table = static_cast<std::size_t>(problem.stages) * problem.microbatches;
     for (auto& ends : end_) ends.assign(table, 0);
-    for (auto& next : next_) next.assign(problem.stages, 0);
+    for (auto& next : next_) next = problem.first_microbatch;
     held_.assign(problem.stages, 0);
     wake_.assign(problem.ranks, 0);
     idle_.assign(problem.ranks, false);
@@ -63,10 +64,17 @@ class ListScheduler {
     return due_.start[microbatch] + due_.offset[kind][stage];
   }
 
-  /// room_[k]: what an F of the rank's chunk k may still take without exceeding its own cap or that of a deeper one.
-  /// Returns what the rank holds.
+  /// room_[k]: what an F of the rank's chunk k may still take without exceeding its own cap or that of a deeper one; of
+  /// two pipes, its own cap or what both may hold together. Returns what the rank holds.
   std::int64_t measure_room(int rank) {
     const std::vector<int>& stages = problem_.stages_of[rank];
+    if (problem_.pipes > 1) {
+      std::int64_t both = 0, surge = 0;
+      for (const int stage : stages) both += held_[stage], surge = std::max(surge, problem_.surge[stage]);
+      for (std::size_t chunk = 0; chunk < stages.size(); ++chunk)
+        room_[chunk] = std::min(due_.cap[stages[chunk]] - held_[stages[chunk]], problem_.limit[rank] - surge - both);
+      return both;
+    }
     std::int64_t held = 0;
     for (std::size_t chunk = 0; chunk < stages.size(); ++chunk) {
       held += held_[stages[chunk]];
@@ -82,13 +90,13 @@ class ListScheduler {
     candidates_.clear();
     const std::int64_t left = problem_.limit[rank] - measure_room(rank);
     const std::vector<int>& stages = problem_.stages_of[rank];
-    const int last = problem_.stages - 1;
     std::int64_t blocked = kNever;  // the earliest due date of an action that only lacks memory
     int first_w = -1;
     for (std::size_t chunk = 0; chunk < stages.size(); ++chunk) {
       const int s = stages[chunk];
-      if (const int m = next_[kForward][s]; m < problem_.microbatches && (s == 0 || m < next_[kForward][s - 1])) {
-        const std::int64_t ready = s == 0 ? due_.release[m] : end(kForward, s - 1, m) + problem_.activation_hop[s - 1];
+      const bool begins = problem_.begins[s], ends = problem_.ends[s];
+      if (const int m = next_[kForward][s]; m < (begins ? problem_.microbatch_end[s] : next_[kForward][s - 1])) {
+        const std::int64_t ready = begins ? due_.release[m] : end(kForward, s - 1, m) + problem_.activation_hop[s - 1];
         const std::int64_t date = due(kForward, s, m);
         if (problem_.charge[s] <= room_[chunk])
           candidates_.push_back({date, kForward, s, ready});
@@ -96,9 +104,9 @@ class ListScheduler {
           blocked = std::min(blocked, date);
       }
       if (const int m = next_[kInputGradient][s];
-          m < next_[kForward][s] && (s == last || m < next_[kInputGradient][s + 1])) {
+          m < next_[kForward][s] && (ends || m < next_[kInputGradient][s + 1])) {
         std::int64_t ready = end(kForward, s, m);
-        if (s < last) ready = std::max(ready, end(kInputGradient, s + 1, m) + problem_.gradient_hop[s]);
+        if (!ends) ready = std::max(ready, end(kInputGradient, s + 1, m) + problem_.gradient_hop[s]);
         const std::int64_t date = due(kInputGradient, s, m);
         if (problem_.surge[s] == 0 || problem_.surge[s] <= left)
           candidates_.push_back({date, kInputGradient, s, ready});
@@ -148,11 +156,11 @@ class ListScheduler {
     switch (kind) {
       case kForward:
         held_[stage] += problem_.charge[stage];
-        if (stage + 1 < problem_.stages) tell(problem_.rank_of[stage + 1], now);
+        if (!problem_.ends[stage]) tell(problem_.rank_of[stage + 1], now);
         break;
       case kInputGradient:
         held_[stage] += problem_.deferred[stage] - problem_.charge[stage];
-        if (stage > 0) tell(problem_.rank_of[stage - 1], now);
+        if (!problem_.begins[stage]) tell(problem_.rank_of[stage - 1], now);
         break;
       default:
         held_[stage] -= problem_.deferred[stage];
@@ -179,14 +187,19 @@ class ListScheduler {
 
 }  // namespace
 
-SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, int microbatches,
+SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, const std::vector<int>& passing,
                                      std::array<std::vector<std::int64_t>, kKinds> duration,
                                      std::vector<std::int64_t> activation_hop, std::vector<std::int64_t> gradient_hop,
                                      std::vector<std::int64_t> activation, std::vector<std::int64_t> kept,
                                      std::vector<std::int64_t> deferred, std::vector<std::int64_t> limit)
     : stages(static_cast<int>(rank_of.size())),
       ranks(static_cast<int>(limit.size())),
-      microbatches(microbatches),
+      pipes(static_cast<int>(passing.size())),
+      microbatches(std::accumulate(passing.begin(), passing.end(), 0)),
+      begins(stages),
+      ends(stages),
+      first_microbatch(stages),
+      microbatch_end(stages),
       rank_of(std::move(rank_of)),
       stages_of(ranks),
       duration(std::move(duration)),
@@ -199,12 +212,19 @@ SchedulingProblem::SchedulingProblem(std::vector<int> rank_of, int microbatches,
       surge(stages),
       limit(std::move(limit)) {
   const auto per_stage = [&](const auto& values) { return values.size() == this->rank_of.size(); };
-  const bool fits = ranks > 0 && stages > 0 && stages % ranks == 0 && microbatches > 0 &&
+  const bool shared = pipes == 1 || (pipes == 2 && stages == 2 * ranks);
+  const bool fits = ranks > 0 && stages > 0 && stages % ranks == 0 && microbatches > 0 && shared &&
+                    std::all_of(passing.begin(), passing.end(), [](int number) { return number >= 0; }) &&
                     std::all_of(this->duration.begin(), this->duration.end(), per_stage) &&
                     per_stage(this->activation) && per_stage(this->kept) && per_stage(this->deferred) &&
                     this->activation_hop.size() + 1 == this->rank_of.size() &&
                     this->gradient_hop.size() + 1 == this->rank_of.size();
   if (!fits) throw std::invalid_argument("the parts of a scheduling problem do not fit together");
+  for (int pipe = 0, s = 0, m = 0; pipe < pipes; m += passing[pipe++]) {
+    begins[s] = true;
+    for (; s < stages / pipes * (pipe + 1); ++s) first_microbatch[s] = m, microbatch_end[s] = m + passing[pipe];
+    ends[s - 1] = true;
+  }
   for (int s = 0; s < stages; ++s) {
     const std::int64_t most = std::max(this->activation[s], this->deferred[s]);
     charge[s] = this->kept[s] < this->activation[s] ? this->kept[s] : most;

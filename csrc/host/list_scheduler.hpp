@@ -13,21 +13,30 @@ namespace pipex {
 constexpr int kKinds = 3;
 enum ActionKind : int { kForward, kInputGradient, kWeightGradient };
 
-/// Sizes, times and memory of one pipeline; whole numbers. Stages are on ranks as rank_of says, as many on each.
+/// Sizes, times and memory of one pipeline; whole numbers. Stages are on ranks as rank_of says, as many on each. With
+/// two pipes, as many micro-batches pass each as `passing` says, those of the first with the lower numbers, and rank
+/// ranks - 1 - r holds what rank r holds.
 struct SchedulingProblem {
-  SchedulingProblem(std::vector<int> rank_of, int microbatches, std::array<std::vector<std::int64_t>, kKinds> duration,
-                    std::vector<std::int64_t> activation_hop, std::vector<std::int64_t> gradient_hop,
-                    std::vector<std::int64_t> activation, std::vector<std::int64_t> kept,
-                    std::vector<std::int64_t> deferred, std::vector<std::int64_t> limit);
+  SchedulingProblem(std::vector<int> rank_of, const std::vector<int>& passing,
+                    std::array<std::vector<std::int64_t>, kKinds> duration, std::vector<std::int64_t> activation_hop,
+                    std::vector<std::int64_t> gradient_hop, std::vector<std::int64_t> activation,
+                    std::vector<std::int64_t> kept, std::vector<std::int64_t> deferred,
+                    std::vector<std::int64_t> limit);
 
   /// An action as one number, as it stands in packed orders.
   std::int64_t code(int kind, int stage, int microbatch) const {
     return (static_cast<std::int64_t>(kind) * stages + stage) * microbatches + microbatch;
   }
-  std::int64_t actions() const { return std::int64_t{kKinds} * stages * microbatches; }
+  std::int64_t codes() const { return std::int64_t{kKinds} * stages * microbatches; }
+  std::int64_t actions() const { return codes() / pipes; }
   std::int64_t actions_per_rank() const { return actions() / ranks; }
 
-  int stages, ranks, microbatches;
+  int twin_of(int rank) const { return pipes > 1 ? ranks - 1 - rank : rank; }
+
+  int stages, ranks, pipes, microbatches;
+  std::vector<char> begins, ends;     // per stage whether it is the first or the last of its pipe
+  std::vector<int> first_microbatch;  // per stage, and the one after the last
+  std::vector<int> microbatch_end;
   std::vector<int> rank_of;
   std::vector<std::vector<int>> stages_of;  // per rank, rising
   std::array<std::vector<std::int64_t>, kKinds> duration;

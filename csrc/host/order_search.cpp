@@ -19,15 +19,17 @@ class Execution {
       : problem_(problem),
         microbatches_(problem.microbatches),
         table_(std::int64_t{problem.stages} * problem.microbatches),
-        end_(problem.actions()),
+        end_(problem.codes()),
         now_(problem.ranks),
         first_(problem.ranks),
         at_(problem.ranks),
         waits_for_(problem.ranks) {
-    meaning_.reserve(problem.actions());
+    meaning_.reserve(problem.codes());
     for (int kind = 0; kind < kKinds; ++kind)
-      for (int stage = 0; stage < problem.stages; ++stage)
+      for (int stage = 0; stage < problem.stages; ++stage) {
         meaning_.insert(meaning_.end(), microbatches_, {kind, stage});
+        links_.push_back(link(kind, stage));
+      }
   }
 
   int kind(std::int64_t code) const { return meaning_[code].kind; }
@@ -35,21 +37,16 @@ class Execution {
   std::int64_t end(std::int64_t code) const { return end_[code]; }
   std::int64_t duration(std::int64_t code) const { return problem_.duration[kind(code)][stage(code)]; }
   std::int64_t finish(int rank) const { return now_[rank]; }
-  std::int64_t span(int rank) const { return now_[rank] - first_[rank]; }
+  std::int64_t span(int rank) const { return std::max(now_[rank], now_[problem_.twin_of(rank)]) - first_[rank]; }
 
   /// The action whose message this one needs, and the hop of that; kNone where it needs none.
   std::pair<std::int64_t, std::int64_t> source(std::int64_t code) const {
-    const int s = stage(code);
-    switch (kind(code)) {
-      case kForward:
-        if (s > 0) return {code - microbatches_, problem_.activation_hop[s - 1]};
-        break;
-      case kInputGradient:
-        if (s + 1 < problem_.stages) return {code + microbatches_, problem_.gradient_hop[s]};
-        break;
-    }
-    return {kNone, 0};
+    const Link& link = links_[token(code)];
+    return {link.source == 0 ? kNone : code + link.source, link.hop};
   }
+
+  /// Kind and stage of an action in one number.
+  std::int64_t token(std::int64_t code) const { return std::int64_t{kind(code)} * problem_.stages + stage(code); }
 
   /// False: the ranks do not come to the end of these orders.
   bool run(const PackedOrders& orders) {
@@ -91,9 +88,7 @@ class Execution {
       first_[rank] = std::min(first_[rank], now_[rank]);
       now_[rank] += problem_.duration[k][s];
       end_[code] = now_[rank];
-      const int user = k == kForward ? s + 1 : k == kInputGradient ? s - 1 : kNone;
-      if (user < 0 || user == problem_.stages) continue;
-      if (const int other = problem_.rank_of[user]; waits_for_[other] == code) {
+      if (const int other = links_[token(code)].user; other >= 0 && waits_for_[other] == code) {
         waits_for_[other] = kNone;
         todo_.push_back(other);
       }
@@ -104,10 +99,29 @@ class Execution {
   struct Meaning {
     int kind, stage;
   };
+  /// What the actions of one kind at one stage need and who needs them; `source` is added to the code, 0 for none.
+  struct Link {
+    std::int64_t source = 0, hop = 0;
+    int user = -1;  // the rank
+  };
+
+  Link link(int kind, int s) const {
+    const bool begins = problem_.begins[s], ends = problem_.ends[s];
+    Link link;
+    if (kind == kForward) {
+      if (!begins) link.source = -microbatches_, link.hop = problem_.activation_hop[s - 1];
+      if (!ends) link.user = problem_.rank_of[s + 1];
+    } else if (kind == kInputGradient) {
+      if (!ends) link.source = microbatches_, link.hop = problem_.gradient_hop[s];
+      if (!begins) link.user = problem_.rank_of[s - 1];
+    }
+    return link;
+  }
 
   const SchedulingProblem& problem_;
   const std::int64_t microbatches_, table_;
   std::vector<Meaning> meaning_;                // per action; divisions would take most of the time
+  std::vector<Link> links_;                     // per kind and stage
   std::vector<std::int64_t> end_;               // per action; kNone: has not run
   std::vector<std::int64_t> now_, first_, at_;  // per rank: end, first start, position
   std::vector<std::int64_t> waits_for_;         // per rank the action whose message it needs
@@ -115,7 +129,12 @@ class Execution {
 };
 
 void check(const SchedulingProblem& problem, const PackedOrders& orders) {
-  const auto known = [&](std::int64_t code) { return 0 <= code && code < problem.actions(); };
+  const auto known = [&](std::int64_t code) {
+    if (code < 0 || code >= problem.codes()) return false;
+    if (problem.pipes == 1) return true;  // without a division
+    const std::int64_t stage = code / problem.microbatches % problem.stages, m = code % problem.microbatches;
+    return problem.first_microbatch[stage] <= m && m < problem.microbatch_end[stage];
+  };
   if (static_cast<std::int64_t>(orders.size()) != problem.actions() ||
       !std::all_of(orders.begin(), orders.end(), known))
     throw std::invalid_argument("the orders are of another problem");
@@ -163,7 +182,10 @@ class Random {
 class Improver {
  public:
   Improver(const SchedulingProblem& problem, const PackedOrders& orders, std::uint64_t seed, bool of_span)
-      : problem_(problem), execution_(problem), random_(seed), of_span_(of_span), orders_(orders) {}
+      : problem_(problem), execution_(problem), random_(seed), of_span_(of_span), orders_(orders) {
+    for (int kind = 0; kind < kKinds; ++kind)
+      first_.insert(first_.end(), problem.first_microbatch.begin(), problem.first_microbatch.end());
+  }
 
   PackedOrders run(std::int64_t trials) {
     const PackedOrders given = orders_;
@@ -179,7 +201,7 @@ class Improver {
     for (std::int64_t trial = 0; trial < trials; ++trial) {
       const auto [rank, source, target] = propose();
       const std::int64_t start = rank * problem_.actions_per_rank();
-      if (token(orders_[start + source]) == token(orders_[start + target])) continue;
+      if (execution_.token(orders_[start + source]) == execution_.token(orders_[start + target])) continue;
       move(rank, source, target);
       std::int64_t& earlier = history[trial % history.size()];
       const bool legal = peak(problem_, execution_, &orders_[start]) <= problem_.limit[rank] && execution_.run(orders_);
@@ -206,11 +228,6 @@ class Improver {
     std::int64_t source, target;
   };
 
-  /// Kind and stage of an action.
-  std::int64_t token(std::int64_t code) const {
-    return std::int64_t{execution_.kind(code)} * problem_.stages + execution_.stage(code);
-  }
-
   std::int64_t value(int rank) const { return of_span_ ? execution_.span(rank) : execution_.finish(rank); }
 
   int worst_rank() const {
@@ -225,9 +242,9 @@ class Improver {
   /// Gives the actions of each kind and stage their micro-batches in rising order.
   void number(int rank) {
     const std::int64_t length = problem_.actions_per_rank();
-    next_.assign(std::size_t{kKinds} * problem_.stages, 0);
+    next_ = first_;
     for (std::int64_t* action = &orders_[rank * length]; action != &orders_[0] + (rank + 1) * length; ++action)
-      *action = token(*action) * problem_.microbatches + next_[token(*action)]++;
+      *action = execution_.token(*action) * problem_.microbatches + next_[execution_.token(*action)]++;
   }
 
   void move(int rank, std::int64_t source, std::int64_t target) {
@@ -253,10 +270,11 @@ class Improver {
   /// The blocks of one critical path of the execution, from its end to time 0.
   void find_blocks() {
     const std::int64_t length = problem_.actions_per_rank();
-    position_.resize(orders_.size());
+    position_.resize(problem_.codes());
     for (std::size_t place = 0; place < orders_.size(); ++place) position_[orders_[place]] = place % length;
     blocks_.clear();
-    Block block{worst_rank(), length - 1, length - 1};
+    const int worst = worst_rank(), twin = problem_.twin_of(worst);
+    Block block{execution_.finish(twin) > execution_.finish(worst) ? twin : worst, length - 1, length - 1};
     while (true) {
       const std::int64_t* action = &orders_[block.rank * length + block.first];
       const std::int64_t start = execution_.end(*action) - execution_.duration(*action);
@@ -280,8 +298,8 @@ class Improver {
   const bool of_span_;
   PackedOrders orders_;
   std::vector<Block> blocks_;
-  std::vector<std::int64_t> position_;  // per action, in its rank's order
-  std::vector<std::int64_t> next_;      // per kind and stage the next micro-batch, while numbering
+  std::vector<std::int64_t> position_;      // per action, in its rank's order
+  std::vector<std::int64_t> first_, next_;  // per kind and stage the first micro-batch, and the next while numbering
 };
 
 }  // namespace

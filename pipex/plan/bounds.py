@@ -17,6 +17,8 @@ Besides, a micro-batch takes a certain memory for a certain time, and all of the
 
 Where stages may be recomputed or offloaded to keep a limit, a rank does so with those of its stages with which its own
 bound is lowest, the others having done nothing. What an I takes for itself, and the time of copies, are left out.
+With two copies of a model each pipe has its own such times, of which the shorter are certain, and the gradients of the
+copies are added up at the end.
 
 With stages and hops all alike, F, I and W being times of a rank, c a hop and a limit of P micro-batches, the first I
 alone makes a rank idle for (P-1)I/V + (PV+P-2)c on a loop of V chunks, for (P-1)I/2 + 3(P-1)c on a V. At V = 1 the
@@ -56,16 +58,19 @@ _MOST_SPARED = 6
 
 
 def smallest_memory(placement: Placement, costs: Costs, spare: Collection[Spare] = ()) -> tuple[float, ...]:
-    """Per rank the memory without which no plan with a backward can run, in the unit of the costs: a micro-batch that
-    has reached a stage is held, whole or as far as ``spare`` says, by all stages before it. With one pipe it is enough
-    too, as ``naive`` shows."""
+    """Per rank the memory without which no plan with a backward can run, in the unit of the costs: its weights, and a
+    micro-batch that has reached a stage, which is held, whole or as far as ``spare`` says, by all stages before it.
+    With one pipe it is enough too, as ``naive`` shows."""
     every = range(placement.stages)
     least = costs.spared(every if "recompute" in spare else (), every if "offload" in spare else ()).activation
 
     def needed(stages: Sequence[int]) -> float:
         return max(costs.activation[s] + sum(least[t] for t in stages if t < s) for s in stages)
 
-    return tuple(min(map(needed, _stages_of(placement, rank))) for rank in range(placement.ranks))
+    return tuple(
+        weights + min(map(needed, _stages_of(placement, rank, placement.pipes)))
+        for rank, weights in enumerate(costs.weights_held(placement))
+    )
 
 
 def check_limit(placement: Placement, costs: Costs, limit: Sequence[float], spare: Collection[Spare] = ()) -> None:
@@ -75,7 +80,8 @@ def check_limit(placement: Placement, costs: Costs, limit: Sequence[float], spar
     for rank, (given, needed) in enumerate(zip(limit, smallest_memory(placement, costs, spare), strict=True)):
         if not given * SLACK >= needed:
             problem = f"no plan fits the memory limit of rank {rank}"
-            raise InputError(problem, got=f"{given:g}", needed=f"at least {needed:g}, what one micro-batch holds there")
+            what = "what one micro-batch holds there" + (", and the weights" if costs.weights is not None else "")
+            raise InputError(problem, got=f"{given:g}", needed=f"at least {needed:g}, {what}")
 
 
 def makespan_bound(
@@ -125,30 +131,40 @@ def _bound(
     whole_step: bool,
 ) -> Bound:
     costs.on(placement)
-    chains = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
-    if update == "never":
-        ranks = [[_forward_only(rank, placement, chains, whole_step)] for rank in range(placement.ranks)]
+    every = [_Chain.of(pipe, placement, costs, backward=update != "never") for pipe in placement.pipes]
+    limits = [inf] * placement.ranks
+    if limit is None or update == "never":
+        spare = ()
     else:
-        limits = [inf] * placement.ranks
-        if limit is None:
-            spare = ()
+        check_limit(placement, costs, limit, spare)
+        limits = [most * SLACK - held for most, held in zip(limit, costs.weights_held(placement), strict=True)]
+
+    def passing(chains: list[_Chain], ways: list[tuple[int, ...]]) -> Bound:
+        """Where all of these are passed: the best way to share the micro-batches, and in that the worst rank."""
+        if update == "never":
+            ranks = [[_forward_only(rank, placement, chains, whole_step)] for rank in range(placement.ranks)]
         else:
-            check_limit(placement, costs, limit, spare)
-            limits = [most * SLACK for most in limit]
-        ranks = [
-            [
-                _with_backward(rank, placement, chains, microbatches, choice, limits[rank], whole_step)
-                for choice in _choices(placement.stages_of(rank), costs, spare)
+            ranks = [
+                [
+                    _with_backward(rank, placement, chains, microbatches, choice, limits[rank], whole_step)
+                    for choice in _choices(placement.stages_of(rank), costs, spare)
+                ]
+                for rank in range(placement.ranks)
             ]
-            for rank in range(placement.ranks)
-        ]
-    # Micro-batches may choose between two pipes: the best way to share them counts, and in that the worst rank.
-    ways = [(microbatches,)] if len(chains) == 1 else [(m, microbatches - m) for m in range(microbatches + 1)]
-    each = [[min((choice.bound(way) for choice in rank), key=_value) for rank in ranks] for way in ways]
-    best = min((max(bounds, key=_value) for bounds in each), key=_value)
-    alone = min(chain.end for chain in chains)
-    if whole_step and alone > best.value:
-        return Bound(alone, f"one micro-batch alone takes {alone:g}")
+        each = [[min((choice.bound(way) for choice in rank), key=_value) for rank in ranks] for way in ways]
+        best = min((max(bounds, key=_value) for bounds in each), key=_value)
+        alone = max(chain.end for chain in chains)
+        if whole_step and alone > best.value:
+            return Bound(alone, f"one micro-batch alone takes {alone:g}")
+        return best
+
+    found = [passing([chain], [(microbatches,)]) for chain in every]
+    if len(every) > 1 and microbatches > 1:
+        found.append(passing(every, [(m, microbatches - m) for m in range(1, microbatches)]))
+    best = min(found, key=_value)
+    if len(every) > 1 and update != "never" and costs.exchange:
+        sums = f"{best.reason}; then the gradients of both copies are added up for {costs.exchange:g}"
+        return Bound(best.value + costs.exchange, sums)
     return best
 
 
@@ -169,9 +185,9 @@ def _value(bound: Bound) -> float:
     return bound.value
 
 
-def _stages_of(placement: Placement, rank: int) -> list[tuple[int, ...]]:
+def _stages_of(placement: Placement, rank: int, pipes: Sequence[range]) -> list[tuple[int, ...]]:
     """Per pipe the stages of the rank, rising."""
-    return [tuple(s for s in pipe if placement.rank_of(s) == rank) for pipe in placement.pipes]
+    return [tuple(s for s in pipe if placement.rank_of(s) == rank) for pipe in pipes]
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,7 @@ class _Chain:
     """How fast a micro-batch gets through a pipe that it has for itself; per stage, by its number.
 
     Attributes:
+        pipe: its stages.
         f, i, w: what the actions take.
         arrival: when F can start.
         gradient: when I can start.
@@ -186,6 +203,7 @@ class _Chain:
         end: the last of these.
     """
 
+    pipe: range
     f: dict[int, float]
     i: dict[int, float]
     w: dict[int, float]
@@ -212,7 +230,7 @@ class _Chain:
             gradient[s] = now = now + hop.get((s, Kind.RECV_B), 0.0)
             now += i[s]
         done = {s: gradient[s] + i[s] + w[s] for s in pipe}
-        return _Chain(f, i, w, arrival, gradient, done, end=max(done.values()))
+        return _Chain(pipe, f, i, w, arrival, gradient, done, end=max(done.values()))
 
 
 @dataclass(frozen=True)
@@ -251,7 +269,7 @@ class _Rank:
 
 
 def _forward_only(rank: int, placement: Placement, chains: list[_Chain], whole_step: bool) -> _Rank:
-    pipes = list(zip(chains, _stages_of(placement, rank), strict=True))
+    pipes = list(zip(chains, _stages_of(placement, rank, [chain.pipe for chain in chains]), strict=True))
     work = tuple(sum(c.f[s] for s in stages) for c, stages in pipes)
     if not whole_step:
         return _Rank(rank, work, 0.0, "")
@@ -272,7 +290,7 @@ def _with_backward(
 ) -> _Rank:
     share = min(1.0, costs.overlap)
     chains = [replace(chain, i={s: share * costs.input_gradient[s] for s in chain.i}) for chain in chains]
-    pipes = list(zip(chains, _stages_of(placement, rank), strict=True))
+    pipes = list(zip(chains, _stages_of(placement, rank, [chain.pipe for chain in chains]), strict=True))
     windows = [_Windows.of(chain, stages, whole_step) for chain, stages in pipes]
     # Each pipe has its own windows; the shorter is the one that is certain.
     first_f, first_i, last_f, last_i = (min(times) for times in zip(*windows, strict=True))

@@ -10,7 +10,8 @@ class Bubbles(NamedTuple):
     """The length of a step, and its bubble, under both meanings of each.
 
     Attributes:
-        makespan: last end minus first start over all ranks. What a step costs that ends with a barrier: a gradient
+        makespan: last end minus first start over all ranks. With two copies of a model the end is that of their
+            gradients' sum, here and below. What a step costs that ends with a barrier: a gradient
             norm, a loss that every rank learns.
         span: last end minus first start of a rank; the largest over the ranks. What a step costs without a barrier,
             as every rank then starts the next step when it has ended this one.
@@ -37,12 +38,18 @@ def busy_times(actions: Sequence[tuple[float, float]]) -> list[tuple[float, floa
     return found
 
 
-def bubbles(ranks: Sequence[Sequence[tuple[float, float]]]) -> Bubbles:
-    """Of a step in which every rank ran something. ``ranks``: per rank the start and end of its compute actions, in
-    the order in which it ran them, none at once with another (``busy_times``)."""
+def bubbles(ranks: Sequence[Sequence[tuple[float, float]]], ends: Sequence[float] | None = None) -> Bubbles:
+    """Of a step in which every rank ran something.
+
+    Args:
+        ranks: per rank the start and end of its compute actions, in the order in which it ran them,
+            none at once with another (``busy_times``).
+        ends: per rank when the step is over for it; None: with its last action.
+    """
+    ends = ends or [rank[-1][1] for rank in ranks]
     busy = [sum(end - start for start, end in rank) for rank in ranks]
-    spans = [rank[-1][1] - rank[0][0] for rank in ranks]
-    makespan = max(rank[-1][1] for rank in ranks) - min(rank[0][0] for rank in ranks)
+    spans = [end - rank[0][0] for rank, end in zip(ranks, ends, strict=True)]
+    makespan = max(ends) - min(rank[0][0] for rank in ranks)
     return Bubbles(
         makespan=makespan,
         span=max(spans),

@@ -37,6 +37,10 @@ class Costs:
         recompute: time per stage by which a recomputed stage's I or B is longer; None: that of F.
         offload: time per stage of copying what one micro-batch holds to host memory, and of copying it back; None: such
             copies take no time.
+        weights: memory per stage of its weights, with their gradients and what an optimizer keeps; None: not said, and
+            no limit counts them.
+        exchange: time from the last action of two ranks that hold the two copies of the same layers to the sum of
+            their gradients, each way at once; where there is one copy, of no account.
     """
 
     forward: Sequence[float]
@@ -49,6 +53,8 @@ class Costs:
     inputs: Sequence[float] | None = None
     recompute: Sequence[float] | None = None
     offload: Sequence[float] | None = None
+    weights: Sequence[float] | None = None
+    exchange: float = 0.0
 
     @property
     def recomputation(self) -> Sequence[float]:
@@ -96,11 +102,17 @@ class Costs:
         """Raises InputError unless there is one finite cost, not below zero, per stage and edge of ``plan``."""
         self._check(plan.placement)
 
+    def weights_held(self, placement: Placement) -> tuple[float, ...]:
+        """Per rank the memory of all its weights, those of both copies; 0 where that is not said."""
+        if self.weights is None:
+            return (0.0,) * placement.ranks
+        return tuple(sum(self.weights[s] for s in placement.stages_of(rank)) for rank in range(placement.ranks))
+
     def _check(self, placement: Placement) -> None:
         stages = placement.stages
         for name in ("forward", "input_gradient", "weight_gradient", "activation", "deferred"):
             _check_stages(name, getattr(self, name), stages)
-        for name in ("inputs", "recompute", "offload"):
+        for name in ("inputs", "recompute", "offload", "weights"):
             if (values := getattr(self, name)) is not None:
                 _check_stages(name, values, stages)
         for edge in placement.edges:
@@ -108,6 +120,7 @@ class Costs:
                 raise InputError(f"no hop cost for the {edge}", needed="one per edge of the plan")
             check_cost(f"hop of the {edge}", self.hop[edge])
         check_cost("overlap", self.overlap)
+        check_cost("exchange", self.exchange)
 
 
 def _check_stages(name: str, values: Sequence[float], stages: int) -> None:
@@ -136,11 +149,12 @@ class RankCosts:
             or per stage, which fits placements with as many stages only.
         hop: time from the producer's end to the message's arrival, the same on all edges.
         activation, deferred: likewise the memory of one micro-batch, as in ``Costs``.
-        overlap: as in ``Costs``.
+        overlap, exchange: as in ``Costs``.
         inputs: likewise the memory of a stage's input, as in ``Costs``; the same for each of a rank's chunks, however
             many there are.
         recompute, offload: likewise the times of recomputing and of copying out or back one micro-batch, as in
             ``Costs``. Without ``offload``, what copies take is unknown, and a search offloads nothing.
+        weights: likewise the memory of the weights in one copy of the model; None: not said.
     """
 
     ranks: int
@@ -154,6 +168,8 @@ class RankCosts:
     inputs: tuple[float, ...] | None = None
     recompute: tuple[float, ...] | None = None
     offload: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    exchange: float = 0.0
 
     @staticmethod
     def of(
@@ -168,6 +184,8 @@ class RankCosts:
         inputs: float | Sequence[float] | None = None,
         recompute: float | Sequence[float] | None = None,
         offload: float | Sequence[float] | None = None,
+        weights: float | Sequence[float] | None = None,
+        exchange: float = 0.0,
     ) -> RankCosts:
         """From one number for all ranks, one per rank, or one per stage. Without ``deferred``, an activation is held
         whole until W; without ``inputs``, they are ``INPUT_SHARE`` of the activation of a rank, or of a stage where
@@ -192,6 +210,7 @@ class RankCosts:
 
         check_cost("hop", hop)
         check_cost("overlap", overlap)
+        check_cost("exchange", exchange)
         held = each("activation", activation)
         return RankCosts(
             ranks=ranks,
@@ -205,6 +224,8 @@ class RankCosts:
             inputs=tuple(INPUT_SHARE * cost for cost in held) if inputs is None else each("inputs", inputs),
             recompute=None if recompute is None else each("recompute", recompute),
             offload=None if offload is None else each("offload", offload),
+            weights=None if weights is None else each("weights", weights),
+            exchange=exchange,
         )
 
     def on(self, placement: Placement) -> Costs:
@@ -238,6 +259,8 @@ class RankCosts:
             inputs=None if self.inputs is None else share(self.inputs, 1),
             recompute=None if self.recompute is None else share(self.recompute),
             offload=None if self.offload is None else share(self.offload),
+            weights=None if self.weights is None else share(self.weights),
+            exchange=self.exchange,
         )
 
 

@@ -77,6 +77,8 @@ class LayerCosts:
         latency: seconds that a message takes besides its bytes.
         bandwidth: bytes per second between two ranks; None: bytes take no time.
         about: where the numbers are from, for people.
+        state: bytes kept per byte of parameters, with gradients and what the optimizer keeps. It is the training's and
+            not the model's, so the file does not have it. None: not said, and no limit counts weights.
 
     Raises:
         InputError: no layers, or a number that is none, negative, or so large or small that sums and ratios of it
@@ -87,6 +89,7 @@ class LayerCosts:
     latency: float = 0.0
     bandwidth: float | None = None
     about: str = ""
+    state: float | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -95,12 +98,16 @@ class LayerCosts:
             for name in _NUMBERS:
                 _check(f"{name} of layer {index} ({layer.name})", getattr(layer, name))
         _check("latency", self.latency)
+        if self.state is not None:
+            _check("state", self.state)
         if self.bandwidth is not None:
             if self.bandwidth == 0:
                 raise InputError("bad cost: bandwidth", got=0, needed="bytes per second above 0, or null for no limit")
             _check("bandwidth", self.bandwidth)
             for index, layer in enumerate(self.layers):
-                _check(f"output / bandwidth of layer {index} ({layer.name})", layer.output / self.bandwidth)
+                for name in ("output", "parameters"):
+                    cost = getattr(layer, name) / self.bandwidth
+                    _check(f"{name} / bandwidth of layer {index} ({layer.name})", cost)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -140,7 +147,16 @@ class LayerCosts:
                 stage[0].activation if index in first else stages[index - 1][-1].output
                 for index, stage in enumerate(stages)
             ],
+            weights=None if self.state is None else [self.state * size for size in map(_parameters, stages)],
+            exchange=self._exchange(placement, stages),
         )
+
+    def _exchange(self, placement: Placement, stages: Sequence[Sequence[Layer]]) -> float:
+        """A rank sends the gradients of all its stages to the one that holds the other copies, and gets as many."""
+        if len(placement.pipes) == 1:
+            return 0.0
+        sizes = [sum(_parameters(stages[s]) for s in placement.stages_of(rank)) for rank in range(placement.ranks)]
+        return self.latency + max(sizes) / (inf if self.bandwidth is None else self.bandwidth)
 
     def _hop(self, stages: Sequence[Sequence[Layer]], edge: Edge) -> float:
         # A gradient is as large as the activation that it answers.
@@ -218,6 +234,10 @@ def best_cut(costs: LayerCosts, placement: Placement) -> Cut:
         InputError: fewer layers than stages.
     """
     return cut(costs.times, placement)
+
+
+def _parameters(stage: Sequence[Layer]) -> float:
+    return sum(layer.parameters for layer in stage)
 
 
 def _check(name: str, value: Any) -> None:

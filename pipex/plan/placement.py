@@ -96,6 +96,10 @@ class Placement:
         """Which piece of the model it holds: how many stages come before it in its pipe."""
         return stage % self.pieces
 
+    def twin_of(self, rank: int) -> int:
+        """The rank that holds the other copy of what ``rank`` holds; where there is one copy, the rank itself."""
+        return self.ranks - 1 - rank if len(self.pipes) > 1 else rank
+
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """All edges: neighbouring stages on different ranks, activations first, then gradients."""

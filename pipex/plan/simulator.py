@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple, NoReturn
 
 from pipex.plan.actions import NONE, Action, Kind
@@ -40,8 +41,8 @@ class Simulation:
     Attributes:
         timeline: per rank its actions in order, with start and end. An UPDATE takes no time.
         makespan, span, bubble_span, bubble_makespan: as of ``Bubbles``. Recomputation is no idle time.
-        peak_memory: per rank, in the unit of the costs. The order alone decides it; while copies are faster than they
-            have to be, a rank holds less.
+        peak_memory: per rank, in the unit of the costs: activations, and weights where the costs have them. The order
+            alone decides it; while copies are faster than they have to be, a rank holds less.
         slots_used: per edge the most messages sent but not received at once. ``slots_needed`` is the bound over
             all timings.
         recomputation: share of all ranks' time over the makespan in which they make again what they have made.
@@ -74,11 +75,13 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """
     costs.check(plan)
     timeline, slots_used, copies = _run(plan, costs)
-    found = bubbles([[(start, end) for _, start, end in row] for row in timeline])
+    times = [[(start, end) for _, start, end in row] for row in timeline]
+    found = bubbles(times, _ends(plan, costs, timeline))
+    activations = peak_memory(plan, costs.activation, costs.deferred, costs.inputs)
     return Simulation(
         timeline=tuple(map(tuple, timeline)),
         **found._asdict(),
-        peak_memory=peak_memory(plan, costs.activation, costs.deferred, costs.inputs),
+        peak_memory=tuple(map(add, costs.weights_held(plan.placement), activations)),
         slots_used=slots_used,
         recomputation=_recomputed(plan, costs) / (len(timeline) * found.makespan) if found.makespan else 0.0,
         copies=tuple(map(tuple, copies)),
@@ -96,6 +99,14 @@ def _recomputed(plan: Plan, costs: Costs) -> float:
         for part in action.each
         if part.stage in plan.recomputed and part.kind in (Kind.I, Kind.B)
     )
+
+
+def _ends(plan: Plan, costs: Costs, timeline: list[list[TimedAction]]) -> list[float]:
+    """Per rank when the step is over for it: ranks that hold two copies of the same layers add their gradients up."""
+    ends = [row[-1].end for row in timeline]
+    if len(plan.placement.pipes) == 1 or plan.update == "never":
+        return ends
+    return [max(end, ends[plan.placement.twin_of(rank)]) + costs.exchange for rank, end in enumerate(ends)]
 
 
 class _Link(NamedTuple):

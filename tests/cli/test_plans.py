@@ -261,8 +261,47 @@ def test_a_plan_for_measured_layers_is_priced_by_their_best_cut(pipex: Any, tmp_
     assert found["makespan"] >= 4 * 9 + 3  # three blocks, then the head
     assert found["bound_makespan"] == 4 * 9 + 3
     assert last_line(pipex(*sizes, "--memory", "64", "--json"))["limit"] == [64, 64]
-    assert "--layers excludes --f, --i, --w and --hop" in pipex(*sizes, "--f", "2", code=1)
+    for option in ("--f", "--weights", "--exchange"):
+        said = pipex(*sizes, option, "2", code=1)
+        assert "--layers excludes --f, --i, --w, --hop, --weights and --exchange" in said
     assert "--layers excludes --recompute and --offload" in pipex(*sizes, "--offload", "2", code=1)
+
+
+def test_two_copies_are_proposed_where_weights_and_memory_say_that_there_is_room(pipex: Any, tmp_path: Path) -> None:
+    times = ("--f", "100", "--i", "100", "--w", "65", "--hop", "2")
+    sizes = ("plan", "-p", "4", "-m", "4", *times, "--max-chunks", "2", "--evaluations", "100")
+    assert "two copies" not in pipex(*sizes, "--memory", "9")
+    file = str(tmp_path / "two.plan")
+    text = pipex(*sizes, "--memory", "9", "--weights", "2", "--out", file)
+    assert "dualpipe with two copies of the model (" in next(
+        line for line in text.splitlines() if "the best of" in line
+    )
+    assert Plan.from_text(Path(file).read_text()).placement.name == "bidirectional"
+    found = last_line(pipex(*sizes, "--memory", "9", "--weights", "2", "--json"))
+    dear = last_line(pipex(*sizes, "--memory", "9", "--weights", "2", "--exchange", "1", "--json"))
+    assert (found["family"], dear["makespan"]) == ("dualpipe", found["makespan"] + 1)
+    assert max(found["peak_memory"]) <= 9
+    alone = last_line(pipex(*sizes, "--weights", "2,3,2,2", "--json"))
+    assert alone["limit"] == [6, 7, 6, 6]  # one copy, and what 1f1b holds
+    assert alone["family"] != "dualpipe"
+    shown = last_line(pipex("view", file, *times, "--weights", "2", "--exchange", "5", "--json"))
+    assert (shown["makespan"], shown["peak_memory"]) == (found["makespan"] + 5, found["peak_memory"])
+
+
+def test_bytes_of_layers_count_their_weights_where_the_state_is_given(pipex: Any, tmp_path: Path) -> None:
+    file = tmp_path / "layers.json"
+    LayerCosts(tuple(Layer(f"block {n}", 3.0, 3.0, 2.0, 8, 8, 10, 4) for n in range(4))).write(file)
+    sizes = ("plan", "-p", "4", "-m", "4", "--layers", str(file), "--evaluations", "30", "--memory", "150")
+    assert last_line(pipex(*sizes, "--json"))["family"] != "dualpipe"
+    counted = last_line(pipex(*sizes, "--state", "4", "--json"))
+    assert counted["family"] == "dualpipe"
+    assert 80 < max(counted["peak_memory"]) <= 150  # 40 bytes for each of two stages
+    large = last_line(pipex(*sizes, "--state", "9", "--json"))  # 90 bytes for each: one copy fits
+    assert large["family"] != "dualpipe"
+    assert 90 < max(large["peak_memory"]) <= 150
+    said = pipex(*sizes, "--state", "16", code=1)
+    assert "memory limit of rank 0; got 150; needed at least 172, what one micro-batch holds there, and the" in said
+    assert "--state is given without --layers" in pipex("plan", "-p", "2", "-m", "2", "--state", "4", code=1)
 
 
 def test_a_plan_that_holds_more_than_the_memory_is_shown_with_a_word_about_it(pipex: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pipex import _native
 
 SIZES: dict[str, Any] = {
     "rank_of": [0, 1],
-    "microbatches": 2,
+    "passing": [2],
     "durations": [[1, 1], [1, 1], [1, 1]],
     "activation_hop": [0],
     "gradient_hop": [0],
@@ -19,6 +19,16 @@ SIZES: dict[str, Any] = {
     "kept": [1, 1],
     "deferred": [1, 1],
     "limit": [2, 2],
+}
+TWO_PIPES: dict[str, Any] = {
+    "rank_of": [0, 1, 1, 0],
+    "passing": [1, 1],
+    "durations": [[1] * 4] * 3,
+    "activation_hop": [0] * 3,
+    "gradient_hop": [0] * 3,
+    "activation": [1] * 4,
+    "kept": [1] * 4,
+    "deferred": [1] * 4,
 }
 DUE: dict[str, Any] = {
     "start": [0, 0],
@@ -38,7 +48,12 @@ DUE: dict[str, Any] = {
         {"rank_of": [0, 0]},
         {"rank_of": [0, 1, 0]},
         {"rank_of": []},
-        {"microbatches": 0},
+        {"passing": [0]},
+        {"passing": []},
+        {"passing": [1, 1]},
+        {"passing": [1, 1, 1]},
+        {**TWO_PIPES, "passing": [3, -1]},
+        {**TWO_PIPES, "rank_of": [0, 1, 1, 1]},
         {"durations": [[1, 1], [1, 1], [1]]},
         {"activation_hop": []},
         {"gradient_hop": [0, 0]},
@@ -70,6 +85,14 @@ def test_orders_of_another_problem_are_refused(codes: list[int]) -> None:
         problem.replay(packed)
     with pytest.raises(ValueError, match="of another problem"):
         problem.improve(packed, 0, 10, False)
+
+
+def test_a_micro_batch_that_passes_the_other_pipe_is_of_another_problem() -> None:
+    problem = _native.SchedulingProblem(**{**SIZES, **TWO_PIPES})
+    good = [0, 7, 15, 23, 8, 16, 5, 2, 10, 18, 13, 21]  # rank 0: 0F0 3F1 3I1 3W1 0I0 0W0
+    assert problem.replay(struct.pack("=12q", *good)) == (6, 6, (2, 2))
+    with pytest.raises(ValueError, match="of another problem"):
+        problem.replay(struct.pack("=12q", 1, *good[1:]))  # 0F1
 
 
 def test_orders_with_an_action_twice_or_on_the_wrong_rank_have_no_replay() -> None:

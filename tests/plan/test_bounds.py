@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Sequence
+from itertools import permutations, product
 
 import pytest
 
@@ -161,9 +161,13 @@ def orders_of(stages: tuple[int, ...], microbatches: int, simple: bool) -> list[
 
 
 def times_of(
-    orders: tuple[tuple[Job, ...], ...], takes: dict[str, list[float]], hop: dict[tuple[int, int], float]
+    orders: tuple[tuple[Job, ...], ...],
+    takes: dict[str, list[float]],
+    hop: dict[tuple[int, int], float],
+    firsts: tuple[int, ...] = (0,),
 ) -> list[list[tuple[float, float]]] | None:
-    """Per rank start and end of every job, or None if the ranks wait for ever; ``hop`` from stage to stage."""
+    """Per rank start and end of every job, or None if the ranks wait for ever; ``hop`` from stage to stage. A pipe
+    begins at each stage of ``firsts``."""
     ends: dict[tuple[bool, int, int], float] = {}
     rows: list[list[tuple[float, float]]] = [[] for _ in orders]
     last = max(stage for order in orders for _, stage, _ in order)
@@ -175,7 +179,7 @@ def times_of(
                 kind, stage, m = order[len(row)]
                 start = row[-1][1] if row else 0.0
                 source = stage - 1 if kind == "F" else stage + 1
-                if kind != "W" and 0 <= source <= last:
+                if kind != "W" and max(stage, source) not in (*firsts, last + 1):
                     if (kind == "F", source, m) not in ends:
                         break
                     start = max(start, ends[kind == "F", source, m] + hop.get((source, stage), 0.0))
@@ -235,6 +239,50 @@ def test_no_order_at_all_beats_a_bound(
     assert reached > draws / 2  # a bound that is never reached would prove little
 
 
+def one_micro_batch_per_stage(stages: Sequence[int]) -> list[tuple[Job, ...]]:
+    """Every order of a rank whose stages, of different pipes, are passed by one micro-batch each, their numbers."""
+    found = set()
+    for wholes in product(("FIW", "FB"), repeat=len(stages)):
+        for turns in set(permutations([s for s, kinds in zip(stages, wholes, strict=True) for _ in kinds])):
+            kinds = {stage: iter(kinds) for stage, kinds in zip(stages, wholes, strict=True)}
+            found.add(tuple((next(kinds[stage]), stage, 0) for stage in turns))
+    return sorted(found)
+
+
+def test_no_order_with_two_copies_beats_a_bound() -> None:
+    """Two ranks and two micro-batches: one down, one up; or both in one of the pipes, whose weights are then the only
+    ones in use, but both copies are held and added up all the same."""
+    placement = Placement("bidirectional", 2, 2)
+    one_each = list(product(*(one_micro_batch_per_stage(placement.stages_of(rank)) for rank in range(2))))
+    alike = [list(product(*(orders_of((stage,), 2, False) for stage in stages))) for stages in ((0, 1), (3, 2))]
+    rng = random.Random(8)
+    reached = 0
+    for draw in range(40):
+        pieces = [[float(rng.choice((0, 1, 2, 3, 5, 9))) for _ in range(4)] for _ in range(6)]
+        if draw % 2:  # pieces that cost the same wherever they are
+            pieces = [piece[:2] * 2 for piece in pieces]
+        f, i, w, activation, deferred, weights = pieces
+        hop = {edge: float(rng.choice((0, 1, 4))) for edge in placement.edges}
+        costs = Costs(f, i, w, hop, activation, deferred, weights=weights, exchange=float(rng.choice((0, 3))))
+        held = [weights[0] + weights[3], weights[1] + weights[2]]
+        limits = [need + rng.choice((0, 1, 2, 4, 99)) for need in smallest_memory(placement, costs)]
+        links = {(edge.source, edge.destination): time for edge, time in hop.items()}
+        makespan = span = float("inf")
+        for orders in [*one_each, *alike[0], *alike[1]]:
+            peaks = [peak_of(order, activation, deferred) for order in orders]
+            if any(peak + own > most for peak, own, most in zip(peaks, held, limits, strict=True)):
+                continue
+            if rows := times_of(orders, {"F": f, "I": i, "W": w}, links, firsts=(0, 2)):
+                end = max(row[-1][1] for row in rows) + costs.exchange
+                makespan = min(makespan, end)
+                span = min(span, max(end - row[0][0] for row in rows))
+        bounds = makespan_bound(placement, 2, costs, limits), span_bound(placement, 2, costs, limits)
+        assert bounds[0].value <= makespan * (1 + 1e-9)
+        assert bounds[1].value <= span * (1 + 1e-9)
+        reached += (bounds[0].value == pytest.approx(makespan)) + (bounds[1].value == pytest.approx(span))
+    assert reached > 15  # a bound that is never reached would prove little
+
+
 def some_plans(rng: random.Random) -> Iterator[Plan]:
     """Of every family a few sizes that fit it, chunks as they come."""
     for family in FAMILIES:
@@ -280,7 +328,7 @@ def test_two_pipes_share_the_micro_batches() -> None:
     zero = [0.0] * 4
     costs = Costs([3, 1, 1, 1], zero, zero, dict.fromkeys(placement.edges, 0.0), zero, zero)
     assert Edge(1, 2, "activation") not in placement.edges
-    assert span_bound(placement, 6, costs).value == 6  # all in the second pipe
+    assert span_bound(placement, 6, costs).value == 6 + 1  # all in the second pipe, and the last one to its end
     costs = Costs([3, 1, 5, 1], zero, zero, dict.fromkeys(placement.edges, 0.0), zero, zero)
     assert span_bound(placement, 6, costs).value == max(3 * 4 + 1 * 2, 1 * 4 + 5 * 2)
 

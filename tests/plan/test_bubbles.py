@@ -13,6 +13,12 @@ def test_both_bubbles_of_a_step() -> None:
     )
 
 
+def test_a_rank_may_wait_at_its_end() -> None:
+    assert bubbles([[(5, 7), (11, 13)], [(7, 9), (10, 15)]], ends=[16, 16]) == Bubbles(
+        makespan=11, span=11, bubble_span=1 - 4 / 11, bubble_makespan=1 - 11 / 22
+    )
+
+
 def test_a_step_without_length_has_no_bubble() -> None:
     assert bubbles([[(3, 3)], [(3, 3)]]) == Bubbles(0, 0, 0, 0)
 

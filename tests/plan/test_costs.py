@@ -23,10 +23,23 @@ from pipex.plan.placement import Placement
     ids=str,
 )
 def test_a_ranks_costs_are_shared_by_its_stages(placement: Placement, per_stage: list[float]) -> None:
-    costs = RankCosts.of(3, (1, 2, 4), 1, 1, hop=0.5, activation=(1, 2, 4)).on(placement)
-    assert costs.forward == per_stage
+    costs = RankCosts.of(3, (1, 2, 4), 1, 1, hop=0.5, activation=(1, 2, 4), weights=(1, 2, 4), exchange=7)
+    costs = costs.on(placement)
+    assert costs.forward == costs.weights == per_stage
+    assert costs.exchange == 7
     assert costs.activation == costs.deferred == per_stage
     assert costs.hop == dict.fromkeys(placement.edges, 0.5)
+
+
+def test_a_rank_holds_the_weights_of_both_copies() -> None:
+    model = RankCosts.of(4, weights=(1, 2, 4, 8))
+    for placement, held in (
+        (Placement("loop", 4), (1, 2, 4, 8)),
+        (Placement("wave", 4, 4), (1, 2, 4, 8)),
+        (Placement("bidirectional", 4, 2), (1 + 8, 2 + 4, 4 + 2, 8 + 1)),
+    ):
+        assert model.on(placement).weights_held(placement) == held
+        assert RankCosts.of(4).on(placement).weights_held(placement) == (0, 0, 0, 0)
 
 
 def test_costs_per_stage_fit_their_number_of_stages_only() -> None:
@@ -49,7 +62,10 @@ def test_a_wrong_number_of_costs_is_named(values: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["forward", "input_gradient", "weight_gradient", "hop", "activation", "overlap"])
+@pytest.mark.parametrize(
+    "name",
+    ["forward", "input_gradient", "weight_gradient", "hop", "activation", "overlap", "weights", "exchange"],
+)
 def test_a_bad_cost_is_named(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"bad cost: {name}"):
         RankCosts.of(2, **{name: value})

@@ -332,3 +332,15 @@ def test_interleaved_zb_says_which_memory_it_needs() -> None:
         build("interleaved-zb", 4, 8, memory=[4, 4, 4])
     with pytest.raises(InputError, match="the costs are of another number of ranks; got 2; needed 4"):
         build("interleaved-zb", 4, 8, costs=RankCosts.of(2))
+
+
+@pytest.mark.parametrize("family", ["zb-auto", "interleaved-zb"])
+@pytest.mark.parametrize("limit", [None, 4.0])
+def test_a_limit_counts_weights_where_the_costs_have_them(family: str, limit: float | None) -> None:
+    weights = (5, 6, 7, 8)
+    counted = RankCosts.of(4, 3, 3, 2, weights=weights)
+    limits = None if limit is None else [limit + own for own in weights]
+    plain = build(family, 4, 8, costs=RankCosts.of(4, 3, 3, 2), memory=limit)
+    assert build(family, 4, 8, costs=counted, memory=limits).orders == plain.orders
+    with pytest.raises(InputError, match=r"got 5\.5; needed at least 6.*, and the weights|one micro-batch and the wei"):
+        build(family, 4, 8, costs=counted, memory=5.5)

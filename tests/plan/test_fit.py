@@ -70,7 +70,9 @@ def test_memory_without_a_backward_is_that_of_one_forward() -> None:
     check(fit(costs, plan), costs, plan)
 
 
-@pytest.mark.parametrize(("family", "ranks", "m"), [("1f1b", 3, 3), ("1f1b", 3, 8), ("zb-h1", 3, 5), ("gpipe", 4, 2)])
+@pytest.mark.parametrize(("family", "ranks", "m"), [
+    ("1f1b", 3, 3), ("1f1b", 3, 8), ("zb-h1", 3, 5), ("gpipe", 4, 2), ("dualpipe", 2, 4), ("chimera", 4, 4),
+])  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
 def test_the_simulated_step_is_as_short_as_that_of_nearly_any_cut(family: str, ranks: int, m: int, seed: int) -> None:
     plan, costs = build(family, ranks, m), model(10, head=2.0, seed=seed)
@@ -84,6 +86,18 @@ def test_the_simulated_step_is_as_short_as_that_of_nearly_any_cut(family: str, r
             assert makespans[moved] >= found.simulation.makespan  # no neighbour is better
     assert found.simulation.makespan <= makespans[tuple(uniform(10, ranks))]
     assert found.simulation.makespan <= min(makespans.values()) * 1.02
+
+
+def test_a_plan_with_two_copies_is_fitted_over_the_pieces_of_one() -> None:
+    plan, costs = build("chimera", 4, 8), model(11, head=2.0)
+    found = fit(costs, plan)
+    assert len(found.counts) == 4
+    assert sum(found.counts) == 11
+    check(found, costs, plan)
+    held = held_blocks(plan.placement, found.counts)
+    assert [sorted(blocks) for blocks in held] == [sorted(blocks) for blocks in held[::-1]]
+    least = max(fit(costs, plan).memory)
+    assert max(fit(costs, plan, memory=0.97 * least).memory) <= 0.97 * least
 
 
 def test_with_few_micro_batches_the_smallest_bottleneck_is_not_the_shortest_step() -> None:

@@ -56,6 +56,23 @@ def test_both_pipes_of_a_bidirectional_placement_are_cut_alike() -> None:
     assert costs.hop[Edge(2, 3, "activation")] == costs.hop[Edge(3, 2, "gradient")] == 1.0
 
 
+def test_two_copies_hold_all_weights_twice_and_exchange_what_a_rank_holds() -> None:
+    """Where weights are not counted, their gradients travel all the same."""
+    for counts, parameters in (((3, 1), 2700), ((1, 3), 2700)):
+        both = COSTS.of(Placement("bidirectional", 2, 2), counts)
+        assert both.weights is None
+        assert both.exchange == 0.5 + parameters / 16
+    counted = replace(COSTS, state=3.0)
+    assert counted.of(Placement("bidirectional", 2, 2), (3, 1)).weights == [5400, 2700, 5400, 2700]
+    assert counted.of(Placement("loop", 2), (3, 1)).weights == [5400, 2700]
+    assert counted.of(Placement("loop", 2), (3, 1)).exchange == 0
+    halves = counted.of(Placement("bidirectional", 4, 2), (1, 1, 1, 1))
+    assert halves.exchange == 0.5 + (1000 + 900) / 16  # of ranks 0 and 3; the other two exchange less
+    assert replace(counted, bandwidth=None).of(Placement("bidirectional", 2, 2), (3, 1)).exchange == 0.5
+    with pytest.raises(InputError, match="bad cost: state; got -1"):
+        replace(COSTS, state=-1)
+
+
 @pytest.mark.parametrize(
     "placement",
     [Placement("loop", 3), Placement("v", 2, 2), Placement("loop", 2, 2), Placement("bidirectional", 2, 2)],
@@ -179,7 +196,7 @@ def test_whatever_is_accepted_can_be_planned(seed: int) -> None:
     try:
         costs = LayerCosts(layers, chance.choice(EXTREME), chance.choice([None, *EXTREME[1:]]))
     except InputError as error:
-        assert "output / bandwidth" in str(error)  # noqa: PT017
+        assert " / bandwidth of layer" in str(error)  # noqa: PT017
         return
     memory = chance.choice([None, 1e-320, 1.0, 1e200, 1e308])
     try:

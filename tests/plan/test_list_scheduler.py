@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pipex.errors import InputError, PlanError
+from pipex.errors import InputError
 from pipex.plan.actions import Action, Kind
 from pipex.plan.costs import Costs, RankCosts
 from pipex.plan.families import build
@@ -54,26 +54,31 @@ def problem_of(
     return Problem(placement, microbatches, *times, hops, hops, ones, ones, limit)  # type: ignore[arg-type]
 
 
-def random_problem(rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20)) -> Problem:
-    """Uneven in everything, hops and some times 0, with little or much more memory than the least."""
-    name = rng.choice(["loop", "loop", "v", "wave"])
-    chunks = {"v": 2, "wave": rng.choice([2, 4])}.get(name, rng.randint(1, 4))
+def random_problem(
+    rng: random.Random, slack: tuple[int, ...] = (0, 0, 1, 5, 20), microbatches: int | None = None
+) -> Problem:
+    """Uneven in everything, hops and some times 0, with little or much more memory than the least. With two pipes the
+    micro-batches are shared in any way, all in one of them included."""
+    name = rng.choice(["loop", "loop", "v", "wave", "bidirectional", "bidirectional"])
+    chunks = {"v": 2, "wave": rng.choice([2, 4]), "bidirectional": 2}.get(name, rng.randint(1, 4))
     placement = Placement(name, rng.randint(1, 5), chunks)  # type: ignore[arg-type]
-    stages = placement.stages
-    across = [placement.rank_of(stage) != placement.rank_of(stage + 1) for stage in range(stages - 1)]
+    stages, microbatches = placement.stages, microbatches or rng.randint(1, 12)
+    across = [stage in {min(edge[:2]) for edge in placement.edges} for stage in range(stages - 1)]
+    first = rng.randint(0, microbatches)
     activation = tuple(rng.randint(1, 5) for _ in range(stages))
     deferred = tuple(rng.randint(0, 6) for _ in range(stages))
     spares = rng.random() < 0.5
     kept = tuple(rng.randint(0, a) if spares and rng.random() < 0.5 else a for a in activation)
     problem = Problem(
         placement,
-        rng.randint(1, 12),
+        microbatches,
         *(tuple(rng.randint(0, 200) for _ in range(stages)) for _ in range(3)),
         *(tuple(rng.randint(0, 30) * link for link in across) for _ in range(2)),
         activation,
         deferred,
         limit=(0,) * placement.ranks,
         kept=kept,
+        passing=(first, microbatches - first) if name == "bidirectional" else (),
     )
     least = [
         sum(problem.charge[stage] for stage in stages) + max(problem.surge[stage] for stage in stages)
@@ -175,7 +180,7 @@ def test_orders_are_legal_keep_the_limit_and_never_get_stuck() -> None:
         for order in plan.orders:
             for stage, kind in {(action.stage, action.kind) for action in order}:
                 assert [a.microbatch for a in order if (a.stage, a.kind) == (stage, kind)] == [
-                    *range(plan.microbatches)
+                    *problem.microbatches_at[stage]
                 ]
 
 
@@ -187,11 +192,21 @@ def test_the_least_memory_is_one_activation_of_every_chunk(placement: Placement)
     assert list_schedule(less, PORTFOLIO["loop"][0]) is None
 
 
+def test_with_two_pipes_the_least_memory_is_one_activation_of_each() -> None:
+    ones, hops = (1,) * 8, (1, 1, 1, 0, 1, 1, 1)
+    problem = Problem(
+        Placement("bidirectional", 4, 2), 6, ones, ones, ones, hops, hops, ones, ones, (2,) * 4, passing=(3, 3)
+    )
+    for rule in (*PORTFOLIO["loop"], *PORTFOLIO["bidirectional"]):
+        packed = scheduled(problem, rule)
+        assert max(simulate(plan_of(problem, packed), costs_of(problem)).peak_memory) <= 2
+
+
 def test_a_rank_that_does_not_look_ahead_is_never_idle_while_it_could_work() -> None:
     rng = random.Random(4)
     waited = 0
     for _ in range(40):
-        problem = dataclasses.replace(random_problem(rng), microbatches=4)
+        problem = random_problem(rng, microbatches=4)
         problem = dataclasses.replace(problem, limit=(1000,) * problem.placement.ranks)
         greedy = random_rule(rng)._replace(look=0, share=0, earliness=100_000)
         assert not idle_with_work(problem, scheduled(problem, greedy))
@@ -233,7 +248,7 @@ def test_no_forward_of_stage_0_starts_before_its_release() -> None:
         due = due_dates(problem, PLAIN._replace(earliness=earliness, pace=1200))
         scheduler = reference.Scheduler(problem, due)
         assert scheduler.run()
-        starts = [end - problem.forward[0] for end in scheduler.end[0][0]]
+        starts = [end - problem.forward[0] for end in scheduler.end[0][0].values()]
         assert all(start >= release for start, release in zip(starts, due.release, strict=True))
         held_back.append(starts[-1])
     assert held_back[0] >= 11 * 12 * problem.interval // 10
@@ -281,6 +296,34 @@ def test_chunks_share_memory_in_proportion_to_the_time_that_they_have_to_hold_it
     assert due_dates(tight, PLAIN._replace(share=2000)).cap == [1, 1, 3, 2]
 
 
+def test_each_of_two_pipes_has_its_own_lines() -> None:
+    """Two micro-batches go down and one up. A rank works 2 · 7 + 1 · 7 or less for them: T = 7, and P·T = 14. The pipe
+    up starts every 21."""
+    times = (2, 4, 2, 4), (3, 3, 3, 3), (2, 0, 2, 0)
+    problem = Problem(
+        Placement("bidirectional", 2, 2), 3, *times, (5, 0, 6), (7, 0, 8), (1,) * 4, (1,) * 4, (9, 9), passing=(2, 1)
+    )
+    assert problem.microbatches_at == (range(2), range(2), range(2, 3), range(2, 3))
+    assert (problem.interval, problem.lifetimes) == (7, (24, 7, 26, 7))
+    rule = PLAIN._replace(
+        forward_slope=1500, input_slope=2000, pace=500, input_lead=100, weight_delay=250, weight_skew=500, look=500,
+        share=1000,
+    )  # fmt: skip
+    due = due_dates(problem, rule)
+    assert due.start == [0, 10 * 500, 0]
+    forward, input_gradient, weight_gradient = due.offset
+    assert forward == [0, 1500 * 2 + 5000, 0, 1500 * 2 + 6000]
+    last = 8000 + 1500 * 4 - 100 * 14, 9000 + 1500 * 4 - 100 * 14
+    assert input_gradient == [last[0] + 2000 * 3 + 7000, last[0], last[1] + 2000 * 3 + 8000, last[1]]
+    delays = [250 * 14, 750 * 14] * 2  # as on the rank that holds the piece in the first pipe
+    assert weight_gradient == [i + 3000 + delay for i, delay in zip(input_gradient, delays, strict=True)]
+    assert due.look == 3
+    # Of 9 each stage keeps for the other what its lifetime is in proportion, rank 0: 9·7/31 = 2, 9·24/31 = 6.
+    assert due.cap == [9 - 2, 9 - 7, 9 - 1, 9 - 6]
+    grouped = due_dates(problem, rule._replace(group=500)).start
+    assert grouped == [0, 10_000, 0]
+
+
 def test_a_small_schedule_is_the_expected_one() -> None:
     """Rank 0 has memory for two: it runs F2 at 24, when W0 has made room. Rank 1 gets that at 29, after two W."""
     problem = dataclasses.replace(BY_HAND, microbatches=3)
@@ -296,15 +339,28 @@ def test_a_small_schedule_is_the_expected_one() -> None:
 
 def test_replay_is_what_the_simulator_says(random_plans: list[Plan]) -> None:
     rng = random.Random(5)
-    for plan in [*random_plans[:120], build("1f1b", 4, 7), build("gpipe", 3, 5)]:
-        problem = dataclasses.replace(
-            random_problem(rng), placement=plan.placement, microbatches=plan.microbatches, **random_values(plan, rng)
+    two_copies = [build("dualpipe", 4, 10), build("chimera", 4, 7), build("chimera", 2, 8, scaling="doubling")]
+    for plan in [*random_plans[:120], build("1f1b", 4, 7), build("gpipe", 3, 5), *two_copies]:
+        half = (plan.microbatches + 1) // 2
+        problem = Problem(
+            plan.placement,
+            plan.microbatches,
+            passing=(half, plan.microbatches - half) if plan in two_copies else (),
+            **random_values(plan, rng),
         )
         packed = pack(problem, plan.orders)
         simulated = simulate(plan_of(problem, packed), costs_of(problem))
-        spans = [row[-1].end - row[0].start for row in simulated.timeline]
         for replayed in (replay(problem, packed), execution.replay(problem, packed)):
-            assert replayed == (simulated.makespan, max(spans), simulated.peak_memory)
+            assert replayed == (simulated.makespan, simulated.span, simulated.peak_memory)
+
+
+def test_the_span_of_a_rank_ends_with_the_rank_that_holds_the_same_layers() -> None:
+    """Rank 0 runs from 0 to 5, rank 1 from 1 to 13."""
+    placement, ones = Placement("bidirectional", 2, 2), (1,) * 4
+    problem = Problem(placement, 1, ones, ones, (1, 10, 1, 1), (0,) * 3, (0,) * 3, ones, ones, (1, 1), passing=(1, 0))
+    orders = tuple(tuple(Action(rank, kind, 0) for kind in (Kind.F, Kind.I, Kind.W)) for rank in range(2))
+    packed = pack(problem, orders)
+    assert replay(problem, packed) == execution.replay(problem, packed) == (13, 13, (1, 1))
 
 
 def random_values(plan: Plan, rng: random.Random) -> dict[str, tuple[int, ...]]:
@@ -478,9 +534,12 @@ def test_values_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], 
         dataclasses.replace(BY_HAND, **change)  # type: ignore[arg-type]
 
 
-def test_two_copies_of_a_model_are_refused() -> None:
-    with pytest.raises(PlanError, match="two copies of a model; got bidirectional"):
-        dataclasses.replace(BY_HAND, placement=Placement("bidirectional", 2, 2))
+@pytest.mark.parametrize("passing", [(), (3,), (2, 2), (4, -1), (1, 1, 1)])
+def test_two_pipes_that_do_not_share_the_micro_batches_are_refused(passing: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"do not share the micro-batches; got .* needed 2 numbers with the sum 3"):
+        dataclasses.replace(BY_HAND, placement=Placement("bidirectional", 2, 2), passing=passing)
+    with pytest.raises(InputError, match=r"do not share the micro-batches; got .* needed 1 numbers with the sum 3"):
+        dataclasses.replace(BY_HAND, passing=passing if len(passing) > 1 else (2,))
 
 
 def test_due_dates_that_64_bits_do_not_hold_are_refused() -> None:

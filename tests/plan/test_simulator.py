@@ -8,7 +8,7 @@ import random
 import pytest
 
 from pipex.errors import DeadlockError, InputError, PlanError
-from pipex.plan.actions import NONE, Action, Kind
+from pipex.plan.actions import NONE, Action, Kind, parse_action
 from pipex.plan.communication import slots_needed
 from pipex.plan.costs import Costs
 from pipex.plan.families import FAMILIES, build
@@ -216,6 +216,40 @@ def test_a_fused_pair_waits_for_all_it_needs_and_takes_its_share() -> None:
     assert simulated.peak_memory == (2, 2)
 
 
+def test_ranks_that_hold_the_same_layers_end_with_the_sum_of_their_gradients() -> None:
+    """At F = I = W = 1 both ranks of the first plan end at 6. With one copy there is nothing to add up."""
+    plan = build("chimera", 2, 2)
+    costs = dataclasses.replace(Costs.uniform(plan), exchange=2.5)
+    even = simulate(plan, costs)
+    assert (even.makespan, even.span, even.bubble_makespan) == (8.5, 8.5, pytest.approx(1 - 6 / 8.5))
+    by_hand = (("0F0", "0B0"), ("1F0", "1B0"))
+    down = Plan(
+        "down", Placement("bidirectional", 2, 2), 1, tuple(tuple(map(parse_action, row)) for row in by_hand), (1, 1)
+    )
+    one = simulate(down, costs)
+    # rank 0: F at 0 to 1, B at 4 to 6; rank 1: F at 1 to 2, B at 2 to 4, and then it waits for rank 0
+    assert [(row[0].start, row[-1].end) for row in one.timeline] == [(0, 6), (1, 4)]
+    assert (one.makespan, one.span) == (8.5, 8.5)
+    assert one.bubble_span == pytest.approx(1 - 3 / 8.5)  # of rank 0; rank 1 has 3 of 7.5
+    rows = (("0F0", "0I0", "0W0"), ("1F0", "1I0", "1W0"))
+    split = dataclasses.replace(down, orders=tuple(tuple(map(parse_action, row)) for row in rows))
+    late = simulate(split, dataclasses.replace(costs, weight_gradient=[1, 10, 1, 1]))
+    # rank 0 runs from 0 to 5, rank 1 from 1 to 13, and rank 0 cannot go on before that
+    assert (late.makespan, late.span) == (15.5, 15.5)
+    for family in ("1f1b", "zbv"):
+        single = build(family, 2, 4)
+        assert simulate(single, dataclasses.replace(Costs.uniform(single), exchange=9)) == simulate(
+            single, Costs.uniform(single)
+        )
+
+
+def test_weights_are_held_from_the_start_to_the_end() -> None:
+    plan = build("dualpipe", 2, 4)
+    costs = dataclasses.replace(Costs.uniform(plan), weights=[10.0, 200.0, 10.0, 200.0])
+    without = simulate(plan, Costs.uniform(plan)).peak_memory
+    assert simulate(plan, costs).peak_memory == tuple(210 + peak for peak in without)
+
+
 def test_memory_of_deferred_weight_gradients_is_counted_until_w() -> None:
     """Rank 0 of zb-h1 with 2 ranks runs F0 F1 I0 W0 F2 I1 W1 ..., rank 1 F0 I0 F1 I1 W0 F2 ..."""
     plan = build("zb-h1", 2, 4)
@@ -255,6 +289,8 @@ def test_stages_on_one_rank_hand_over_without_a_hop_even_if_one_is_priced() -> N
     [
         ({"forward": [1.0]}, "wrong number of costs forward; got 1; needed 2, one per stage"),
         ({"deferred": [1.0] * 3}, "wrong number of costs deferred; got 3"),
+        ({"weights": [1.0] * 3}, "wrong number of costs weights; got 3; needed 2, one per stage"),
+        ({"exchange": -1.0}, "bad cost: exchange; got -1.0"),
         ({"input_gradient": [1.0, -1.0]}, "bad cost: input_gradient of stage 1; got -1.0"),
         ({"weight_gradient": [float("nan"), 1.0]}, "bad cost: weight_gradient of stage 0; got nan"),
         ({"hop": {}}, "no hop cost for the activation edge 0→1"),

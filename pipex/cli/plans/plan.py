@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -35,7 +36,9 @@ SPARE: dict[str, tuple[bounds.Spare, ...]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.description = (
-        "Search the best plan for given costs and memory. Without --memory a rank may hold P micro-batches, as in 1f1b."
+        "Search the best plan for given costs and memory. Without --memory a rank may hold P micro-batches, as in "
+        "1f1b. Plans with two copies of the model are considered where --weights (or --state) and the memory say that "
+        "there is room for both, or --families names them."
     )
     add_sizes(parser)
     parser.add_argument("--max-chunks", type=int, default=4, metavar="V", help="at most V stages per rank (default 4)")
@@ -43,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective", choices=("makespan", "span"), default="makespan",
         help="makespan: the step ends with a barrier (default); span: the next one may begin staggered",
     )  # fmt: skip
-    parser.add_argument("--families", metavar="NAME,NAME", help="families to consider (default: all that can be run)")
+    parser.add_argument(
+        "--families", metavar="NAME,NAME", help="families to consider (default: all with one version of the weights)"
+    )
     parser.add_argument(
         "--evaluations", type=int, metavar="N", help="orders to judge (default: about a second's worth)"
     )
@@ -58,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="FILE",
         help="take the costs from what `pipex profile` measured, instead of --f, --i, --w and --hop: every placement "
         "is priced for its best cut, times are in seconds, and --memory is in bytes (default then: no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=float, metavar="N",
+        help="with --layers: bytes kept per byte of parameters, with gradients and optimizer, such as 4 for Adam; "
+        "--memory then counts them (default: not counted)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write the plan; FILE.csv in torch's format")
     add_json(parser)
@@ -75,11 +85,14 @@ def run(options: argparse.Namespace) -> int:
     costs: CostModel
     if options.layers is not None:
         check_no_costs(options, "--layers")
-        costs = LayerCosts.read(options.layers)
+        costs = replace(LayerCosts.read(options.layers), state=options.state)
+    elif options.state is not None:
+        raise InputError("--state is given without --layers", fix="say with --weights what weights take")
     else:
         costs = costs_of(options, options.ranks)
-        if limit is None:
-            limit = (float(options.ranks),) * options.ranks  # what 1f1b holds
+        if limit is None:  # what 1f1b holds
+            weights = costs.weights or (0.0,)
+            limit = tuple(options.ranks + sum(weights[rank :: options.ranks]) for rank in range(options.ranks))
     spare = SPARE.get(options.spare, ())
     if options.spare == "both" and options.offload is None:
         spare = ("recompute",)
@@ -137,9 +150,11 @@ def _ranges(stages: list[int]) -> str:
 
 
 def _name(candidate: Candidate) -> str:
+    chunks = f"{candidate.placement.chunks} chunks per rank"
+    held = chunks if len(candidate.placement.pipes) == 1 else "two copies of the model"
     spared = [name for name in ("recomputed", "offloaded") if getattr(candidate, name)]
     what = f", stages {' and '.join(spared)}" if spared else ""
-    return f"{candidate.family} with {candidate.placement.chunks} chunks per rank ({candidate.origin}{what})"
+    return f"{candidate.family} with {held} ({candidate.origin}{what})"
 
 
 def _brief(candidate: Candidate) -> dict[str, Any]:

@@ -35,7 +35,17 @@ def add_costs(parser: argparse.ArgumentParser, *, spare: bool = False) -> None:
     group.add_argument("--hop", type=float, default=0.0, metavar="T", help="time of a message (default 0)")
     group.add_argument(
         "--memory", type=numbers, metavar="N",
-        help="activations that a rank may hold, in micro-batches of the whole rank: one number, or one per rank",
+        help="activations that a rank may hold, in micro-batches of the whole rank: one number, or one per rank; with "
+        "--weights, these too",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights", type=numbers, metavar="N",
+        help="what the weights of a rank take with gradients and optimizer, in the unit of --memory, where the model "
+        "is held once (default: not counted)",
+    )  # fmt: skip
+    group.add_argument(
+        "--exchange", type=float, default=0.0, metavar="T",
+        help="time after the last action in which two copies of a model add up their gradients (default 0)",
     )  # fmt: skip
     if spare:
         group.add_argument(
@@ -79,14 +89,18 @@ def costs_of(options: argparse.Namespace, ranks: int) -> RankCosts:
     """
     recompute, offload = (getattr(options, name, None) for name in ("recompute", "offload"))
     return RankCosts.of(
-        ranks, options.f, options.i, options.w, options.hop, recompute=recompute, offload=offload
+        ranks, options.f, options.i, options.w, options.hop, recompute=recompute, offload=offload,
+        weights=options.weights, exchange=options.exchange,
     )  # fmt: skip
 
 
 def check_no_costs(options: argparse.Namespace, other: str) -> None:
     """Raises InputError if a cost is given beside ``other``, the option that says them all."""
-    if (options.f, options.i, options.w, options.hop) != (1.0, 1.0, 1.0, 0.0):
-        raise InputError(f"{other} excludes --f, --i, --w and --hop", fix="its file says the costs")
+    given = options.f, options.i, options.w, options.hop, options.weights, options.exchange
+    if given != (1.0, 1.0, 1.0, 0.0, None, 0.0):
+        raise InputError(
+            f"{other} excludes --f, --i, --w, --hop, --weights and --exchange", fix="its file says the costs"
+        )
     if (options.recompute, options.offload) != (None, None):
         raise InputError(f"{other} excludes --recompute and --offload", fix="its file says the costs")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import add
 
 from pipex.errors import PlanError
 from pipex.plan.bounds import check_limit
@@ -30,7 +31,7 @@ def planned(published: Plan, costs: CostModel, memory: float | Sequence[float] |
 
     placement, microbatches = published.placement, published.microbatches
     times = costs.on(placement)
-    own = peak_memory(published, times.activation, times.deferred)
+    own = tuple(map(add, times.weights_held(placement), peak_memory(published, times.activation, times.deferred)))
     limit = own if memory is None else memory if isinstance(memory, Sequence) else [memory] * placement.ranks
     check_limit(placement, times, limit)
     problem = Units.of({placement: times}, microbatches, limit).problem(placement, microbatches, times, limit)

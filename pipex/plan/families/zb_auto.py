@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, pairwise, product
+from operator import add, sub
 from typing import NamedTuple
 
 from pipex.errors import PlanError
@@ -60,15 +61,18 @@ def _limits(costs: Costs, memory: float | Sequence[float] | None) -> list[float]
     ranks = len(smallest)
     if memory is None:
         return [ranks * needed for needed in smallest]
+    weights = costs.weights or [0.0] * ranks
     limits = list(memory) if isinstance(memory, Sequence) else [memory] * ranks
     if len(limits) != ranks:
         raise PlanError("wrong number of memory limits", got=len(limits), needed=f"1 or {ranks}, one per rank")
-    for rank, (limit, needed) in enumerate(zip(limits, smallest, strict=True)):
+    least = list(map(add, weights, smallest))
+    for rank, (limit, needed) in enumerate(zip(limits, least, strict=True)):
         if not limit >= needed:  # so that nan is refused too
             problem = f"memory limit of rank {rank} too small for zb-auto"
-            fix = f"a limit of {max(smallest)} is feasible on every rank"
-            raise PlanError(problem, got=limit, needed=f"at least {needed}, one micro-batch", fix=fix)
-    return limits
+            fix = f"a limit of {max(least)} is feasible on every rank"
+            what = "one micro-batch" + (" and the weights" if costs.weights else "")
+            raise PlanError(problem, got=limit, needed=f"at least {needed}, {what}", fix=fix)
+    return list(map(sub, limits, weights))
 
 
 class _Ways(NamedTuple):

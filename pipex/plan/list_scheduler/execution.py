@@ -47,8 +47,9 @@ class Execution:
         self.finish: list[int] = []
 
     def span(self, rank: int) -> int:
-        """The last end of a rank minus its first start."""
-        return self.finish[rank] - self.start[rank]
+        """From a rank's first start to its last end; of two copies of a model, to that of both ranks which hold the
+        same layers, as they have their gradients to add up."""
+        return max(self.finish[rank], self.finish[self.problem.placement.twin_of(rank)]) - self.start[rank]
 
     def duration(self, action: int) -> int:
         """The time that a packed action takes."""
@@ -91,7 +92,7 @@ class Execution:
                 self.end[action] = self.finish[rank]
                 if action in waiting:
                     todo.append(waiting.pop(action))
-        return len(self.end) == len(self.problem.durations) * table
+        return len(self.end) == self.problem.actions
 
 
 def meaning(problem: Problem, action: int) -> tuple[int, int]:

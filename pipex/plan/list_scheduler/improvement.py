@@ -111,7 +111,7 @@ class _Improver:
         order = self.orders[rank]
         for position, action in enumerate(order):
             token = self._token(action)
-            microbatch = following.get(token, 0)
+            microbatch = following.get(token, self.problem.microbatches_at[token % self.problem.placement.stages].start)
             following[token] = microbatch + 1
             order[position] = token * self.problem.microbatches + microbatch
 
@@ -135,6 +135,7 @@ class _Improver:
         place = {action: (rank, position) for rank, order in enumerate(orders) for position, action in enumerate(order)}
         values = self._values()
         rank = values.index(max(values))
+        rank = max(rank, self.problem.placement.twin_of(rank), key=execution.finish.__getitem__)  # who ends the span
         first = last = len(orders[rank]) - 1
         blocks: list[_Block] = []
         while True:

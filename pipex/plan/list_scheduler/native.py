@@ -47,7 +47,7 @@ def _native_problem(problem: Problem) -> SchedulingProblem | None:
         return None
     return SchedulingProblem(
         rank_of=problem.rank_of,
-        microbatches=problem.microbatches,
+        passing=problem.passing or (problem.microbatches,),
         durations=problem.durations,
         activation_hop=problem.activation_hop,
         gradient_hop=problem.gradient_hop,

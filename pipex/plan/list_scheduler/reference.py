@@ -46,15 +46,15 @@ class Scheduler:
     def __init__(self, problem: Problem, due: DueDates) -> None:
         placement = problem.placement
         self.problem, self.due = problem, due
-        self.next = [[0] * placement.stages for _ in problem.durations]
-        self.end: list[list[list[int]]] = [[[] for _ in range(placement.stages)] for _ in problem.durations]
+        self.next = [[at.start for at in problem.microbatches_at] for _ in problem.durations]
+        self.end: list[list[dict[int, int]]] = [[{} for _ in range(placement.stages)] for _ in problem.durations]
         self.held = [0] * placement.stages
         self.wake = [0] * placement.ranks
         self.idle = [False] * placement.ranks
         self.orders = [array("q") for _ in range(placement.ranks)]
 
     def run(self) -> Packed | None:
-        left = len(self.problem.durations) * self.problem.placement.stages * self.problem.microbatches
+        left = self.problem.actions
         while left:
             now = min(self.wake)
             if now == _NEVER:
@@ -82,7 +82,7 @@ class Scheduler:
         for stage, room in zip(self.problem.stages_of[rank], self._rooms(rank), strict=True):
             before, after = placement.before(stage), placement.after(stage)
             m = next_f[stage]
-            if m < (problem.microbatches if before is None else next_f[before]):
+            if m < (problem.microbatches_at[stage].stop if before is None else next_f[before]):
                 ready = due.release[m] if before is None else end_f[before][m] + problem.activation_hop[before]
                 date = due.start[m] + due.offset[FORWARD][stage]
                 if problem.charge[stage] <= room:
@@ -110,10 +110,16 @@ class Scheduler:
         return candidates
 
     def _rooms(self, rank: int) -> list[int]:
-        """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk."""
+        """Per chunk what its F may still take without exceeding its own cap or that of a deeper chunk; of two pipes,
+        its own cap or what both may hold together."""
+        stages = self.problem.stages_of[rank]
+        if len(self.problem.placement.pipes) > 1:
+            surge = max(self.problem.surge[stage] for stage in stages)
+            left = self.problem.limit[rank] - surge - sum(self.held[stage] for stage in stages)
+            return [min(self.due.cap[stage] - self.held[stage], left) for stage in stages]
         rooms = []
         held = 0
-        for stage in self.problem.stages_of[rank]:
+        for stage in stages:
             held += self.held[stage]
             rooms.append(self.due.cap[stage] - held)
         for chunk in range(len(rooms) - 1, 0, -1):
@@ -141,7 +147,7 @@ class Scheduler:
         self.next[kind][stage] += 1
         end = now + problem.durations[kind][stage]
         self.orders[rank].append(code(problem, kind, stage, microbatch))
-        self.end[kind][stage].append(end)
+        self.end[kind][stage][microbatch] = end
         self.wake[rank] = end
         self.idle[rank] = False
         if kind == FORWARD:

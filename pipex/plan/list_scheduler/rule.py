@@ -15,7 +15,9 @@ _LARGEST = 2**61
 
 
 class Rule(NamedTuple):
-    """The knobs, as whole numbers per mille. T is the problem's interval, P the ranks, V the chunks, r a rank.
+    """The knobs, as whole numbers per mille. T is the problem's interval, P the ranks, V the chunks of a pipe, r a rank
+    (of two pipes: the one with the same stage in the first), and of a pipe that not all micro-batches pass, T is longer
+    in pace and group, as rarely as they do.
 
     Attributes:
         forward_slope: due dates of F advance from stage to stage by so much of F's time, and the hop.
@@ -29,7 +31,8 @@ class Rule(NamedTuple):
         overrun: while it waits it may run a W that ends too late by so much of the W's time.
         earliness: F of stage 0 does not start earlier before its due date than so much of T.
         share: of the memory in which chunks hold activations in proportion to how long, at best, they have to, deeper
-            chunks have so much kept free for them; at least room for one activation each, which makes it safe.
+            chunks, or that of the other pipe, have so much kept free for them; at least room for one activation each,
+            which makes it safe.
     """
 
     forward_slope: int
@@ -53,7 +56,7 @@ class DueDates:
         start: per micro-batch, in thousandths of the problem's unit of time.
         offset: per kind and stage; an action is due at ``start + offset``.
         release: per micro-batch the time before which F of stage 0 does not start.
-        cap: per stage what the chunks of its rank up to this one may hold together.
+        cap: per stage what the chunks of its rank up to this one may hold together; of two pipes, what it may alone.
         look: how long a rank waits for a more urgent action.
         overrun: thousandths of a W's time by which it may end too late.
     """
@@ -72,21 +75,23 @@ def due_dates(problem: Problem, rule: Rule) -> DueDates:
     Raises:
         InputError: the knobs are so large that 64 bits do not hold the due dates.
     """
-    ranks, chunks = problem.placement.ranks, problem.placement.chunks
-    start = _starts(problem, rule)
-    forward, input_gradient, weight_gradient = [], [], []
-    date = 0
-    for time, hop in zip(problem.forward, (*problem.activation_hop, 0), strict=True):
-        forward.append(date)
-        date += rule.forward_slope * time + 1000 * hop
-    date -= rule.input_lead * ranks * problem.interval
-    for time, hop in zip(problem.input_gradient[::-1], (*problem.gradient_hop[::-1], 0), strict=True):
-        input_gradient.append(date)
-        date += rule.input_slope * time + 1000 * hop
-    input_gradient.reverse()
+    placement = problem.placement
+    ranks, chunks = placement.ranks, placement.chunks // len(placement.pipes)
+    start = _starts(problem, rule, chunks)
+    forward, input_gradient, weight_gradient = ([0] * placement.stages for _ in problem.durations)
+    to_next, back = (*problem.activation_hop, 0), (0, *problem.gradient_hop)
+    for pipe in placement.pipes:
+        date = 0
+        for stage in pipe:
+            forward[stage] = date
+            date += rule.forward_slope * problem.forward[stage] + 1000 * to_next[stage]
+        date -= rule.input_lead * ranks * problem.interval
+        for stage in reversed(pipe):
+            input_gradient[stage] = date
+            date += rule.input_slope * problem.input_gradient[stage] + 1000 * back[stage]
     for stage, time in enumerate(problem.input_gradient):
-        delay = rule.weight_delay + rule.weight_skew * problem.rank_of[stage] // max(1, ranks - 1)
-        weight_gradient.append(input_gradient[stage] + 1000 * time + delay * ranks * problem.interval)
+        delay = rule.weight_delay + rule.weight_skew * problem.rank_of[placement.piece(stage)] // max(1, ranks - 1)
+        weight_gradient[stage] = input_gradient[stage] + 1000 * time + delay * ranks * problem.interval
     offset = forward, input_gradient, weight_gradient
     if max(map(abs, (*start, *forward, *input_gradient, *weight_gradient))) >= _LARGEST:
         raise InputError(
@@ -102,21 +107,27 @@ def due_dates(problem: Problem, rule: Rule) -> DueDates:
     )
 
 
-def _starts(problem: Problem, rule: Rule) -> list[int]:
-    interval, microbatches = problem.interval, range(problem.microbatches)
-    if not rule.group:
-        return [m * interval * rule.pace for m in microbatches]
-    group = max(1, (rule.group * problem.placement.ranks + 500) // 1000)
-    pace = interval * rule.pace // problem.placement.chunks
-    return [m // group * group * interval * 1000 + m % group * pace for m in microbatches]
+def _starts(problem: Problem, rule: Rule, chunks: int) -> list[int]:
+    starts: list[int] = []
+    for pipe in problem.placement.pipes:
+        passing = range(len(problem.microbatches_at[pipe[0]]))
+        interval = problem.interval * problem.microbatches // max(1, len(passing))
+        if not rule.group:
+            starts += [m * interval * rule.pace for m in passing]
+            continue
+        group = max(1, (rule.group * problem.placement.ranks + 500) // 1000)
+        pace = interval * rule.pace // chunks
+        starts += [m // group * group * interval * 1000 + m % group * pace for m in passing]
+    return starts
 
 
 def _caps(problem: Problem, share: int) -> list[int]:
     """Per stage the cap for its rank's chunks up to it: the limit without what is kept for deeper chunks.
 
     From one chunk to the next the cap grows by at least one activation. So when a chunk is at its cap, one of its own
-    activations is there to go on: the deepest chunk that waits for memory always gets it. What an I takes beside what
-    was kept since its F is left free of all forwards.
+    activations is there to go on: the deepest chunk that waits for memory always gets it. With two pipes each keeps
+    the limit without what is kept for the other, which is just as safe. What an I takes beside what was kept since its
+    F is left free of all forwards.
     """
     lifetimes = problem.lifetimes
     caps = [0] * problem.placement.stages
@@ -124,6 +135,11 @@ def _caps(problem: Problem, share: int) -> list[int]:
         stages = problem.stages_of[rank]
         limit = most - max(problem.surge[stage] for stage in stages)
         total = sum(lifetimes[stage] for stage in stages) or 1
+        if len(problem.placement.pipes) > 1:
+            for stage, other in zip(stages, reversed(stages), strict=True):
+                kept = max(problem.charge[other], limit * share * lifetimes[other] // (1000 * total))
+                caps[stage] = max(problem.charge[stage], limit - kept)
+            continue
         least = sum(problem.charge[stage] for stage in stages)
         cap, deeper = limit, 0
         for stage in reversed(stages):
@@ -161,5 +177,5 @@ _V = (
     Rule(2099, 5437, 853, 516, -30, 3310, 209, 88, 124, 1660, 1147),
     Rule(1122, 2450, 2102, 363, -31, 5210, 1608, 161, 247, 1066, 1128),
 )
-PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {"loop": _LOOP, "v": _V, "wave": _V}
+PORTFOLIO: dict[PlacementName, tuple[Rule, ...]] = {"loop": _LOOP, "v": _V, "wave": _V, "bidirectional": _V}
 """Per placement the rules to begin with."""

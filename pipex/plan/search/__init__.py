@@ -1,6 +1,7 @@
 """The search for the best plan: published orders and planned ones, all judged by the same replay on the true costs.
 
 planner    the search itself
+arguments  what it is given, checked
 published  candidates that need no planning
 space      the placements, with their costs and bounds
 sparing    which stages to recompute or offload

@@ -7,19 +7,21 @@ import time
 from collections.abc import Collection, Sequence
 from functools import cache, partial
 from math import inf
-from typing import NamedTuple, get_args
+from operator import add, sub
+from typing import NamedTuple
 
-from pipex.errors import InputError, PlanError
+from pipex.errors import PlanError
 from pipex.plan.actions import Kind
 from pipex.plan.bounds import Spare
 from pipex.plan.communication import unfused
 from pipex.plan.costs import CostModel
-from pipex.plan.families import FAMILIES, options_of
+from pipex.plan.families import FAMILIES
 from pipex.plan.list_scheduler import Packed, Problem, Replay, Rule, improve, list_schedule, pack, replay
 from pipex.plan.list_scheduler.improvement import Objective
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
-from pipex.plan.search.published import ONLY_BY_NAME, published
+from pipex.plan.search.arguments import check_arguments, ways_to_spare
+from pipex.plan.search.published import ONLY_BY_NAME, TWO_COPIES, published
 from pipex.plan.search.result import Candidate, Origin, SearchResult
 from pipex.plan.search.rules import STARTS, Tried, biased, varied
 from pipex.plan.search.space import Space, spaces_of
@@ -66,21 +68,25 @@ def search(
     """The plan with the smallest makespan (or span) that was found, and how far it is from what is possible.
 
     Candidates are the published orders, and orders planned by due dates: on loops (under the names zb-auto with one
-    chunk per rank, interleaved-zb with several) and on a V (zbv). Where a limit makes ranks wait for memory, these are
-    also planned with stages that are recomputed or offloaded.
+    chunk per rank, interleaved-zb with several), on a V (zbv), and with two copies of the model (dualpipe). Where a
+    limit makes ranks wait for memory, these are also planned with stages that are recomputed or offloaded.
+
+    Two copies hold all weights twice and add up their gradients at the end. So they are considered only where there is
+    known to be room for both, as the costs have ``weights`` and a limit is given, or where ``families`` names them;
+    after all else, with as many evaluations again, so that they never make the answer worse.
 
     Args:
         costs: the true costs, for any placement.
-        memory: the most that a rank may hold, one number or one per rank, in the unit of the costs' activation; None:
-            any.
+        memory: the most that a rank may hold, one number or one per rank, in the unit of the costs' activation:
+            activations, and weights where the costs have them; None: any.
         ranks, microbatches: sizes of the step.
         objective: "makespan" for steps that end with a barrier, "span" for steps that do not.
         chunks: at most so many stages per rank; more means more messages.
-        families: the names of those to consider; None: all that keep one copy and one version of the weights.
+        families: the names of those to consider; None: all that keep one version of the weights, as said above.
         spare: what may be done with stages to hold less: "recompute", "offload". None: both, under a limit, offloading
             where the costs say what copies take.
-        evaluations: how many orders to judge; the same number gives the same plan on every machine. None: what takes
-            about a second, or with stages to spare a few.
+        evaluations: how many orders to judge, and as many again with two copies; the same number gives the same plan
+            on every machine. None: what takes about a second, or with stages to spare a few.
         seconds: no evaluation begins after so long; None: no such cap.
 
     Raises:
@@ -89,35 +95,20 @@ def search(
         PlanError: a family is unknown, or no plan found keeps the limit though one may exist (says the smallest limit
             that is known to be enough).
     """
-    if objective not in ("makespan", "span"):
-        raise InputError("unknown objective", got=repr(objective), needed="makespan or span")
-    for name, value in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"bad number of {name}", got=repr(value), needed="a whole number, at least 1")
-    if families is not None and (isinstance(families, str) or not families):
-        raise InputError("bad families", got=repr(families), needed="a list of names, or None for all")
-    if evaluations is not None and evaluations < 1:
-        raise InputError("too few evaluations", got=evaluations, needed="at least 1")
-    if seconds is not None and not seconds >= 0:  # so that nan is refused too
-        raise InputError("bad number of seconds", got=seconds, needed="at least 0")
-    names = tuple(family for family in FAMILIES if family not in ONLY_BY_NAME) if families is None else tuple(families)
-    for name in names:
-        options_of(name)
+    check_arguments(objective, ranks, microbatches, chunks, families, spare, evaluations, seconds)
     limit = None
     if memory is not None:
         limit = tuple(memory) if isinstance(memory, Sequence) else (memory,) * ranks
     deadline = inf if seconds is None else time.monotonic() + seconds
-    if unknown := set(spare or ()) - set(get_args(Spare)):
-        raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
-    priced: tuple[Spare, ...] = ("recompute",) if getattr(costs, "offload", None) is None else ("offload", "recompute")
-    if missing := set(spare or ()) - set(priced):
-        raise InputError(f"the costs do not say what it takes to {min(missing)}", needed="offload, the time of a copy")
-    spare = () if limit is None else priced if spare is None else spare
+    spare = ways_to_spare(costs, limit, spare)
     units, spaces = spaces_of(costs, ranks, microbatches, chunks, limit, spare)
     if evaluations is None:
         evaluations = _AT_LEAST + _ACTIONS // (3 * ranks * chunks * microbatches)
         evaluations += evaluations // 2 if spare else 0
-    return _Search(units, spaces, limit, objective, names, spare, evaluations, deadline).run()
+    if families is None:
+        counted = limit is not None and any(space.costs.weights is not None for space in spaces)
+        families = [name for name in FAMILIES if name not in ONLY_BY_NAME and (counted or name not in TWO_COPIES)]
+    return _Search(units, spaces, limit, objective, tuple(families), spare, evaluations, deadline).run()
 
 
 class _Draft(NamedTuple):
@@ -133,7 +124,7 @@ class _Search:
     """The state of a search.
 
     Attributes:
-        planned: the placements on which it plans.
+        planned: where it plans at present, of ``all_planned``: on placements with one copy of the model, or two.
         searched: placements, and when their plans change the weights: what the bound is for.
         best: per family, number of chunks, and whether stages are recomputed and offloaded, the best that keeps the
             limit, with the key of its rank.
@@ -145,7 +136,7 @@ class _Search:
     def __init__(
         self,
         units: Units,
-        spaces: dict[Placement, Space],
+        spaces: list[Space],
         limit: tuple[float, ...] | None,
         objective: Objective,
         families: tuple[str, ...],
@@ -153,24 +144,24 @@ class _Search:
         evaluations: int,
         deadline: float,
     ) -> None:
-        self.units, self.spaces, self.limit, self.objective, self.families = units, spaces, limit, objective, families
-        self.most_evaluations, self.deadline = evaluations, deadline
-        self.evaluations, self.capped = 0, False
+        self.units, self.limit, self.objective, self.families = units, limit, objective, families
+        self.budget, self.deadline = evaluations, deadline
+        self.evaluations, self.most_evaluations, self.capped = 0, 0, False
         self.random = random.Random(0)
-        self.planned = [space for space in spaces.values() if space.family in families]
-        self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.planned}
-        self.best: dict[tuple[str, int, bool, bool], tuple[tuple[int, int, int], Candidate]] = {}
+        self.all_planned = [space for space in spaces if space.family in families]
+        self.planned: list[Space] = []
+        self.spaces = {space.placement: space for space in reversed(spaces)}  # of a placement's shares the halves
+        self.searched: set[tuple[Placement, Update]] = {(space.placement, "step") for space in self.all_planned}
+        self.best: dict[tuple[str, int, bool, bool], tuple[tuple[int, int, int, int], Candidate]] = {}
         self.spare, self.sparing = spare, cache(partial(promising, spare=spare))
         self.too_large: list[Candidate] = []
         self.drafts: list[_Draft] = []
 
     def run(self) -> SearchResult:
-        self._try_starts()
-        self._vary_rules(min(self.most_evaluations // 3, _FIRST))
-        self._try_published()
-        if self.spare:
-            self._try_sparing()
-        self._refine()
+        for copies in (1, 2):
+            names = [name for name in self.families if (name in TWO_COPIES) == (copies == 2)]
+            if names:
+                self._search([space for space in self.all_planned if space.copies == copies], names)
         if not self.best:
             raise self._nothing_fits()
         ranking = [candidate for _, candidate in sorted(self.best.values(), key=lambda found: found[0])]
@@ -186,6 +177,17 @@ class _Search:
             capped=self.capped,
         )
 
+    def _search(self, planned: list[Space], families: Sequence[str]) -> None:
+        """With a budget of its own, so that what comes before does not depend on it."""
+        begin, self.planned, self.drafts = self.evaluations, planned, []
+        self.most_evaluations = begin + self.budget
+        self._try_starts()
+        self._vary_rules(begin + min(self.budget // 3, _FIRST))
+        self._try_published(families)
+        if self.spare:
+            self._try_sparing()
+        self._refine()
+
     def _begin(self, evaluations: int = 1) -> bool:
         """Whether so much may be done; counts it. Neither budget nor clock ends a search that has found nothing."""
         if self.best:
@@ -198,14 +200,11 @@ class _Search:
     def _may_win(self, space: Space, whole_backward: bool = False) -> bool:
         """Whether the placement's bound leaves room below the best plan. Rounding to whole numbers may make every
         action on a critical path shorter, by half a unit."""
-        if not self.best:
-            return True
-        least = space.bound(self.objective, "step", whole_backward).value
-        if least == inf:
-            return False
-        (bound,) = self.units.times([least])
+        bound = space.bound(self.objective, "step", whole_backward).value
+        if not self.best or bound == inf:
+            return not self.best
         rounding = 3 * space.placement.stages * space.microbatches
-        return bound + rounding < min(key[0] for key, _ in self.best.values())
+        return self.units.times([bound])[0] + rounding < min(key[0] for key, _ in self.best.values())
 
     def _try_starts(self) -> None:
         """On the placements with the lowest bounds first, for those who do not wait for the end."""
@@ -299,8 +298,8 @@ class _Search:
             self._judge_packed(draft.space, draft.family, "improved", packed)
         return better
 
-    def _try_published(self) -> None:
-        for plan in published(self.spaces, self.limit, self.families, self._may_win):
+    def _try_published(self, families: Sequence[str]) -> None:
+        for plan in published(self.spaces, self.limit, families, self._may_win):
             space = self.spaces[plan.placement]
             self.searched.add((plan.placement, plan.update))
             fused = any(action.parts for order in plan.orders for action in order)
@@ -308,7 +307,7 @@ class _Search:
                 if not self._begin():
                     return
                 fits = self._judge_published(space, orders)
-            for spared in self.sparing(space) if space.one_pipe and self.spare and not fits else ():
+            for spared in self.sparing(space) if self.spare and not fits else ():
                 if not self._begin():
                     return
                 self._judge_packed(spared, plan.family, "published", pack(spared.problem, plan.orders))
@@ -317,22 +316,26 @@ class _Search:
         """Whether it keeps the limit. As it is: natively where every backward is whole or every one is split. Where the
         plan has some of each, all are split, which costs no time; and little memory, or else it is judged as it is."""
         kinds = {action.kind for order in plan.orders for action in order}
-        if space.one_pipe and kinds - {Kind.UPDATE} == {Kind.F, Kind.B}:
+        if space.copies == 1 and kinds - {Kind.UPDATE} == {Kind.F, Kind.B}:
             problem = with_whole_backward(space.problem)
             replayed = replay(problem, pack(problem, plan.orders))
             assert replayed is not None
             return self._judge(space, plan.family, "published", plan, replayed)[1]
-        if space.one_pipe and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
+        if space.copies == 1 and {Kind.I, Kind.W} <= kinds <= {Kind.F, Kind.I, Kind.W, Kind.B}:
             _, fits = self._judge_packed(space, plan.family, "published", pack(space.problem, plan.orders))
             if fits or Kind.B not in kinds:
                 return fits
-        return self._judge(space, plan.family, "published", plan, self._simulated(plan, space))[1]
+        _, fits = self._judge(space, plan.family, "published", plan, self._simulated(plan, space))
+        if space.copies == 2:  # with all backwards split, another order to improve
+            self._judge_packed(space, plan.family, "improved", pack(space.problem, plan.orders))
+        return fits
 
     def _judge_packed(self, space: Space, family: str, origin: Origin, packed: Packed) -> tuple[int, bool]:
         """Judges orders with split backwards, and keeps them as a draft if they are among the best. Those that offload
         are judged with their copies if they might win without."""
         replayed = replay(space.problem, packed)
         assert replayed is not None
+        replayed = Replay(replayed.makespan + space.exchange, replayed.span + space.exchange, replayed.peaks)
         if space.offloaded:
             value = replayed.makespan if self.objective == "makespan" else replayed.span
             fits = all(peak <= most for peak, most in zip(replayed.peaks, space.problem.limit, strict=True))
@@ -349,7 +352,7 @@ class _Search:
     def _simulated(self, plan: Plan, space: Space) -> Replay:
         simulation = simulate(plan, space.costs)
         makespan, span = self.units.times((simulation.makespan, simulation.span))
-        return Replay(makespan, span, self.units.memories(simulation.peak_memory))
+        return Replay(makespan, span, self.units.memories(map(sub, simulation.peak_memory, space.weights)))
 
     def _judge(
         self, space: Space, family: str, origin: Origin, orders: Plan | tuple[Problem, Packed], replayed: Replay
@@ -358,7 +361,7 @@ class _Search:
         whether they keep the limit."""
         times = (replayed.makespan, replayed.span)
         value, other = times if self.objective == "makespan" else times[::-1]
-        key = value, other, space.placement.chunks
+        key = value, space.copies, other, space.placement.chunks
         group = family, space.placement.chunks, bool(space.recomputed), bool(space.offloaded)
         fits = all(peak <= most for peak, most in zip(replayed.peaks, space.whole_limit, strict=True))
         if not fits or group not in self.best or key < self.best[group][0]:
@@ -370,7 +373,7 @@ class _Search:
                 orders.update if isinstance(orders, Plan) else "step",
                 makespan=replayed.makespan / self.units.time,
                 span=replayed.span / self.units.time,
-                peak_memory=tuple(peak / self.units.memory for peak in replayed.peaks),
+                peak_memory=tuple(map(add, (peak / self.units.memory for peak in replayed.peaks), space.weights)),
                 orders=orders,
                 recomputed=space.recomputed,
                 offloaded=space.offloaded,
@@ -384,7 +387,9 @@ class _Search:
     def _nothing_fits(self) -> PlanError:
         names = ", ".join(self.families)
         if self.limit is None or not self.too_large:
-            return PlanError(f"none of {names} fits these sizes", fix="allow other families, or more chunks")
+            return PlanError(
+                f"none of {names} fits these sizes", fix="allow other families, more chunks or more memory"
+            )
         least = min(self.too_large, key=lambda candidate: max(candidate.peak_memory))
         return PlanError(
             f"found no plan of {names} within the memory limit, and cannot prove that there is none",

@@ -7,18 +7,23 @@ from dataclasses import replace
 from functools import cache
 from math import inf
 from statistics import median
+from typing import get_args
 
 from pipex.errors import InputError
 from pipex.plan.actions import Kind
 from pipex.plan.costs import Costs
 from pipex.plan.families import build, options_of
+from pipex.plan.families.chimera import Scaling
 from pipex.plan.placement import Placement
 from pipex.plan.plan import Plan
 from pipex.plan.search.space import Space
 
-ONLY_BY_NAME = frozenset({"dualpipe", "chimera", "pipedream", "pipedream-2bw", "forward-only"})
-"""Families with two copies of the weights or several versions of them, or without a backward: they compute something
-else than the others, or hold more, so nobody wants one of them just because it is faster."""
+TWO_COPIES = frozenset({"dualpipe", "chimera"})
+"""Families with two copies of the model."""
+
+ONLY_BY_NAME = frozenset({"pipedream", "pipedream-2bw", "forward-only"})
+"""Families with several versions of the weights, or without a backward: they compute something else than the others, so
+nobody wants one of them just because it is faster."""
 
 
 def published(
@@ -62,6 +67,8 @@ def _choices(family: str, spaces: Mapping[Placement, Space], limit: Sequence[flo
         return [{"chunks": chunks} for chunks in sorted({p.chunks for p in spaces if p.chunks > 1})]
     if "warmup" in options:
         return [{"warmup": 0}, {"warmup": len(limit) - 1}]
+    if "scaling" in options:
+        return [{"scaling": scaling} for scaling in get_args(Scaling)]
     return [{}]
 
 

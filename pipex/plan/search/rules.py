@@ -95,6 +95,7 @@ def varied(rule: Rule, rng: random.Random) -> Rule:
 # cell of which much is known: 8 ranks and 32 micro-batches, with 4 chunks and 8 of memory, or on a V with 4 of memory.
 STARTS: dict[PlacementName, tuple[Rule, ...]] = {
     "loop": (*PORTFOLIO["loop"], Rule(1348, 2575, 1270, 532, -7, 369, 654, 258, 859, _UNBOUND, 0)),
+    "bidirectional": PORTFOLIO["bidirectional"],
     "v": (
         *PORTFOLIO["v"],
         Rule(1306, 5663, 796, 44, -8, 864, -319, 307, 619, _UNBOUND, 374),

@@ -40,17 +40,18 @@ def promising(space: Space, spare: Collection[Spare]) -> list[Space]:
 
 
 def _choice(space: Space, ways: tuple[str, ...], stretch: float) -> Choice:
-    assert space.limit is not None
     problem, costs, stages_of = space.problem, space.costs, space.problem.stages_of
     picked: dict[str, list[int]] = {"offload": [], "recompute": []}
     for rank, stages in enumerate(stages_of):
         work = sum(costs.forward[s] + costs.input_gradient[s] + costs.weight_gradient[s] for s in stages)
-        begun = {s: max(1.0, stretch * problem.lifetimes[s] / max(1, problem.interval)) for s in stages}
-        under_way = {s: min(space.microbatches, begun[s]) for s in stages}
+        passing = {s: len(problem.microbatches_at[s]) for s in stages}
+        interval = {s: problem.interval * space.microbatches / max(1, passing[s]) for s in stages}
+        begun = {s: max(1.0, stretch * problem.lifetimes[s] / max(1.0, interval[s])) for s in stages}
+        under_way = {s: min(passing[s], begun[s]) for s in stages}
         held = sum(under_way[s] * costs.activation[s] for s in stages)
         copies = 0.0
         for stage in sorted(stages, key=lambda s: problem.lifetimes[s], reverse=True):
-            if held <= space.limit[rank]:
+            if held <= space.activations[rank]:
                 break
             copy = 0.0 if costs.offload is None else costs.offload[stage]
             way = "offload" if "offload" in ways and copies + copy <= work else ways[-1]
@@ -74,9 +75,8 @@ def neighbour(space: Space, spare: Collection[Spare], rng: random.Random) -> Cho
 
 def with_copies(space: Space, family: str, packed: Packed) -> Plan:
     """The plan of orders that offload, whose copies have as much time as the limit allows."""
-    assert space.limit is not None
     plan = Plan(
         family, space.placement, space.microbatches, unpack(space.problem, packed), (0,) * space.placement.ranks,
         recomputed=space.recomputed, offloaded=space.offloaded,
     )  # fmt: skip
-    return with_promise(plan, (space.costs, [most * SLACK for most in space.limit]))
+    return with_promise(plan, (space.costs, [most * SLACK for most in space.activations]))

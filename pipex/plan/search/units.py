@@ -55,7 +55,7 @@ class Units:
     def limits(
         self, placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None
     ) -> tuple[int, ...]:
-        """Per rank the limit, or what all micro-batches need at once if that is less."""
+        """Per rank what the limit leaves for activations, or what all micro-batches need at once if that is less."""
         return self.memories(most * SLACK for most in _limits(placement, microbatches, costs, limit))
 
     def problem(
@@ -64,20 +64,21 @@ class Units:
         microbatches: int,
         costs: Costs,
         limit: Sequence[float] | None,
+        passing: tuple[int, ...] = (),
         recomputed: Sequence[int] = (),
         offloaded: Sequence[int] = (),
     ) -> Problem:
         """What is to be scheduled. Copies take no time here, but a rank has less memory: by the largest that it
         offloads, while its F runs, and where that leaves more than half, as much again for one on its way."""
-        (pipe,) = placement.pipes
+        stages = range(placement.stages - 1)
         spared = costs.spared(recomputed, offloaded)
         copies = [
             max((costs.activation[s] for s in offloaded if placement.rank_of(s) == rank), default=0.0)
             for rank in range(placement.ranks)
         ]
         limits = zip(self.limits(placement, microbatches, costs, limit), self.memories(copies), strict=True)
-        ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in pipe[:-1]]
-        back = [placement.ends.get((stage, Kind.RECV_B)) for stage in pipe[:-1]]
+        ahead = [placement.ends.get((stage, Kind.SEND_F)) for stage in stages]
+        back = [placement.ends.get((stage, Kind.RECV_B)) for stage in stages]
         return Problem(
             placement,
             microbatches,
@@ -90,15 +91,16 @@ class Units:
             deferred=self.memories(costs.deferred),
             limit=tuple(max(0, most - min(2 * copy, max(copy, most // 2))) for most, copy in limits),
             kept=self.memories(spared.activation),
+            passing=passing,
         )
 
 
 def _limits(placement: Placement, microbatches: int, costs: Costs, limit: Sequence[float] | None) -> list[float]:
-    """Per rank the limit, or what all micro-batches need at once if that is less."""
+    """Per rank what the limit leaves for activations, or what all micro-batches need at once if that is less."""
     limits = []
-    for rank in range(placement.ranks):
+    for rank, weights in enumerate(costs.weights_held(placement)):
         needed = sum(max(costs.activation[s], costs.deferred[s]) for s in placement.stages_of(rank))
-        limits.append(min(microbatches * needed, math.inf if limit is None else limit[rank]))
+        limits.append(min(microbatches * needed, math.inf if limit is None else limit[rank] - weights))
     return limits
 
 

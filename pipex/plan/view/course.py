@@ -25,8 +25,8 @@ def waits(simulation: Simulation, under_way: Iterable[Message]) -> dict[Place, M
 
 
 def memory_curve(plan: Plan, costs: Costs, simulation: Simulation, rank: int) -> list[tuple[float, float]]:
-    """What a rank holds, as (time, amount from then on); begins with (0, 0). Its maximum is ``Simulation.peak_memory``,
-    or less where copies end before they have to.
+    """What a rank holds, as (time, amount from then on); begins with its weights, where the costs have them, at 0. Its
+    maximum is ``Simulation.peak_memory``, or less where copies end before they have to.
 
     An F adds when it starts, a backward changes when it ends: between the two a fused pair holds both. An activation
     that was copied out is gone with the copy's end, and takes its room again when the copy back starts.
@@ -46,7 +46,7 @@ def memory_curve(plan: Plan, costs: Costs, simulation: Simulation, rank: int) ->
             case "back":
                 time = copies[change.part.stage, change.part.microbatch].back_start
         timed.append((time, change.by))
-    held = 0.0
+    held = costs.weights_held(plan.placement)[rank]
     curve = [(0.0, held)]
     for time, by in sorted(timed, key=lambda pair: pair[0]):
         held += sum(more * amounts[form][stage] for form, stage, more in by)
