@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -30,13 +29,12 @@ class OffloadingRunner(StageRunner):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._saved: dict[int, Saved] = {}
-        self._device = next((p.device for p in self.stage.parameters()), torch.device("cpu"))
 
     def forward(
         self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share, split: bool
     ) -> tuple[Tensor, ...]:
         """F; as of ``StageRunner``."""
-        saved = self._saved[microbatch] = self.keeper = Saved(self._device)
+        saved = self._saved[microbatch] = self.keeper = Saved()
         try:
             with saved_tensors_hooks(saved.pack, saved.unpack):
                 outputs = super().forward(step, microbatch, inputs, target, share, split)

@@ -58,11 +58,11 @@ class _Memory:
 
 
 class Saved:
-    """What one forward has left to its backward, on a device. ``pack`` and ``unpack`` are autograd's hooks."""
+    """What one forward has left to its backward. ``pack`` and ``unpack`` are autograd's hooks."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.pack: Callable[[Tensor], Any] = self._pack  # one object, by which it is known
-        self._device = device
+        self._device = torch.device("cpu")  # that of what is to move
         self._holders: list[_Handle | Use] = []
         self._places: list[_Place] = []  # of each of them
         self._memory: dict[int, _Memory] = {}
@@ -91,11 +91,13 @@ class Saved:
     def stay(self, tensors: Iterable[Tensor]) -> None:
         """Leaves alone what shares memory with one of these, and what was changed since it was saved: that is refused
         where it is used."""
+        self._device = next((t.device for t in map(_held, self._holders) if t.is_cuda), self._device)
         kept = {memory_of(tensor) for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested}
 
         def moves(holder: _Handle | Use) -> bool:
             tensor = _held(holder)
-            return _movable(tensor) and memory_of(tensor) not in kept and version(tensor) == holder.version
+            here = tensor.device == self._device and _movable(tensor)
+            return here and memory_of(tensor) not in kept and version(tensor) == holder.version
 
         self._holders = list(filter(moves, self._holders))
 
