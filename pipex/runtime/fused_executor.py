@@ -71,7 +71,7 @@ class FusedExecutor(Executor):
 
     def _pair(
         self, backward: tuple[StageRunner, _Ends, int], place: int, runner: StageRunner, ends: _Ends, microbatch: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Both receives, both parts, both sends.
 
         Args:
