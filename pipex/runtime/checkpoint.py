@@ -46,12 +46,12 @@ def names_of(stages: Iterable[Stage]) -> dict[str, Tensor]:
 def save(
     world: World, stages: Sequence[Stage], optimizer: Optimizer | None, objects: Mapping[str, state.Stateful],
     step: int, directory: str | os.PathLike[str], meta: Mapping[str, Any], main: Mapping[str, Tensor],
-    previous: Mapping[str, Tensor], owners: Mapping[str, int],
+    versions: Versions | None, owners: Mapping[str, int],
 ) -> str | None:  # fmt: skip
     """Every rank writes its shard; when all have, rank 0 makes them the current checkpoint.
 
     Args:
-        previous: older weights that the next step begins with.
+        versions: of the weights, where a plan changes them within a step: the next one begins with older ones too.
         owners: by name, the rank that saves what several hold. What is not among these every holder saves.
 
     Returns:
@@ -67,7 +67,8 @@ def save(
         others = {name for name in names if owners.get(name, rank) != rank}
         tensors = state.model_state({name: tensor for name, tensor in names.items() if name not in others})
         tensors |= {MAIN + name: weight.detach() for name, weight in main.items() if name not in others}
-        tensors |= {PREVIOUS + name: weight for name, weight in previous.items() if name not in others}
+        older = {} if versions is None else {id(p): weight for p, weight in versions.previous.items()}
+        tensors |= {PREVIOUS + name: older[id(p)] for name, p in names.items() if id(p) in older}
         values: dict[str, Any] = {}
         if optimizer is not None:
             optimizer_tensors, values = state.optimizer_state(optimizer, {**names, **main}, others)
@@ -106,7 +107,7 @@ def load(
 
     Args:
         stages: those of this rank.
-        versions: of their weights, where a plan changes them within a step.
+        versions: as of ``save``.
 
     Returns:
         the optimizer steps that were done, and the ``meta`` that was saved; or what is wrong (there is no checkpoint,

@@ -9,7 +9,6 @@ from time import monotonic_ns
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
@@ -92,7 +91,7 @@ class Session:
             self.world.at(self.steps, Phase.SAVING)
             problem = checkpoint.save(
                 self.world, self.local_stages, self.optimizer, state or {}, self.steps, directory, meta or {},
-                self._parts.update.main, self._previous_weights(), self._parts.layout.owners,
+                self._parts.update.main, self._parts.versions, self._parts.layout.owners,
             )  # fmt: skip
             self.world.at(self.steps, Phase.IDLE)
         if problem is not None:
@@ -130,13 +129,6 @@ class Session:
         self._closed = True
         self._parts.executor.disconnect()
         self._parts.links.close()
-
-    def _previous_weights(self) -> dict[str, Tensor]:
-        """By name, what micro-batches of the next step will use besides the parameters."""
-        versions = self._parts.versions
-        previous = {} if versions is None else {id(p): older for p, older in versions.previous.items()}
-        names = [(name, tensor) for stage in self.local_stages for name, tensor in stage.names.items()]
-        return {name: previous[id(tensor)] for name, tensor in names if id(tensor) in previous}
 
     # Failure and progress.
 

@@ -49,9 +49,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Splitter]:
     seen = []
     record = Splitter.record
 
-    def noting(self: Splitter, *arguments: Any) -> Any:
+    def noting(self: Splitter, **options: Any) -> Any:
         seen.append(self)
-        return record(self, *arguments)
+        return record(self, **options)
 
     monkeypatch.setattr(Splitter, "record", noting)
     return seen
@@ -167,9 +167,9 @@ def job() -> list[int]:
     counts: dict[int, int] = {}
     record = Splitter.record
 
-    def noting(self: Splitter, *arguments: Any) -> Any:
+    def noting(self: Splitter, **options: Any) -> Any:
         counts[id(self)] = counts.get(id(self), 0) + 1
-        return record(self, *arguments)
+        return record(self, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Splitter, "record", noting)
