@@ -9,7 +9,7 @@ Parameters, buffers, inputs and outputs stay: they live on all the same.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipex.plan import Action, Plan
 from pipex.plan.offload import away
+from pipex.runtime.copying import tensors_in
 from pipex.runtime.loss import Share
 from pipex.runtime.saved import Saved
 from pipex.runtime.stage_runner import StageRunner
@@ -40,7 +41,7 @@ class OffloadingRunner(StageRunner):
                 outputs = super().forward(step, microbatch, inputs, target, share, split)
         finally:
             self.keeper = None
-        kept = [*self.stage.parameters(), *self.stage.buffers(), *_tensors(inputs), *_tensors(target), *outputs]
+        kept = [*self.stage.parameters(), *self.stage.buffers(), *tensors_in((inputs, target)), *outputs]
         saved.stay(kept)
         return outputs
 
@@ -85,12 +86,3 @@ def moves(plan: Plan, rank: int, runners: Mapping[int, StageRunner]) -> dict[Act
 def _runner(runner: StageRunner) -> OffloadingRunner:
     assert isinstance(runner, OffloadingRunner)
     return runner
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All that are in the arguments of a stage."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(one)

@@ -113,7 +113,9 @@ def assemble(
     versions = None
     if plan.asynchronous:
         (runner,) = runners.values()
-        versions = Versions(lambda: runner.survey.parameters, delayed=plan.update == "delayed")
+        versions = Versions(
+            lambda: runner.survey.parameters, delayed=plan.update == "delayed", others=runner.stage.buffers
+        )
     orders = plans.communicate(runnable)
     links = connect(world, layout, runnable, orders)
     times = times_of(world.device, observer)

@@ -6,7 +6,8 @@ neither is so: autograd refuses in-place operations on leaves that require grad,
 of the leaf. Hence
 
     leaf ──unsafe_view──► handed ──► stage          handed has the leaf's memory and strides, is no view of it, and has
-                             └─ hook                a version counter of its own; the hook takes the gradient as it is
+                             └─ hook                a version counter of its own; the hook takes the gradient as it is,
+                                                    after all hooks that the stage puts on handed
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from pipex.errors import UnsupportedModule
 from pipex.runtime.aliases import memory_of, unfold
-from pipex.torch_internals import add_hooks, unsafe_view, version
+from pipex.torch_internals import unsafe_view, version
 
 
 class Received:
@@ -121,7 +122,8 @@ def _hand(leaf: Tensor, gradients: list[Tensor]) -> Tensor:
     handed = unsafe_view(leaf, leaf.shape)
     if handed.stride() != leaf.stride():  # of a dimension of one element it makes its own
         handed.data = leaf.data
-    add_hooks(handed, {0: gradients.append})
+    # Hooks on tensors run before those on nodes: the stage's own, which may change the gradient, before this one.
+    handed.grad_fn.register_prehook(lambda found: gradients.append(found[0]))  # type: ignore[union-attr]
     return handed
 
 

@@ -1,32 +1,41 @@
 """A stage that keeps only its input between F and I, and makes what its backward needs anew at the beginning of I.
 
     F   the forward as it is, but of what autograd would save nothing is kept; the message goes on, the graph does not
-    I   the forward once more, on the same input, weights, seeds and autocast; its tape is that of I and W
+    I   the forward once more, on the same input, weights, random numbers and autocast; its tape is that of I and W
 
-So a recomputed micro-batch is whole in memory from I on only.
+So a recomputed micro-batch is whole in memory from I on only. A forward that gives something else the second time would
+make wrong gradients: what a stage keeps is watched (``shared_state``), and on the CPU its outputs are compared.
 """
 
 from __future__ import annotations
 
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from pipex.errors import UnsupportedModule
+from pipex.runtime.copying import copy
 from pipex.runtime.loss import Share
 from pipex.runtime.stage_runner import StageRunner
 
 
 class _Forward(NamedTuple):
-    """What a forward had, which is to run once more."""
+    """What a forward had, which is to run once more, and what it gave."""
 
     step: int
-    microbatches_before: int
     inputs: tuple[Any, ...]
     target: Any
     share: Share
     split: bool
+    drawn_from: tuple[Any, ...]
+    gave: list[object]
 
 
 class RecomputingRunner(StageRunner):
@@ -40,20 +49,36 @@ class RecomputingRunner(StageRunner):
         self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share, split: bool
     ) -> tuple[Tensor, ...]:
         """F; as of ``StageRunner``."""
-        self._again[microbatch] = _Forward(step, self.microbatches_before, inputs, target, share, split)
-        used = inputs if self.survey.plain else _copy(inputs)  # layers may work in place on what they get
+        drawn_from = _generators()
+        used = inputs, target
+        if not self.survey.plain or self._loss_draws:  # layers and losses may work in place on what they get
+            used = copy(used)
         with saved_tensors_hooks(_forget, _forgotten):
-            outputs = super().forward(step, microbatch, used, target, share, split=False)
+            outputs = super().forward(step, microbatch, *used, share, split=False)
         del self.live[microbatch]
+        gave = _marks(outputs or [self.losses[microbatch].value])
+        self._again[microbatch] = _Forward(step, inputs, target, share, split, drawn_from, gave)
         return tuple(output.detach().requires_grad_(output.requires_grad) for output in outputs)
 
     def before_backward(self, microbatch: int) -> None:
-        """The forward once more."""
+        """The forward once more.
+
+        Raises:
+            UnsupportedModule: it gave something else.
+        """
         again = self._again.pop(microbatch)
         told = self.losses.get(microbatch)
-        super().forward(again.step, microbatch, again.inputs, again.target, again.share, again.split)
+        with _drawing_from(again.drawn_from):
+            outputs = super().forward(again.step, microbatch, again.inputs, again.target, again.share, again.split)
         if told is not None:
-            self.losses[microbatch] = told
+            self.losses[microbatch], outputs = told, (self.losses[microbatch].value,)
+        if _marks(outputs) != again.gave:
+            raise UnsupportedModule(
+                f"stage {self.index} is recomputed, and its second forward gave something else than its first one",
+                got="a forward or a loss function that depends on something that changes",
+                needed="one that depends on its inputs, its parameters and random numbers alone",
+                fix="look for counters, iterators and generators of its own; or run a plan that keeps this stage",
+            )
 
     def reset(self) -> None:
         """As of ``StageRunner``."""
@@ -69,19 +94,39 @@ def _forgotten(_: None) -> NoReturn:
     raise AssertionError("nobody goes back through the first forward of a recomputed stage")
 
 
-def _copy(value: Any) -> Any:
-    """The same, with copies of the tensors in it: of the same strides, and leaves that require grad where they did."""
-    if isinstance(value, Tensor):
-        whole = value.detach().resolve_conj().resolve_neg()
-        if whole.layout is not torch.strided or whole.is_nested or not whole.numel():
-            return whole.clone().requires_grad_(value.requires_grad)
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(whole.shape, whole.stride(), strict=True))
-        memory = whole.as_strided((extent,), (1,)).clone().untyped_storage()
-        copy = torch.empty(0, dtype=value.dtype, device=value.device).set_(memory, 0, whole.shape, whole.stride())
-        return copy.requires_grad_(value.requires_grad)
-    if isinstance(value, dict):
-        copies = {key: _copy(one) for key, one in value.items()}
-        return copies if type(value) is dict else type(value)(copies)
-    if type(value) in (tuple, list):
-        return type(value)(map(_copy, value))
-    return value
+def _marks(tensors: Iterable[Tensor]) -> list[object]:
+    """Of each its form, and on the CPU a checksum: on a GPU two runs of an operation need not have the same bits."""
+    return [(t.dtype, t.shape, t.stride(), t.requires_grad, _checksum(t)) for t in tensors]
+
+
+def _checksum(tensor: Tensor) -> int | None:
+    if type(tensor) is not Tensor or not tensor.is_cpu:
+        return None
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return crc32(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# torch's generators are seeded before each layer. Layers that are dropped by Python's or NumPy's random numbers are to
+# be dropped again.
+
+
+def _generators() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+@contextmanager
+def _drawing_from(states: Sequence[Any]) -> Iterator[None]:
+    before = _generators()
+    _set_generators(states)
+    try:
+        yield
+    finally:
+        _set_generators(before)
+
+
+def _set_generators(states: Sequence[Any]) -> None:
+    own, of_numpy = states
+    random.setstate(own)
+    if of_numpy is not None:
+        sys.modules["numpy"].random.set_state(of_numpy)

@@ -90,15 +90,14 @@ def watch(stages: Sequence[Stage], plan: Plan, stage: int) -> Watch | None:
     """
     placement = plan.placement
     if stage in plan.recomputed:
-        own = [(called, m) for called, m in _named(stages[placement.piece(stage)]) if not keeps_nothing(m)]
-        return Watch(own, partial(_of_recomputed, stage))
+        return Watch(list(_named(stages[placement.piece(stage)])), partial(_of_recomputed, stage))
     kept_by = [_kept(other) for other in stages] * len(placement.pipes)
     watched: list[tuple[str, nn.Module]] = []
     together: set[int] = set()
     for called, module in _named(stages[placement.piece(stage)]):
         kept = {id(module), *(id(buffer) for buffer in buffers_of(module).values() if buffer is not None)}
         users = [other for other, its in enumerate(kept_by) if kept & its]
-        if len(users) > 1 and not (keeps_nothing(module) or _as_in_one_process(plan, users)):
+        if len(users) > 1 and not _as_in_one_process(plan, users):
             watched.append((called, module))
             together.update(users)
     return Watch(watched, partial(_of_shared, sorted(together))) if watched else None
@@ -127,6 +126,8 @@ def _as_in_one_process(plan: Plan, stages: Sequence[int]) -> bool:
 
 
 def _state(module: nn.Module) -> State:
+    if keeps_nothing(module):  # but a module around it may write to its parameters
+        return {name: (p, None if p is None else version(p)) for name, p in parameters_of(module).items()}
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     return _entries(attributes | buffers_of(module) | parameters_of(module), _DEPTH)
 

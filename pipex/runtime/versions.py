@@ -21,11 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from pipex.errors import UnsupportedModule
 from pipex.torch_internals import preserving_versions
+from pipex.torch_internals import version as changes_of
 
 Weights = Mapping[Parameter, Tensor]
 """Per parameter the tensor that it had, or is to have."""
@@ -40,13 +42,21 @@ class Versions:
         parameters: gives the stage's parameters as they are now; asked at every update. Those that no update changes,
             frozen and without a gradient, have one version only.
         delayed: whether the version before the newest is kept too (``Plan.update``).
+        others: gives what must not share memory with them: the stage's buffers.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[Parameter]], *, delayed: bool) -> None:
-        self._parameters, self._delayed = parameters, delayed
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[Parameter]],
+        *,
+        delayed: bool,
+        others: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> None:
+        self._parameters, self._delayed, self._others = parameters, delayed, others
         self._newest = 0
         self._older: dict[int, Weights] = {}
         self._under_way: dict[int, int] = {}  # micro-batch -> version
+        self._written: dict[Parameter, int] = {}  # the counters of in-place changes when the older ones were made
 
     @property
     def held(self) -> int:
@@ -60,7 +70,10 @@ class Versions:
         return self._older.get(self._newest - 1, {}) if self._delayed else {}
 
     def begin(self) -> None:
-        """A step begins: versions are counted anew. What was under way in one that did not end is forgotten."""
+        """A step begins: versions are counted anew. What was under way in one that did not end is forgotten; and so is
+        the version before the newest, where somebody has written to the parameters since: it is of another run."""
+        if any(changes_of(parameter) != written for parameter, written in self._written.items()):
+            self.resume({})
         previous = self.previous
         self._under_way.clear()
         self._older = {-1: previous} if previous else {}
@@ -70,6 +83,7 @@ class Versions:
         """Takes ``previous`` for the version before the newest, between steps. Empty: it is the newest, as before the
         first update; which is right where somebody has given the parameters other values."""
         self._older = {self._newest - 1: dict(previous)} if previous and self._delayed else {}
+        self._written = {parameter: changes_of(parameter) for parameter in previous}
 
     def forward(self, microbatch: int, version: int) -> AbstractContextManager[None]:
         """Around the F of a micro-batch, which uses this version until ``done``."""
@@ -94,7 +108,7 @@ class Versions:
         changing = [p for p in self._parameters() if p.requires_grad or p.grad is not None]
         newest, self._newest = self._newest, self._newest + 1
         if self._delayed or newest in self._under_way.values():
-            _refuse_shared(changing)
+            _refuse_shared(changing, self._others())
             # From here on nobody needs this one: its memory becomes that of the next.
             spare = self._older.pop(newest - 1, {}) if newest - 1 not in self._under_way.values() else {}
             self._older[newest] = {parameter: parameter.data for parameter in changing}
@@ -103,6 +117,7 @@ class Versions:
         self._let_go()
         with preserving_versions(tuple(changing)):
             step()
+        self._written = {parameter: changes_of(parameter) for parameter in changing} if self._delayed else {}
 
     def _let_go(self) -> None:
         needed = set(self._under_way.values()) | ({self._newest - 1} if self._delayed else set())
@@ -145,17 +160,24 @@ def _copy(data: Tensor, spare: Tensor | None) -> Tensor:
     return spare.copy_(data)
 
 
-def _refuse_shared(parameters: Iterable[Parameter]) -> None:
-    """Raises UnsupportedModule if two parameters have memory in common."""
-    ends = 0
-    for begin, end in sorted(map(_extent, parameters)):
-        if begin < ends:
+def _refuse_shared(parameters: Iterable[Parameter], others: Iterable[Tensor]) -> None:
+    """Raises UnsupportedModule if a parameter has memory in common with another one, or with one of the others."""
+    placed = [(*_extent(p), True) for p in parameters] + [(*_extent(t), False) for t in others if _in_memory(t)]
+    ends = ends_of_parameters = 0
+    for begin, end, is_parameter in sorted(placed):
+        if begin < (ends if is_parameter else ends_of_parameters):
             raise UnsupportedModule(
-                "parameters that share memory cannot have older versions",
+                "parameters that share memory, with each other or with a buffer, cannot have older versions",
                 needed="one parameter in all places",
                 fix="tie them by assigning the parameter itself, or use a synchronous schedule",
             )
-        ends = end
+        ends = max(ends, end)
+        if is_parameter:
+            ends_of_parameters = max(ends_of_parameters, end)
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() > 0
 
 
 def _extent(parameter: Tensor) -> tuple[int, int]:

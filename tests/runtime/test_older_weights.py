@@ -207,8 +207,8 @@ def compare(jobs: Sequence[tuple[Cell, str]], results: list[list[dict[str, Any]]
 def pipeline_of(
     plan: Plan, stages: Sequence[nn.Module] | None = None, loss_fn: Any = F.mse_loss, **options: Any
 ) -> Any:
-    adam = partial(torch.optim.AdamW, lr=0.01)
-    return pipex.Pipeline(stages or stages_of(2), plan, loss_fn, optimizer=adam, **options)
+    options = {"optimizer": partial(torch.optim.AdamW, lr=0.01), **options}
+    return pipex.Pipeline(stages or stages_of(2), plan, loss_fn, **options)
 
 
 def rank_in_parts(directory: str, family: str) -> list[float]:
@@ -260,6 +260,24 @@ def test_after_a_load_without_older_weights_the_loaded_ones_are_all_there_are(tm
     assert first[:2] == first[2:]
 
 
+def rank_rolls_back(family: str) -> list[list[float]]:
+    """A step on a bad batch, and the good weights put back by hand: the steps after it, and those of a fresh run."""
+    pipeline = pipeline_of(pipex.build(family, 2, 4), optimizer=partial(torch.optim.SGD, lr=0.1))
+    good = {n: t.clone() for n, t in pipeline.local_stages[0].state_dict().items()}
+    x, y = data(0, 4)
+    pipeline.step(x * float("nan"), y)
+    pipeline.local_stages[0].load_state_dict(good)
+    found = [[pipeline.step(*data(step, 4)) for step in (1, 2)]]
+    fresh = pipeline_of(pipex.build(family, 2, 4), optimizer=partial(torch.optim.SGD, lr=0.1))
+    return [*found, [fresh.step(*data(step, 4)) for step in (1, 2)]]
+
+
+@pytest.mark.parametrize("family", ["pipedream", "pipedream-2bw"])
+def test_weights_that_are_set_between_steps_are_those_before_the_newest_too(family: str) -> None:
+    for after, fresh in host_world.launch(rank_rolls_back, 2, args=(family,)):
+        assert after == fresh
+
+
 def sums(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
     return F.mse_loss(output, target, reduction="sum"), target.numel()
 
@@ -274,6 +292,13 @@ def shared_memory() -> list[nn.Module]:
     stages = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2)]
     for stage in stages:
         stage[1].weight.data = stage[0].weight.data.t()
+    return list(stages)
+
+
+def buffer_of_a_weight() -> list[nn.Module]:
+    stages = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    for stage in stages:
+        stage.register_buffer("seen", stage.weight.detach(), persistent=False)
     return list(stages)
 
 

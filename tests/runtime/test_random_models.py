@@ -1,4 +1,4 @@
-"""Pipelines of random models have the bits of one process of plain torch: 62 kinds of layer, every schedule."""
+"""Pipelines of random models have the bits of one process of plain torch: 63 kinds of layer, every schedule."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ Random models with such stages are in ``test_random_models``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +17,7 @@ from typing import Any
 
 import held_activations
 import host_world
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +149,125 @@ def test_a_second_forward_that_would_change_something_again_is_refused() -> None
         host_world.launch(rank_of_running_statistics, 2, args=("recomputed",))
     kept, offloaded = (host_world.launch(rank_of_running_statistics, 2, args=(k,)) for k in ("kept", "offloaded"))
     assert offloaded == kept
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+
+class DroppedByPython(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) if random.random() < 0.5 else self.linear(x)
+
+
+class DroppedByNumpy(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) if np.random.random() < 0.5 else self.linear(x)
+
+
+class Count:
+    number = 0
+
+
+class CountsElsewhere(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counted.number += 1
+        y: Tensor = self.linear(x) * self.counted.number
+        return y
+
+
+class CountsInAHook(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = itertools.count(1)
+        self.linear.register_forward_hook(lambda _, inputs, output: output * next(numbers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+class WritesToAWeight(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return x * self.linear.bias
+
+
+class InPlace(Part):
+    """On one of two inputs, which may be one."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a.mul_(2)
+        y: Tensor = self.linear(a) + b
+        return y
+
+
+def halved(output: Tensor, target: Tensor) -> Tensor:
+    target.mul_(0.5)
+    return F.mse_loss(output, target)
+
+
+def rank_of_hidden_state(kind: str, layer: type[nn.Module], family: str = "1f1b") -> list[float]:
+    random.seed(pipex.current_world().rank)
+    np.random.seed(pipex.current_world().rank)
+    torch.manual_seed(0)
+    plan = spared(family, 2, 4, **({} if kind == "kept" else {kind: (0, 1)}))
+    pipeline = pipex.Pipeline([layer(), layer()], plan, halved, optimizer=partial(torch.optim.SGD, lr=0.1))
+    x, y = torch.randn(2, 8, SIZE, generator=torch.Generator().manual_seed(1))
+    return [pipeline.step(x, y.clone()) for _ in range(3)]
+
+
+@pytest.mark.parametrize("layer", [DroppedByPython, DroppedByNumpy])
+def test_what_python_and_numpy_draw_is_drawn_again_alike(layer: type[nn.Module]) -> None:
+    """And a loss that works in place on its target sees the target, not what it has made of it before."""
+    kept = host_world.launch(rank_of_hidden_state, 2, args=("kept", layer))
+    assert host_world.launch(rank_of_hidden_state, 2, args=("recomputed", layer)) == kept
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (CountsElsewhere, "its second forward gave something else than its first one"),
+        (CountsInAHook, "its second forward gave something else than its first one"),
+        (
+            WritesToAWeight,
+            r"Linear \(linear of layer \d\) is in stage \d, which is recomputed, and keeps what its forward",
+        ),
+    ],
+)
+def test_what_hides_from_its_module_is_refused(layer: type[nn.Module], words: str) -> None:
+    assert host_world.launch(rank_of_hidden_state, 2, args=("kept", layer))
+    with pytest.raises(PeerFailed, match=f"UnsupportedModule: .*{words}"):
+        host_world.launch(rank_of_hidden_state, 2, args=("recomputed", layer))
+
+
+def test_copies_of_the_model_are_not_written_to_by_a_layer_around_them() -> None:
+    with pytest.raises(PeerFailed, match=r"UnsupportedModule: Linear \(linear of layer \d\) is used in the stages"):
+        host_world.launch(rank_of_hidden_state, 2, args=("kept", WritesToAWeight, "chimera"))
+
+
+def test_inputs_that_are_one_tensor_stay_one() -> None:
+    x, y = torch.randn(2, 8, SIZE, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for kind in ("kept", "recomputed"):
+        torch.manual_seed(0)
+        plan = spared("gpipe", 1, 2, **({} if kind == "kept" else {kind: (0,)}))
+        own = x.clone()
+        pipeline = pipex.Pipeline([InPlace()], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+        losses.append(pipeline.step((own, own), y))
+        assert torch.equal(own, 2 * x)  # once
+    torch.manual_seed(0)
+    layer = InPlace()
+    expected = [F.mse_loss(layer(a, a), b) * 0.5 for a, b in zip(x.clone().chunk(2), y.chunk(2), strict=True)]
+    assert losses == [sum(expected).item()] * 2

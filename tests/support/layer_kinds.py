@@ -230,6 +230,12 @@ def simple(act: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
     return lambda: Layer(lambda m, x: act(x))
 
 
+def with_hook_on_input(m: nn.Module, x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * 1.1)
+    return torch.tanh(m.inner(x))
+
+
 KEEPING = frozenset({
     "batch norm", "batch norm over all", "instance norm", "buffer in place", "buffer reassigned",
     "frozen parameter as state", "attribute in place", "attribute reassigned", "counter", "generator of its own",
@@ -292,6 +298,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "hook on a weight": lambda: hooked(lambda m: m.weight.register_hook(lambda g: g * 1.1)),
     "hook behind the sum": lambda: hooked(lambda m: m.bias.register_post_accumulate_grad_hook(grow)),
     "hook on an activation": inner(with_hook_on_activation),
+    "hook on an input": inner(with_hook_on_input),
     "custom Function": inner(lambda m, x: torch.tanh(Doubled.apply(m.inner(x)))),
     "penalty on a weight": inner(penalized),
     "weight used otherwise": inner(used_twice),

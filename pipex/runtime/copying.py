@@ -1,0 +1,80 @@
+"""Copies of what a stage is given: of tensors in tuples, lists and dicts, which share memory as the originals do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipex.runtime.aliases import memory_of
+
+
+def copy(value: Any) -> Any:
+    """The same, with copies of the tensors in it: of the same strides, and leaves that require grad where they did.
+    What is neither a tensor nor a container of some is not copied."""
+    extents: dict[int, tuple[int, int]] = {}  # of each memory, the bytes of it that are used
+    for tensor in tensors_in(value):
+        if _is_plain(tensor):
+            begin, end = _extent(tensor)
+            known = extents.get(memory_of(tensor), (begin, end))
+            extents[memory_of(tensor)] = min(begin, known[0]), max(end, known[1])
+    return _copy(value, extents, {}, {})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in the arguments of a stage."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(one)
+
+
+def _copy(
+    value: Any, extents: Mapping[int, tuple[int, int]], memories: dict[int, Tensor], known: dict[int, Any]
+) -> Any:
+    """``memories``: the copied bytes; ``known``: the copies of tensors, by their id."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = _copied(value, extents, memories)
+        return known[id(value)]
+    if isinstance(value, Mapping):
+        copies = {key: _copy(one, extents, memories, known) for key, one in value.items()}
+        return copies if type(value) is dict else type(value)(copies)  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        parts = [_copy(one, extents, memories, known) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _copied(tensor: Tensor, extents: Mapping[int, tuple[int, int]], memories: dict[int, Tensor]) -> Tensor:
+    if not _is_plain(tensor):
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    key = memory_of(tensor)
+    begin, end = extents[key]
+    if key not in memories:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        memories[key] = whole[begin:end].clone()
+    offset = int(tensor.storage_offset()) - begin // tensor.itemsize
+    place = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    place.set_(memories[key].untyped_storage(), offset, tensor.shape, tensor.stride())
+    return place.requires_grad_(tensor.requires_grad)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is what lies in its memory."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return not (tensor.is_meta or tensor.is_conj() or tensor.is_neg()) and tensor.numel() > 0
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte that it may use, rounded down to what every dtype is aligned to, and the one behind the last."""
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first * tensor.itemsize // _ALIGNED * _ALIGNED, (last + 1) * tensor.itemsize
+
+
+_ALIGNED = 16
