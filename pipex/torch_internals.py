@@ -144,6 +144,7 @@ top_saved_tensors_hooks: Callable[[bool], Any] = _private("torch._C._autograd._t
 functorch_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")  # torch.func is at work
 # How many modes are on, in this thread.
 function_modes: Callable[[], int] = _private("torch._C._len_torch_function_stack", "a pipeline")
+profiling: Callable[[], bool] = _private("torch._C._autograd._profiler_enabled")
 dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack", "a pipeline")
 _private("torch.autograd.forward_ad._current_level")  # forward-mode derivatives are at work; -1 if not
 forward_derivatives_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")

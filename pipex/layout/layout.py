@@ -123,8 +123,9 @@ class Layout:
 
     @cached_property
     def owners(self) -> dict[str, int]:
-        """By a tensor's name, the rank of its first holder, which saves it."""
-        return {held.name: self.rank_of(self.holders(held)[0]) for held in self.blueprint.tensors}
+        """By the names of tensors that several ranks hold, the rank of the first holder, which saves it."""
+        holders = {held.name: list(map(self.rank_of, self.holders(held))) for held in self.blueprint.tensors}
+        return {name: ranks[0] for name, ranks in holders.items() if len(set(ranks)) > 1}
 
     def nbytes(self, rank: int) -> int:
         """Of the parameters and buffers that a rank holds, each once."""

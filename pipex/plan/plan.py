@@ -67,6 +67,9 @@ class Plan:
         for name, rows in (("orders", len(self.orders)), ("peak_activations", len(self.peak_activations))):
             if rows != self.placement.ranks:
                 raise PlanError(f"wrong number of {name}", got=rows, needed=f"{self.placement.ranks}, one per rank")
+        for name, stages in (("recomputed", self.recomputed), ("offloaded", self.offloaded)):
+            if type(stages) is not tuple or any(type(stage) is not int for stage in stages):
+                raise PlanError(f"bad list of stages {name}", got=repr(stages), needed="a tuple of their numbers")
         if self.recomputed or self.offloaded:
             self._check_spared()
 

@@ -20,6 +20,7 @@ from pipex import state
 from pipex.errors import CheckpointError, UnsupportedModule
 from pipex.partition import Stage
 from pipex.runtime.agreement import share
+from pipex.runtime.copying import checksum
 from pipex.runtime.versions import Versions, Weights
 from pipex.state.optimizer import MAIN
 from pipex.transport.interface import World
@@ -52,7 +53,7 @@ def save(
 
     Args:
         versions: of the weights, where a plan changes them within a step: the next one begins with older ones too.
-        owners: by name, the rank that saves what several hold. What is not among these every holder saves.
+        owners: by name, the rank that saves what several hold alike.
 
     Returns:
         None if it is saved; otherwise what went wrong, the same on every rank, and nothing of this attempt is left.
@@ -60,6 +61,7 @@ def save(
     path, rank = Path(directory), world.rank
     shard = None
     error = ""
+    names: dict[str, Tensor] = {}
     try:
         if not isinstance(meta, Mapping):
             raise CheckpointError("meta cannot be saved", got=type(meta).__name__, needed="a dict")
@@ -79,10 +81,12 @@ def save(
         shard = state.write_shard(path, step, rank, tensors, values)
     except CheckpointError as failure:
         error = f"rank {rank}: {failure}"
-    said = share(world, "save", [shard, error, step])
-    shards = [theirs for theirs, _, _ in said if theirs is not None]
-    errors = [text for _, text, _ in said if text]
-    steps = [theirs for _, _, theirs in said]
+    sums = {name: checksum(tensor) for name, tensor in names.items() if name in owners}
+    said = share(world, "save", [shard, error, step, sums])
+    shards = [theirs for theirs, *_ in said if theirs is not None]
+    errors = [text for _, text, *_ in said if text]
+    steps = [theirs for _, _, theirs, _ in said]
+    errors += _different([theirs for *_, theirs in said])
     if len(set(steps)) > 1:
         errors.append(f"the ranks have made different numbers of updates: {', '.join(map(str, steps))}")
     if rank == 0 and not errors:
@@ -172,6 +176,18 @@ def read_previous(
     saved_values = checkpoint.load(PREVIOUS + name for name in forms)
     older = {names[name]: saved_values[PREVIOUS + name] for name in forms}
     return lambda: resume({p: value.to(p.device) for p, value in older.items() if isinstance(p, nn.Parameter)})
+
+
+def _different(sums: Sequence[Mapping[str, int]]) -> list[str]:
+    """What is wrong with the checksums, by rank, of what several ranks hold: the first copy that is another one."""
+    known: dict[str, tuple[int, int]] = {}
+    for rank, theirs in enumerate(sums):
+        for name, found in theirs.items():
+            first, expected = known.setdefault(name, (rank, found))
+            if found != expected:
+                return [f"the copies of {name} on the ranks {first} and {rank} are not the same any more; make every "
+                        "change to parameters and optimizers on all ranks alike"]  # fmt: skip
+    return []
 
 
 def _together(errors: Sequence[str]) -> str:

@@ -6,8 +6,7 @@ tensor rests on an equal beginning and equal updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from zlib import crc32
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from pipex.errors import UnsupportedModule
 from pipex.layout import Held, Layout
 from pipex.partition import Stage, tensors_of
 from pipex.runtime.aliases import memory_of, overlap
+from pipex.runtime.copying import checksum
 
 
 def said_of_copies(stages: Sequence[Stage], layout: Layout, rank: int) -> dict[str, str]:
@@ -28,6 +28,7 @@ def said_of_copies(stages: Sequence[Stage], layout: Layout, rank: int) -> dict[s
         UnsupportedModule: tensors that are not one share memory, and that of different ranks.
     """
     tensors = tensors_of(stages)
+    _refuse_lazy(tensors, layout)
     held = [_Copied(one, tensors[one.name], layout.holders(one), layout) for one in layout.blueprint.tensors]
     _refuse_overlaps(held)
     return {
@@ -47,14 +48,25 @@ class _Copied:
         self.called = f"{held.name} of stage {', '.join(map(str, stages))}"
 
 
+def _refuse_lazy(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raises UnsupportedModule if ranks would give a tensor of several of them its first value each for itself."""
+    for held in layout.blueprint.tensors:
+        ranks = sorted(set(map(layout.rank_of, layout.holders(held))))
+        if len(ranks) > 1 and nn.parameter.is_lazy(tensors[held.name]):
+            raise UnsupportedModule(
+                f"{held.name} has no shape yet, and the ranks {', '.join(map(str, ranks))} hold it",
+                got="a lazy module, of which each rank would draw its own values", needed="the same values on all",
+                fix="run a forward of the model once before it is cut",
+            )  # fmt: skip
+
+
 def _content(tensor: Tensor) -> str:
     if nn.parameter.is_lazy(tensor):
         return "nothing yet"
     form = f"{tensor.dtype} {tuple(tensor.shape)}"
     if not _has_bytes(tensor):
         return form
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return f"{form}, checksum {crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
+    return f"{form}, checksum {checksum(tensor):08x}"
 
 
 def _has_bytes(tensor: Tensor) -> bool:

@@ -172,6 +172,7 @@ class Executor:
         version = self._plan.versions[action.stage, action.microbatch]
 
         def forward(runner: StageRunner, ends: _Ends, microbatch: int) -> None:
+            forget_casts()  # of another version
             with versions.forward(microbatch, version):
                 method(runner, ends, microbatch)
 

@@ -16,6 +16,7 @@ from pipex.errors import InputError
 from pipex.plan import Plan
 from pipex.runtime import microbatch
 from pipex.runtime.agreement import compare
+from pipex.runtime.copying import checksum, tensors_in
 from pipex.runtime.loss import check_total
 from pipex.runtime.update import Update, cleared
 from pipex.transport.interface import World
@@ -55,12 +56,12 @@ class Agreed:
 
 
 def take(
-    world: World, microbatches: int, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool
+    world: World, plan: Plan, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool
 ) -> Given:
     """Checks what this rank was given.
 
     Args:
-        microbatches: of the plan, which a training step keeps to.
+        plan: whose number of micro-batches a training step keeps to.
         first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
     """
     given = Given()
@@ -71,7 +72,7 @@ def take(
                 if needed:
                     raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
                 continue
-            how = microbatch.look(value, name, microbatches, fewer=not training)
+            how = microbatch.look(value, name, plan.microbatches, fewer=not training)
             if name == "target":
                 given.target = how
             else:
@@ -85,12 +86,21 @@ def take(
             ready = how.rows is None
             given.said |= {
                 name: list(how.forms), f"{name} ready": ready,
+                **_contents(name, value, plan),
                 f"samples of the {name}": list(how.samples) if ready else sum(how.samples) or None,
             }  # fmt: skip
     except InputError as problem:
         given.problem = problem
         given.said = {"problem": str(problem)}
     return given
+
+
+def _contents(name: str, value: Any, plan: Plan) -> dict[str, Any]:
+    """What tells whether ranks were given the same, where several of them use it: one copy of the model takes a
+    micro-batch from one rank and its target from another."""
+    if len(plan.placement.pipes) == 1:
+        return {}
+    return {f"what the {name} holds, as checksums": [f"{checksum(tensor):08x}" for tensor in tensors_in(value)]}
 
 
 def refuse_training(given: Given, plan: Plan, update: Update, trains: bool) -> None:

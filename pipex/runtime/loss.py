@@ -9,6 +9,7 @@ the gradients are divided once, when all of them are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from operator import itemgetter
@@ -63,15 +64,17 @@ class Loss:
         function: (output, target) of a micro-batch -> mean, or (sum, count).
         scale: applied to what the backward starts from.
         means_only: whether sums with counts are refused.
+        around: each of its calls.
     """
 
     def __init__(
-        self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None, *, means_only: bool = False
-    ) -> None:
+        self, function: LossFunction, scale: Callable[[Tensor], Tensor] | None = None, *, means_only: bool = False,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
         self.function, self._scale = function, scale
         self.trains = False
         """whether anything in the pipeline is to be trained in this step, so that a loss must have a graph"""
-        self.means_only = means_only
+        self._means_only, self._around = means_only, around
         self.total: float | None = None
         """of this step, if it was told: then sums are divided by it before their backward"""
 
@@ -81,7 +84,8 @@ class Loss:
         Raises:
             InputError: the function returned something else, or a loss that nothing can be trained by.
         """
-        returned = self.function(output, target)
+        with self._around():
+            returned = self.function(output, target)
         count: Tensor | float | None = None
         if isinstance(returned, tuple):
             loss, count = returned if len(returned) == 2 else (None, None)
@@ -101,7 +105,7 @@ class Loss:
         if count is None:
             root = value * share.gradient
             value = root if share.loss == share.gradient else value * share.loss
-        elif self.means_only:
+        elif self._means_only:
             raise InputError("weights that change within a step need the mean loss of a micro-batch",
                              got="a sum and a count, which other ranks would learn too late", needed="a mean",
                              fix="divide the sum by the count in the loss function")  # fmt: skip

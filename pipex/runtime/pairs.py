@@ -42,7 +42,7 @@ from pipex.partition import Stage
 from pipex.plan import Action, Kind, Plan
 from pipex.runtime.agreement import share
 from pipex.runtime.worlds import cores_of
-from pipex.torch_internals import any_autocast, dispatch_modes, function_modes
+from pipex.torch_internals import any_autocast, dispatch_modes, function_modes, profiling
 from pipex.transport.interface import World
 
 Part = Callable[[], tuple[Tensor, ...]]
@@ -264,8 +264,8 @@ class TwoThreads:
     def _obstacle() -> str:
         if any_autocast():
             return "autocast is on, and keeps its casts for all threads together"
-        if dispatch_modes() or function_modes():
-            return "a mode of torch's is on, and sees one thread alone"
+        if dispatch_modes() or function_modes() or profiling():
+            return "a mode or the profiler of torch's is on, and sees one thread alone"
         return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ from pipex.runtime.main_weights import refuse_main_grad
 from pipex.runtime.offloading import OffloadingRunner
 from pipex.runtime.recomputing import RecomputingRunner
 from pipex.runtime.seeding import Seeds
-from pipex.runtime.shared_state import watch
+from pipex.runtime.shared_state import watch, watch_loss
 from pipex.runtime.stage_runner import StageRunner
 from pipex.runtime.trainable import Trainables
 from pipex.runtime.update import OptimizerFactory, Update
@@ -95,8 +96,11 @@ def assemble(
     blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
     seeds, accumulators = Seeds(world.device, seed), tied.Accumulators()
-    loss = Loss(loss_fn, None if scaler is None else scaler.scale, means_only=plan.asynchronous)
-    placement = plan.placement
+    placement, of_loss = plan.placement, watch_loss(loss_fn, plan)
+    loss = Loss(
+        loss_fn, None if scaler is None else scaler.scale, means_only=plan.asynchronous,
+        around=nullcontext if of_loss is None else of_loss.forward,
+    )  # fmt: skip
     runners = {
         stage: _kind_of(stage, plan)(
             stage, _on(world.device, kept[placement.piece(stage)]), placement, loss, seeds, exact, accumulators,

@@ -61,7 +61,7 @@ class Passes(Session):
             for runner in runners:
                 runner.microbatches_before = len(update.counts) * plan.microbatches if training else 0
             first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
-            given = intake.take(world, plan.microbatches, batch, target, total, first=first, last=last,
+            given = intake.take(world, plan, batch, target, total, first=first, last=last,
                                 training=training)  # fmt: skip
             if training:
                 intake.refuse_training(given, plan, update, bool(parts.trainables.trained))

@@ -14,14 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
-from zlib import crc32
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipex.errors import UnsupportedModule
-from pipex.runtime.copying import copy
+from pipex.runtime.copying import checksum, copy
 from pipex.runtime.loss import Share
 from pipex.runtime.stage_runner import StageRunner
 
@@ -96,14 +94,7 @@ def _forgotten(_: None) -> NoReturn:
 
 def _marks(tensors: Iterable[Tensor]) -> list[object]:
     """Of each its form, and on the CPU a checksum: on a GPU two runs of an operation need not have the same bits."""
-    return [(t.dtype, t.shape, t.stride(), t.requires_grad, _checksum(t)) for t in tensors]
-
-
-def _checksum(tensor: Tensor) -> int | None:
-    if type(tensor) is not Tensor or not tensor.is_cpu:
-        return None
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return crc32(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return [(t.dtype, t.shape, t.stride(), t.requires_grad, checksum(t) if t.is_cpu else None) for t in tensors]
 
 
 # torch's generators are seeded before each layer. Layers that are dropped by Python's or NumPy's random numbers are to

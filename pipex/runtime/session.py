@@ -134,7 +134,8 @@ class Session:
 
     def _check_alive(self, *, buffers: bool = False, values: bool = False) -> None:
         if self._failed is not None:
-            raise PipexError(f"this pipeline has failed before ({self._failed}); start a new run") from self._failed
+            why = str(self._failed) or type(self._failed).__name__
+            raise PipexError(f"this pipeline has failed before ({why}); start a new run") from self._failed
         if buffers and self._closed:
             raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
         if values and self._without_values:

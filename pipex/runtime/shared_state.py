@@ -74,12 +74,27 @@ def _of_shared(stages: Sequence[int], called: str, changed: str) -> UnsupportedM
     )
 
 
+def _of_loss(called: str, changed: str) -> UnsupportedModule:
+    return UnsupportedModule(
+        f"{called} is the loss function, or in it, and keeps what it changes",
+        got=f"a change of {changed}", needed="nothing that changes, since each copy of the model has a loss function "
+        "that sees its own micro-batches", fix="run a plan with one copy of the model",
+    )  # fmt: skip
+
+
 def _of_recomputed(stage: int, called: str, changed: str) -> UnsupportedModule:
     return UnsupportedModule(
         f"{called} is in stage {stage}, which is recomputed, and keeps what its forward changes",
         got=f"a change of {changed}", needed="nothing that changes, since each forward runs twice",
         fix="run a plan that does not recompute this stage",
     )  # fmt: skip
+
+
+def watch_loss(loss: object, plan: Plan) -> Watch | None:
+    """For the loss function of a plan with several copies of the model, whose last ranks each have one."""
+    if len(plan.placement.pipes) == 1 or not isinstance(loss, nn.Module):
+        return None
+    return Watch([(type(module).__name__, module) for module in loss.modules()], _of_loss)
 
 
 def watch(stages: Sequence[Stage], plan: Plan, stage: int) -> Watch | None:
@@ -127,7 +142,7 @@ def _as_in_one_process(plan: Plan, stages: Sequence[int]) -> bool:
 
 def _state(module: nn.Module) -> State:
     if keeps_nothing(module):  # but a module around it may write to its parameters
-        return {name: (p, None if p is None else version(p)) for name, p in parameters_of(module).items()}
+        return {name: (p, _written(p)) for name, p in parameters_of(module).items()}
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     return _entries(attributes | buffers_of(module) | parameters_of(module), _DEPTH)
 
@@ -138,7 +153,7 @@ def _entries(kept: Mapping[Any, object], depth: int) -> State:
 
 def _mark(value: object, depth: int) -> object:
     if isinstance(value, Tensor):
-        return None if value.is_inference() else version(value), _values(value)
+        return None if nn.parameter.is_lazy(value) else (_written(value), _values(value))
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().numpy())
     if isinstance(value, bytearray):
@@ -150,6 +165,12 @@ def _mark(value: object, depth: int) -> object:
             return _entries(value, depth - 1)
         return [(one, _mark(one, depth - 1)) for one in value]
     return None
+
+
+def _written(tensor: Tensor | None) -> int | None:
+    if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_inference():
+        return None
+    return version(tensor)
 
 
 def _values(tensor: Tensor) -> bytes | None:

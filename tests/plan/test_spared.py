@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from step_judge import Judge
@@ -110,6 +111,13 @@ def test_stages_that_cannot_be_spared_are_refused_by_name(old: str, new: str, pr
     with pytest.raises(PlanError) as caught:
         Plan.from_text(TEXT.replace(old, new))
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [("0",), (True,), (0.0,), [0], 0, None, "0"])
+def test_what_is_no_tuple_of_numbers_is_refused(stages: Any) -> None:
+    for name in ("recomputed", "offloaded"):
+        with pytest.raises(PlanError, match=f"bad list of stages {name}; got .* needed a tuple of their numbers"):
+            dataclasses.replace(build("1f1b", 2, 4), **{name: stages})
 
 
 def test_torch_s_csv_cannot_say_it() -> None:

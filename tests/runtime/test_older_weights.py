@@ -278,6 +278,20 @@ def test_weights_that_are_set_between_steps_are_those_before_the_newest_too(fami
         assert after == fresh
 
 
+def rank_autocast(cached: bool) -> list[float]:
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)]  # one cast of a weight in a forward
+    pipeline = pipeline_of(pipex.build("pipedream", 2, 6), stages)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        return [pipeline.step(*data(step, 6)) for step in range(3)]
+
+
+def test_autocast_casts_the_weights_of_each_version() -> None:
+    """It keeps its casts by parameter, whatever memory that has by then."""
+    cached, anew = (host_world.launch(rank_autocast, 2, args=(cached,)) for cached in (True, False))
+    assert cached == anew
+
+
 def sums(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
     return F.mse_loss(output, target, reduction="sum"), target.numel()
 

@@ -479,8 +479,9 @@ def test_pairs_that_are_not_a_forward_and_the_backward_of_another_stage(pair: st
             partial(torch.autocast, "cpu", torch.bfloat16),
             "autocast is on, and keeps its casts for all threads together",
         ),
-        (partial(torch.device, "cpu"), "a mode of torch's is on, and sees one thread alone"),
-        (Passing, "a mode of torch's is on, and sees one thread alone"),
+        (partial(torch.device, "cpu"), "a mode or the profiler of torch's is on, and sees one thread alone"),
+        (Passing, "a mode or the profiler of torch's is on, and sees one thread alone"),
+        (torch.profiler.profile, "a mode or the profiler of torch's is on, and sees one thread alone"),
     ],
 )
 def test_what_torch_keeps_for_a_thread_or_for_all(

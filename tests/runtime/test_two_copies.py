@@ -250,3 +250,68 @@ def rank_without_a_target() -> None:
 def test_a_rank_at_an_end_needs_both_batch_and_target() -> None:
     with pytest.raises(PipexError, match="rank 0 holds the last stage and needs the target"):
         host_world.launch(rank_without_a_target, 2)
+
+
+class KeepingLoss(nn.Module):
+    """Normalizes by what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = F.mse_loss(output, target)
+        self.scale.lerp_(loss.detach(), 0.1)
+        return loss / self.scale
+
+
+def lazy() -> nn.Sequential:
+    return nn.Sequential(nn.LazyLinear(SIZE), nn.Linear(SIZE, SIZE))
+
+
+def rank_with(loss_fn: Any, make: Callable[[], nn.Module]) -> float:
+    torch.manual_seed(0)
+    return pipeline_of(pipex.build("chimera", 2, 4), make(), loss_fn).step(*data(0))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "make", "words"),
+    [
+        (KeepingLoss(), simple_model, "KeepingLoss is the loss function, or in it, and keeps what it changes; got a"),
+        (F.mse_loss, lazy, r"0\.weight has no shape yet, and the ranks 0, 1 hold it"),
+    ],
+)
+def test_what_each_copy_would_keep_for_itself_is_refused(loss_fn: Any, make: Any, words: str) -> None:
+    with pytest.raises(PeerFailed, match=f"UnsupportedModule: {words}"):
+        host_world.launch(rank_with, 2, args=(loss_fn, make))
+
+
+def test_a_loss_module_that_keeps_nothing_is_one_like_any_other() -> None:
+    plain = host_world.launch(rank_with, 2, args=(F.mse_loss, simple_model))
+    assert host_world.launch(rank_with, 2, args=(nn.MSELoss(), simple_model)) == plain
+
+
+def rank_apart(how: str, directory: str) -> None:
+    rank = pipex.current_world().rank
+    pipeline = pipeline_of(pipex.build("chimera", 2, 4), simple_model())
+    pipeline.step(*data(rank if how == "batches" else 0))
+    if how == "rates":
+        pipeline.optimizer.param_groups[0]["lr"] *= 1 + rank
+    pipeline.step(*data(1))
+    pipeline.save(directory)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("batches", "ConfigMismatch: the ranks disagree about what the batch holds, as checksums"),
+        (
+            "rates",
+            r"CheckpointError: no checkpoint was saved .* the copies of \d\.inner\.0\.\w+ on the ranks 0 and 1 are not",
+        ),
+    ],
+)
+def test_ranks_that_go_apart_are_told(how: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match=words):
+        host_world.launch(rank_apart, 2, args=(how, str(tmp_path)))
