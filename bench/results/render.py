@@ -22,6 +22,8 @@ COLUMNS = {
     "overlap": ("step, {case} ({exposed_share:.1%} of its actions' time is messages that nothing hides)", "pipex",
                 "p50_us", "µs", "ratio", "torch.distributed.pipelining ÷ pipex"),
     "drop-in": ("step under `pipex.drop_in()`, {case} ranks", "pipex", "p50_us", "µs", "ratio", "without ÷ with it"),
+    "pairs": ("step with fused pairs, layers {case} (a pair takes {overlap:.2f} of what its parts take)", "pipex",
+              "p50_us", "µs", "ratio", "one part after the other ÷ both at once"),
     "backward": ("split backward, {case} ({over_whole:.2f} × a whole one; forward {forward_us:,.0f} µs)", "pipex",
                  "p50_us", "µs", "ratio", "torch's split ÷ pipex"),
 }  # fmt: skip
