@@ -22,6 +22,7 @@ from simulated_cuda import Simulator
 from torch import Tensor, nn
 
 import pipex
+from pipex.plan import Plan
 from pipex.runtime.reference import OneProcess
 
 SEEDS, A_FEW = 200, 20
@@ -96,7 +97,7 @@ class Witness:
 def rank_run(library: Path, family: str, chunks: int, microbatches: int, seeds: range) -> dict[str, Any]:
     world, simulator, witness = pipex.current_world(), Simulator(library), Witness()
     plan = pipex.build(family, world.ranks, microbatches, chunks=chunks)
-    pipeline = pipex.Pipeline(layers(plan.placement.stages), plan, nn.functional.mse_loss, optimizer=witness)
+    pipeline = pipex.Pipeline(layers(plan.placement.pieces), plan, nn.functional.mse_loss, optimizer=witness)
     losses = []
     for seed in seeds:
         simulator.set("seed", seed * world.ranks + world.rank)
@@ -106,9 +107,9 @@ def rank_run(library: Path, family: str, chunks: int, microbatches: int, seeds: 
 
 
 @cache
-def one_process(stages: int, microbatches: int, seeds: range) -> dict[str, Any]:
+def one_process(plan: Plan, seeds: range) -> dict[str, Any]:
     witness = Witness()
-    process = OneProcess(layers(stages), microbatches, nn.functional.mse_loss, optimizer=witness)
+    process = OneProcess(layers(plan.placement.pieces), plan, nn.functional.mse_loss, optimizer=witness)
     losses = [process.step(*batch(seed)) for seed in seeds]
     return witness.seen(losses, process.stages)
 
@@ -131,7 +132,7 @@ def disagreements(library: Path, settings: str, cell: Cell, seeds: range) -> lis
     family, ranks, chunks, microbatches = cell
     arguments = (library, family, chunks, microbatches, seeds)
     results = device_world.launch(rank_run, ranks, args=arguments, library=library, settings=f"{settings},poison=1")
-    expected = one_process(ranks * chunks, microbatches, seeds)
+    expected = one_process(pipex.build(family, ranks, microbatches, chunks=chunks), seeds)
     found = []
     for rank, result in enumerate(results):
         steps = {"the loss": (result["losses"], expected["losses"])}
