@@ -35,7 +35,7 @@ from pipex.bench.torch_schedules import torch_plan
 from pipex.bench.torch_staging import over_host_memory
 from pipex.bench.training import Case, Training
 from pipex.observe import Event
-from pipex.observe.measure import COMPUTE, message_waits
+from pipex.observe.measure import ACTION_KINDS, message_waits
 from pipex.runtime.launch import launch
 from pipex.runtime.worlds import current_world
 from pipex.transport.interface import World
@@ -92,7 +92,7 @@ def _rows(case: Case, answers: Sequence[dict[str, Any]], wanted: Sequence[float]
     spans, exposed, waiting = [], [], []
     for step in sorted({event.step for event in events[0]}):
         ranks = [[event for event in rank if event.step == step] for rank in events]
-        compute = [[event for event in rank if event.kind in COMPUTE] for rank in ranks]
+        compute = [[event for event in rank if event.kind in ACTION_KINDS] for rank in ranks]
         spans.append((max(e.end for rank in compute for e in rank) - min(rank[0].begin for rank in compute)) / 1e9)
         on_messages = [
             waits + _seconds(rank, "SEND") for rank, waits in zip(ranks, message_waits(ranks, placement), strict=True)

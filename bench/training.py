@@ -35,7 +35,7 @@ from pipex.bench.virtual_devices import shared_among
 from pipex.errors import InputError
 from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
-from pipex.observe.measure import COMPUTE, Figures
+from pipex.observe.measure import ACTION_KINDS, Figures
 from pipex.partition import Stage, split_model
 from pipex.plan.measured import measured_costs
 from pipex.runtime.pipeline import Pipeline
@@ -247,7 +247,7 @@ def action_times(events: Sequence[Sequence[Event]]) -> Mapping[tuple[str, int], 
     steps: dict[tuple[str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for rank in events:
         for event in rank:
-            if event.kind in COMPUTE:
+            if event.kind in ACTION_KINDS:
                 steps[event.kind, event.stage][event.step].append((event.end - event.begin) / 1e9)
     return {key: median(map(fmean, by_step.values())) for key, by_step in steps.items()}
 

@@ -10,12 +10,11 @@ from statistics import median
 
 from pipex.errors import InputError
 from pipex.events import Event
-from pipex.plan.actions import Kind
+from pipex.plan.actions import IN_ORDERS, Kind
 from pipex.plan.bubbles import Bubbles, bubbles, busy_times
 from pipex.plan.placement import Edge, Placement
 
-COMPUTE = frozenset({"F", "I", "W", "B", "UPDATE"})
-"""The kinds that a plan's orders consist of."""
+ACTION_KINDS = {kind.value for kind in IN_ORDERS}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def measure(ranks: Sequence[Iterable[Event]], placement: Placement) -> Figures:
     messages: list[float] = []
     shares: list[dict[str, list[float]]] = [defaultdict(list) for _ in ranks]
     for step in steps.values():
-        compute = [[e for e in rank if e.kind in COMPUTE] for rank in step]
+        compute = [[e for e in rank if e.kind in ACTION_KINDS] for rank in step]
         if not all(compute):
             continue
         courses.append(bubbles([_busy(rank) for rank in compute]))

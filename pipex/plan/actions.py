@@ -46,6 +46,8 @@ class Kind(Enum):
 
 
 COMPUTE = frozenset({Kind.F, Kind.I, Kind.W, Kind.B})
+IN_ORDERS = COMPUTE | {Kind.UPDATE}
+"""The kinds that a plan's orders consist of."""
 PER_STAGE = frozenset({Kind.UNSHARD, Kind.RESHARD, Kind.REDUCE_GRAD, Kind.WAIT_REDUCE_GRAD})
 """Kinds that concern a stage as a whole and name no micro-batch."""
 

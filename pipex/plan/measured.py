@@ -9,14 +9,14 @@ from statistics import median_low
 
 from pipex.errors import InputError
 from pipex.events import Event
-from pipex.plan.actions import COMPUTE, Action, Kind
+from pipex.plan.actions import COMPUTE, IN_ORDERS, Action, Kind
 from pipex.plan.bubbles import bubbles, busy_times
 from pipex.plan.communication import unfused
 from pipex.plan.costs import Costs
 from pipex.plan.plan import Plan
 from pipex.plan.simulator import TimedAction
 
-_OF_A_PLAN = {kind.value for kind in (*COMPUTE, Kind.UPDATE)}
+_IN_ORDERS = {kind.value for kind in IN_ORDERS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def typical_step(plan: Plan, ranks: Sequence[Iterable[Event]]) -> MeasuredStep:
     steps: dict[int, list[list[TimedAction]]] = defaultdict(lambda: [[] for _ in ranks])
     for rank, events in enumerate(ranks):
         for event in events:
-            if event.kind in _OF_A_PLAN:
+            if event.kind in _IN_ORDERS:
                 action = Action(event.stage, Kind(event.kind), event.microbatch)
                 steps[event.step][rank].append(TimedAction(action, event.begin / 1e9, event.end / 1e9))
     if not steps:

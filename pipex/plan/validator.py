@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipex.errors import PlanError
-from pipex.plan.actions import COMPUTE, Action, Kind
+from pipex.plan.actions import COMPUTE, IN_ORDERS, Action, Kind
 from pipex.plan.causality import RECEIVES, SENDS, Event, causal_order
 from pipex.plan.communication import communicate
 from pipex.plan.memory import Form, changes
@@ -68,7 +68,7 @@ def _check_place(plan: Plan, event: Event) -> None:
     if kind is Kind.UPDATE and plan.update in ("step", "never"):
         got = f"update={plan.update}"
         raise PlanError(f"{event} is in a plan without updates of its own", got=got, needed="microbatch or delayed")
-    if kind not in COMPUTE and kind is not Kind.UPDATE:
+    if kind not in IN_ORDERS:
         raise PlanError(f"{event} is no compute action", got=kind.value, needed="F, I, W or B")
     if not 0 <= stage < plan.placement.stages:
         needed = f"0 to {plan.placement.stages - 1}"

@@ -12,13 +12,12 @@ change one in place. Both is said by a note at the end of the message, which mos
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pipex.errors import MessageMismatch
-from pipex.torch_internals import storage_id
+from pipex.runtime.memory import memory_of, overlap
 
 _NOTE = (1, 1, 1, 1, 1, 1, 2)
 """The first dimensions of a note: int16[*_NOTE, n] for n tensors, the place of each in the message, and whether it
@@ -64,11 +63,6 @@ def unfold(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int], 
     return tensors[:-1], places, frozenset(place for place, flag in zip(places, flags, strict=True) if flag)
 
 
-def memory_of(tensor: Tensor) -> int:
-    """The same for all views of the same memory."""
-    return storage_id(tensor.untyped_storage())  # not the address: a subclass that wraps other tensors has none
-
-
 def _is_note(tensor: Tensor) -> bool:
     return tensor.dtype is torch.int16 and tensor.shape[:-1] == _NOTE
 
@@ -76,32 +70,3 @@ def _is_note(tensor: Tensor) -> bool:
 def _shared(one: Tensor, other: Tensor, known: Collection[int]) -> bool:
     memory, its = memory_of(one), memory_of(other)
     return (memory in known and its in known) or (memory == its and overlap(one, other))
-
-
-def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one storage have an element in common, or a part of one."""
-    if one.itemsize != other.itemsize:
-        return bool(one.numel() and other.numel())  # a tensor as another dtype: nearly always the same bytes
-    first = min(one.storage_offset(), other.storage_offset())
-    return _overlap(
-        one.shape, one.stride(), one.storage_offset() - first, other.shape, other.stride(),
-        other.storage_offset() - first,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _overlap(
-    shape: Sequence[int], strides: Sequence[int], begin: int, other: Sequence[int], its_strides: Sequence[int],
-    its_begin: int,
-) -> bool:  # fmt: skip
-    if 0 in shape or 0 in other:
-        return False
-    ends = [
-        at + 1 + sum((size - 1) * stride for size, stride in zip(sizes, steps, strict=True))
-        for at, sizes, steps in ((begin, shape, strides), (its_begin, other, its_strides))
-    ]
-    if ends[0] <= its_begin or ends[1] <= begin:
-        return False
-    elements = torch.zeros(max(ends), dtype=torch.bool)
-    elements[torch.arange(max(ends)).as_strided(shape, strides, begin)] = True  # a write to it may not overlap itself
-    return bool(elements.as_strided(other, its_strides, its_begin).any())

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 from pipex.layout import Held, Layout
 from pipex.partition import Stage, tensors_of
-from pipex.runtime.aliases import memory_of, overlap
 from pipex.runtime.copying import checksum
+from pipex.runtime.memory import has_bytes, overlapping
 
 
 def said_of_copies(stages: Sequence[Stage], layout: Layout, rank: int) -> dict[str, str]:
@@ -64,42 +63,18 @@ def _content(tensor: Tensor) -> str:
     if nn.parameter.is_lazy(tensor):
         return "nothing yet"
     form = f"{tensor.dtype} {tuple(tensor.shape)}"
-    if not _has_bytes(tensor):
+    if not has_bytes(tensor):
         return form
     return f"{form}, checksum {checksum(tensor):08x}"
 
 
-def _has_bytes(tensor: Tensor) -> bool:
-    """Whether it lies in memory as it is: no lazy one, none on the meta device, none that is sparse or wraps others."""
-    if nn.parameter.is_lazy(tensor) or type(tensor.detach()) is not Tensor:
-        return False
-    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
-
-
 def _refuse_overlaps(held: Iterable[_Copied]) -> None:
     """Raises UnsupportedModule if a parameter lies in memory of something that other ranks hold."""
-    by_storage: dict[int, list[tuple[int, int, _Copied]]] = {}
-    for one in held:
-        if _has_bytes(one.tensor):
-            by_storage.setdefault(memory_of(one.tensor), []).append((*_extent(one.tensor), one))
-    for together in by_storage.values():
-        together.sort(key=lambda placed: placed[0])
-        for position, (_, end, one) in enumerate(together):
-            for begin, _, other in together[position + 1 :]:
-                if begin >= end:
-                    break
-                apart = (one.written or other.written) and one.ranks != other.ranks
-                if apart and overlap(one.tensor, other.tensor):
-                    raise UnsupportedModule(
-                        f"{one.called} and {other.called} share memory, but not a rank",
-                        got="two tensors that are updated apart from each other",
-                        needed="one parameter, which both layers hold, or memory of their own",
-                        fix="assign the parameter itself (head.weight = embed.weight, not .data)",
-                    )
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of the storage that it may use, and the one behind the last."""
-    begin = int(tensor.storage_offset())
-    last = begin + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin * tensor.itemsize, (last + 1) * tensor.itemsize
+    for one, other in overlapping((one.tensor, one) for one in held):
+        if (one.written or other.written) and one.ranks != other.ranks:
+            raise UnsupportedModule(
+                f"{one.called} and {other.called} share memory, but not a rank",
+                got="two tensors that are updated apart from each other",
+                needed="one parameter, which both layers hold, or memory of their own",
+                fix="assign the parameter itself (head.weight = embed.weight, not .data)",
+            )

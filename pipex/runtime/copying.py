@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from pipex.runtime.aliases import memory_of
+from pipex.runtime.memory import extent, has_bytes, memory_of
 
 
 def copy(value: Any) -> Any:
@@ -17,8 +17,9 @@ def copy(value: Any) -> Any:
     What is neither a tensor nor a container of some is not copied."""
     extents: dict[int, tuple[int, int]] = {}  # of each memory, the bytes of it that are used
     for tensor in tensors_in(value):
-        if _is_plain(tensor):
-            begin, end = _extent(tensor)
+        if is_plain(tensor):
+            begin, end = extent(tensor)
+            begin -= begin % _ALIGNED
             known = extents.get(memory_of(tensor), (begin, end))
             extents[memory_of(tensor)] = min(begin, known[0]), max(end, known[1])
     return _copy(value, extents, {}, {})
@@ -51,7 +52,7 @@ def _copy(
 
 
 def _copied(tensor: Tensor, extents: Mapping[int, tuple[int, int]], memories: dict[int, Tensor]) -> Tensor:
-    if not _is_plain(tensor):
+    if not is_plain(tensor):
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
     key = memory_of(tensor)
     begin, end = extents[key]
@@ -64,21 +65,15 @@ def _copied(tensor: Tensor, extents: Mapping[int, tuple[int, int]], memories: di
     return place.requires_grad_(tensor.requires_grad)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is what lies in its memory."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its bytes are all that it is."""
+    if type(tensor) is not Tensor or not has_bytes(tensor):
         return False
-    return not (tensor.is_meta or tensor.is_conj() or tensor.is_neg()) and tensor.numel() > 0
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte that it may use, rounded down to what every dtype is aligned to, and the one behind the last."""
-    first = int(tensor.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first * tensor.itemsize // _ALIGNED * _ALIGNED, (last + 1) * tensor.itemsize
+    return not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 _ALIGNED = 16
+"""Bytes: what every dtype is aligned to."""
 
 
 def checksum(tensor: Tensor) -> int:
@@ -86,4 +81,4 @@ def checksum(tensor: Tensor) -> int:
     if nn.parameter.is_lazy(tensor) or type(tensor.detach()) is not Tensor or tensor.layout is not torch.strided:
         return 0
     plain = tensor.detach().resolve_conj().resolve_neg()
-    return crc32(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data) if _is_plain(plain) else 0
+    return crc32(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data) if is_plain(plain) else 0

@@ -72,7 +72,6 @@ class Executor:
         times: Times, versions: Versions | None = None, update: Callable[[Versions], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self._world = world
-        self._placement = plan.placement
         self._runners = runners
         self._times = times
         sends = (Kind.SEND_F, Kind.SEND_B)
@@ -98,10 +97,10 @@ class Executor:
         """Takes this rank's ends of all edges, of those between its own stages too."""
         self._first_position = links.first_position
         for stage, ends in self._ends.items():
-            if (before := self._placement.before(stage)) is not None:
+            if (before := self._plan.placement.before(stage)) is not None:
                 ends.activation_in = links.receivers[before, stage, "activation"]
                 ends.gradient_out = links.senders[stage, before, "gradient"]
-            if (after := self._placement.after(stage)) is not None:
+            if (after := self._plan.placement.after(stage)) is not None:
                 ends.activation_out = links.senders[stage, after, "activation"]
                 ends.gradient_in = links.receivers[after, stage, "gradient"]
 
@@ -128,7 +127,7 @@ class Executor:
         Micro-batch by micro-batch through this rank's stages, and through the copies of the model by turns: free of
         deadlock with one slot, for any number of them.
         """
-        pipes = self._placement.pipes
+        pipes = self._plan.placement.pipes
         self._data = data
         forget_casts()
         with torch.no_grad():

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pipex.errors import UnsupportedModule
-from pipex.runtime.aliases import memory_of, unfold
+from pipex.runtime.aliases import unfold
+from pipex.runtime.memory import memory_of
 from pipex.torch_internals import unsafe_view, version
 
 

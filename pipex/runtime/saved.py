@@ -8,13 +8,15 @@ it alive, so nothing can be read that is not there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipex.backward.uses import Use
-from pipex.runtime.aliases import memory_of
+from pipex.runtime.copying import is_plain
+from pipex.runtime.memory import memory_of
 from pipex.torch_internals import version
 
 
@@ -96,7 +98,7 @@ class Saved:
 
         def moves(holder: _Handle | Use) -> bool:
             tensor = _held(holder)
-            here = tensor.device == self._device and _movable(tensor)
+            here = tensor.device == self._device and is_plain(tensor) and not tensor.is_inference()
             return here and memory_of(tensor) not in kept and version(tensor) == holder.version
 
         self._holders = list(filter(moves, self._holders))
@@ -149,13 +151,6 @@ def _put(holder: _Handle | Use, tensor: Tensor) -> None:
         holder.x, holder.version = tensor, version(tensor)
 
 
-def _movable(tensor: Tensor) -> bool:
-    """Whether its bytes are all that it is."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-        return False
-    return not (tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_inference()) and tensor.numel() > 0
-
-
 def _empty(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -164,7 +159,10 @@ def _empty(device: torch.device) -> Tensor:
 # when that has made what they read, or has done with what the memory was before; and nobody frees it, and so gives it
 # to others, before the main stream has waited for their end.
 
-_streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
+
+@cache
+def _stream(device: torch.device, way: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _beside(device: torch.device, way: str, copies: Iterable[Callable[[], None]]) -> torch.cuda.Event | None:
@@ -172,7 +170,7 @@ def _beside(device: torch.device, way: str, copies: Iterable[Callable[[], None]]
         for copy in copies:
             copy()
         return None
-    stream = _streams.setdefault((device, way), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    stream = _stream(device, way)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for copy in copies:

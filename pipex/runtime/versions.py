@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from pipex.errors import UnsupportedModule
+from pipex.runtime.memory import overlapping
 from pipex.torch_internals import preserving_versions
 from pipex.torch_internals import version as changes_of
 
@@ -162,25 +162,11 @@ def _copy(data: Tensor, spare: Tensor | None) -> Tensor:
 
 def _refuse_shared(parameters: Iterable[Parameter], others: Iterable[Tensor]) -> None:
     """Raises UnsupportedModule if a parameter has memory in common with another one, or with one of the others."""
-    placed = [(*_extent(p), True) for p in parameters] + [(*_extent(t), False) for t in others if _in_memory(t)]
-    ends = ends_of_parameters = 0
-    for begin, end, is_parameter in sorted(placed):
-        if begin < (ends if is_parameter else ends_of_parameters):
+    held = [*((p, True) for p in parameters), *((tensor, False) for tensor in others)]
+    for one_changes, other_changes in overlapping(held):
+        if one_changes or other_changes:
             raise UnsupportedModule(
                 "parameters that share memory, with each other or with a buffer, cannot have older versions",
                 needed="one parameter in all places",
                 fix="tie them by assigning the parameter itself, or use a synchronous schedule",
             )
-        ends = max(ends, end)
-        if is_parameter:
-            ends_of_parameters = max(ends_of_parameters, end)
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() > 0
-
-
-def _extent(parameter: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    begin = parameter.data_ptr()
-    return begin, begin + (last + 1) * parameter.element_size() if parameter.numel() else begin

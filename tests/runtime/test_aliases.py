@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import pipex
 from pipex.errors import MessageMismatch, PeerFailed, UnsupportedModule
-from pipex.runtime.aliases import fold, overlap, unfold
+from pipex.runtime.aliases import fold, unfold
+from pipex.runtime.memory import overlap
 from pipex.transport.header import copied
 
 SIZE = 6

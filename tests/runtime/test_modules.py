@@ -33,6 +33,7 @@ AGAIN: Kinds = (("linear", "residual"), ("a layer again", "a weight again"), ("a
             "a module in four stages": AGAIN,
             "in place behind every cut": (("linear",), ("relu in place", "linear"), ("scaled in place",), ("linear",)),
             "in place on the batch": (("scaled in place", "linear"), ("linear",), ("linear",), ("linear",)),
+            "a hook on an input behind every cut": (("linear",), *[("hook on an input",)] * 3),
             "a weight used otherwise": (("linear",), ("penalty on a weight",), ("weight used otherwise",), ("linear",)),
             "strided gradients": (("linear",), ("lstm",), ("transposed", "lstm"), ("strided", "attention module")),
             "dropout that begins later": (("dropout that begins later",), *[("noise on some data",)] * 2, ("linear",)),

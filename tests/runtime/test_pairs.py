@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-import os
 import re
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case, sampled
+from fused_pairs import Seen, batch, core_to_spare, cores, one_rank
 from layer_kinds import KEEPING, KINDS
 from random_models import WEIGHT_AGAIN, Model, Plain
 from torch import Tensor, nn
@@ -28,39 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trained_models import Cell, compare, train
 
 import pipex
-from pipex.errors import PeerLost
 from pipex.partition import as_stages
-from pipex.plan import Placement, Plan, unfused, validate
+from pipex.plan import Plan, unfused, validate
 from pipex.plan.actions import parse_action
-from pipex.runtime import pairs
-from pipex.runtime.pairs import Pairs, TwoStreams, TwoThreads
+from pipex.runtime.pairs import Pairs
 from pipex.runtime.shared_state import watch
-from pipex.transport.local import LocalEdge
-
-WIDTH = 8
 
 
 @pytest.fixture(autouse=True)
-def a_core_to_spare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(pairs, "cores_of", lambda world: 2)
-    yield
-    torch.set_num_threads(before)
-
-
-@contextmanager
-def cores(of_rank: Callable[[int], int]) -> Iterator[None]:
-    """In a rank of its own, by its number."""
-    torch.set_num_threads(1)
-    before, pairs.cores_of = pairs.cores_of, lambda world: of_rank(world.rank)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(interval / 100)
-    try:
-        yield
-    finally:
-        pairs.cores_of = before
-        sys.setswitchinterval(interval)
+def _one_core_to_spare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from core_to_spare(monkeypatch)
 
 
 # The numbers are those of plain torch.
@@ -167,41 +141,6 @@ def test_over_many_steps(cell: Cell) -> None:
 # What happens in a pair, seen by the model's own code.
 
 
-class Seen(nn.Module):
-    """A linear layer whose forwards and backwards call this."""
-
-    def __init__(self, forward: Callable[[], object] = int, backward: Callable[[Any], object] | None = None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self._before, self._behind = forward, backward
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._before()
-        y = self.linear(x)
-        if self._behind is not None:
-            y.register_hook(self._behind)
-        return y
-
-
-def one_rank(first: nn.Module, last: nn.Module, plan: Plan | None = None, **options: Any) -> pipex.Pipeline:
-    """Of two stages on one rank; without another plan, ``ORDER``."""
-    if plan is None:
-        plan = pipex.build("dualpipev", 1, 4)
-        assert " ".join(map(str, plan.orders[0])) == ORDER
-    return pipex.Pipeline([first, last], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), **options)
-
-
-ORDER = (
-    "0F0 1F0 0F1 1B0 (1F1;0B0)OVERLAP_F_B (0F2;1B1)OVERLAP_F_B (1F2;0B1)OVERLAP_F_B (0F3;1B2)OVERLAP_F_B "
-    "(1F3;0B2)OVERLAP_F_B 1B3 0I3 0W3"
-)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    x, y = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1))
-    return x, y
-
-
 def test_both_parts_run_at_the_same_time() -> None:
     """Forwards of the last stage end only when the backward beside them has come to the first stage. That one tells by
     a function in C, which needs no Python to be called."""
@@ -289,149 +228,6 @@ def test_the_order_of_events_is_the_plans_and_their_times_are_both_parts_own() -
     by_name = {event.name: event for event in compute}
     forward, backward = by_name["1F1"], by_name["0B0"]
     assert max(forward.begin, backward.begin) < min(forward.end, backward.end)
-
-
-# When something fails.
-
-
-class Broken(Exception):
-    pass
-
-
-def test_a_rank_is_named_by_what_it_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every forward and in every hook of a backward the place that the world was told last is theirs."""
-    world = pipex.current_world()
-    told: list[int] = []
-    monkeypatch.setattr(type(world), "at", lambda self, step, position: told.append(position))
-    found: list[str] = []
-    plan = pipex.build("dualpipev", 1, 4)
-    parts = [str(part) for action in plan.orders[0] for part in action.each]
-
-    def doing(*_: object) -> None:
-        found.append(parts[told[-1]])
-
-    torch.manual_seed(0)
-    one_rank(Seen(doing, doing), Seen(doing, doing)).step(*batch())
-    assert found == [part for part in parts if "W" not in part]
-
-
-def fail(when: Callable[[], bool], error: type[BaseException] = Broken) -> Callable[..., None]:
-    def run(*_: object) -> None:
-        if when():
-            raise error("as asked for")
-
-    return run
-
-
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_a_part_that_fails_ends_the_other(
-    part: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = pipex.current_world()
-    told: list[int] = []
-    monkeypatch.setattr(type(world), "at", lambda self, step, position: told.append(position))
-    calls: list[int] = []
-    failing = fail(lambda: calls.append(1) or len(calls) == 2, error)
-    before = threading.active_count()
-    torch.manual_seed(0)
-    later: list[Tensor] = []
-    first = Seen(backward=failing if part == "backward" else lambda dy: later.append(dy))
-    pipeline = one_rank(first, Seen(failing if part == "forward" else int))
-    with pytest.raises(error, match="as asked for"):
-        pipeline.step(*batch())
-    parts = [str(p) for action in pipeline.layout.plan.orders[0] for p in action.each]
-    assert parts[told[-1]] == ("1F1" if part == "forward" else "0B1")
-    assert threading.active_count() == before
-    if part == "forward":
-        assert later == []  # what waited for the forward's end did not begin
-
-
-def both(
-    monkeypatch: pytest.MonkeyPatch, forward: Callable[[Any], Any], backward: Callable[[], Any]
-) -> tuple[BaseException, list[str]]:
-    """What ``TwoThreads`` raises, and whether it said that the backward was left. ``forward`` gets the other part."""
-    jobs: list[Any] = []
-
-    class Noted(pairs._Backward):
-        def __init__(self, run: Any) -> None:
-            super().__init__(run)
-            jobs.append(self)
-
-    monkeypatch.setattr(pairs, "_Backward", Noted)
-    way, said, before = TwoThreads(), [], threading.active_count()
-    with pytest.raises((Exception, KeyboardInterrupt)) as raised:
-        way.run(lambda: forward(jobs[0]), backward, (0, 1), lambda: said.append("left"))
-    way.end()
-    assert threading.active_count() == before
-    assert jobs[0].ended.is_set()
-    return raised.value, said
-
-
-DIVIDES = partial(operator.truediv, 1, 0)
-"""No Python function: it does not wait for the forward."""
-
-
-def raise_broken() -> None:
-    raise Broken
-
-
-def test_the_first_failure_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    def later(job: Any) -> None:
-        job.ended.wait()
-        raise Broken
-
-    error, said = both(monkeypatch, later, DIVIDES)
-    assert isinstance(error, ZeroDivisionError)
-    assert said == ["left"]
-    error, said = both(monkeypatch, lambda job: raise_broken(), raise_broken)
-    assert isinstance(error, Broken)
-    assert said == []
-    error, said = both(monkeypatch, lambda job: (), DIVIDES)
-    assert isinstance(error, ZeroDivisionError)
-    assert said == ["left"]
-
-
-def test_ctrl_c_while_the_backward_is_waited_for_is_raised_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[bool] = []
-
-    def backward() -> tuple[()]:  # begins when the forward has ended: the main thread waits for this one
-        os.kill(os.getpid(), signal.SIGINT)
-        threading.Event().wait(0.05)
-        ended.append(True)
-        return ()
-
-    error, _ = both(monkeypatch, lambda job: (), backward)
-    assert isinstance(error, KeyboardInterrupt)
-    assert ended == [True]
-
-
-def rank_dies(stage: int, part: str, call: int) -> None:
-    """At this call of a stage's code."""
-    calls: list[object] = []
-
-    def die(*what: object) -> None:
-        calls.append(what)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with cores(lambda rank: 2):
-        torch.manual_seed(0)
-        stages = [Seen() for _ in range(4)]
-        stages[stage] = Seen(die) if part == "F" else Seen(backward=die)
-        plan = pipex.build("dualpipev", 2, 4)
-        pipeline = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
-        pipeline.step(*batch())
-
-
-@pytest.mark.parametrize(("stage", "part", "call", "action"), [(2, "F", 3, "2F2"), (1, "B", 1, "1B0")])
-def test_a_rank_that_is_killed_in_a_pair_is_named_by_the_part_that_it_was_in(
-    stage: int, part: str, call: int, action: str
-) -> None:
-    """Rank 1 runs (2F2;1B0)OVERLAP_F_B."""
-    with pytest.raises(PeerLost) as lost:
-        pipex.launch(rank_dies, 2, args=(stage, part, call))
-    assert (lost.value.rank, lost.value.action, lost.value.stage) == (1, action, stage)
 
 
 # Pairs that run one part after the other, and why.
@@ -533,97 +329,6 @@ def test_a_plan_without_pairs_has_none() -> None:
     pipeline = one_rank(Seen(), Seen(), pipex.build("interleaved", 1, 4, chunks=2))
     pipeline.step(*batch())
     assert pipeline.pairs == (0, 0, "")
-
-
-# Two streams, of a device that is not there: what was given to which, and what waits for what.
-
-
-class Stream:
-    """Knows the work that comes before what it is given next: its own, and that of streams that it has waited for."""
-
-    def __init__(self, device: object = None) -> None:
-        self.before: set[int] = set()
-
-    def wait_stream(self, other: Stream) -> None:
-        self.before |= other.before
-
-
-class Streams:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.current = Stream()
-        self.work: list[tuple[str, Stream, frozenset[int]]] = []
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-        monkeypatch.setattr(pairs, "way_of", lambda device, stages: TwoStreams(device, stages))
-
-    @contextmanager
-    def on(self, stream: Stream | None) -> Iterator[None]:
-        before, self.current = self.current, stream or self.current
-        yield
-        self.current = before
-
-    def take(self, name: str) -> None:
-        """Work of this name, for the stream that is current."""
-        self.work.append((name, self.current, frozenset(self.current.before)))
-        self.current.before.add(len(self.work) - 1)
-
-
-def test_a_pair_goes_to_two_streams_that_part_before_it_and_meet_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = Streams(monkeypatch)
-    send = LocalEdge.send
-
-    def sending(edge: LocalEdge, step: int, microbatch: int, tensors: Any) -> None:
-        streams.take(f"{edge._spec.source}SEND{microbatch}")
-        send(edge, step, microbatch, tensors)
-
-    monkeypatch.setattr(LocalEdge, "send", sending)
-    microbatches: dict[str, Iterator[int]] = {f"{stage}{part}": count() for stage in (0, 1) for part in "FB"}
-
-    def taking(what: str) -> Callable[..., None]:
-        return lambda *_: streams.take(f"{what}{next(microbatches[what])}")
-
-    def trained() -> tuple[list[float], Pairs]:
-        torch.manual_seed(0)
-        pipeline = one_rank(*(Seen(taking(f"{stage}F"), taking(f"{stage}B")) for stage in (0, 1)))
-        return [pipeline.step(*batch())], pipeline.pairs
-
-    losses, found = trained()
-    assert found == (5, 5, "")
-    names = [name.replace("0B3", "0I3") for name, _, _ in streams.work]
-    places = {name: place for place, name in enumerate(names)}
-    own = {stage: {id(stream) for name, stream, _ in streams.work if name[0] == stage} for stage in "01"}
-    assert len(own["0"]) == len(own["1"]) == 1
-    assert own["0"] != own["1"]
-    fused = [action.parts for action in map(parse_action, ORDER.split()) if action.parts]
-    at_once = {(places[str(forward)], places[str(backward)]) for forward, backward in fused}
-    for later, (_, _, before) in enumerate(streams.work):
-        for earlier in range(later):
-            assert (earlier in before) == ((earlier, later) not in at_once), (names[earlier], names[later])
-    monkeypatch.undo()
-    with cores(lambda rank: 1):
-        microbatches = {what: count() for what in microbatches}
-        assert trained()[0] == losses
-
-
-def test_stages_that_share_a_parameter_do_not_run_in_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    Streams(monkeypatch)
-    torch.manual_seed(0)
-    first, last = Seen(), Seen()
-    last.linear.weight = first.linear.weight
-    pipeline = one_rank(first, last)
-    pipeline.step(*batch())
-    assert pipeline.pairs == (0, 5, "the stages 1 and 0 share modules or parameters")
-
-
-def test_stages_of_one_stream_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three stages on a rank, of which the first and the last have the main stream."""
-    Streams(monkeypatch)
-    order = "0F0 1F0 2F0 (0F1;2B0)OVERLAP_F_B 1B0 (1F1;0B0)OVERLAP_F_B 2F1 2B1 1B1 0B1"
-    plan = Plan("by-hand", Placement("loop", 1, 3), 2, (tuple(map(parse_action, order.split())),), (6,))
-    pipeline = pipex.Pipeline([Seen(), Seen(), Seen()], plan, F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
-    pipeline.step(*batch())
-    assert pipeline.pairs == (1, 2, "the stages 0 and 2 have one stream")
 
 
 def test_a_module_in_both_stages_of_a_rank_is_watched_whether_pairs_are_fused_or_not() -> None:
