@@ -283,6 +283,7 @@ def test_measured_costs_of_stages_fit_their_placement_only() -> None:
         ({"evaluations": 0}, "too few evaluations; got 0"),
         ({"spare": ["offload"]}, "the costs do not say what it takes to offload; needed offload, the time of a copy"),
         ({"spare": ["keep"]}, "unknown way to spare memory; got 'keep'; needed recompute or offload"),
+        ({"spare": "offload"}, "bad ways to spare memory; got 'offload'; needed a list of names"),
         ({"seconds": -1.0}, "bad number of seconds; got -1.0; needed at least 0"),
         ({"seconds": float("nan")}, "bad number of seconds; got nan"),
         ({"families": ["zb-h9"]}, "unknown schedule; got 'zb-h9'; needed one of naive, gpipe"),

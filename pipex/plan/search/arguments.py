@@ -35,6 +35,8 @@ def check_arguments(
         raise InputError("bad number of seconds", got=seconds, needed="at least 0")
     for name in families or ():
         options_of(name)
+    if isinstance(spare, str):
+        raise InputError("bad ways to spare memory", got=repr(spare), needed="a list of names, or None for both")
     if unknown := set(spare or ()) - set(get_args(Spare)):
         raise InputError("unknown way to spare memory", got=repr(min(unknown)), needed="recompute or offload")
 
