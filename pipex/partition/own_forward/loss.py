@@ -14,6 +14,7 @@ functions, and makes a mean as the quotient of the two that it keeps.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
@@ -72,6 +73,8 @@ class Means(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == F.__name__ and "reduction" in kwargs:
+            if func is F.l1_loss and (weight := sys._getframe(2).f_locals.get("weight")) is not None:
+                kwargs = {**kwargs, "weight": weight}  # which torch 2.13 forgets on the way to a mode
             older = kwargs.get("size_average"), kwargs.get("reduce")
             if kwargs["reduction"] in ("mean", "batchmean") and older == (None, None):
                 return self._mean(func, args, dict(kwargs))
