@@ -65,7 +65,8 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Tensor], Any, Any]]] = {
     "weighted Huber": lambda: single(F.huber_loss, scores(6, 3), torch.randn(6, 3), weight=torch.rand(6, 3)),
     "smooth": lambda: single(F.smooth_l1_loss, scores(6, 3), torch.randn(6, 3)),
     "binary": lambda: single(
-        F.binary_cross_entropy_with_logits, scores(6, 3), torch.rand(6, 3), weight=torch.rand(3), pos_weight=torch.rand(3)
+        F.binary_cross_entropy_with_logits, scores(6, 3), torch.rand(6, 3), weight=torch.rand(3),
+        pos_weight=torch.rand(3),
     ),
     "binary of probabilities": lambda: single(F.binary_cross_entropy, scores(6, 3).sigmoid(), torch.rand(6, 3)),
     "divergence by rows": lambda: single(
@@ -135,7 +136,8 @@ def test_sums_of_short_numbers_are_long(dtype: torch.dtype) -> None:
     input, target = scores(30_000, CLASSES, dtype=dtype), torch.randint(0, CLASSES, (30_000,))
     mean, found = seen(lambda: F.cross_entropy(input, target))
     exact = F.cross_entropy(input.detach().double(), target, reduction="sum")
-    assert mean.dtype is dtype and mean == F.cross_entropy(input, target)
+    assert mean.dtype is dtype
+    assert mean == F.cross_entropy(input, target)
     assert found.sum.dtype is torch.float32
     assert abs(found.sum.item() / exact.item() - 1) < 1e-4
     _, twice = seen(lambda: F.cross_entropy(input, target) * 2)
@@ -147,7 +149,9 @@ def test_under_autocast_the_loss_is_what_autocast_makes_it() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mean, found = seen(lambda: F.cross_entropy(input, target))
         expected = [F.cross_entropy(input, target, reduction=reduction) for reduction in ("mean", "sum")]
-    assert mean.dtype is torch.float32 and torch.equal(mean, expected[0]) and torch.equal(found.sum, expected[1])
+    assert mean.dtype is torch.float32
+    assert torch.equal(mean, expected[0])
+    assert torch.equal(found.sum, expected[1])
 
 
 # What models make of them.
@@ -161,7 +165,8 @@ def none_learned(input: Tensor) -> Tensor:
 def test_nothing_to_learn_is_a_sum_of_0_with_gradients_of_0(more: Callable[[Tensor], Tensor]) -> None:
     input = scores(6, CLASSES)
     _, found = seen(lambda: more(none_learned(input)))
-    assert found.count == 0 and found.sum == 0
+    assert found.count == 0
+    assert found.sum == 0
     assert not torch.autograd.grad(found.sum, input)[0].any()
 
 
@@ -247,10 +252,16 @@ def test_a_loss_whose_divisor_cannot_be_seen_is_refused(forward: Callable[[Tenso
 
 @pytest.mark.parametrize(
     "output",
-    [{"logits": 1}, SimpleNamespace(loss=None), (scores(2), scores(2)), torch.randn(3, 3), (torch.ones(()), torch.ones(()))],
-)  # fmt: skip
+    [
+        {"logits": 1},
+        SimpleNamespace(loss=None),
+        (scores(2), scores(2)),
+        torch.randn(3, 3),
+        (torch.ones(()), torch.ones(())),
+    ],
+)
 def test_a_model_without_a_loss_is_refused(output: Any) -> None:
-    with pytest.raises(InputError, match="the model returned no loss; got .*put the labels into the batch"):
+    with pytest.raises(InputError, match=r"the model returned no loss; got .*put the labels into the batch"):
         seen(lambda: output)
 
 
@@ -267,19 +278,18 @@ def ids() -> Tensor:
     return torch.randint(5, VOCABULARY, (ROWS, SEQUENCE))
 
 
-def labels(of: Tensor, extra: int = 0) -> Tensor:
-    """``extra``: tokens at the beginning that are no target in any case."""
+def labels(of: Tensor) -> Tensor:
     made = of.clone()
     for row, learned in enumerate(LEARNED):
-        made[row, : SEQUENCE - learned + extra] = -100
+        made[row, : SEQUENCE - learned] = -100
     return made
 
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0, attention_dropout=0.0,
-)  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0,
+}  # fmt: skip
 
 
 def text(name: str, config: str = "Bert", **more: Any) -> nn.Module:
@@ -291,38 +301,46 @@ def text(name: str, config: str = "Bert", **more: Any) -> nn.Module:
 
 def causal() -> tuple[nn.Module, dict[str, Any]]:
     tokens = ids()
-    return text("LlamaForCausalLM", "Llama"), dict(input_ids=tokens, labels=labels(tokens))
+    return text("LlamaForCausalLM", "Llama"), {"input_ids": tokens, "labels": labels(tokens)}
 
 
 def masked_words() -> tuple[nn.Module, dict[str, Any]]:
     tokens = ids()
-    return text("BertForMaskedLM"), dict(input_ids=tokens, labels=labels(tokens))
+    return text("BertForMaskedLM"), {"input_ids": tokens, "labels": labels(tokens)}
 
 
 def t5() -> tuple[nn.Module, dict[str, Any]]:
     tokens = ids()
-    more = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0)
-    return text("T5ForConditionalGeneration", "T5", **more), dict(input_ids=tokens, labels=labels(tokens))
+    more = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }
+    return text("T5ForConditionalGeneration", "T5", **more), {"input_ids": tokens, "labels": labels(tokens)}
 
 
 def bart() -> tuple[nn.Module, dict[str, Any]]:
     tokens = ids()
-    more = dict(
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0,
-        encoder_attention_heads=2, decoder_attention_heads=2, decoder_start_token_id=2,
-    )  # fmt: skip
-    return text("BartForConditionalGeneration", "Bart", **more), dict(input_ids=tokens, labels=labels(tokens))
+    more = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+        "dropout": 0.0, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2,
+    }  # fmt: skip
+    return text("BartForConditionalGeneration", "Bart", **more), {"input_ids": tokens, "labels": labels(tokens)}
 
 
 def classification(target: Tensor, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
-    return text("BertForSequenceClassification", **more), dict(input_ids=ids(), labels=target)
+    return text("BertForSequenceClassification", **more), {"input_ids": ids(), "labels": target}
 
 
 def answers() -> tuple[nn.Module, dict[str, Any]]:
     start = torch.randint(0, SEQUENCE, (ROWS,))
     end = torch.randint(0, SEQUENCE, (ROWS,))
     start[1] = end[1] = 100  # outside of the text: ignored
-    return text("BertForQuestionAnswering"), dict(input_ids=ids(), start_positions=start, end_positions=end)
+    return text("BertForQuestionAnswering"), {"input_ids": ids(), "start_positions": start, "end_positions": end}
 
 
 def pretraining() -> tuple[nn.Module, dict[str, Any]]:
@@ -331,17 +349,20 @@ def pretraining() -> tuple[nn.Module, dict[str, Any]]:
     words = torch.full_like(tokens, -100)
     words[:, 3:5] = tokens[:, 3:5]
     sentences = torch.randint(0, 2, (ROWS,))
-    return text("BertForPreTraining"), dict(input_ids=tokens, labels=words, next_sentence_label=sentences)
+    return text("BertForPreTraining"), {"input_ids": tokens, "labels": words, "next_sentence_label": sentences}
 
 
 def picture_patches() -> tuple[nn.Module, dict[str, Any]]:
     """Its own quotient, of a mask that it draws: the same one for every row here."""
-    more = dict(image_size=8, patch_size=4, num_channels=1, decoder_hidden_size=16, decoder_num_attention_heads=2,
-                decoder_intermediate_size=24, decoder_num_hidden_layers=1)  # fmt: skip
+    more = {
+        "image_size": 8, "patch_size": 4, "num_channels": 1, "decoder_hidden_size": 16, "decoder_intermediate_size": 24,
+        "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1,
+    }  # fmt: skip
     noise = torch.rand(1, 4).expand(ROWS, 4).double()
-    return text("ViTMAEForPreTraining", "ViTMAE", **more), dict(
-        pixel_values=torch.randn(ROWS, 1, 8, 8).double(), noise=noise
-    )
+    return text("ViTMAEForPreTraining", "ViTMAE", **more), {
+        "pixel_values": torch.randn(ROWS, 1, 8, 8).double(),
+        "noise": noise,
+    }
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
@@ -354,7 +375,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "several classes": lambda: classification(torch.randint(0, 2, (ROWS, 3)).double(), num_labels=3),
     "token classes": lambda: (
         text("BertForTokenClassification", num_labels=3),
-        dict(input_ids=ids(), labels=labels(torch.randint(0, 3, (ROWS, SEQUENCE)))),
+        {"input_ids": ids(), "labels": labels(torch.randint(0, 3, (ROWS, SEQUENCE)))},
     ),
     "answers": answers,
     "pretraining": pretraining,
@@ -382,14 +403,14 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
 
-SHORT: dict[str, float] = dict(rtol=1e-5, atol=1e-7)
+SHORT: dict[str, float] = {"rtol": 1e-5, "atol": 1e-7}
 """of models whose norms compute in float32, whatever they are in"""
 
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_and_counts_give_the_loss_of_the_whole_batch(name: str) -> None:
-    close = SHORT if name in ("T5", "causal LM") else dict(rtol=1e-9, atol=1e-13)
+    close = SHORT if name in ("T5", "causal LM") else {"rtol": 1e-9, "atol": 1e-13}
     model, batch = MODELS[name]()
     whole = model(**batch).loss
     whole.backward()
@@ -427,7 +448,7 @@ def test_a_loss_with_that_of_routers_weighs_by_tokens_as_a_whole() -> None:
         "MixtralForCausalLM", "Mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.7
     )
     model.config._experts_implementation = "eager"  # grouped products know no float64
-    batch = dict(input_ids=tokens, labels=labels(tokens))
+    batch = {"input_ids": tokens, "labels": labels(tokens)}
     loss, gradients, found = summed(model, batch)
     model.zero_grad()
     counts = [8.0, 5.0, 6.0]  # of the rows in PARTS; a first token of a row is nobody's target
@@ -444,13 +465,13 @@ def test_a_loss_with_that_of_routers_weighs_by_tokens_as_a_whole() -> None:
 
 def test_pairs_that_are_contrasted_weigh_by_pairs() -> None:
     transformers = pytest.importorskip("transformers")
-    small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
         text_config=dict(vocab_size=VOCABULARY, max_position_embeddings=SEQUENCE, eos_token_id=2, **small),
         vision_config=dict(image_size=8, patch_size=4, **small), projection_dim=8,
     )  # fmt: skip
     model = transformers.CLIPModel(config).double().eval()
-    pairs = dict(input_ids=ids(), pixel_values=torch.randn(ROWS, 3, 8, 8).double(), return_loss=True)
+    pairs = {"input_ids": ids(), "pixel_values": torch.randn(ROWS, 3, 8, 8).double(), "return_loss": True}
     loss, own = seen(lambda: model(**pairs))
     assert (own.count, *own.others) == (ROWS, ROWS)
     torch.testing.assert_close(own.sum, loss.loss * ROWS)
@@ -463,7 +484,7 @@ def test_speech_is_a_mean_only_if_the_model_says_so(reduction: str) -> None:
         conv_kernel=(4, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
         feat_proj_dropout=0.0, hidden_dropout=0.0, feat_extract_norm="layer",
     )  # fmt: skip
-    batch = dict(input_values=torch.randn(ROWS, 400).double(), labels=labels(ids()))
+    batch = {"input_values": torch.randn(ROWS, 400).double(), "labels": labels(ids())}
     batch["labels"][2, 0] = 7  # torch's gradient of a sequence without a target is of no use
     if reduction == "sum":
         with pytest.raises(UnsupportedModule, match="ctc_loss"):
