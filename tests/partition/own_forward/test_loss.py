@@ -287,8 +287,8 @@ def labels(of: Tensor) -> Tensor:
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
 
 
