@@ -1,0 +1,220 @@
+"""What a unit needs of what earlier ones have made.
+
+The code between the calls is run alone: calls return what was recorded, or what is not a number. If all that the
+unit's own calls are given is then the same as in the record, the unit does not need what was left out. Whatever is
+computed from what is not a number is none either, so what is needed is what alone changes something if left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import PipexError, UnsupportedModule, headline
+from pipex.partition.own_forward.conventions import collected
+from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf
+from pipex.partition.own_forward.gates import Gate, Left
+from pipex.partition.own_forward.record import Record, Seed, clone
+from pipex.partition.own_forward.stage_tree import Places, StageTree
+from pipex.partition.own_forward.tree import Parted, junk
+from pipex.torch_internals import parameters_of, tree_leaves, tree_unflatten
+
+Batch = Callable[[Collection[int]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""The sample's arguments, without the values of these of its leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a unit needs.
+
+    Attributes:
+        made: by earlier calls, with values.
+        forms: likewise, without, of what has the form of none of its call's arguments.
+        given: floating-point tensors of the batch, with values; of others the forms will do.
+        held: paths of outer modules and containers' parameters that it reads beside its calls.
+    """
+
+    made: frozenset[Leaf]
+    forms: frozenset[Leaf]
+    given: frozenset[int]
+    held: frozenset[str]
+
+
+class _Differs(BaseException):
+    """A call was given something else than in the record."""
+
+
+@dataclass(slots=True)
+class _Rehearsed:
+    record: Record
+    chain: Sequence[Form]
+    calls: range
+    without: Collection[Leaf]
+    forms: Collection[Leaf]
+    seed: Seed
+    _at: int = 0
+
+    def call(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        number = self._at
+        self._at += 1
+        if number >= len(self.chain) or self.chain[number].path != gate.path:
+            raise _Differs
+        called, form = self.record.calls[number], self.chain[number]
+        if number >= self.calls.start and not same(tree_leaves((args, kwargs)), called.arguments):
+            raise _Differs
+        if number == self.calls.stop - 1 and self.calls.stop < len(self.chain):
+            raise Left
+        for name, entries in called.beside.items():
+            collected()[name].extend(self._left(Leaf(number, name, n), entry) for n, entry in enumerate(entries))
+        if form.last:  # as in the record, in which the calls have drawn from other numbers since the unit began
+            self.seed(len(self.record.units) + 1 + form.unit)
+        leaves = [self._left(Leaf(number, "", n), clone(leaf)) for n, leaf in enumerate(called.output)]
+        return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
+
+    def _left(self, leaf: Leaf, value: Any) -> Any:
+        if leaf not in self.without:
+            return value
+        if leaf in self.forms or self.chain[leaf.call].is_like(leaf):
+            return junk(value.shape, value.dtype, value.device)
+        return NOTHING
+
+
+class Rehearsal:
+    """Args:
+    model: that was recorded.
+    batch: the sample.
+    floats: its leaves that are floating-point tensors.
+    seed: that the model was recorded with.
+    """
+
+    def __init__(
+        self, model: nn.Module, parted: Parted, places: Places, record: Record, chain: Sequence[Form], batch: Batch,
+        floats: Iterable[int], seed: Seed,
+    ) -> None:  # fmt: skip
+        self._seed = seed
+        self._forms: frozenset[Leaf] = frozenset()  # that the unit before needs
+        self._places, self._record, self._chain, self._batch = places, record, chain, batch
+        self._floats = frozenset(floats)
+        self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
+        self._parameters = {
+            f"{path}.{name}" if path else name: parameter
+            for path, container in parted.containers.items()
+            for name, parameter in parameters_of(container).items()
+            if parameter is not None
+        }
+        self._outer = frozenset(parted.outer)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._trees: dict[frozenset[str], StageTree] = {}
+
+    def need(self, unit: int) -> Need:
+        """What the unit needs.
+
+        Raises:
+            UnsupportedModule: with all that there is, its calls are given something else than in the record.
+        """
+        calls = self._record.units[unit]
+        own = {self._chain[call].path for call in calls}
+        before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
+        last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
+        unlike = frozenset(leaf for leaf in before if not self._chain[leaf.call].is_like(leaf))
+        all_there_is = Need(before, unlike, self._floats, self._outer.union(self._parameters).difference(own))
+
+        def works(need: Need) -> bool:
+            return self._problem(calls, before, need, own) is None
+
+        # What most layers need is tried first.
+        found = Need(last, self._forms, frozenset() if unit else self._floats, frozenset())
+        if works(found):
+            return replace(found, made=_needed(last, lambda made: works(replace(found, made=made))))
+        if (problem := self._problem(calls, before, all_there_is, own)) is not None:
+            raise UnsupportedModule(
+                f"the model cannot be cut before {self._chain[calls.start].path}", got=problem,
+                needed="a forward whose calls depend on the batch and on what earlier calls have returned alone",
+                fix="keep it in one stage with what it shares more with (balance=), or switch off what it keeps beside "
+                "(caches)",
+            )  # fmt: skip
+        found = all_there_is
+        found = replace(found, made=_needed(found.made, lambda made: works(replace(found, made=made))))
+        found = replace(found, given=_needed(found.given, lambda given: works(replace(found, given=given))))
+        found = replace(found, held=_needed(found.held, lambda held: works(replace(found, held=held))))
+        found = replace(found, forms=_needed(found.forms, lambda forms: works(replace(found, forms=forms))))
+        self._forms = found.forms
+        return found
+
+    def _problem(self, calls: range, before: frozenset[Leaf], need: Need, own: Collection[str]) -> str | None:
+        """Runs the code between the calls; says what is not as recorded.
+
+        Args:
+            calls: of the unit.
+            before: all that was made before.
+            need: what there is of that.
+            own: paths of what the unit calls.
+        """
+        key = need.held.union(own)
+        if key not in self._trees:
+            self._trees[key] = StageTree(
+                self._places, {p: find for p, find in self._modules.items() if p in key},
+                {p: parameter for p, parameter in self._parameters.items() if p in key}, self._device,
+            )  # fmt: skip
+        tree = self._trees[key]
+        args, kwargs = self._batch(self._floats - need.given)
+        tree.train(True)
+        forms, without = need.forms - need.made, before - need.made
+        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
+        self._seed(0)
+        try:
+            with torch.no_grad():
+                output = tree.root(*args, **kwargs)
+        except Left:
+            return None
+        except _Differs:
+            return "other arguments than in one process"
+        except PipexError:
+            raise
+        except Exception as error:
+            return headline(error)
+        finally:
+            tree.cross(None)
+        if calls.stop < len(self._chain):
+            return "a forward that ends before its call"
+        return None if same(tree_leaves(output), self._record.output) else "another output than in one process"
+
+
+def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether leaves are the same, tensors bit for bit; what is neither a tensor nor plain is not looked into."""
+    for one, other in zip_longest(some, others, fillvalue=_MISSING):
+        if isinstance(one, Tensor) or isinstance(other, Tensor):
+            if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+                return False
+            if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
+                return False
+        elif one is _MISSING or other is _MISSING or (isinstance(one, _PLAIN) and one != other):
+            return False
+    return True
+
+
+_MISSING = object()
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _finding(module: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: module
+
+
+def _needed(all_of: frozenset[Any], works: Callable[[frozenset[Any]], bool]) -> frozenset[Any]:
+    """What alone cannot be left out."""
+
+    def search(some: Sequence[Any]) -> set[Any]:
+        if not some or works(all_of.difference(some)):
+            return set()
+        if len(some) == 1:
+            return set(some)
+        half = len(some) // 2
+        return search(some[:half]) | search(some[half:])
+
+    return frozenset(search(sorted(all_of)))
