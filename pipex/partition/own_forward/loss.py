@@ -92,6 +92,12 @@ class Means(TorchFunctionMode):
             UnsupportedModule: it is not known what it was divided by.
         """
         loss = loss_in(output)
+        if loss is None:
+            raise InputError(
+                "the model returned no loss", got=f"{type(output).__name__} without one",
+                needed="a scalar, called loss",
+                fix="put the labels into the batch, under the name that the model's forward has for them",
+            )  # fmt: skip
         for mean in (*self._means, *(() if self._means else self._quotients)):
             if mean.is_all_of(loss):
                 return OwnLoss(mean.sum(), mean.count)
@@ -133,23 +139,14 @@ class Means(TorchFunctionMode):
 _DIVISIONS = frozenset({"div", "true_divide", "__truediv__"})
 
 
-def loss_in(output: Any) -> Tensor:
-    """The loss in what a model's forward returned: its ``loss``; of a tuple the only scalar.
-
-    Raises:
-        InputError: there is none.
-    """
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in what a model's forward returned, if there is one: its ``loss``; of a tuple the only scalar."""
     if isinstance(output, tuple) and not hasattr(output, "loss"):
         scalars = [value for value in output if isinstance(value, Tensor) and not value.dim()]
         loss: Any = scalars[0] if len(scalars) == 1 else None
     else:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise InputError(
-            "the model returned no loss", got=f"{type(output).__name__} without one", needed="a scalar, called loss",
-            fix="put the labels into the batch, under the name that the model's forward has for them",
-        )  # fmt: skip
-    return loss
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def own_loss(output: OwnLoss, target: None) -> OwnLoss:

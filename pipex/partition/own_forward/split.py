@@ -14,6 +14,7 @@ from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.conventions import no_cache, ties_said
 from pipex.partition.own_forward.crossing import forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
+from pipex.partition.own_forward.loss import loss_in
 from pipex.partition.own_forward.record import record
 from pipex.partition.own_forward.rehearsal import Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units
@@ -53,6 +54,7 @@ def split_by_forward(
         units = make_units(seen, parted, needs)
         course = Course(arguments, chain, seen.units, needs, places)
         stages = cut_units(units, counts(units), model, course)
+        stages[-1].loss_seen = loss_in(seen.live) is not None
         if verify:
             verify_stages(model, stages, seen, arguments, seed)
     return stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,6 +16,7 @@ from pipex.errors import UnsupportedModule
 from pipex.partition.own_forward.arguments import Arguments, form_of
 from pipex.partition.own_forward.crossing import Crossing, Form, Leaf
 from pipex.partition.own_forward.gates import Left
+from pipex.partition.own_forward.loss import Means
 from pipex.partition.own_forward.rehearsal import Need
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.units import Unit
@@ -87,14 +89,14 @@ class ModelStage(Stage):
         return self._course.chain[self._course.units[self.first_layer].start].path
 
     def forward(self, *inputs: Any) -> Any:
-        """What the next stage gets, or on the last one what the model returns.
+        """What the next stage gets, or on the last one what the model returns, or its ``OwnLoss``.
 
         Args:
             inputs: of the first stage the batch, of others the tensors that the stage before returned.
 
         Raises:
             InputError: the batch is not like the sample.
-            UnsupportedModule: the model's forward has taken another way than with the sample.
+            UnsupportedModule: the model's forward has taken another way than with the sample. Or as ``Means.of``.
         """
         course = self._course
         received: dict[Leaf, Tensor] = {}
@@ -109,16 +111,19 @@ class ModelStage(Stage):
             tree = self._tree = self._grow(batch[0].device)
         tree.train(self.training)
         end = self.first_layer + len(self.layers)
+        means, tail = Means(), ExitStack()
         crossing = Crossing(
             course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
             self._wanted, self._seed_of(self.before_layer),
+            partial(tail.enter_context, means) if self.own_loss else None,
         )  # fmt: skip
         if crossing.seed is not None:
             crossing.seed(0)
         args, kwargs = course.arguments.call(batch)
         tree.cross(crossing)
         try:
-            output = tree.root(*args, **kwargs)
+            with tail:
+                output = tree.root(*args, **kwargs)
         except Left:
             return self._message(batch, received | crossing.made)
         finally:
@@ -128,7 +133,7 @@ class ModelStage(Stage):
                 f"the model's forward ended before {course.chain[crossing.end - 1].path}", got="fewer calls",
                 needed="the calls of the sample's", fix="split the model with a sample that is like the batches",
             )  # fmt: skip
-        return output
+        return means.of(output) if self.own_loss else output
 
     def without_layers(self, layers: nn.ModuleList) -> Stage:
         """As of ``Stage``."""
