@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.torch_internals import version
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,4 +209,4 @@ def _wide(loss: Tensor) -> Tensor:
 
 def _version(tensor: Tensor) -> float:
     """How often a tensor was changed in place; equal to nothing where that is not counted."""
-    return nan if torch.is_inference(tensor) else tensor._version
+    return nan if torch.is_inference(tensor) else version(tensor)
