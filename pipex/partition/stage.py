@@ -26,8 +26,8 @@ class Stage(nn.Module):
     before_layer: Callable[[int], object] | None = None
     """called in a forward ahead of each layer, with the layer's position in here"""
     loss_seen: bool | None = None
-    """of the last stage, whether the model has returned a loss for the sample that it was cut by; None where stages do
-    not run the model's own forward"""
+    """whether the model has returned a loss for the sample that it was cut by; None where stages do not run the model's
+    own forward"""
     own_loss: bool = False
     """whether the last stage returns the model's own loss (``OwnLoss``) in place of the model's output"""
 

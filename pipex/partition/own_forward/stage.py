@@ -33,6 +33,7 @@ class Course:
         units: of them, ranges.
         needs: of each unit.
         places: what stands where.
+        loss_seen: whether the sample's forward has returned a loss.
     """
 
     arguments: Arguments
@@ -40,6 +41,7 @@ class Course:
     units: tuple[range, ...]
     needs: tuple[Need, ...]
     places: Places
+    loss_seen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class ModelStage(Stage):
     ) -> None:
         super().__init__(index, count, first_layer, units, model)
         self._course = course
+        self.loss_seen = course.loss_seen
         last = first_layer + len(units)
         self._gets = Message.to(course, first_layer) if first_layer else None
         self._sends = Message.to(course, last) if last < len(course.units) else None
@@ -89,14 +92,14 @@ class ModelStage(Stage):
         return self._course.chain[self._course.units[self.first_layer].start].path
 
     def forward(self, *inputs: Any) -> Any:
-        """What the next stage gets, or on the last one what the model returns, or its ``OwnLoss``.
+        """What the next stage gets; on the last one what the model returns, or its loss if that is asked for.
 
         Args:
             inputs: of the first stage the batch, of others the tensors that the stage before returned.
 
         Raises:
-            InputError: the batch is not like the sample.
-            UnsupportedModule: the model's forward has taken another way than with the sample. Or as ``Means.of``.
+            InputError: the batch is not like the sample, or the model has returned no loss for it.
+            UnsupportedModule: the model's forward has taken another way than with the sample.
         """
         course = self._course
         received: dict[Leaf, Tensor] = {}
@@ -111,23 +114,24 @@ class ModelStage(Stage):
             tree = self._tree = self._grow(batch[0].device)
         tree.train(self.training)
         end = self.first_layer + len(self.layers)
-        means, tail = Means(), ExitStack()
         crossing = Crossing(
             course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
             self._wanted, self._seed_of(self.before_layer),
-            partial(tail.enter_context, means) if self.own_loss else None,
         )  # fmt: skip
+        means = Means()
         if crossing.seed is not None:
             crossing.seed(0)
         args, kwargs = course.arguments.call(batch)
         tree.cross(crossing)
-        try:
-            with tail:
+        with ExitStack() as end_of_forward:
+            if self.own_loss:
+                crossing.at_end = lambda: end_of_forward.enter_context(means)
+            try:
                 output = tree.root(*args, **kwargs)
-        except Left:
-            return self._message(batch, received | crossing.made)
-        finally:
-            tree.cross(None)
+            except Left:
+                return self._message(batch, received | crossing.made)
+            finally:
+                tree.cross(None)
         if self._sends is not None:
             raise UnsupportedModule(
                 f"the model's forward ended before {course.chain[crossing.end - 1].path}", got="fewer calls",
