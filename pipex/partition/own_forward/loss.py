@@ -14,7 +14,6 @@ functions, and makes a mean as the quotient of the two that it keeps.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipex.errors import InputError, UnsupportedModule
-from pipex.torch_internals import version
+from pipex.torch_internals import version, weight_on_the_way_to_a_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,8 @@ class Means(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == F.__name__ and "reduction" in kwargs:
-            if func is F.l1_loss and (weight := sys._getframe(2).f_locals.get("weight")) is not None:
-                kwargs = {**kwargs, "weight": weight}  # which torch 2.13 forgets on the way to a mode
+            if func is F.l1_loss and (weight := weight_on_the_way_to_a_mode()) is not None:
+                kwargs = {**kwargs, "weight": weight}
             older = kwargs.get("size_average"), kwargs.get("reduce")
             if kwargs["reduction"] in ("mean", "batchmean") and older == (None, None):
                 return self._mean(func, args, dict(kwargs))
@@ -141,12 +140,16 @@ _DIVISIONS = frozenset({"div", "true_divide", "__truediv__"})
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss in what a model's forward returned, if there is one: its ``loss``; of a tuple the only scalar."""
-    if isinstance(output, tuple) and not hasattr(output, "loss"):
+    """The loss in what a model's forward returned, if there is one: its ``loss``; of a tuple the only
+    scalar; or the output itself."""
+    loss: Any
+    if isinstance(output, Tensor):
+        loss = None if output.dim() else output
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
         scalars = [value for value in output if isinstance(value, Tensor) and not value.dim()]
-        loss: Any = scalars[0] if len(scalars) == 1 else None
+        loss = scalars[0] if len(scalars) == 1 else None
     else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
