@@ -338,7 +338,7 @@ def prepare_alone(stage: Any) -> None:
 
 
 def weight_on_the_way_to_a_mode() -> Any:
-    """The ``weight`` of the ``l1_loss`` that has called a TorchFunctionMode: torch 2.13 hands on all arguments but it."""
+    """The ``weight`` of the ``l1_loss`` that calls a TorchFunctionMode: torch 2.13 hands on all arguments but it."""
     code = torch.nn.functional.l1_loss.__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
