@@ -1,4 +1,4 @@
-"""Batches for Hugging Face models, and what plain torch loses on them; every one padded, with labels that are ignored."""
+"""Batches for Hugging Face models, and what plain torch loses on them: all padded, with labels that are ignored."""
 
 from __future__ import annotations
 

@@ -431,7 +431,8 @@ def deberta_v2(pick: Pick) -> nn.Module:
     config = hf.DebertaV2Config(
         **encoder(pick, attn_implementation="eager"), relative_attention=True, pos_att_type=["c2p", "p2c"],
         position_buckets=4, max_relative_positions=POSITIONS, norm_rel_ebd="layer_norm",
-        share_att_key=pick(True, False), position_biased_input=pick(False, True), conv_kernel_size=pick(0, 3), pooler_dropout=0,
+        share_att_key=pick(True, False), position_biased_input=pick(False, True), conv_kernel_size=pick(0, 3),
+        pooler_dropout=0,
     )  # fmt: skip
     return hf.DebertaV2ForTokenClassification(config)
 
