@@ -125,9 +125,10 @@ def _width(name: str, value: Any, config: Any) -> Any:
 
 def _settle(config: Any, small: Any) -> None:
     """What follows from other widths."""
+    _settle_rotary(small)
     if hasattr(small, "qk_head_dim") and hasattr(small, "qk_nope_head_dim"):
         small.qk_head_dim = small.qk_nope_head_dim + small.qk_rope_head_dim
-    if hasattr(small, "attention_hidden_size"):
+    if hasattr(small, "attention_hidden_size") and hasattr(small, "attention_head_dim"):
         small.attention_head_dim = small.attention_hidden_size // small.num_attention_heads
     # State space models: the hidden size, expanded, is heads of a width.
     if expand := getattr(small, "expand", None) or getattr(small, "mamba_expand", None):
@@ -143,3 +144,17 @@ STATE_HEADS = [
     ("num_heads", "head_dim"), ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"),
     ("n_mamba_heads", "mamba_headdim"),
 ]  # fmt: skip
+
+
+def _settle_rotary(small: Any) -> None:
+    """Tables with an entry for each pair that is turned, and sections of such pairs, become as long as there are pairs."""
+    parameters = getattr(small, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return
+    pairs = int(HEAD_DIM * parameters.get("partial_rotary_factor", 1.0)) // 2
+    for name in ("long_factor", "short_factor"):
+        if parameters.get(name):
+            parameters[name] = parameters[name][:pairs]
+    if sections := parameters.get("mrope_section"):
+        each = [max(1, section * pairs // sum(sections)) for section in sections]
+        parameters["mrope_section"] = [pairs - sum(each[1:]), *each[1:]]
