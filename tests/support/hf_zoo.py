@@ -85,7 +85,11 @@ class Example:
     @property
     def is_mean(self) -> bool:
         """Whether the loss is nothing but a mean over tokens (or samples)."""
-        return FAMILIES[self.family][1] not in (CAUSAL_AND_MORE, ANSWERS)
+        return FAMILIES[self.family][1] not in (CAUSAL_AND_MORE, ANSWERS) and not self.norms_batches
+
+    @property
+    def norms_batches(self) -> bool:
+        return self.family == "resnet"
 
     def batch(self, model: nn.Module, step: int, rows: int = 8) -> Batch:
         generator = torch.Generator().manual_seed(1000 * (self.seed or 0) + step)
