@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
-from pipex.partition.own_forward.conventions import collected
+from pipex.partition.conventions import collected
 from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
