@@ -131,6 +131,8 @@ class Rehearsal:
         # What most layers need is tried first.
         found = Need(last | always, self._forms, frozenset() if unit else self._floats, frozenset())
         if works(found):
+            if len(last) <= 1:
+                return found
             return replace(found, made=always | _needed(last, lambda made: works(replace(found, made=made | always))))
         if (problem := self._problem(calls, before, all_there_is, own)) is not None:
             raise UnsupportedModule(
