@@ -45,6 +45,7 @@ class Form:
         leaves: of the output: None for a tensor, else the value itself in a tuple.
         likes: as ``Called.likes``.
         beside: what is collected under each name: whether it is a tensor, or None.
+        written: as ``Called.written``: on every stage by that stage's own code, each time on what the call has returned.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Form:
     leaves: tuple[tuple[Any] | None, ...]
     likes: tuple[int | str | None, ...]
     beside: Mapping[str, tuple[bool, ...]]
+    written: frozenset[int]
 
     @classmethod
     def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
@@ -65,7 +67,8 @@ class Form:
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
-            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside
+            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
+            frozenset(called.written),
         )  # fmt: skip
 
     def tensors(self, call: int) -> list[Leaf]:
@@ -165,7 +168,8 @@ class Crossing:
                 fix="split the model with a sample that is like the batches, or bring these into one form",
             )  # fmt: skip
         for leaf in self.wanted.get(number, ()):
-            self.made[leaf] = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
+            tensor = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
+            self.made[leaf] = tensor.clone() if not leaf.name and leaf.number in form.written else tensor
         return output
 
     def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,7 +186,7 @@ class Crossing:
         """What is there of a tensor that a past call made."""
         found = self.received.get(leaf)
         if found is not None:
-            return found
+            return found.clone() if not leaf.name and leaf.number in self.chain[leaf.call].written else found
         if like is None:
             return NOTHING
         given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
