@@ -12,31 +12,22 @@ import pipex
 from pipex.partition.stage import Keywords
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x)) + first
-
-
 class Scaled(nn.Module):
-    """Every layer gets what the embedding returned, times 4: a power of two, or the parts of its gradient, which are
-    scaled each on its own stage, would be rounded otherwise than their sum is."""
+    """The head gets what the embedding has returned, too, times 4: a power of two, and added to one other part, or the
+    parts of the embedding's gradient, each made on its own stage, would be rounded otherwise than their sum is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
-        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         x *= 4.0
         first = x
         for layer in self.layers:
-            x = layer(x, first)
-        return self.head(x)
+            x = layer(torch.tanh(x))
+        return self.head(x + first)
 
 
 @pytest.mark.parametrize("counts", [[1, 5], [2, 4], [3, 3], [5, 1], [1, 1, 1, 1, 1, 1]])
