@@ -45,6 +45,7 @@ class Form:
         leaves: of the output: None for a tensor, else the value itself in a tuple.
         likes: as ``Called.likes``.
         beside: what is collected under each name: whether it is a tensor, or None.
+        written: as ``Called.written``: on every stage by that stage's own code, each time on what the call has returned.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Form:
     leaves: tuple[tuple[Any] | None, ...]
     likes: tuple[int | str | None, ...]
     beside: Mapping[str, tuple[bool, ...]]
+    written: frozenset[int]
 
     @classmethod
     def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
@@ -65,7 +67,8 @@ class Form:
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
-            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside
+            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
+            frozenset(called.written),
         )  # fmt: skip
 
     def tensors(self, call: int) -> list[Leaf]:
@@ -161,7 +164,8 @@ class Crossing:
                 fix="split the model with a sample that is like the batches, or bring these into one form",
             )  # fmt: skip
         for leaf in self.wanted.get(number, ()):
-            self.made[leaf] = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
+            tensor = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
+            self.made[leaf] = tensor.clone() if not leaf.name and leaf.number in form.written else tensor
         return output
 
     def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,18 +174,21 @@ class Crossing:
                 collected()[name].append(self.received.get(Leaf(number, name, n), NOTHING) if is_one else None)
         leaves: list[Any] = []
         for n, constant in enumerate(form.leaves):
-            found = constant[0] if constant is not None else self.received.get(Leaf(number, "", n))
-            leaves.append(form_left(form.likes[n], args, kwargs) if constant is None and found is None else found)
+            found = self.received.get(Leaf(number, "", n))
+            if constant is not None:
+                leaves.append(constant[0])
+            elif found is None:
+                leaves.append(form_left(form.likes[n], args, kwargs))
+            else:
+                leaves.append(found.clone() if n in form.written else found)
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
 
 def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """What is left of a tensor that a past call has made, if its form did not travel: that of the argument that it is
-    like, as far as this one has its own."""
+    like."""
     given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
-    if not isinstance(given, Tensor):
-        return NOTHING
-    return given if not any(given.stride()) else junk(given.shape, given.dtype, given.device)
+    return junk(given.shape, given.dtype, given.device) if isinstance(given, Tensor) else NOTHING
 
 
 def is_same(one: object, other: object) -> bool:
