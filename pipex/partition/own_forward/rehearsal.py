@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.tree import Parted, junk
 from pipex.torch_internals import parameters_of, tree_leaves, tree_unflatten
+
+Found = TypeVar("Found")
 
 Batch = Callable[[Collection[int]], tuple[tuple[Any, ...], dict[str, Any]]]
 """The sample's arguments, without the values of these of its leaves."""
@@ -104,7 +106,7 @@ class Rehearsal:
         self._floats = frozenset(floats)
         self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
         self._parameters = {
-            f"{path}.{name}" if path else name: parameter
+            f"{path}.{name}" if path else name: _finding(parameter)
             for path, container in parted.containers.items()
             for name, parameter in parameters_of(container).items()
             if parameter is not None
@@ -169,11 +171,11 @@ class Rehearsal:
         if key not in self._trees:
             self._trees[key] = StageTree(
                 self._places, {p: find for p, find in self._modules.items() if p in key},
-                {p: parameter for p, parameter in self._parameters.items() if p in key}, self._device,
+                {p: find for p, find in self._parameters.items() if p in key}, self._device,
             )  # fmt: skip
         tree = self._trees[key]
         args, kwargs = self._batch(self._floats - need.given)
-        tree.train(True)
+        tree.follow(mode=True)
         forms, without = need.forms - need.made, before - need.made
         tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
         self._seed(0)
@@ -211,8 +213,8 @@ def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
 _MISSING = object()
 
 
-def _finding(module: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: module
+def _finding(one: Found) -> Callable[[], Found]:
+    return lambda: one
 
 
 def _needed(all_of: frozenset[Any], works: Callable[[frozenset[Any]], bool]) -> frozenset[Any]:

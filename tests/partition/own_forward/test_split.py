@@ -158,6 +158,18 @@ def test_a_rank_keeps_its_own_layers_alone() -> None:
     assert {t.device.type for t in kept[3].parameters()} == {"meta"}
 
 
+def test_a_container_uses_the_parameter_that_the_stage_has_now() -> None:
+    model = tangled().eval()
+    stages = split(model, (4,))
+    apart(model, stages, batch())
+    for stage in stages:  # as whoever replaces parameters between steps
+        for unit in stage.layers:
+            unit.parameter0 = nn.Parameter(torch.ones(8)) if "parameter0" in dict(unit.named_parameters()) else None
+    got, _ = apart(model, stages, batch())
+    model.stacks.start = nn.Parameter(torch.ones(8))
+    assert torch.equal(got, model(**batch())["loss"])
+
+
 def test_containers_follow_the_stage_into_evaluation() -> None:
     model = tangled()
     needed = model.eval()(**batch())["loss"]
