@@ -43,6 +43,7 @@ class Part:
     Attributes:
         folder: below the directory; empty: the directory itself.
         stem: of the names of the files, such as ``model``.
+        one_file: whether its readers know no way to have several.
         settings: what writes the other files, such as ``config.json``.
         names: by the names that tensors have before they are converted for files, those that they have in a stage.
         meant: the same, of the other names of tied tensors too.
@@ -55,6 +56,7 @@ class Part:
 
     folder: str
     stem: str
+    one_file: bool
     settings: _Settings
     names: Mapping[str, str]
     meant: Mapping[str, str]
@@ -125,7 +127,7 @@ def _whole(model: Any) -> Part:
     first = {id(tensor): name for name, tensor in _once(model)}
     meant = {name: first[id(tensor)] for name, tensor in state.items() if id(tensor) in first}
     ignored = _patterns(model, "_keys_to_ignore_on_save")
-    kept = [name for name in _untied(model, meant) if not _matches(name, ignored)]
+    kept = [name for name in _untied(model, meant) if not matches(name, ignored)]
     known = _Known.of(model, state)
     groups = known.groups_for_files(kept)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -138,7 +140,7 @@ def _whole(model: Any) -> Part:
     old = [r"rotary_emb\.inv_freq"] if any(name.endswith("rotary_emb.inv_freq") for name in buffers) else []
     old += [r"(^|\.)position_ids$"] if any(name.endswith("position_ids") for name in buffers) else []
     return Part(
-        "", "model", _ModelSettings(type(model), copy.deepcopy(model.config), copy.deepcopy(generation)),
+        "", "model", False, _ModelSettings(type(model), copy.deepcopy(model.config), copy.deepcopy(generation)),
         {name: meant[name] for name in kept}, meant, groups, shapes, known,
         (*_patterns(model, "_keys_to_ignore_on_load_unexpected"), *old),
         (*_patterns(model, "_keys_to_ignore_on_load_missing"), *ignored),
@@ -159,7 +161,7 @@ def _untied(model: nn.Module, meant: Mapping[str, str]) -> list[str]:
         names.setdefault(first, []).append(name)
     kept = []
     for same in names.values():
-        own = [name for name in same if not _matches(name, tied)] or [max(same)]
+        own = [name for name in same if not matches(name, tied)] or [max(same)]
         if len(own) > 1:
             raise CheckpointError(
                 "the class does not say that two of its tensors are one", got=f"{own[0]} and {own[1]}",
@@ -173,7 +175,8 @@ def _patterns(model: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(getattr(model, name, None) or ())
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the regular expressions is found in a name."""
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -215,7 +218,7 @@ def _adapter(model: Any, name: str) -> Part:
         mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     known = _Known(config, {key: _form(tensor) for key, tensor in saved.items()})
     return Part(
-        "" if name == "default" else name, "adapter_model", _AdapterSettings(config, mapping), names, names,
+        "" if name == "default" else name, "adapter_model", True, _AdapterSettings(config, mapping), names, names,
         known.groups_for_files(names), {key: tuple(tensor.shape) for key, tensor in saved.items()}, known,
     )  # fmt: skip
 
