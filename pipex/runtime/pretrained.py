@@ -238,9 +238,10 @@ class _Found:
         """Raises: CheckpointError: a file cannot be read any more."""
         wanted = {offers[0]: names[name] for name, offers in self._offers.items() if name in names}
         while wanted:
-            for name, value in self._made(self._groups[next(iter(wanted))]).items():
-                if (tensor := wanted.pop(name, None)) is not None:
-                    tensor.copy_(value)
+            first = next(iter(wanted))
+            made = self._made(self._groups[first])
+            for name in {first} | (made.keys() & wanted.keys()):
+                wanted.pop(name).copy_(made[name])
 
     def _made(self, group: Group) -> dict[str, Tensor]:
         return self._part.from_files(group, self._files.read(group.sources))
