@@ -43,7 +43,9 @@ class Stage(nn.Module):
         canonical, modules = canonical_names(model), module_names(model)
         self._canonical = {path: canonical[id(tensor)] for path, tensor in _tensors(self.layers).items()}
         named = self.layers.named_modules(remove_duplicate=False)
-        self._modules_canonical = {path: modules[id(module)] for path, module in named if id(module) in modules and path}
+        self._modules_canonical = {
+            path: modules[id(module)] for path, module in named if id(module) in modules and path
+        }
         self._paths: dict[str, str] = {}  # of a tied one the first
         for path, name in self._canonical.items():
             self._paths.setdefault(name, path)

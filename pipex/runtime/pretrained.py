@@ -133,7 +133,8 @@ def _publish(part: Part, directory: Path, pieces: Sequence[state.Piece], dtypes:
         raise CheckpointError(
             "the stages do not hold what the model held when it was split",
             got=state.listed(
-                missing=sorted(needed.keys() - found.keys()), unexpected=sorted(found.keys() - needed.keys()), twice=twice,
+                missing=sorted(needed.keys() - found.keys()), twice=twice,
+                unexpected=sorted(found.keys() - needed.keys()),
                 different=[f"{n} is {list(found[n])}, needed {list(needed[n])}" for n in needed
                            if found.get(n, needed[n]) != needed[n]],
             ), fix="change the model before it is split",
@@ -230,8 +231,9 @@ class _Found:
             values = [self._made(self._groups[offer])[offer] for offer in (offers if len(offers) > 1 else ())]
             if any(not torch.equal(value, values[0]) for value in values):
                 raise CheckpointError(
-                    f"the files in {self._files.directory} are of another model", got=f"{' and '.join(offers)}, which "
-                    "differ", needed="the same, as they are one tensor here", fix="build a model that does not tie them",
+                    f"the files in {self._files.directory} are of another model",
+                    got=f"{' and '.join(offers)}, which differ", needed="the same, as they are one tensor here",
+                    fix="build a model that does not tie them",
                 )  # fmt: skip
 
     def put(self, names: Mapping[str, Tensor]) -> None:

@@ -179,7 +179,7 @@ class Session:
             raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
         if values and self._without_values:
             raise InputError("the model has no values yet", got="one that was made on the meta device",
-                             needed="load or load_pretrained first, or a model that pipex.build_stages builds")  # fmt: skip
+                             needed="load or load_pretrained first, or a model of pipex.build_stages")  # fmt: skip
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -48,7 +48,9 @@ class PretrainedFiles:
         for file in dict.fromkeys(index.values()) if index is not None else [f"{stem}.safetensors"]:
             for name, form in self._forms_in(file).items():
                 if name in self.forms:
-                    raise self._damaged(file, f"{shown(name)}, which {self._file_of[name]} holds too", "a name for each")
+                    raise self._damaged(
+                        file, f"{shown(name)}, which {self._file_of[name]} holds too", "a name for each"
+                    )
                 self.forms[name], self._file_of[name] = form, file
         if index is not None and (lost := [n for n, file in index.items() if self._file_of.get(n) != file]):
             raise self._damaged(index[lost[0]], f"no {first_few(lost)}", "what the index says")
@@ -138,5 +140,5 @@ def _none(directory: Path, stem: str) -> CheckpointError:
         f"there is no {stem}.safetensors in {directory}, and no index of several",
         got=f"{first_few(pickles)}, which can run code when read" if pickles else first_few(found) or "nothing",
         needed="safetensors files as save_pretrained writes them",
-        fix="read them by transformers once, and save the model" if pickles else "check the path; nothing is downloaded",
+        fix="read them by transformers once, and save the model" if pickles else "check the path (no download)",
     )

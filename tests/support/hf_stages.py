@@ -54,7 +54,9 @@ def change(names: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in names.items():
             if tensor.is_floating_point() and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
-                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))))
+                tensor.add_(
+                    torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+                )
 
 
 def changed(model: nn.Module) -> nn.Module:

@@ -1,16 +1,10 @@
-"""What pipex knows of transformers and PEFT: how the files of a model call its tensors, and in which form they keep
-them.
-
-Neither package is needed by the rest of pipex, and neither is imported before a model of theirs is there. A ``Card`` is
-made from the model before it is cut, and says without it (of which a rank may hold a stage only) how to write and to
-read such files.
-"""
+"""What a stage knows of the files of the model that it is of."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors that one conversion takes together.
-
-    Attributes:
-        sources: their names, and by which pattern the converter knows each.
-        target: the name of the first tensor that they become.
-        converter: transformers' ``WeightConverter``; None: the one tensor is only called otherwise.
-    """
-
-    sources: Mapping[str, str]
-    target: str
-    converter: Any = None
+from pipex.hugging_face.conversions import Group, Known, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +42,7 @@ class Part:
     meant: Mapping[str, str]
     groups: Sequence[Group]
     shapes: Mapping[str, tuple[int, ...]]
-    known: _Known
+    known: Known
     unread: tuple[str, ...] = ()
     unsaved: tuple[str, ...] = ()
 
@@ -100,8 +80,9 @@ class Card:
 
 def card_of(model: nn.Module) -> Card | None:
     """The card of a model of transformers or PEFT; None of any other. To be made before the model is cut."""
-    base = model.get_base_model() if _is_adapted(model) else model
-    if not all(hasattr(base, name) for name in ("config", "save_pretrained", "base_model_prefix", "_tied_weights_keys")):
+    base = _base_of(model)
+    wanted = "config", "save_pretrained", "base_model_prefix", "_tied_weights_keys"
+    if not all(hasattr(base, name) for name in wanted):
         return None
     kind = type(model).__name__
     try:
@@ -113,6 +94,10 @@ def card_of(model: nn.Module) -> Card | None:
     except CheckpointError as why:
         return Card(kind, refused=str(why))
     return Card(kind, parts)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if _is_adapted(model) else model
 
 
 def _is_adapted(model: nn.Module) -> bool:
@@ -128,7 +113,7 @@ def _whole(model: Any) -> Part:
     meant = {name: first[id(tensor)] for name, tensor in state.items() if id(tensor) in first}
     ignored = _patterns(model, "_keys_to_ignore_on_save")
     kept = [name for name in _untied(model, meant) if not matches(name, ignored)]
-    known = _Known.of(model, state)
+    known = Known.of(model, state)
     groups = known.groups_for_files(kept)
     shapes: dict[str, tuple[int, ...]] = {}
     for group in groups:
@@ -206,7 +191,7 @@ def _adapter(model: Any, name: str) -> Part:
     config.inference_mode = True
     # Whether the vocabulary was resized, PEFT would ask the hub if the base model is not here.
     source = config.base_model_name_or_path
-    embeddings = "auto" if source is None or Path(source, "config.json").is_file() else _targets_embeddings(config)
+    embeddings: Any = "auto" if source is None or Path(source, "config.json").is_file() else _targets_embeddings(config)
     state = _state(model)
     saved = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=embeddings)
     first = {id(tensor): name for name, tensor in _once(model)}
@@ -216,7 +201,7 @@ def _adapter(model: Any, name: str) -> Part:
     mapping = None
     if config.task_type is None:
         mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    known = _Known(config, {key: _form(tensor) for key, tensor in saved.items()})
+    known = Known(config, {key: form_of(tensor) for key, tensor in saved.items()})
     return Part(
         "" if name == "default" else name, "adapter_model", True, _AdapterSettings(config, mapping), names, names,
         known.groups_for_files(names), {key: tuple(tensor.shape) for key, tensor in saved.items()}, known,
@@ -272,128 +257,3 @@ class _AdapterSettings(_Settings):
 
     def write(self, directory: Path, dtype: torch.dtype | None) -> None:
         self.config.save_pretrained(str(directory), auto_mapping_dict=self.mapping)
-
-
-# Conversions.
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A model as its conversions see it: transformers asks for its configuration and for the shapes of its parameters.
-
-    Attributes:
-        forms: of all tensors that the model saves, on the meta device, by name.
-        to_files, to_model: transformers' conversions of each direction, in order.
-        base_model_prefix: in the names of a model with a head, of which files may be of the model without it.
-    """
-
-    config: Any
-    forms: Mapping[str, Tensor]
-    to_files: Sequence[Any] = ()
-    to_model: Sequence[Any] = ()
-    base_model_prefix: str = ""
-
-    @classmethod
-    def of(cls, model: Any, state: Mapping[str, Tensor]) -> _Known:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange
-
-        forms = {name: _form(tensor) for name, tensor in state.items()}
-        used = getattr(model, "_weight_conversions", None)
-        if used is None:  # not of from_pretrained: then no file has told whether it has the prefix
-            all_of_it = get_model_conversion_mapping(model, add_legacy=False)
-            used = [conversion for conversion in all_of_it if not isinstance(conversion, PrefixChange)]
-        reverse = [conversion.reverse_transform() for conversion in reversed(used)]
-        config = copy.deepcopy(model.config)
-        return cls(config, forms, reverse, get_model_conversion_mapping(model), model.base_model_prefix)
-
-    def get_parameter(self, name: str) -> Tensor:
-        return self.forms[name]
-
-    def groups_for_files(self, names: Iterable[str]) -> list[Group]:
-        if not self.to_files:
-            return [Group({name: name}, name) for name in names]
-        from transformers.core_model_loading import apply_converters, apply_renamings
-
-        renamings, converters = _kinds(self.to_files)
-
-        def renamed(name: str) -> tuple[str, str | None]:
-            target, pattern = apply_converters(name, converters)
-            return (target, pattern) if pattern is not None else (apply_renamings(name, renamings), None)
-
-        return _grouped(names, renamed, converters)
-
-    def groups_from_files(self, names: Iterable[str]) -> list[Group]:
-        if not self.to_model:
-            return [Group({name: name}, name) for name in names]
-        from transformers.core_model_loading import rename_source_key
-
-        renamings, converters = _kinds(self.to_model)
-
-        def renamed(name: str) -> tuple[str, str | None]:
-            target, pattern = rename_source_key(name, renamings, converters, self.base_model_prefix, self.forms)
-            if target not in self.forms and name in self.forms:
-                target, pattern = rename_source_key(name, [], [], self.base_model_prefix, self.forms)
-            return target, pattern
-
-        return _grouped(names, renamed, converters)
-
-    def converted(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """
-        Raises:
-            CheckpointError: transformers cannot convert them so.
-        """
-        if group.converter is None:
-            (tensor,) = tensors.values()
-            return {group.target: tensor}
-        converter = copy.deepcopy(group.converter)
-        for name, pattern in group.sources.items():
-            converter.add_tensor(group.target, name, pattern, tensors[name])
-        try:
-            found = converter.convert(group.target, model=self, config=self.config)
-        except Exception as error:  # whatever a conversion of somebody else raises
-            raise CheckpointError(
-                f"{group.target} cannot be converted", got=f"{type(error).__name__}: {error}",
-                needed=f"what transformers makes of {', '.join(group.sources)}",
-            ) from error  # fmt: skip
-        return {name: one[0] if isinstance(one, list) else one for name, one in found.items()}
-
-    def converted_back(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raises: as ``converted``."""
-        found = self.converted(group, tensors)
-        if group.converter is None:
-            return found
-        from transformers.core_model_loading import apply_renamings
-
-        renamings, _ = _kinds(self.to_files)
-        return {apply_renamings(name, renamings): tensor for name, tensor in found.items()}
-
-
-def _kinds(conversions: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Fresh renamings and converters: some of them remember the names that they have seen."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    fresh = copy.deepcopy(list(conversions))
-    return [c for c in fresh if isinstance(c, WeightRenaming)], [c for c in fresh if isinstance(c, WeightConverter)]
-
-
-def _grouped(
-    names: Iterable[str], renamed: Callable[[str], tuple[str, str | None]], converters: Collection[Any]
-) -> list[Group]:
-    from transformers.core_model_loading import dot_natural_key
-
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    sources: dict[tuple[str, bool], dict[str, str]] = {}
-    groups: list[Group] = []
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = renamed(name)
-        key = target, pattern is not None
-        if pattern is None or key not in sources:
-            sources[key] = {}
-            groups.append(Group(sources[key], target, None if pattern is None else of_pattern[pattern]))
-        sources[key][name] = pattern or name
-    return groups
-
-
-def _form(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
