@@ -21,6 +21,7 @@ from pipex.partition import Stage
 from pipex.runtime.agreement import share
 from pipex.runtime.checkpoint import different, names_of, together
 from pipex.runtime.copying import checksum
+from pipex.state.files import first_few
 from pipex.transport.interface import World
 
 LARGEST_FILE = 5 << 30
@@ -69,6 +70,11 @@ def save(
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in names.items() if t.is_floating_point()}
         mine = {name: tensor.detach() for name, tensor in names.items() if owners.get(name, rank) == rank}
         for part in parts:
+            if not part.one_file and (new := sorted(names.keys() - part.meant.values())):
+                raise CheckpointError(
+                    "the stages hold more than the model when it was split", got=first_few(new),
+                    needed="tensors of the model", fix="change the model before it is split",
+                )  # fmt: skip
             pieces.append([])
             state.withdraw(Path(directory, part.folder), part.stem, rank)
             for tensors in _files(part, mine):
@@ -84,13 +90,11 @@ def save(
                 _publish(part, Path(directory, part.folder), [p for theirs, *_ in said for p in theirs[number]], types)
         except CheckpointError as failure:
             errors = [f"rank 0: {failure}"]
-    errors = share(world, "save_pretrained", errors)[0]
-    if not errors:
-        return None
-    if rank == 0:
+    if rank == 0 and errors:  # before any rank can begin another save
         for part in parts:
             state.withdraw(Path(directory, part.folder), part.stem)
-    return f"nothing was saved in {directory}; what was there stays: {'; '.join(errors)}"
+    errors = share(world, "save_pretrained", errors)[0]
+    return None if not errors else f"nothing was saved in {directory}; what was there stays: {'; '.join(errors)}"
 
 
 def _files(part: Part, mine: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -134,7 +138,6 @@ def _publish(part: Part, directory: Path, pieces: Sequence[state.Piece], dtypes:
             "the stages do not hold what the model held when it was split",
             got=state.listed(
                 missing=sorted(needed.keys() - found.keys()), twice=twice,
-                unexpected=sorted(found.keys() - needed.keys()),
                 different=[f"{n} is {list(found[n])}, needed {list(needed[n])}" for n in needed
                            if found.get(n, needed[n]) != needed[n]],
             ), fix="change the model before it is split",
