@@ -97,7 +97,7 @@ def test_a_pipeline_and_the_model_itself_save_the_same_and_read_each_other_s(fam
         assert equal(read.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("schedule", ["chimera", "dualpipev", "pipedream"])
+@pytest.mark.parametrize("schedule", ["chimera", "dualpipev"])
 def test_what_several_ranks_hold_is_saved_once(schedule: str, tmp_path: Path) -> None:
     model = trained_alone("llama tied", tmp_path / "own")
     assert all(host_world.launch(save, 2, args=("llama tied", tmp_path / "ours", schedule, tmp_path / "own")))
@@ -106,7 +106,7 @@ def test_what_several_ranks_hold_is_saved_once(schedule: str, tmp_path: Path) ->
     assert sum(len(load_file(tmp_path / "ours" / file)) for file in files_of(2) if "index" not in file) == len(
         index["weight_map"]
     )
-    parameters = [p for p in model.parameters()]
+    parameters = list(model.parameters())
     assert index["metadata"] == {
         "total_parameters": sum(p.numel() for p in parameters),
         "total_size": sum(p.nbytes for p in parameters),
@@ -123,6 +123,35 @@ def test_a_save_takes_the_place_of_the_one_before_and_leaves_other_files(tmp_pat
         host_world.launch(save, ranks, args=("mixtral", tmp_path))
         assert {file.name for file in tmp_path.iterdir()} == others | files_of(ranks)
         assert equal(type(model).from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def with_main_weights(directory: Path) -> None:
+    model = Example("llama").model().bfloat16()
+    pipeline = pipeline_of(Example("llama"), model, optimizer=torch.optim.SGD, main_weights=True)
+    pipeline.load_pretrained(directory)
+    assert pipeline.optimizer is not None
+    main = [p for group in pipeline.optimizer.param_groups for p in group["params"]]
+    own = [p for stage in pipeline.local_stages for p in stage.parameters()]
+    assert {p.dtype for p in main} == {torch.float32}
+    assert sorted(p.sum().item() for p in main) == sorted(p.float().sum().item() for p in own)
+
+
+def test_main_weights_are_those_that_were_read(tmp_path: Path) -> None:
+    trained_alone("llama", tmp_path)
+    host_world.launch(with_main_weights, 2, args=(tmp_path,))
+
+
+def asynchronous(directory: Path) -> None:
+    pipeline = pipeline_of(Example("llama"), Example("llama").model(), "pipedream", optimizer=torch.optim.SGD)
+    pipeline.load_pretrained(directory)
+    names = {name: tensor.detach().clone() for name, tensor in names_of(pipeline).items()}
+    pipeline.save(directory / "checkpoint")
+    assert equal(names, {name: tensor.detach() for name, tensor in names_of(pipeline).items()})
+
+
+def test_a_plan_that_updates_within_a_step_goes_on_from_what_was_read(tmp_path: Path) -> None:
+    trained_alone("llama", tmp_path)
+    host_world.launch(asynchronous, 2, args=(tmp_path,))
 
 
 # A model that is never whole in any process.
@@ -275,14 +304,13 @@ def save_to_two_places(root: Path) -> str:
     with pytest.raises(CheckpointError, match=r"rank 0 does not find .*/0/\.pipex-model-rank0001-"):
         pipeline.save_pretrained(root / str(rank))
     assert not any(file.name.startswith("model") for file in (root / str(rank)).iterdir())
-    return str(caught.value)
+    return str(caught.value).partition("; ")[2]
 
 
 def test_what_one_rank_cannot_write_is_said_by_all_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (said,) = set(host_world.launch(save_to_two_places, 2, args=(tmp_path,)))
-    assert "nothing was saved in" in said
-    assert "rank 1: cannot write" in said
+    assert said.startswith("what was there stays: rank 1: cannot write")
     assert len(list((tmp_path / "good").iterdir())) == 5
 
 
