@@ -17,7 +17,7 @@ from torch import Tensor
 from pipex import state
 from pipex.errors import CheckpointError
 from pipex.hugging_face import Card, Group, Part, matches
-from pipex.partition import Stage
+from pipex.partition import Stage, given_back
 from pipex.runtime.agreement import share
 from pipex.runtime.checkpoint import different, names_of, together
 from pipex.runtime.copying import checksum
@@ -179,7 +179,7 @@ def load(
         return problem
     if any(theirs != identity for theirs, _ in said):
         return f"the ranks find different files in {directory}; load from a directory that all hosts share"
-    with torch.no_grad():
+    with torch.no_grad(), given_back():
         for one in found:
             one.put(names)
         for name, weight in main.items():
