@@ -50,7 +50,6 @@ def without_values() -> Iterator[None]:
         known = moved.get(id(parameter))
         if known is None or known[0]() is not parameter:  # else an id that was another's before
             form = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-            vars(form).update(vars(parameter))
             moved[id(parameter)] = known = ref(parameter), form
         return known[1]
 

@@ -99,6 +99,7 @@ def publish(
                 used = {f"{stem}.safetensors"}
             else:
                 used = _name(directory, stem, pieces)
+                (directory / f"{stem}.safetensors").unlink(missing_ok=True)  # would be read before the index
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         sync_directory(directory)
@@ -158,18 +159,16 @@ def _name(directory: Path, stem: str, pieces: Sequence[Piece]) -> set[str]:
     The files of a save before may have the very names. Then the pieces get others first, and the index that of these:
     from there on the old files are out of use, and can make room.
     """
-    index, count, whole = directory / f"{stem}.safetensors.index.json", len(pieces), directory / f"{stem}.safetensors"
+    index, count = directory / f"{stem}.safetensors.index.json", len(pieces)
     names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if not any((directory / name).exists() for name in names):
         _rename(directory, pieces, names)
         _write_index(index, pieces, names)
-        whole.unlink(missing_ok=True)  # would be read before the index
         return {index.name, *names}
     token = secrets.token_hex(4)
     others = [f"{stem}-{token}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     _rename(directory, pieces, others)
     _write_index(index, pieces, others)
-    whole.unlink(missing_ok=True)
     try:
         for other, name in zip(others, names, strict=True):
             (directory / name).unlink(missing_ok=True)

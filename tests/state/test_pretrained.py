@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import random
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from pipex.errors import CheckpointError
 from pipex.state import Piece, PretrainedFiles, publish, withdraw, write_piece
-from tests.state.test_interrupted_save import file_limit, killed_after
+from tests.state.test_interrupted_save import file_limit
 
 
 def tensors_of(step: int, rank: int) -> dict[str, Tensor]:
@@ -64,40 +66,74 @@ TWO = {"config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.
        "model.safetensors.index.json"}  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_sigkill_at_any_line_of_publishing_leaves_one_whole_model(before: int, after: int, tmp_path: Path) -> None:
-    seen, lines, finished = [], 0, False
-    while not finished:
-        directory = tmp_path / str(lines)
-        save(directory, 1, before)
-        pieces = pieces_of(directory, 2, after)
-        finished = not killed_after(lines, lambda: publish_all(directory, 2, pieces))  # noqa: B023
-        seen.append(step_in(directory))
-        save(directory, 3, 2)
-        assert step_in(directory) == 3
-        assert names_in(directory) == TWO, "leftovers of the killed save"
-        lines += 5  # a sample of them
-    assert seen == sorted(seen)
-    assert set(seen) == {1, 2}
-    assert lines > 50
+def killed_before(calls: int, work: Callable[[], None]) -> bool:
+    """Runs ``work`` in a child that kills itself before so many changes of a directory. False: it came to its end."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    left = calls
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    for name in ("rename", "replace", "link", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_sigkill_at_any_line_of_publishing_one_file_leaves_it_whole(tmp_path: Path) -> None:
-    seen, lines, finished = [], 0, False
+@pytest.mark.parametrize(
+    ("stem", "before", "after"),
+    [("model", 1, 1), ("model", 1, 2), ("model", 2, 1), ("model", 2, 2), ("model", 3, 2), ("adapter", 2, 2)],
+)
+def test_sigkill_anywhere_in_publishing_leaves_one_whole_model(
+    stem: str, before: int, after: int, tmp_path: Path
+) -> None:
+    seen, calls, finished = [], 0, False
     while not finished:
-        directory = tmp_path / str(lines)
-        save(directory, 1, 2, "adapter")
-        pieces = pieces_of(directory, 2, 2, "adapter")
-        finished = not killed_after(lines, lambda: publish_all(directory, 2, pieces, "adapter"))  # noqa: B023
-        seen.append(step_in(directory, "adapter"))
-        save(directory, 3, 2, "adapter")
-        assert step_in(directory, "adapter") == 3
-        assert names_in(directory) == {"config.json", "adapter.safetensors"}
-        lines += 5
+        directory = tmp_path / str(calls)
+        save(directory, 1, before, stem)
+        pieces = pieces_of(directory, 2, after, stem)
+        finished = not killed_before(calls, lambda: publish_all(directory, 2, pieces, stem))  # noqa: B023
+        seen.append(step_in(directory, stem))
+        save(directory, 3, 2, stem)
+        assert step_in(directory, stem) == 3
+        left = TWO if stem == "model" else {"config.json", "adapter.safetensors"}
+        assert names_in(directory) == left, "leftovers of the killed save"
+        calls += 1
     assert seen == sorted(seen)
     assert set(seen) == {1, 2}
+    assert calls > 4
+
+
+def test_a_single_file_that_stays_is_no_save_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be read in their place."""
+    save(tmp_path, 1, 1)
+    unlink = os.unlink
+
+    def kept(path: Path, **options: object) -> None:
+        if Path(path).name == "model.safetensors":
+            raise OSError(errno.EPERM, "Operation not permitted")
+        unlink(path)
+
+    pieces = pieces_of(tmp_path, 2, 2)
+    monkeypatch.setattr(os, "unlink", kept)
+    with pytest.raises(CheckpointError, match="Operation not permitted"):
+        publish_all(tmp_path, 2, pieces)
+    assert step_in(tmp_path) == 1
 
 
 def test_without_links_the_files_have_other_names_and_are_read_all_the_same(
