@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import pipex
 from pipex.errors import CheckpointError, InputError
+from pipex.runtime.checkpoint import PREVIOUS
+from pipex.state import Checkpoint
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -159,7 +161,9 @@ def asynchronous(directory: Path) -> list[float]:
         for _ in range(steps):
             pipeline.step(batch, batch["labels"])
         pipeline.load_pretrained(directory)
+        pipeline.save(directory / "checkpoint")
         losses.append(pipeline.step(batch, batch["labels"]))
+    assert not any(name.startswith(PREVIOUS) for name in Checkpoint.open(directory / "checkpoint").tensors)
     return losses
 
 
