@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipex.errors import InputError, UnsupportedModule
 from pipex.hugging_face import Card, card_of
 from pipex.layout import ranges_of
+from pipex.partition.conventions import refuse_untied
 from pipex.partition.layers import canonical_names, module_names
 from pipex.torch_internals import with_children
 
@@ -116,6 +117,9 @@ class Stage(nn.Module):
                 fix="parametrize, wrap or remove it before the pipeline is made",
             ) from None  # fmt: skip
 
+    def check_inputs(self, inputs: tuple[Any, ...]) -> None:
+        """Raises InputError if a batch cannot be the first stage's inputs, as far as that can be told ahead."""
+
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""
         outputs: Any = inputs
@@ -161,11 +165,13 @@ def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
 
     Raises:
         InputError: no module is given, or stages are not all the stages of one split in order.
+        UnsupportedModule: they are of copies of a model, in which what it says is tied is not.
     """
     if not modules:
         raise InputError("a pipeline needs at least one stage", got="none")
     stages = [module for module in modules if isinstance(module, Stage)]
     if not stages:
+        refuse_untied(modules)
         model = nn.ModuleList(modules)
         return cut(modules, [1] * len(modules), model)
     if [(stage.index, stage.count) for stage in stages] != [(index, len(modules)) for index in range(len(modules))]:

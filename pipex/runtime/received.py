@@ -118,7 +118,9 @@ def seeded(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Sequen
 
 
 def _hand(leaf: Tensor, gradients: list[Tensor]) -> Tensor:
-    if not leaf.requires_grad:
+    # Without gradients a leaf may be worked on in place, and has no graph. It may still require grad: the stage before
+    # may say so of what it returns, as transformers does of embeddings for checkpoints.
+    if not leaf.requires_grad or not torch.is_grad_enabled():
         return leaf
     handed = unsafe_view(leaf, leaf.shape)
     if handed.stride() != leaf.stride():  # of a dimension of one element it makes its own

@@ -215,13 +215,6 @@ def test_a_rank_s_memory_grows_by_its_own_stages() -> None:
         assert saved < 2.7
 
 
-def test_stages_without_values_are_not_verified_in_silence(tmp_path: Path) -> None:
-    trained_alone("llama", tmp_path)
-    sample = Example("llama").batch(Example("llama").model(), 0)
-    with pytest.raises(InputError, match=r"nothing to verify its stages with; got .* needed verify=False"):
-        pipex.split_model(pipex.empty_model(tmp_path), 2, sample=sample)
-
-
 @pytest.mark.parametrize("family", [family for family in TWELVE if family != LORA])
 def test_an_empty_model_has_forms_and_buffers_as_from_pretrained(family: str, tmp_path: Path) -> None:
     model = Example(family).model().bfloat16()

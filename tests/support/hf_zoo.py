@@ -7,6 +7,7 @@ first; with one it is drawn. Everything follows from family, seed and step, so t
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,11 @@ class Pick:
 
 FAMILIES: dict[str, tuple[Callable[[Pick], nn.Module], Kind]] = {}
 
+LAYERS: dict[str, tuple[str, ...]] = {
+    "albert": ("albert.encoder.albert_layer_groups",),
+    "resnet": tuple(f"resnet.encoder.stages.{n}.layers" for n in range(3)),
+}
+
 TWELVE = (
     "gpt2", "llama", "llama tied", "qwen3", "mixtral", "qwen3 moe", "gemma", "bert", "t5", "bart", "llama lora",
     "llama checkpointing",
@@ -71,6 +77,20 @@ class Example:
             if parameter.requires_grad and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
         return model.train()
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """Names of its lists of layers, where the model does not say them."""
+        return LAYERS.get(self.family)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss is nothing but a mean over tokens (or samples)."""
+        return FAMILIES[self.family][1] not in (CAUSAL_AND_MORE, ANSWERS) and not self.norms_batches
+
+    @property
+    def norms_batches(self) -> bool:
+        return self.family == "resnet"
 
     def batch(self, model: nn.Module, step: int, rows: int = 8) -> Batch:
         generator = torch.Generator().manual_seed(1000 * (self.seed or 0) + step)
@@ -128,7 +148,7 @@ def varied(model: nn.Module, pick: Pick) -> nn.Module:
     """As it is; or checkpointing, with low-rank adapters, or partly frozen."""
     way = pick("as it is", "checkpointing", "adapters", "partly frozen", "as it is")
     if way == "checkpointing":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     elif way == "adapters":
         return with_adapters(model, pick)
     elif way == "partly frozen":
@@ -139,9 +159,10 @@ def varied(model: nn.Module, pick: Pick) -> nn.Module:
 def with_adapters(model: nn.Module, pick: Pick, targets: Any = "all-linear") -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model, LoraConfig(r=pick(4, 2), target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
-    )
+    adapters = LoraConfig(r=pick(4, 2), target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that transformers deprecates, and of what it sets by itself
+        return get_peft_model(model, adapters)
 
 
 @family("gpt2", CAUSAL)
@@ -174,7 +195,7 @@ def llama_lora(pick: Pick) -> nn.Module:
 @family("llama checkpointing", CAUSAL)
 def llama_checkpointing(pick: Pick) -> nn.Module:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**common(pick)))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": pick(False, True)})
+    model.activation_checkpointing_enable(every_n_layers=pick(1, 2))
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import UnsupportedModule
-from pipex.partition.own_forward.conventions import collected
+from pipex.partition.conventions import collected
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Called, Record
 from pipex.partition.own_forward.tree import junk
@@ -45,6 +45,7 @@ class Form:
         leaves: of the output: None for a tensor, else the value itself in a tuple.
         likes: as ``Called.likes``.
         beside: what is collected under each name: whether it is a tensor, or None.
+        written: as ``Called.written``: on every stage by that stage's own code, each time on what the call has returned.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Form:
     leaves: tuple[tuple[Any] | None, ...]
     likes: tuple[int | str | None, ...]
     beside: Mapping[str, tuple[bool, ...]]
+    written: frozenset[int]
 
     @classmethod
     def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
@@ -65,7 +67,8 @@ class Form:
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
-            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside
+            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
+            frozenset(called.written),
         )  # fmt: skip
 
     def tensors(self, call: int) -> list[Leaf]:
@@ -74,9 +77,17 @@ class Form:
         beside = [(name, n) for name, entries in self.beside.items() for n, is_one in enumerate(entries) if is_one]
         return output + [Leaf(call, name, n) for name, n in beside]
 
-    def is_like(self, leaf: Leaf) -> bool:
-        """Whether the leaf, one of this call, has the form of an argument."""
-        return not leaf.name and self.likes[leaf.number] is not None
+    def is_of(self, leaves: Sequence[Any], beside: Mapping[str, Sequence[Any]]) -> bool:
+        """Whether a call has made what it made of the sample, but for the values of tensors. What is neither a tensor
+        nor plain is not looked into."""
+        return (
+            len(leaves) == len(self.leaves)
+            and all(
+                isinstance(leaf, Tensor) if one is None else type(leaf) is type(one[0]) and is_same(leaf, one[0])
+                for leaf, one in zip(leaves, self.leaves, strict=True)
+            )
+            and all(tuple(isinstance(e, Tensor) for e in beside[name]) == many for name, many in self.beside.items())
+        )
 
 
 def forms_of(record: Record) -> tuple[Form, ...]:
@@ -142,46 +153,51 @@ class Crossing:
     def _own(self, number: int, form: Form, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = {name: len(entries) for name, entries in collected().items()} if form.beside else {}
         output = gate.real(*args, **kwargs)
-        if wanted := self.wanted.get(number):
-            leaves = [output] if form.single else tree_leaves(output)
-            for leaf in wanted:
-                if leaf.name:
-                    found = collected()[leaf.name][before.get(leaf.name, 0) + leaf.number]
-                else:
-                    found = leaves[leaf.number] if len(leaves) == len(form.leaves) else None
-                if not isinstance(found, Tensor):
-                    raise UnsupportedModule(
-                        f"{gate.path} returned something else than with the sample", got=type(output).__name__,
-                        needed=f"a tensor as number {leaf.number} of {len(form.leaves)}",
-                        fix="split the model with a sample that is like the batches",
-                    )  # fmt: skip
-                self.made[leaf] = found
+        if self.end == len(self.chain):
+            return output
+        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        beside = {name: collected()[name][before.get(name, 0) :] for name in form.beside}
+        if not form.is_of(leaves, beside):
+            raise UnsupportedModule(
+                f"{gate.path} returned something else than with the sample, which later stages do not see",
+                got=_words(leaves), needed=_words([Tensor if leaf is None else leaf[0] for leaf in form.leaves]),
+                fix="split the model with a sample that is like the batches, or bring these into one form",
+            )  # fmt: skip
+        for leaf in self.wanted.get(number, ()):
+            tensor = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
+            self.made[leaf] = tensor.clone() if not leaf.name and leaf.number in form.written else tensor
         return output
 
     def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for name, entries in form.beside.items():
             for n, is_one in enumerate(entries):
                 collected()[name].append(self.received.get(Leaf(number, name, n), NOTHING) if is_one else None)
-        leaves = [
-            self._left(Leaf(number, "", n), form.likes[n], args, kwargs) if leaf is None else leaf[0]
-            for n, leaf in enumerate(form.leaves)
-        ]
+        leaves: list[Any] = []
+        for n, constant in enumerate(form.leaves):
+            found = self.received.get(Leaf(number, "", n))
+            if constant is not None:
+                leaves.append(constant[0])
+            elif found is None:
+                leaves.append(form_left(form.likes[n], args, kwargs))
+            else:
+                leaves.append(found.clone() if n in form.written else found)
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
-    def _left(self, leaf: Leaf, like: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What is there of a tensor that a past call made."""
-        found = self.received.get(leaf)
-        if found is not None:
-            return found
-        if like is None:
-            return NOTHING
-        given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
-        if not isinstance(given, Tensor):
-            raise UnsupportedModule(
-                f"{self.chain[leaf.call].path} was called in another way than with the sample", got="no tensor",
-                needed=f"one as argument {like}", fix="split the model with a sample that is like the batches",
-            )  # fmt: skip
-        return given if not any(given.stride()) and given.dim() else junk(given.shape, given.dtype, given.device)
+
+def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What is left of a tensor that a past call has made, if its form did not travel: that of the argument that it is
+    like."""
+    given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
+    return junk(given.shape, given.dtype, given.device) if isinstance(given, Tensor) else NOTHING
+
+
+def is_same(one: object, other: object) -> bool:
+    """Of leaves that are no tensors, as far as they are plain."""
+    return not isinstance(one, (bool, int, float, str, type(None))) or one == other
+
+
+def _words(leaves: Sequence[Any]) -> str:
+    return ", ".join("a tensor" if leaf is Tensor or isinstance(leaf, Tensor) else repr(leaf)[:40] for leaf in leaves)
 
 
 NOTHING = junk((), torch.float32, torch.device("cpu"))

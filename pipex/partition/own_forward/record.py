@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
-from pipex.partition.own_forward.conventions import collected
+from pipex.partition.conventions import collected
 from pipex.partition.own_forward.tree import Parted
-from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves
+from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves, version
 
 Seed = Callable[[int], None]
 """Seeds what follows, by a number: the unit that runs next, or, counted on, the code behind a unit."""
@@ -30,6 +30,7 @@ class Called:
         likes: for each leaf of the output an argument of the same shape and dtype, by position or name.
         output, spec: its leaves, and what they are of.
         beside: by name what the model has collected from within the call (router logits).
+        written: leaves of the output that the model's code between the calls has worked on in place.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Called:
     spec: TreeSpec | None = None
     likes: list[int | str | None] = field(default_factory=list)
     beside: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,15 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
     calls: list[Called] = []
     given: dict[int | str, Tensor] = {}
     marks: dict[str, int] = {}
+    watched: dict[tuple[int, int], tuple[Tensor, int]] = {}  # with the version that a call has left
+
+    def look() -> None:
+        for (call, number), (leaf, left) in watched.items():
+            if version(leaf) != left:
+                calls[call].written.add(number)
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        look()
         if len(calls) in begins:
             seed(begins[len(calls)])
         calls.append(Called(path, id(module) in layers, [clone(leaf) for leaf in tree_leaves((args, kwargs))]))
@@ -95,6 +104,9 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
         leaves, call.spec = tree_flatten(output)
         call.output = [clone(leaf) for leaf in leaves]
         call.likes = [_like(leaf, given) for leaf in leaves]
+        made = {(len(calls) - 1, n): leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        for place, leaf in ({place: leaf for place, (leaf, _) in watched.items()} | made).items():
+            watched[place] = leaf, version(leaf)
         call.beside = {
             name: [clone(entry) for entry in entries[marks.get(name, 0) :]]
             for name, entries in collected().items()
@@ -106,6 +118,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
     seed(0)
     with _watched(parted, before, after):
         live = model(*args, **kwargs)
+    look()
     if [(call.path, call.layer) for call in calls] != chain:
         raise UnsupportedModule(
             f"the forward of {type(model).__name__} calls other layers the second time",

@@ -2,7 +2,7 @@
 
 The code between the calls is run alone: calls return what was recorded, or what is not a number. If all that the
 unit's own calls are given is then the same as in the record, the unit does not need what was left out. Whatever is
-computed from what is not a number is none either, so what is needed is what alone changes something if left out.
+computed from what is not a number is none either, so that nothing of use comes from it unseen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
-from pipex.partition.own_forward.conventions import collected
-from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf
+from pipex.partition.conventions import collected
+from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, form_left, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
@@ -34,7 +34,7 @@ class Need:
 
     Attributes:
         made: by earlier calls, with values.
-        forms: likewise, without, of what has the form of none of its call's arguments.
+        forms: likewise, without.
         given: floating-point tensors of the batch, with values; of others the forms will do.
         held: paths of outer modules and containers' parameters that it reads beside its calls.
     """
@@ -70,18 +70,20 @@ class _Rehearsed:
         if number == self.calls.stop - 1 and self.calls.stop < len(self.chain):
             raise Left
         for name, entries in called.beside.items():
-            collected()[name].extend(self._left(Leaf(number, name, n), entry) for n, entry in enumerate(entries))
+            for n, entry in enumerate(entries):
+                collected()[name].append(NOTHING if Leaf(number, name, n) in self.without else entry)
         if form.last:  # as in the record, in which the calls have drawn from other numbers since the unit began
             self.seed(len(self.record.units) + 1 + form.unit)
-        leaves = [self._left(Leaf(number, "", n), clone(leaf)) for n, leaf in enumerate(called.output)]
+        leaves = []
+        for n, value in enumerate(called.output):
+            leaf = Leaf(number, "", n)
+            if leaf not in self.without:
+                leaves.append(clone(value))
+            elif leaf in self.forms:
+                leaves.append(junk(value.shape, value.dtype, value.device))
+            else:
+                leaves.append(form_left(form.likes[n], args, kwargs))
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
-
-    def _left(self, leaf: Leaf, value: Any) -> Any:
-        if leaf not in self.without:
-            return value
-        if leaf in self.forms or self.chain[leaf.call].is_like(leaf):
-            return junk(value.shape, value.dtype, value.device)
-        return NOTHING
 
 
 class Rehearsal:
@@ -121,16 +123,18 @@ class Rehearsal:
         own = {self._chain[call].path for call in calls}
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
-        unlike = frozenset(leaf for leaf in before if not self._chain[leaf.call].is_like(leaf))
-        all_there_is = Need(before, unlike, self._floats, self._outer.union(self._parameters).difference(own))
+        always = frozenset(leaf for leaf in before if self._is_truth(leaf))
+        all_there_is = Need(before, before, self._floats, self._outer.union(self._parameters).difference(own))
 
         def works(need: Need) -> bool:
             return self._problem(calls, before, need, own) is None
 
         # What most layers need is tried first.
-        found = Need(last, self._forms, frozenset() if unit else self._floats, frozenset())
+        found = Need(last | always, self._forms, frozenset() if unit else self._floats, frozenset())
         if works(found):
-            return replace(found, made=_needed(last, lambda made: works(replace(found, made=made))))
+            if len(last) <= 1:
+                return found
+            return replace(found, made=always | _needed(last, lambda made: works(replace(found, made=made | always))))
         if (problem := self._problem(calls, before, all_there_is, own)) is not None:
             raise UnsupportedModule(
                 f"the model cannot be cut before {self._chain[calls.start].path}", got=problem,
@@ -139,12 +143,18 @@ class Rehearsal:
                 "(caches)",
             )  # fmt: skip
         found = all_there_is
-        found = replace(found, made=_needed(found.made, lambda made: works(replace(found, made=made))))
+        found = replace(found, made=always | _needed(found.made, lambda made: works(replace(found, made=made))))
         found = replace(found, given=_needed(found.given, lambda given: works(replace(found, given=given))))
         found = replace(found, held=_needed(found.held, lambda held: works(replace(found, held=held))))
         found = replace(found, forms=_needed(found.forms, lambda forms: works(replace(found, forms=forms))))
         self._forms = found.forms
         return found
+
+    def _is_truth(self, leaf: Leaf) -> bool:
+        """Whether it is a tensor of truth values, of which none can stand for what is not there."""
+        called = self._record.calls[leaf.call]
+        tensor = (called.beside[leaf.name] if leaf.name else called.output)[leaf.number]
+        return isinstance(tensor, Tensor) and tensor.dtype is torch.bool
 
     def _problem(self, calls: range, before: frozenset[Leaf], need: Need, own: Collection[str]) -> str | None:
         """Runs the code between the calls; says what is not as recorded.
@@ -193,13 +203,12 @@ def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
                 return False
             if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
                 return False
-        elif one is _MISSING or other is _MISSING or (isinstance(one, _PLAIN) and one != other):
+        elif one is _MISSING or other is _MISSING or not is_same(one, other):
             return False
     return True
 
 
 _MISSING = object()
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def _finding(module: nn.Module) -> Callable[[], nn.Module]:
@@ -207,14 +216,19 @@ def _finding(module: nn.Module) -> Callable[[], nn.Module]:
 
 
 def _needed(all_of: frozenset[Any], works: Callable[[frozenset[Any]], bool]) -> frozenset[Any]:
-    """What alone cannot be left out."""
+    """A part of it that works and of which nothing can be left out; the last ones are left out first."""
+    left = all_of
 
-    def search(some: Sequence[Any]) -> set[Any]:
-        if not some or works(all_of.difference(some)):
-            return set()
-        if len(some) == 1:
-            return set(some)
-        half = len(some) // 2
-        return search(some[:half]) | search(some[half:])
+    def leave_out(some: Sequence[Any]) -> None:
+        nonlocal left
+        if not some:
+            return
+        if works(left.difference(some)):
+            left = left.difference(some)
+        elif len(some) > 1:
+            half = len(some) // 2
+            leave_out(some[half:])
+            leave_out(some[:half])
 
-    return frozenset(search(sorted(all_of)))
+    leave_out(sorted(all_of))
+    return left

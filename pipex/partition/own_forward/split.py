@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipex.errors import InputError, PipexError, UnsupportedModule, headline
+from pipex.errors import InputError, PipexError, headline
+from pipex.partition.conventions import no_cache, refuse_untied
 from pipex.partition.own_forward.arguments import Arguments
-from pipex.partition.own_forward.conventions import no_cache, ties_said
-from pipex.partition.own_forward.crossing import forms_of
+from pipex.partition.own_forward.crossing import Form, forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
-from pipex.partition.own_forward.loss import has_loss
-from pipex.partition.own_forward.record import record
-from pipex.partition.own_forward.rehearsal import Rehearsal
+from pipex.partition.own_forward.loss import loss_in
+from pipex.partition.own_forward.narrow import has_values, narrow
+from pipex.partition.own_forward.record import Record, Seed, record
+from pipex.partition.own_forward.rehearsal import Need, Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units
 from pipex.partition.own_forward.stage_tree import Places
-from pipex.partition.own_forward.stand_ins import stand_ins
 from pipex.partition.own_forward.tree import part
 from pipex.partition.own_forward.units import make_units
 from pipex.partition.own_forward.verify import verify_stages
@@ -32,77 +33,88 @@ def split_by_forward(
     model: nn.Module, counts: Counts, sample: Any, layers: Sequence[str] | None, verify: bool
 ) -> list[ModelStage]:
     """The stages. Arguments and errors as of ``split_model``."""
-    _check_ties(model)
-    if verify and any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(
-            "a model without values has nothing to verify its stages with", got="one on the meta device",
-            needed="verify=False", fix="verify the stages of a smaller configuration of it instead",
-        )  # fmt: skip
-    paths = layer_paths(model, layers)
-    parted = part(model, paths)
+    refuse_untied([model])
     arguments = Arguments(sample, no_cache(model))
-    with _untouched(model, arguments.tensors):
-        with stand_ins(model):
-            args, kwargs = arguments.sample()
-            try:
-                with torch.enable_grad():
-                    seen = record(model, parted, args, kwargs, seed)
-            except PipexError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"{type(model).__name__} cannot run on the sample", got=headline(error),
-                    needed="a batch as those of training, on the model's device",
-                ) from error  # fmt: skip
-            chain = forms_of(seen)
-            places = Places.of(model, parted)
-            rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
-            needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
-        units = make_units(seen, parted, needs)
-        course = Course(arguments, chain, seen.units, needs, places, has_loss(seen.live))
-        stages = cut_units(units, counts(units), model, course)
-        if verify:
-            verify_stages(model, stages, seen, arguments, seed)
+    with _random_numbers_kept(model):
+        runs = model if has_values(model) else narrow(model)
+        with _untouched(runs):
+            seed = _seed_on(arguments.tensors[0].device)
+            learnt = _learn(runs, layers, arguments, seed)
+            stages = learnt.cut(model, counts)
+            if verify:
+                verified = verify_stages(runs, stages if runs is model else learnt.cut(runs, counts), learnt.record,
+                                         arguments, seed)  # fmt: skip
+                for stage in stages:
+                    stage.verified = verified
     return stages
 
 
-def seed(number: int) -> None:
-    """Seeds torch's generators with it."""
-    torch.manual_seed(number)
+@dataclass(frozen=True, slots=True)
+class _Learnt:
+    """What a forward has shown."""
+
+    layers: Sequence[str] | None
+    arguments: Arguments
+    record: Record
+    chain: tuple[Form, ...]
+    needs: tuple[Need, ...]
+
+    def cut(self, model: nn.Module, counts: Counts) -> list[ModelStage]:
+        """Stages of the model, or of a wider one."""
+        parted = part(model, layer_paths(model, self.layers))
+        units = make_units(self.record, parted, self.needs)
+        places = Places.of(model, parted)
+        loss_seen = loss_in(self.record.live) is not None
+        course = Course(self.arguments, self.chain, self.record.units, self.needs, places, loss_seen)
+        return cut_units(units, counts(units), model, course)
+
+
+def _learn(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments, seed: Seed) -> _Learnt:
+    parted = part(model, layer_paths(model, layers))
+    args, kwargs = arguments.sample()
+    try:
+        with torch.enable_grad():
+            seen = record(model, parted, args, kwargs, seed)
+    except PipexError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on the sample", got=headline(error),
+            needed="a batch as those of training, on the model's device",
+        ) from error  # fmt: skip
+    chain = forms_of(seen)
+    places = Places.of(model, parted)
+    rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
+    needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
+    return _Learnt(layers, arguments, seen, chain, needs)
+
+
+def _seed_on(device: torch.device) -> Seed:
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+
+    def seed(number: int) -> None:
+        for generator in generators:  # torch.manual_seed takes a hundred times as long
+            generator.manual_seed(number)
+
+    return seed
 
 
 @contextmanager
-def _untouched(model: nn.Module, sample: Sequence[Tensor]) -> Iterator[None]:
-    """Around forwards that are not to be seen: puts back random numbers and what the model keeps."""
-    devices = {t.device for t in (*model.parameters(), *sample) if t.is_cuda}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-    gradients = [(p, p.grad) for p in model.parameters()]
+def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(sorted(devices, key=str)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+        yield
 
 
-def _check_ties(model: nn.Module) -> None:
-    """Raises UnsupportedModule if the model says that it has tied parameters, and has two of them."""
-    for path, module in model.named_modules():
-        for one, other in ties_said(module):
-            parameters = [_parameter(module, name) for name in (one, other)]
-            if None not in parameters and parameters[0] is not parameters[1]:
-                prefix = f"{path}." if path else ""
-                raise UnsupportedModule(
-                    f"{prefix}{one} and {prefix}{other} are tied, as the configuration has it, and are two parameters",
-                    got="two", needed="one", fix="call model.tie_weights(), or set config.tie_word_embeddings to False",
-                )  # fmt: skip
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Around forwards that are not to be seen: puts back what the model keeps."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
-        return module.get_parameter(name)
-    except AttributeError:
-        return None
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

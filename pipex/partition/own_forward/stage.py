@@ -71,6 +71,21 @@ class Message:
         return cls(batch, tuple(sorted(made)), tuple(sorted(forms)))
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was compared with the unsplit model, forward and backward on the sample.
+
+    Attributes:
+        outputs: how many tensors the model returns. All of them had the same bits.
+        gradients: how many parameters get a gradient. All but those of ``tied`` had the same bits.
+        tied: by name how far the gradients of parameters of several stages were off, relative to their norm.
+    """
+
+    outputs: int
+    gradients: int
+    tied: Mapping[str, float]
+
+
 class ModelStage(Stage):
     """Units ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, run by the model's own forward."""
 
@@ -85,11 +100,17 @@ class ModelStage(Stage):
         self._sends = Message.to(course, last) if last < len(course.units) else None
         self._wanted = _by_call((*self._sends.made, *self._sends.forms) if self._sends else ())
         self._tree: StageTree | None = None
+        self.verified: Verified | None = None
+        """what was compared with the unsplit model, if it was"""
 
     @property
     def begin(self) -> str:
         """The path of the first module that it calls."""
         return self._course.chain[self._course.units[self.first_layer].start].path
+
+    def check_inputs(self, inputs: tuple[Any, ...]) -> None:
+        """As of ``Stage``."""
+        self._course.arguments.of(inputs)
 
     def forward(self, *inputs: Any) -> Any:
         """What the next stage gets; on the last one what the model returns, or its loss if that is asked for.

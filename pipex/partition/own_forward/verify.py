@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +11,13 @@ from torch import Tensor, nn
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.record import Record, Seed
-from pipex.partition.own_forward.stage import ModelStage
+from pipex.partition.own_forward.stage import ModelStage, Verified
 from pipex.partition.stage import Keywords
 from pipex.torch_internals import tree_leaves, unsafe_view
 
 TIED = 1e-6
 """How far the gradient of a parameter of several stages may be off, relative to its norm: their parts are added in
 another order. Of float32; of other dtypes by as many roundings."""
-
-Gradients = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What was compared.
-
-    Attributes:
-        outputs: how many tensors the model returns. All of them had the same bits.
-        gradients: how many parameters get a gradient. All but those of ``tied`` had the same bits.
-        tied: by name how far the gradients of parameters of several stages were off, relative to their norm.
-    """
-
-    outputs: int
-    gradients: int
-    tied: Mapping[str, float]
 
 
 def verify_stages(
@@ -162,7 +144,8 @@ def _allowed(dtype: torch.dtype) -> float:
 
 def _differs(what: str, got: object, needed: object) -> UnsupportedModule:
     if isinstance(got, Tensor) and isinstance(needed, Tensor) and got.shape == needed.shape:
-        off = float((got.double() - needed.double()).norm() / needed.double().norm().clamp_min(1e-300))
+        needed_values = needed.detach().double()
+        off = float((got.detach().double() - needed_values).norm() / needed_values.norm().clamp_min(1e-300))
         got, needed = f"values that are off by {off:.2g}, relative to their norm", "the bits of the model as it is"
     return UnsupportedModule(
         f"the stages do not compute what the model computes: {what} differs",
