@@ -207,12 +207,13 @@ def test_a_model_without_values_is_filled_by_stage_and_trains_as_one_with_values
 
 
 def test_a_rank_s_memory_grows_by_its_own_stages() -> None:
-    """Measured: 1.1 to 1.8 times their bytes when they are loaded, and up to half more for the experts of a file that
-    are converted. All stages would be 4 times."""
+    """All stages would be 4 times as much. Of the whole, some MB are what the cut is learnt with, however large the
+    model is; and a save has the experts of a file twice, as they are converted."""
     command = [sys.executable, resident_pretrained.__file__]
-    for loaded, saved in json.loads(subprocess.run(command, capture_output=True, check=True).stdout):
-        assert loaded < 2.2
-        assert saved < 2.7
+    for whole, loaded, saved in json.loads(subprocess.run(command, capture_output=True, check=True).stdout):
+        assert whole < 3.2
+        assert loaded < 1.5
+        assert saved < 2.2
 
 
 @pytest.mark.parametrize("family", [family for family in TWELVE if family != LORA])

@@ -1,5 +1,5 @@
 """How a rank's memory grows when it loads and saves its stages of a pretrained model: ``python resident_pretrained.py``
-prints it as JSON, for 4 ranks: at most, over its own stages', after the load and after the save.
+prints it as JSON, for 4 ranks: at most, over its own stages', in all, by the load, and until after the save.
 
 In a process of its own, as ``resident.py``.
 """
@@ -25,7 +25,7 @@ FAMILY = "mixtral"
 """Its experts are converted on the way."""
 
 
-def grown(directory: str) -> tuple[float, float]:
+def grown(directory: str) -> tuple[float, float, float]:
     sample = Example(FAMILY).batch(Example(FAMILY).model(), 0, rows=2)
     plan = pipex.build("1f1b", RANKS, 4)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the parent before
@@ -35,11 +35,14 @@ def grown(directory: str) -> tuple[float, float]:
     pipeline = pipex.Pipeline(stages, plan, loss, optimizer=torch.optim.SGD)
     del model, stages
     gc.collect()
+    made = peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    there = resident()
     pipeline.load_pretrained(directory)
     own = sum(p.nbytes for stage in pipeline.local_stages for p in stage.parameters())
-    loaded = (peak() - before) / own
+    loaded = (peak() - there) / own
     pipeline.save_pretrained(f"{directory}/saved")
-    return loaded, (peak() - before) / own
+    return (max(made, peak()) - before) / own, loaded, (peak() - there) / own
 
 
 def loss(output: Any, target: Tensor) -> Tensor:
