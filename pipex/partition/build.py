@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
 from pipex.errors import InputError
 from pipex.layout import ranges_of
+from pipex.partition.allocator import given_back
 from pipex.partition.balance import Balance, layer_counts
 from pipex.partition.room import room_for_layer
 from pipex.partition.skeleton import Skeletons
@@ -47,7 +46,7 @@ def build_stages(
     pieces = {plan.placement.piece(stage) for stage in plan.placement.stages_of(rank)}
     own = {layer for piece in pieces for layer in ranges[piece]}
     stage_of = [stage for stage, layers_of in enumerate(ranges) for _ in layers_of]
-    with _given_back():
+    with given_back():
         built = _built(build, stage_of, own)
     return cut(built, counts, nn.Sequential(*built))
 
@@ -66,22 +65,3 @@ def _built(build: Callable[[int], nn.Module], stage_of: Sequence[int], own: Coll
         found.append(skeletons.of(layer))
         del layer
     return [skeletons.settle(layer) for layer in found]
-
-
-_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
-_LARGE = 1 << 20
-_USUAL = 32 << 20  # where glibc's own threshold ends up, once blocks of this size have been freed
-
-
-@contextmanager
-def _given_back() -> Iterator[None]:
-    """Lets glibc map every large block apart, and so give it back when it is freed. By itself it learns from the first
-    layer that is freed to cut the next ones from the heap, where a small block behind each keeps its place."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGE)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, _USUAL)
