@@ -89,10 +89,6 @@ class Form:
             and all(tuple(isinstance(e, Tensor) for e in beside[name]) == many for name, many in self.beside.items())
         )
 
-    def is_like(self, leaf: Leaf) -> bool:
-        """Whether the leaf, one of this call, has the form of an argument."""
-        return not leaf.name and self.likes[leaf.number] is not None
-
 
 def forms_of(record: Record) -> tuple[Form, ...]:
     """Of the recorded calls."""
@@ -176,26 +172,23 @@ class Crossing:
         for name, entries in form.beside.items():
             for n, is_one in enumerate(entries):
                 collected()[name].append(self.received.get(Leaf(number, name, n), NOTHING) if is_one else None)
-        leaves = [
-            self._left(Leaf(number, "", n), form.likes[n], args, kwargs) if leaf is None else leaf[0]
-            for n, leaf in enumerate(form.leaves)
-        ]
+        leaves: list[Any] = []
+        for n, constant in enumerate(form.leaves):
+            found = self.received.get(Leaf(number, "", n))
+            if constant is not None:
+                leaves.append(constant[0])
+            elif found is None:
+                leaves.append(form_left(form.likes[n], args, kwargs))
+            else:
+                leaves.append(found.clone() if n in form.written else found)
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
-    def _left(self, leaf: Leaf, like: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What is there of a tensor that a past call made."""
-        found = self.received.get(leaf)
-        if found is not None:
-            return found.clone() if not leaf.name and leaf.number in self.chain[leaf.call].written else found
-        if like is None:
-            return NOTHING
-        given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
-        if not isinstance(given, Tensor):
-            raise UnsupportedModule(
-                f"{self.chain[leaf.call].path} was called in another way than with the sample", got="no tensor",
-                needed=f"one as argument {like}", fix="split the model with a sample that is like the batches",
-            )  # fmt: skip
-        return given if not any(given.stride()) and given.dim() else junk(given.shape, given.dtype, given.device)
+
+def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What is left of a tensor that a past call has made, if its form did not travel: that of the argument that it is
+    like."""
+    given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
+    return junk(given.shape, given.dtype, given.device) if isinstance(given, Tensor) else NOTHING
 
 
 def is_same(one: object, other: object) -> bool:

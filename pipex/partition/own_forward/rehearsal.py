@@ -2,7 +2,7 @@
 
 The code between the calls is run alone: calls return what was recorded, or what is not a number. If all that the
 unit's own calls are given is then the same as in the record, the unit does not need what was left out. Whatever is
-computed from what is not a number is none either, so what is needed is what alone changes something if left out.
+computed from what is not a number is none either, so that nothing of use comes from it unseen.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.partition.conventions import collected
-from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, is_same
+from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, form_left, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.tree import Parted, junk
 from pipex.torch_internals import parameters_of, tree_leaves, tree_unflatten
+
+Found = TypeVar("Found")
 
 Batch = Callable[[Collection[int]], tuple[tuple[Any, ...], dict[str, Any]]]
 """The sample's arguments, without the values of these of its leaves."""
@@ -34,7 +36,7 @@ class Need:
 
     Attributes:
         made: by earlier calls, with values.
-        forms: likewise, without, of what has the form of none of its call's arguments.
+        forms: likewise, without.
         given: floating-point tensors of the batch, with values; of others the forms will do.
         held: paths of outer modules and containers' parameters that it reads beside its calls.
     """
@@ -70,18 +72,20 @@ class _Rehearsed:
         if number == self.calls.stop - 1 and self.calls.stop < len(self.chain):
             raise Left
         for name, entries in called.beside.items():
-            collected()[name].extend(self._left(Leaf(number, name, n), entry) for n, entry in enumerate(entries))
+            for n, entry in enumerate(entries):
+                collected()[name].append(NOTHING if Leaf(number, name, n) in self.without else entry)
         if form.last:  # as in the record, in which the calls have drawn from other numbers since the unit began
             self.seed(len(self.record.units) + 1 + form.unit)
-        leaves = [self._left(Leaf(number, "", n), clone(leaf)) for n, leaf in enumerate(called.output)]
+        leaves = []
+        for n, value in enumerate(called.output):
+            leaf = Leaf(number, "", n)
+            if leaf not in self.without:
+                leaves.append(clone(value))
+            elif leaf in self.forms:
+                leaves.append(junk(value.shape, value.dtype, value.device))
+            else:
+                leaves.append(form_left(form.likes[n], args, kwargs))
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
-
-    def _left(self, leaf: Leaf, value: Any) -> Any:
-        if leaf not in self.without:
-            return value
-        if leaf in self.forms or self.chain[leaf.call].is_like(leaf):
-            return junk(value.shape, value.dtype, value.device)
-        return NOTHING
 
 
 class Rehearsal:
@@ -102,7 +106,7 @@ class Rehearsal:
         self._floats = frozenset(floats)
         self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
         self._parameters = {
-            f"{path}.{name}" if path else name: parameter
+            f"{path}.{name}" if path else name: _finding(parameter)
             for path, container in parted.containers.items()
             for name, parameter in parameters_of(container).items()
             if parameter is not None
@@ -122,8 +126,7 @@ class Rehearsal:
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
         always = frozenset(leaf for leaf in before if self._is_truth(leaf))
-        unlike = frozenset(leaf for leaf in before if not self._chain[leaf.call].is_like(leaf))
-        all_there_is = Need(before, unlike, self._floats, self._outer.union(self._parameters).difference(own))
+        all_there_is = Need(before, before, self._floats, self._outer.union(self._parameters).difference(own))
 
         def works(need: Need) -> bool:
             return self._problem(calls, before, need, own) is None
@@ -168,11 +171,11 @@ class Rehearsal:
         if key not in self._trees:
             self._trees[key] = StageTree(
                 self._places, {p: find for p, find in self._modules.items() if p in key},
-                {p: parameter for p, parameter in self._parameters.items() if p in key}, self._device,
+                {p: find for p, find in self._parameters.items() if p in key}, self._device,
             )  # fmt: skip
         tree = self._trees[key]
         args, kwargs = self._batch(self._floats - need.given)
-        tree.train(True)
+        tree.follow(mode=True)
         forms, without = need.forms - need.made, before - need.made
         tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
         self._seed(0)
@@ -210,19 +213,24 @@ def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
 _MISSING = object()
 
 
-def _finding(module: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: module
+def _finding(one: Found) -> Callable[[], Found]:
+    return lambda: one
 
 
 def _needed(all_of: frozenset[Any], works: Callable[[frozenset[Any]], bool]) -> frozenset[Any]:
-    """What alone cannot be left out."""
+    """A part of it that works and of which nothing can be left out; the last ones are left out first."""
+    left = all_of
 
-    def search(some: Sequence[Any]) -> set[Any]:
-        if not some or works(all_of.difference(some)):
-            return set()
-        if len(some) == 1:
-            return set(some)
-        half = len(some) // 2
-        return search(some[:half]) | search(some[half:])
+    def leave_out(some: Sequence[Any]) -> None:
+        nonlocal left
+        if not some:
+            return
+        if works(left.difference(some)):
+            left = left.difference(some)
+        elif len(some) > 1:
+            half = len(some) // 2
+            leave_out(some[half:])
+            leave_out(some[:half])
 
-    return frozenset(search(sorted(all_of)))
+    leave_out(sorted(all_of))
+    return left

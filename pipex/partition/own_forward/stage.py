@@ -133,7 +133,7 @@ class ModelStage(Stage):
         tree = self._tree
         if tree is None or tree.device != batch[0].device:
             tree = self._tree = self._grow(batch[0].device)
-        tree.train(self.training)
+        tree.follow(self.training)
         end = self.first_layer + len(self.layers)
         crossing = Crossing(
             course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
@@ -177,11 +177,11 @@ class ModelStage(Stage):
 
     def _grow(self, device: torch.device) -> StageTree:
         modules: dict[str, Callable[[], nn.Module]] = {}
-        parameters: dict[str, Tensor] = {}
+        parameters: dict[str, Callable[[], nn.Parameter]] = {}
         for unit in self.layers:
             assert isinstance(unit, Unit), "a model stage consists of units"
             modules |= {path: partial(unit.get_submodule, name) for path, name in unit.names_of_modules.items()}
-            parameters |= {path: unit.get_parameter(name) for path, name in unit.names_of_parameters.items()}
+            parameters |= {path: partial(unit.get_parameter, name) for path, name in unit.names_of_parameters.items()}
         return StageTree(self._course.places, modules, parameters, device)
 
     def _seed_of(self, before: Callable[[int], object] | None) -> Callable[[int], None] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
 from pipex.partition.own_forward.tree import Bare, Parted, junk, shallow
@@ -43,22 +43,24 @@ class Places:
 
 
 Find = Callable[[], nn.Module]
+FindParameter = Callable[[], nn.Parameter]
 
 
 class StageTree:
     """Args:
     places: of the model.
     modules: by path, what the stage has of layers and outer modules.
-    parameters: by path, what it has of the containers' own.
+    parameters: by path, where it has what of the containers' own.
     device: of what it has no other of.
     """
 
     def __init__(
-        self, places: Places, modules: Mapping[str, Find], parameters: Mapping[str, Tensor], device: torch.device
+        self, places: Places, modules: Mapping[str, Find], parameters: Mapping[str, FindParameter], device: torch.device
     ) -> None:
         self._places, self._modules, self._parameters, self.device = places, modules, parameters, device
         self._made: dict[int, nn.Module] = {}
         self.gates: list[Gate] = []
+        self._shared: list[tuple[dict[str, nn.Parameter | None], str, FindParameter]] = []
         self._modes: list[tuple[nn.Module, bool]] = []  # with what they are in training
         self.root = self._of(places.bare)
 
@@ -67,10 +69,16 @@ class StageTree:
         for gate in self.gates:
             vars(gate)["crossing"] = crossing
 
-    def train(self, mode: bool) -> None:
-        """Into the mode of the stage."""
+    def follow(self, mode: bool) -> None:
+        """The stage: into its mode, and to the parameters that it has now.
+
+        Args:
+            mode: whether it is in training.
+        """
         for module, training in self._modes:
             module.training = training and mode
+        for parameters, name, find in self._shared:
+            parameters[name] = find()
 
     def _of(self, bare: nn.Module) -> nn.Module:
         if id(bare) not in self._made:
@@ -91,9 +99,8 @@ class StageTree:
         self._modes.append((made, made.training))
         prefix = f"{places.containers[id(bare)]}." if places.containers[id(bare)] else ""
         for name, parameter in parameters_of(made).items():
-            own = self._parameters.get(prefix + name)
-            if own is not None:
-                parameters_of(made)[name] = own  # type: ignore[assignment]
+            if find := self._parameters.get(prefix + name):
+                self._shared.append((parameters_of(made), name, find))
             elif parameter is not None:
                 form = junk(parameter.shape, parameter.dtype, self.device)
                 parameters_of(made)[name] = nn.Parameter(form, requires_grad=False)

@@ -144,7 +144,8 @@ def _allowed(dtype: torch.dtype) -> float:
 
 def _differs(what: str, got: object, needed: object) -> UnsupportedModule:
     if isinstance(got, Tensor) and isinstance(needed, Tensor) and got.shape == needed.shape:
-        off = float((got.double() - needed.double()).norm() / needed.double().norm().clamp_min(1e-300))
+        needed_values = needed.detach().double()
+        off = float((got.detach().double() - needed_values).norm() / needed_values.norm().clamp_min(1e-300))
         got, needed = f"values that are off by {off:.2g}, relative to their norm", "the bits of the model as it is"
     return UnsupportedModule(
         f"the stages do not compute what the model computes: {what} differs",
