@@ -121,7 +121,7 @@ def _gradients(pipeline: pipex.Pipeline) -> dict[str, Tensor]:
 
 
 def plain(job: Job) -> dict[str, Any]:
-    """As ``train``, by transformers and torch alone: sums of the micro-batches' losses, divided by all counts at once."""
+    """As ``train``, by transformers and torch alone: the sum of all losses, divided by all counts at once."""
     torch.set_num_threads(1)
     example = job.example
     model = example.model()
@@ -224,11 +224,11 @@ def _names(found: Iterable[dict[str, Tensor]]) -> set[str]:
 
 def _same(what: str, found: Tensor, expected: Tensor, relative: float, absolute: float = 0.0) -> None:
     """``relative``: to its norm. Some gradients are 0 but for rounding, as those of a key's bias."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype, what
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
     if torch.equal(found, expected):
         return
     apart, norm = (found - expected).double().norm().item(), expected.double().norm().item()
-    assert relative and apart <= relative * norm + absolute, f"{what}: off by {apart:.2e} of {norm:.2e}"
+    assert apart <= relative * norm + absolute, f"{what}: off by {apart:.2e} of {norm:.2e}"
 
 
 def drawn(families: Iterable[str], cells: Sequence[Cell], seed: str, seeds: Sequence[int | None]) -> Iterator[Job]:

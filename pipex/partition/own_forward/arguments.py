@@ -15,6 +15,9 @@ from pipex.torch_internals import tree_flatten, tree_unflatten
 ACTIVATIONS = ("output_hidden_states", "output_attentions")
 """Arguments that ask a model for all that travels between its layers."""
 
+CACHES = ("use_cache", "past_key_values", "cache", "cache_params")
+"""Arguments for what a model keeps from token to token."""
+
 
 class Arguments:
     """Of the sample that a model is split with.
@@ -32,8 +35,10 @@ class Arguments:
         for name in ACTIVATIONS:
             if kwargs.get(name):
                 raise _asked(name, "activations that are on all ranks", "look into a layer with a hook")
-        if kwargs.get("use_cache"):
-            raise _asked("use_cache", "what is for generation", "generate with what the trained model was saved as")
+        for name in CACHES:
+            value = kwargs.get(name)
+            if value is not None and value is not False and not isinstance(value, Tensor):
+                raise _asked(name, "what is for generation", "generate with what the trained model was saved as")
         if "num_items_in_batch" in kwargs:
             raise _asked("num_items_in_batch", "a count that the pipeline makes itself", "give it labels alone")
         self._always = dict(always)

@@ -45,7 +45,7 @@ class Form:
         leaves: of the output: None for a tensor, else the value itself in a tuple.
         likes: as ``Called.likes``.
         beside: what is collected under each name: whether it is a tensor, or None.
-        written: as ``Called.written``: on every stage by that stage's own code, each time on what the call has returned.
+        written: as ``Called.written``: every stage's own code does so, each on what the call has returned.
     """
 
     path: str

@@ -68,13 +68,18 @@ def _least(limit: int) -> Rule:
     return lambda value, config: min(value, limit)
 
 
+def _heads(value: int, config: Any) -> int:
+    """A power of two, which divides the hidden width."""
+    return min(1 << (value.bit_length() - 1), HEADS) if value > 0 else value
+
+
 def _key_heads(value: int, config: Any) -> int:
     """As many as there are queries' stay as many."""
     heads = [number for name, number in _numbers(config) if re.fullmatch(QUERY_HEADS, name)]
     return min(value, HEADS if value in heads else KEY_HEADS)
 
 
-def _hidden(value: int, config: Any) -> int:
+def _times_hidden(value: int, config: Any) -> int:
     """Several times the hidden width stays so."""
     times, rest = divmod(value, _hidden_of(config))
     return HIDDEN * times if times and not rest and times <= 8 else min(value, HIDDEN)
@@ -93,27 +98,35 @@ def _hidden_of(config: Any) -> int:
 
 
 QUERY_HEADS = r"(.*_)?(attention_heads|n_?heads?|num_heads|num_(key|value|mamba)_heads)(_per_layer)?"
+KEPT = (
+    r"_layers?|_id|_index|_idx|layer_.*|kernel_size|kernel_dim|patch_size|image_size|chunk_size|window_size|vocab_size"
+)
+KEYS = r"num_key_value_heads|num_kv_heads|kv_n_heads|multi_query_group_num|num_query_groups"
+HEAD_DIMS = r"head_dim|head_size|headdim|d_head|dim_head|d_kv|kv_channels|rotary_dim"
+INNERS = r"ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|intermediate_size(_mlp)?|feed_forward_size|d_inner"
+HIDDENS = (
+    r"hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_dim|hidden_dim|lru_width|proj_dim|projection_dim|output_dim"
+    r"|out_hidden_size"
+)
 
 RULES: list[tuple[str, Rule]] = [
-    # what stays, though its name looks like a width's
-    (r".*(_layers?|_id|_index|_idx|layer_.*|kernel_size|kernel_dim|patch_size|image_size|chunk_size|window_size|vocab_size|_mel_bins)", _kept),
-    # heads, and what they are grouped in
-    (r"(.*_)?(num_key_value_heads|num_kv_heads|kv_n_heads|multi_query_group_num|num_query_groups)", _key_heads),
-    (QUERY_HEADS, _least(HEADS)),
-    (r"(.*_)?(head_dim|head_size|headdim|d_head|dim_head|d_kv|kv_channels|rotary_dim)", _least(HEAD_DIM)),
-    # experts, and how many are chosen
-    (r"(num_|n_|moe_|local_|routed_)*experts|zero_expert_num", _least(EXPERTS)),
-    (r"(num_experts_per_tok(en)?|(moe_)?top_?k|moe_k|num_selected_experts)", _least(2)),
-    (r"(n_group|num_expert_groups?|topk_group|n_groups|mamba_n_?groups)", _least(1)),
-    # widths
-    (r"(.*_)?(ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|intermediate_size(_mlp)?|feed_forward_size|d_inner)", _least(INNER)),
-    (r"(embedding_size|word_embed_proj_dim)", _beside_hidden),
-    (r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_dim|hidden_dim|lru_width|proj_dim|projection_dim|output_dim|out_hidden_size)", _hidden),
-    (r"(.*_)?(rank|d_rel)", _least(RANK)),
     (r"hidden_size_per_layer_input|ple_embed_dim", _least(8)),
+    (rf".*({KEPT}|_mel_bins)", _kept),  # though their names look like widths'
+    (rf"(.*_)?({KEYS})", _key_heads),
+    (QUERY_HEADS, _heads),
+    (rf"(.*_)?({HEAD_DIMS})", _least(HEAD_DIM)),
+    (r"(num_|n_|moe_|local_|routed_)*experts|zero_expert_num", _least(EXPERTS)),
+    (r"num_experts_per_tok(en)?|(moe_)?top_?k|moe_k|num_selected_experts", _least(2)),
+    (r"n_group|num_expert_groups?|topk_group|n_groups|mamba_n_?groups", _least(1)),
+    (rf"(.*_)?({INNERS})", _least(INNER)),
+    (r"embedding_size|word_embed_proj_dim|intra_bottleneck_size|true_hidden_size", _beside_hidden),
+    (r"attention_hidden_size|vision_output_dim", _times_hidden),
+    (rf"(.*_)?({HIDDENS})", _least(HIDDEN)),
+    (r"(.*_)?(rank|d_rel)", _least(RANK)),
     (r"(.*_)?(state_size|d_state)", _least(STATE)),
     (r".*(hash.*_vocab|ngram_vocab_size_base)", _least(HASHED)),
-]  # fmt: skip
+]
+"""The first that the whole of a name matches."""
 
 
 def _width(name: str, value: Any, config: Any) -> Any:
@@ -147,7 +160,7 @@ STATE_HEADS = [
 
 
 def _settle_rotary(small: Any) -> None:
-    """Tables with an entry for each pair that is turned, and sections of such pairs, become as long as there are pairs."""
+    """Tables and sections of the pairs that are turned become as long as there are pairs."""
     parameters = getattr(small, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return
