@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import ConfigMismatch, InputError, UnsupportedModule
+from pipex.hugging_face.conventions import is_pretrained
 from pipex.partition.balance import Balance, layer_counts, pieces_of
-from pipex.partition.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
 from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.profile import LossFunction, profile_layers

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pipex.errors import InputError, UnsupportedModule
 from pipex.hugging_face import Card, card_of
+from pipex.hugging_face.conventions import refuse_untied
 from pipex.layout import ranges_of
-from pipex.partition.conventions import refuse_untied
 from pipex.partition.layers import canonical_names, module_names
 from pipex.torch_internals import with_children
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import UnsupportedModule
-from pipex.partition.conventions import collected
+from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Called, Record
 from pipex.partition.own_forward.tree import junk

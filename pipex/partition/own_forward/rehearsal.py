@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
-from pipex.partition.conventions import collected
+from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, form_left, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone

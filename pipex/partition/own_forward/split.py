@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from pipex.errors import InputError, PipexError, headline
-from pipex.partition.conventions import no_cache, refuse_untied
+from pipex.hugging_face.conventions import no_cache, refuse_untied
+from pipex.hugging_face.narrow import has_values, narrow
 from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.crossing import Form, forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import loss_in
-from pipex.partition.own_forward.narrow import has_values, narrow
 from pipex.partition.own_forward.record import Record, Seed, record
 from pipex.partition.own_forward.rehearsal import Need, Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units

@@ -17,7 +17,7 @@ from cases import sampled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import pipex
-from pipex.partition.own_forward.shrunk import HIDDEN, shrunk
+from pipex.hugging_face.shrunk import HIDDEN, shrunk
 
 WITHOUT_A_DEFAULT = {
     "cohere_compass_text", "dbrx", "deepseek_v2", "dots1", "gemma3n", "gemma4_assistant", "granitemoehybrid",

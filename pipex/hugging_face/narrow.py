@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pipex.errors import UnsupportedModule, headline
-from pipex.partition.conventions import is_pretrained
-from pipex.partition.own_forward.shrunk import shrunk
+from pipex.hugging_face.conventions import is_pretrained
+from pipex.hugging_face.shrunk import shrunk
 
 
 def has_values(model: nn.Module) -> bool:
