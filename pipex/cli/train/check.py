@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipex import state
-from pipex.cli.train.job import Outcome, build_optimizer, build_plan, clip_norm, digest
+from pipex.cli.train.job import Outcome, build_optimizer, clip_norm, digest
 from pipex.cli.train.task import Task
 from pipex.runtime.checkpoint import read_previous
 from pipex.runtime.reference import OneProcess
@@ -15,11 +15,10 @@ from pipex.runtime.reference_versions import OneProcessWithVersions
 from pipex.runtime.worlds import current_world
 
 
-def prepare(task: Task, ranks: int) -> OneProcess:
+def prepare(task: Task) -> OneProcess:
     """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
-    options = task.options
-    plan = build_plan(options, ranks)
-    stages = [stage.to(current_world().device) for stage in task.stages(plan)]
+    options, plan = task.options, task.plan
+    stages = [stage.to(current_world().device) for stage in task.stages()]
     optimizer = build_optimizer(options)
     if plan.asynchronous:
         process: OneProcess = OneProcessWithVersions(stages, plan, task.loss_fn, optimizer=optimizer, seed=options.seed)

@@ -32,12 +32,12 @@ def run(namespace: argparse.Namespace) -> int:
 
     # What is wrong with the arguments is said once, here, before any rank is started.
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.ranks
-    task = task_of(options)
-    options.check_outputs()
     plan = build_plan(options, ranks)
+    task = task_of(options, plan)
+    options.check_outputs()
     if plan.update == "never":
         raise InputError(f"{plan.family} has no backward", fix="choose a plan that trains")
-    check_resume(options, task.stages(plan, verify=False))
+    check_resume(options, task.stages(verify=False))
     results = launch(_rank, ranks, args=(task,), timeout=options.timeout, device=options.device)
     return max(int(result) for result in results if result is not None)
 
@@ -46,12 +46,12 @@ def _rank(task: Task) -> int:
     """One rank; rank 0 prints the report. Returns the exit code."""
     from pipex.cli.train import report
     from pipex.cli.train.check import differences, prepare
-    from pipex.cli.train.job import build_plan, train
+    from pipex.cli.train.job import train
     from pipex.observe import measure, write_trace
     from pipex.runtime.worlds import current_world
 
     world, options = current_world(), task.options
-    process = prepare(task, world.ranks) if options.check and world.rank == 0 else None
+    process = prepare(task) if options.check and world.rank == 0 else None
     outcome = train(task)
     world.close()  # the others need not wait for the report
     if world.rank != 0:
@@ -65,7 +65,7 @@ def _rank(task: Task) -> int:
         if options.json:
             print(json.dumps({"steps": 0}), flush=True)
         return 0
-    plan = build_plan(options, world.ranks)
+    plan = task.plan
     if options.trace is not None:
         write_trace(options.trace, outcome.events, plan.placement)
     different = None if process is None else differences(process, task, outcome)

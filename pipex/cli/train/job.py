@@ -95,12 +95,10 @@ def check_resume(options: Options, stages: list[Stage]) -> None:
 def train(task: Task) -> Outcome:
     """Trains this rank's stage; collective."""
     world, options = current_world(), task.options
-    plan = build_plan(options, world.ranks)
     recorder = Recorder(OBSERVED_STEPS)
     pipeline = Pipeline(
-        task.stages(plan), plan, task.loss_fn,
-        optimizer=build_optimizer(options), clip_norm=clip_norm(options, plan), seed=options.seed, observer=recorder,
-        exact=options.check or None,
+        task.stages(), task.plan, task.loss_fn, optimizer=build_optimizer(options),
+        clip_norm=clip_norm(options, task.plan), seed=options.seed, observer=recorder, exact=options.check or None,
     )  # fmt: skip
     if options.resume is not None:
         pipeline.load(options.resume)

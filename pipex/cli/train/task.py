@@ -18,7 +18,7 @@ from pipex.plan import Plan
 
 
 class Task(ABC):
-    """A model, its loss and its batches; the same on every rank.
+    """A model, its loss and its batches, and the plan by which it is trained; the same on every rank.
 
     Attributes:
         loss_fn: as of ``pipex.Pipeline``.
@@ -28,12 +28,12 @@ class Task(ABC):
     loss_fn: Any
     extra: int
 
-    def __init__(self, options: Options, text: Text) -> None:
-        self.options, self._text = options, text
+    def __init__(self, options: Options, plan: Plan, text: Text) -> None:
+        self.options, self.plan, self._text = options, plan, text
         self._windows(0)  # what is wrong with the text is said before anything begins
 
     @abstractmethod
-    def stages(self, plan: Plan, *, verify: bool = True) -> list[Stage]:
+    def stages(self, *, verify: bool = True) -> list[Stage]:
         """The model in stages; new weights are those that the seed gives.
 
         Args:
@@ -55,12 +55,12 @@ class OwnModel(Task):
     loss_fn = staticmethod(next_token_loss)
     extra = 1
 
-    def stages(self, plan: Plan, *, verify: bool = True) -> list[Stage]:
+    def stages(self, *, verify: bool = True) -> list[Stage]:
         options = self.options
         torch.manual_seed(options.seed)
         config = ModelConfig(width=options.width, heads=options.heads, layers=options.layers, context=options.context,
                              dropout=options.dropout, tied=options.tied)  # fmt: skip
-        return split_model(Transformer(config), plan)
+        return split_model(Transformer(config), self.plan)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         windows = self._windows(step)
@@ -70,18 +70,23 @@ class OwnModel(Task):
 class HuggingFaceModel(Task):
     """The model of ``--hf`` on its tokens, with its own loss: the labels are the tokens, which it shifts by itself."""
 
-    loss_fn = "model"
     extra = 0
 
-    def stages(self, plan: Plan, *, verify: bool = True) -> list[Stage]:
+    def __init__(self, options: Options, plan: Plan, text: Text) -> None:
+        super().__init__(options, plan, text)
+        # Where weights change within a step each micro-batch needs its mean; they all have as many tokens here.
+        self.loss_fn = loss_of_output if plan.asynchronous else "model"
+
+    def stages(self, *, verify: bool = True) -> list[Stage]:
         assert self.options.hf is not None
         torch.manual_seed(self.options.seed)
         model = hugging_face.causal_model(self.options.hf)
-        return split_model(model, plan, sample=self.sample(), verify=verify)
+        return split_model(model, self.plan, sample=self.sample(), verify=verify)
 
-    def batch(self, step: int) -> tuple[Mapping[str, Tensor]]:
+    def batch(self, step: int) -> tuple[Any, ...]:
         windows = self._windows(step)
-        return ({"input_ids": windows, "labels": windows},)
+        batch = {"input_ids": windows, "labels": windows}
+        return (batch,) if self.loss_fn == "model" else (batch, windows)
 
     def sample(self) -> Mapping[str, Tensor]:
         """The first micro-batch."""
@@ -89,7 +94,13 @@ class HuggingFaceModel(Task):
         return {name: tensor[:size] for name, tensor in self.batch(0)[0].items()}
 
 
-def task_of(options: Options) -> Task:
+def loss_of_output(output: Any, _: Tensor) -> Tensor:
+    """The mean loss of a micro-batch, as the model returns it."""
+    loss: Tensor = output.loss
+    return loss
+
+
+def task_of(options: Options, plan: Plan) -> Task:
     """What the options say.
 
     Raises:
@@ -97,7 +108,7 @@ def task_of(options: Options) -> Task:
     """
     text = load_bytes(options.paths)
     if options.hf is None:
-        return OwnModel(options, Text(text))
+        return OwnModel(options, plan, Text(text))
     tokens = hugging_face.encoder(options.hf)(text.decode(errors="ignore"))  # the library's end may be within a letter
     hugging_face.check_tokens(options.hf, tokens, options.context)
-    return HuggingFaceModel(options, Text(tokens))
+    return HuggingFaceModel(options, plan, Text(tokens))
