@@ -23,7 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees operations, not modules
+from torch.utils._pytree import TreeSpec as TreeSpec  # what arguments and outputs consist of
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors of what they return
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from pipex.errors import UnsupportedModule
 

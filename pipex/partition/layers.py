@@ -40,11 +40,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__} does not say what its layers are",
             needed="an nn.Sequential (with its own forward), or an attribute pipeline_layers with the names of its "
             "submodules in order",
-            fix='write e.g. pipeline_layers = ("embed", "blocks", "head")',
+            fix='write e.g. pipeline_layers = ("embed", "blocks", "head"), or pass sample=, a batch, to split a model '
+            "with lists of layers by its own forward",
         )
     _check_bare(model, "the model")
     _check_covered(model, layers)
     return layers
+
+
+def names_layers(model: nn.Module) -> bool:
+    """Whether the model says what its layers are, as ``layers_of`` has it."""
+    return getattr(model, "pipeline_layers", None) is not None or _is_plain_sequential(model)
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

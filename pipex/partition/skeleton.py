@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipex.partition.stage import Stage
-from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of, with_children
+from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
 
 
 def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]:
@@ -26,22 +26,26 @@ def without_others(stages: Sequence[Stage], own: Collection[int]) -> list[Stage]
     found = []
     for stage in stages:
         if stage.index not in own:
-            stage = with_children(stage, {"layers": nn.ModuleList(map(skeletons.of, stage.layers))})
+            stage = stage.without_layers(nn.ModuleList(map(skeletons.of, stage.layers)))
         found.append(stage)
     return found
 
 
-class _Skeleton(nn.Module):
-    """``kind``: the class of what it stands for."""
+class Described(nn.Module):
+    """``kind``: what it is in words, such as the class of what it stands for."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
 
+class _Skeleton(Described):
+    pass
+
+
 def kind_of(module: nn.Module) -> str:
-    """The name of a module's class, or of the class of which it is a skeleton."""
-    return module.kind if isinstance(module, _Skeleton) else type(module).__name__
+    """The name of a module's class, or what it says instead."""
+    return module.kind if isinstance(module, Described) else type(module).__name__
 
 
 class Skeletons:

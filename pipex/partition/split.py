@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pipex.errors import ConfigMismatch, InputError
 from pipex.partition.balance import Balance, layer_counts, pieces_of
-from pipex.partition.layers import layers_of
+from pipex.partition.layers import layers_of, names_layers
+from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.profile import LossFunction, profile_layers
 from pipex.partition.stage import Stage, cut
 from pipex.plan import Plan
@@ -26,19 +27,26 @@ def split_model(
     stages: int | Plan,
     balance: Balance = "uniform",
     *,
-    sample: Tensor | Sequence[Tensor] | None = None,
+    sample: Any = None,
+    layers: Sequence[str] | None = None,
+    verify: bool = True,
     target: Any = None,
     loss_fn: LossFunction | None = None,
     exchange: Exchange | None = None,
 ) -> list[Stage]:
     """Cuts a model into contiguous stages; applied one after another they compute what the model computes.
 
+    A model that does not name its layers, such as a ``PreTrainedModel``, is cut by its own forward, which every stage
+    runs with the other stages' layers taken out: ``sample`` is then a batch as those of training. What balances count
+    as its layers are units: the embedding, or whatever comes before the layers, each layer, and norm, head and loss.
+
     Every rank must cut alike. ``balance="profile"`` therefore needs ``exchange`` in a run of several ranks, where all
     then call this function together: each measures, and all cut by what rank 0 has measured. The other balances, layer
     costs included, need no talk.
 
     Args:
-        model: an ``nn.Sequential``, or a module with an attribute ``pipeline_layers`` (see ``layers_of``).
+        model: an ``nn.Sequential``, a module with an attribute ``pipeline_layers`` (see ``layers_of``), or one with
+            lists of layers (see ``layers``).
         stages: number of stages, at most the number of layers; or the plan that they are for, which also says which
             stages share a rank and in which order they work. Of a plan with two copies of the model the stages of one.
         balance: ``"uniform"``: layer counts differ by at most one, and the first stages get the extra layers;
@@ -48,17 +56,26 @@ def split_model(
             ``LayerCosts``: the same from costs that were measured before (``pipex profile --out FILE``, read by
             ``LayerCosts.read``);
             a list of ints: the layer count of each stage.
-        sample, target, loss_fn: for ``"profile"``: one micro-batch, its target, and (output, target) -> loss.
+        sample: of a model that is cut by its own forward, a batch: its keyword arguments in a dict, or positional ones.
+            Its names, and what of it is no tensor, are to be those of every batch, and it should have what they have:
+            labels, padding. For ``"profile"`` one micro-batch.
+        layers: the names of the module lists between whose elements such a model may be cut. None: those that
+            transformers does not want split, or checkpoints, or has a pipeline plan for.
+        verify: whether such a model's stages are compared with it, forward and backward on the sample, bit for bit.
+        target, loss_fn: for ``"profile"``: the sample's target, and (output, target) -> loss.
         exchange: for ``"profile"`` in a run of several ranks: ``pipex.current_world().exchange``.
 
     Raises:
         InputError: more stages than layers, or a balance that does not fit.
-        UnsupportedModule: the model does not name its layers, or a parameter or buffer of it is in none of them.
+        UnsupportedModule: the model does not name its layers, or a parameter or buffer of it is in none of them; or
+            stages that run its own forward do not compute what it does: says which tensor differs.
         ConfigMismatch: with ``exchange``, another rank is doing something else.
     """
-    layers = layers_of(model)
+    if layers is not None or (sample is not None and not names_layers(model)):
+        return list(split_by_forward(model, lambda units: layer_counts(units, stages, balance), sample, layers, verify))
+    named = layers_of(model)
     if balance == "profile":
-        check_stages(len(layers), pieces_of(stages))
+        check_stages(len(named), pieces_of(stages))
         balance = _profile(model, sample, target, loss_fn, exchange)
     elif any(value is not None for value in (sample, target, loss_fn, exchange)):
         raise InputError(
@@ -66,8 +83,8 @@ def split_model(
             got="another balance",
             fix="leave them out",
         )
-    parts = cut(layers, layer_counts(layers, stages, balance), model)
-    assert [layer for part in parts for layer in part.layers] == layers, "every layer lands exactly once, in order"
+    parts = cut(named, layer_counts(named, stages, balance), model)
+    assert [layer for part in parts for layer in part.layers] == named, "every layer lands exactly once, in order"
     return parts
 
 

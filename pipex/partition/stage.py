@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipex.errors import InputError, UnsupportedModule
 from pipex.layout import ranges_of
 from pipex.partition.layers import canonical_names, module_names
+from pipex.torch_internals import with_children
 
 
 class Keywords(dict[str, Any]):
@@ -37,7 +38,7 @@ class Stage(nn.Module):
         canonical, modules = canonical_names(model), module_names(model)
         self._canonical = {path: canonical[id(tensor)] for path, tensor in _tensors(self.layers).items()}
         named = self.layers.named_modules(remove_duplicate=False)
-        self._modules_canonical = {path: modules[id(module)] for path, module in named if path}
+        self._modules_canonical = {path: modules[id(m)] for path, m in named if path and id(m) in modules}
         self._paths: dict[str, str] = {}  # of a tied one the first
         for path, name in self._canonical.items():
             self._paths.setdefault(name, path)
@@ -117,6 +118,10 @@ class Stage(nn.Module):
             outputs = layer(*outputs, **keywords) if isinstance(outputs, tuple) else layer(outputs)
             keywords = {}
         return outputs
+
+    def without_layers(self, layers: nn.ModuleList) -> Stage:
+        """A copy that has these, without tensors, in place of its layers."""
+        return with_children(self, {"layers": layers})
 
     def extra_repr(self) -> str:
         last = self.first_layer + len(self.layers) - 1

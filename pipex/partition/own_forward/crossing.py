@@ -1,0 +1,179 @@
+"""What a stage's gates do while it runs: the calls before it are past, its own run, and behind them it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipex.errors import UnsupportedModule
+from pipex.partition.own_forward.conventions import collected
+from pipex.partition.own_forward.gates import Gate, Left
+from pipex.partition.own_forward.record import Called, Record
+from pipex.partition.own_forward.tree import junk
+from pipex.torch_internals import TreeSpec, tree_leaves, tree_unflatten
+
+
+class Leaf(NamedTuple):
+    """A tensor that a call has made: a leaf of its output by number, or the n-th of what was collected beside.
+
+    Attributes:
+        call: its number in the chain.
+        name: of the collection; empty for the output.
+        number: in it.
+    """
+
+    call: int
+    name: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What every call of the chain looks like, on every stage.
+
+    Attributes:
+        path: of the gate.
+        unit: that the call is of.
+    first, last: whether it is the unit's.
+        layer: whether it is a layer's.
+        spec: of its output.
+        single: whether that is one tensor and nothing else.
+        leaves: of the output: None for a tensor, else the value itself in a tuple.
+        likes: as ``Called.likes``.
+        beside: how many tensors are collected under each name.
+    """
+
+    path: str
+    unit: int
+    first: bool
+    last: bool
+    layer: bool
+    spec: TreeSpec
+    single: bool
+    leaves: tuple[tuple[Any] | None, ...]
+    likes: tuple[int | str | None, ...]
+    beside: Mapping[str, int]
+
+    @classmethod
+    def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
+        assert called.spec is not None, "the call has returned"
+        leaves = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in called.output)
+        beside = {name: len(entries) for name, entries in called.beside.items()}
+        single = called.spec.is_leaf() and leaves == (None,)
+        return cls(
+            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside
+        )  # fmt: skip
+
+    def tensors(self, call: int) -> list[Leaf]:
+        """All that the call makes."""
+        output = [Leaf(call, "", number) for number, leaf in enumerate(self.leaves) if leaf is None]
+        return output + [Leaf(call, name, n) for name, many in self.beside.items() for n in range(many)]
+
+
+def forms_of(record: Record) -> tuple[Form, ...]:
+    """Of the recorded calls."""
+    return tuple(
+        Form.of(record.calls[call], number, call == unit.start, call == unit.stop - 1)
+        for number, unit in enumerate(record.units)
+        for call in unit
+    )
+
+
+@dataclass(slots=True)
+class Crossing:
+    """One forward of a stage.
+
+    Attributes:
+        chain: all calls.
+        begin, end: the stage's own.
+        units: how many there are.
+        received: what is there of past calls: what they made, or its form.
+        wanted: by call, of what the stage is to keep what the call makes.
+        seed: as ``record.Seed``, or None.
+        at_end: called once the last layer of the chain is done.
+    """
+
+    chain: Sequence[Form]
+    begin: int
+    end: int
+    units: int
+    received: Mapping[Leaf, Tensor]
+    wanted: Mapping[int, Collection[Leaf]]
+    seed: Callable[[int], None] | None = None
+    at_end: Callable[[], None] | None = None
+    made: dict[Leaf, Tensor] = field(default_factory=dict)
+    _at: int = 0
+
+    def call(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raises UnsupportedModule if the forward calls what the sample's did not."""
+        number = self._at
+        self._at += 1
+        form = self.chain[number] if number < len(self.chain) else None
+        if form is None or form.path != gate.path:
+            raise UnsupportedModule(
+                f"the model's forward calls {gate.path} here",
+                got=f"another order of calls than the sample's, from number {number} on",
+                needed=f"{form.path if form else 'no call any more'}, as with the sample the model was split with",
+                fix="split it with a sample that is like the batches, and switch off what drops layers at random",
+            )  # fmt: skip
+        if number < self.begin:
+            output = self._past(number, form, args, kwargs)
+        else:
+            if self.seed is not None and form.first:
+                self.seed(form.unit)
+            output = self._own(number, form, gate, args, kwargs)
+            if number == self.end - 1 and self.end < len(self.chain):
+                raise Left
+        if self.seed is not None and form.last:
+            self.seed(self.units + 1 + form.unit)
+        if self.at_end is not None and form.layer and not any(later.layer for later in self.chain[number + 1 :]):
+            self.at_end()
+        return output
+
+    def _own(self, number: int, form: Form, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = {name: len(entries) for name, entries in collected().items()} if form.beside else {}
+        output = gate.real(*args, **kwargs)
+        if wanted := self.wanted.get(number):
+            leaves = [output] if form.single else tree_leaves(output)
+            for leaf in wanted:
+                if leaf.name:
+                    found = collected()[leaf.name][before.get(leaf.name, 0) + leaf.number]
+                else:
+                    found = leaves[leaf.number] if len(leaves) == len(form.leaves) else None
+                if not isinstance(found, Tensor):
+                    raise UnsupportedModule(
+                        f"{gate.path} returned something else than with the sample", got=type(output).__name__,
+                        needed=f"a tensor as number {leaf.number} of {len(form.leaves)}",
+                        fix="split the model with a sample that is like the batches",
+                    )  # fmt: skip
+                self.made[leaf] = found
+        return output
+
+    def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for name, many in form.beside.items():
+            collected()[name].extend(self.received.get(Leaf(number, name, n), _NOTHING) for n in range(many))
+        leaves = [
+            self._left(Leaf(number, "", n), form.likes[n], args, kwargs) if leaf is None else leaf[0]
+            for n, leaf in enumerate(form.leaves)
+        ]
+        return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
+
+    def _left(self, leaf: Leaf, like: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What is there of a tensor that a past call made."""
+        found = self.received.get(leaf)
+        if found is not None:
+            return found
+        given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
+        if not isinstance(given, Tensor):
+            raise UnsupportedModule(
+                f"{self.chain[leaf.call].path} was called in another way than with the sample", got="no tensor",
+                needed=f"one as argument {like}", fix="split the model with a sample that is like the batches",
+            )  # fmt: skip
+        return given if not any(given.stride()) and given.dim() else junk(given.shape, given.dtype, given.device)
+
+
+_NOTHING = junk((), torch.float32, torch.device("cpu"))

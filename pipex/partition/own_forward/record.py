@@ -1,0 +1,180 @@
+"""One forward of a model on a sample, call by call of what is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.partition.own_forward.conventions import collected
+from pipex.partition.own_forward.tree import Parted
+from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves
+
+Seed = Callable[[int], None]
+"""Seeds what follows, by a number: the unit that runs next, or, counted on, the code behind a unit."""
+
+
+@dataclass(slots=True)
+class Called:
+    """One call of a layer or an outer module. Tensors are clones, without a graph.
+
+    Attributes:
+        path: of the module.
+        layer: whether it is one.
+        arguments: the leaves of (args, kwargs).
+        likes: for each leaf of the output an argument of the same shape and dtype, by position or name.
+        output, spec: its leaves, and what they are of.
+        beside: by name what the model has collected from within the call (router logits).
+    """
+
+    path: str
+    layer: bool
+    arguments: list[Any]
+    output: list[Any] = field(default_factory=list)
+    spec: TreeSpec | None = None
+    likes: list[int | str | None] = field(default_factory=list)
+    beside: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Attributes:
+    calls: in order.
+    units: what a cut has one or the other side of, as ranges of calls: each layer's, and the outer modules' between.
+    output: the leaves of what the model has returned.
+    live: what it has returned, with its graph.
+    """
+
+    calls: tuple[Called, ...]
+    units: tuple[range, ...]
+    output: list[Any]
+    live: Any
+
+
+def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mapping[str, Any], seed: Seed) -> Record:
+    """Runs the model as it is. Modules are called by the first of their paths.
+
+    Args:
+        seed: called before the first call of each unit with its number, and behind its last with that + the number of
+            units + 1.
+
+    Raises:
+        UnsupportedModule: none of the layers was called by the model's forward.
+    """
+    layers = {id(module) for module in parted.layers.values()}
+    chain = _order(model, parted, args, kwargs)
+    if not any(layer for _, layer in chain):
+        raise UnsupportedModule(
+            f"the forward of {type(model).__name__} calls none of its layers",
+            got=f"{len(parted.layers)} layers such as {next(iter(parted.layers))}", needed="calls such as layer(...)",
+            fix="name other lists with layers=, or leave the model whole",
+        )  # fmt: skip
+    units = units_of([layer for _, layer in chain])
+    begins = {unit.start: number for number, unit in enumerate(units)}
+    ends = {unit.stop: number for number, unit in enumerate(units)}
+    calls: list[Called] = []
+    given: dict[int | str, Tensor] = {}
+    marks: dict[str, int] = {}
+
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if len(calls) in begins:
+            seed(begins[len(calls)])
+        calls.append(Called(path, id(module) in layers, [clone(leaf) for leaf in tree_leaves((args, kwargs))]))
+        given.clear()
+        given.update({key: value for key, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)})
+        marks.clear()
+        marks.update({name: len(entries) for name, entries in collected().items()})
+
+    def after(output: Any) -> None:
+        call = calls[-1]
+        leaves, call.spec = tree_flatten(output)
+        call.output = [clone(leaf) for leaf in leaves]
+        call.likes = [_like(leaf, given) for leaf in leaves]
+        call.beside = {
+            name: [entry.detach().clone() for entry in entries[marks.get(name, 0) :]]
+            for name, entries in collected().items()
+            if len(entries) > marks.get(name, 0)
+        }
+        if len(calls) in ends:
+            seed(len(units) + 1 + ends[len(calls)])
+
+    seed(0)
+    with _watched(parted, before, after):
+        live = model(*args, **kwargs)
+    if [(call.path, call.layer) for call in calls] != chain:
+        raise UnsupportedModule(
+            f"the forward of {type(model).__name__} calls other layers the second time",
+            got=_first_difference(chain, calls),
+            needed="the same calls in every forward", fix="switch off what drops layers at random (layerdrop)",
+        )  # fmt: skip
+    return Record(tuple(calls), units, [clone(leaf) for leaf in tree_leaves(live)], live)
+
+
+def units_of(layers: Sequence[bool]) -> tuple[range, ...]:
+    """Ranges of a chain of calls; ``layers`` says of each whether it is a layer's."""
+    units: list[range] = []
+    for layer, group in groupby(enumerate(layers), key=lambda pair: pair[1]):
+        numbers = [number for number, _ in group]
+        units += [range(n, n + 1) for n in numbers] if layer else [range(numbers[0], numbers[-1] + 1)]
+    return tuple(units)
+
+
+def clone(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _order(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """Of a forward that is not looked into: what will be called, and whether it is a layer."""
+    found: list[tuple[str, bool]] = []
+    layers = {id(module) for module in parted.layers.values()}
+    with _watched(parted, lambda path, module, *_: found.append((path, id(module) in layers)), lambda _: None):
+        model(*args, **kwargs)
+    return found
+
+
+def _like(leaf: Any, given: Mapping[int | str, Tensor]) -> int | str | None:
+    if not isinstance(leaf, Tensor):
+        return None
+    return next((key for key, its in given.items() if (its.shape, its.dtype) == (leaf.shape, leaf.dtype)), None)
+
+
+def _first_difference(chain: Sequence[tuple[str, bool]], calls: Sequence[Called]) -> str:
+    for number, ((path, _), call) in enumerate(zip(chain, calls, strict=False)):
+        if path != call.path:
+            return f"{call.path} as call {number}, and {path} before"
+    return f"{len(calls)} calls, and {len(chain)} before"
+
+
+@contextmanager
+def _watched(
+    parted: Parted, before: Callable[[str, nn.Module, Any, Any], None], after: Callable[[Any], None]
+) -> Iterator[None]:
+    """Around forwards: what is called from outside of all that is cut, not from within it."""
+    depth = 0
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
+                before(path, module, args, kwargs)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if not depth:
+            after(output)
+
+    with ExitStack() as hooks:
+        for path, module in (*parted.layers.items(), *parted.outer.items()):
+            handle = module.register_forward_pre_hook(enter(path), prepend=True, with_kwargs=True)
+            hooks.callback(handle.remove)
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        yield

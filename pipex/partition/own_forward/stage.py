@@ -1,0 +1,175 @@
+"""A stage that runs the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.partition.own_forward.arguments import Arguments, form_of
+from pipex.partition.own_forward.crossing import Crossing, Form, Leaf
+from pipex.partition.own_forward.gates import Left
+from pipex.partition.own_forward.rehearsal import Need
+from pipex.partition.own_forward.stage_tree import Places, StageTree
+from pipex.partition.own_forward.units import Unit
+from pipex.partition.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A model's forward, as all its stages know it.
+
+    Attributes:
+        arguments: of it.
+        chain: its calls.
+        units: of them, ranges.
+        needs: of each unit.
+        places: what stands where.
+    """
+
+    arguments: Arguments
+    chain: tuple[Form, ...]
+    units: tuple[range, ...]
+    needs: tuple[Need, ...]
+    places: Places
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a stage gets from the one before: tensors in this order.
+
+    Attributes:
+        batch: of each tensor of the batch whether its values are needed, or else its form.
+        made: by calls of earlier stages, with values.
+        forms: likewise, without.
+    """
+
+    batch: tuple[bool, ...]
+    made: tuple[Leaf, ...]
+    forms: tuple[Leaf, ...]
+
+    @classmethod
+    def to(cls, course: Course, unit: int) -> Message:
+        """To a stage that begins with the unit."""
+        begin = course.units[unit].start
+        later = course.needs[unit:]
+        made = {leaf for need in later for leaf in need.made if leaf.call < begin}
+        forms = [
+            leaf
+            for call in range(begin)
+            for leaf in course.chain[call].tensors(call)
+            if not leaf.name and leaf not in made and course.chain[call].likes[leaf.number] is None
+        ]
+        batch = (any(n not in need.forms_only for need in later) for n in range(len(course.arguments.tensors)))
+        return cls(tuple(batch), tuple(sorted(made)), tuple(forms))
+
+
+class ModelStage(Stage):
+    """Units ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, run by the model's own forward."""
+
+    def __init__(
+        self, index: int, count: int, first_layer: int, units: Sequence[Unit], model: nn.Module, course: Course
+    ) -> None:
+        super().__init__(index, count, first_layer, units, model)
+        self._course = course
+        last = first_layer + len(units)
+        self._gets = Message.to(course, first_layer) if first_layer else None
+        self._sends = Message.to(course, last) if last < len(course.units) else None
+        self._wanted = _by_call((*self._sends.made, *self._sends.forms) if self._sends else ())
+        self._tree: StageTree | None = None
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the next stage gets, or on the last one what the model returns.
+
+        Args:
+            inputs: of the first stage the batch, of others the tensors that the stage before returned.
+
+        Raises:
+            InputError: the batch is not like the sample.
+            UnsupportedModule: the model's forward has taken another way than with the sample.
+        """
+        course = self._course
+        received: dict[Leaf, Tensor] = {}
+        if self._gets is None:
+            batch: Sequence[Tensor] = course.arguments.of(inputs)
+        else:
+            many = len(self._gets.batch)
+            batch = inputs[:many]
+            received = dict(zip((*self._gets.made, *self._gets.forms), inputs[many:], strict=True))
+        tree = self._tree
+        if tree is None or tree.device != batch[0].device:
+            tree = self._tree = self._grow(batch[0].device)
+        tree.train(self.training)
+        end = self.first_layer + len(self.layers)
+        crossing = Crossing(
+            course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
+            self._wanted, self._seed_of(self.before_layer),
+        )  # fmt: skip
+        if crossing.seed is not None:
+            crossing.seed(0)
+        args, kwargs = course.arguments.call(batch)
+        tree.cross(crossing)
+        try:
+            output = tree.root(*args, **kwargs)
+        except Left:
+            return self._message(batch, received | crossing.made)
+        finally:
+            tree.cross(None)
+        if self._sends is not None:
+            raise UnsupportedModule(
+                f"the model's forward ended before {course.chain[crossing.end - 1].path}", got="fewer calls",
+                needed="the calls of the sample's", fix="split the model with a sample that is like the batches",
+            )  # fmt: skip
+        return output
+
+    def without_layers(self, layers: nn.ModuleList) -> Stage:
+        """As of ``Stage``."""
+        found = super().without_layers(layers)
+        vars(found)["_tree"] = None  # which holds what the stage has
+        return found
+
+    def _message(self, batch: Sequence[Tensor], there: Mapping[Leaf, Tensor]) -> tuple[Tensor, ...]:
+        sends = self._sends
+        assert sends is not None, "the last stage does not leave"
+        return (
+            *(t if values else form_of(t) for t, values in zip(batch, sends.batch, strict=True)),
+            *(there[leaf] for leaf in sends.made),
+            *(form_of(there[leaf]) for leaf in sends.forms),
+        )
+
+    def _grow(self, device: torch.device) -> StageTree:
+        modules: dict[str, Callable[[], nn.Module]] = {}
+        parameters: dict[str, Tensor] = {}
+        for unit in self.layers:
+            assert isinstance(unit, Unit), "a model stage consists of units"
+            modules |= {path: partial(unit.get_submodule, name) for path, name in unit.names_of_modules.items()}
+            parameters |= {path: unit.get_parameter(name) for path, name in unit.names_of_parameters.items()}
+        return StageTree(self._course.places, modules, parameters, device)
+
+    def _seed_of(self, before: Callable[[int], object] | None) -> Callable[[int], None] | None:
+        if before is None:
+            return None
+
+        def seed(number: int) -> None:
+            before(number - self.first_layer)
+
+        return seed
+
+
+def cut_units(units: Sequence[Unit], counts: Sequence[int], model: nn.Module, course: Course) -> list[ModelStage]:
+    """All units of a model as stages of so many units each."""
+    begins = list(pairwise(accumulate(counts, initial=0)))
+    return [ModelStage(n, len(begins), a, units[a:b], model, course) for n, (a, b) in enumerate(begins)]
+
+
+def _by_call(leaves: Sequence[Leaf]) -> dict[int, list[Leaf]]:
+    found: dict[int, list[Leaf]] = {}
+    for leaf in leaves:
+        found.setdefault(leaf.call, []).append(leaf)
+    return found

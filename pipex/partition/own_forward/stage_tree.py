@@ -1,0 +1,104 @@
+"""The tree whose forward a stage runs: the model's own, with gates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipex.partition.own_forward.gates import Crossing, Gate
+from pipex.partition.own_forward.tree import Bare, Parted, shallow
+from pipex.torch_internals import buffers_of, children_of, parameters_of
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What of a model stands where, without its tensors.
+
+    Attributes:
+        bare: the whole tree.
+        gates: by id in it, paths.
+        loose: by id in it.
+        containers: paths, by id in it.
+    """
+
+    bare: nn.Module
+    gates: Mapping[int, str]
+    loose: frozenset[int]
+    containers: Mapping[int, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, parted: Parted) -> Places:
+        """Of a model."""
+        made = Bare(model, parted)
+        of = made.copies
+        return cls(
+            made.root, {id(of[id(m)]): path for path, m in (*parted.layers.items(), *parted.outer.items())},
+            frozenset(id(of[id(m)]) for m in parted.loose.values()),
+            {id(of[id(m)]): path for path, m in parted.containers.items()},
+        )  # fmt: skip
+
+
+Find = Callable[[], nn.Module]
+
+
+class StageTree:
+    """Args:
+    places: of the model.
+    modules: by path, what the stage has of layers and outer modules.
+    parameters: by path, what it has of the containers' own.
+    device: of what it has no other of.
+    """
+
+    def __init__(
+        self, places: Places, modules: Mapping[str, Find], parameters: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._places, self._modules, self._parameters, self.device = places, modules, parameters, device
+        self._made: dict[int, nn.Module] = {}
+        self.gates: list[Gate] = []
+        self._modes: list[tuple[nn.Module, bool]] = []  # with what they are in training
+        self.root = self._of(places.bare)
+
+    def cross(self, crossing: Crossing | None) -> None:
+        """Has the gates ask it from now on."""
+        for gate in self.gates:
+            vars(gate)["crossing"] = crossing
+
+    def train(self, mode: bool) -> None:
+        """Into the mode of the stage."""
+        for module, training in self._modes:
+            module.training = training and mode
+
+    def _of(self, bare: nn.Module) -> nn.Module:
+        if id(bare) not in self._made:
+            self._made[id(bare)] = self._new(bare)
+        return self._made[id(bare)]
+
+    def _new(self, bare: nn.Module) -> nn.Module:
+        places = self._places
+        if path := places.gates.get(id(bare)):
+            gate = Gate(path, bare, self._modules.get(path))
+            self.gates.append(gate)
+            return gate
+        if id(bare) in places.loose:
+            made = copy.deepcopy(bare).to(self.device)
+            self._modes += [(module, module.training) for module in made.modules()]
+            return made
+        made = shallow(bare)
+        self._modes.append((made, made.training))
+        prefix = f"{places.containers[id(bare)]}." if places.containers[id(bare)] else ""
+        for name, parameter in parameters_of(made).items():
+            own = self._parameters.get(prefix + name)
+            if own is not None:
+                parameters_of(made)[name] = own  # type: ignore[assignment]
+            elif parameter is not None:
+                parameters_of(made)[name] = nn.Parameter(parameter.to(self.device), requires_grad=False)
+        for name, buffer in buffers_of(made).items():
+            buffers_of(made)[name] = None if buffer is None else buffer.to(self.device)
+        self._made[id(bare)] = made
+        for name, child in children_of(bare).items():
+            children_of(made)[name] = None if child is None else self._of(child)
+        return made

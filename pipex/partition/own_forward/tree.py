@@ -1,0 +1,144 @@
+"""A model's tree, parted: what is cut, what stands around it, and what runs on every stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipex.errors import UnsupportedModule
+from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
+
+Made = TypeVar("Made", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """Attributes:
+    layers: by path, in the order of the tree; each module once.
+    outer: by path, the topmost modules around them that have parameters or saved buffers.
+    ahead: paths of those that stand before the first layer.
+    loose: by path, the topmost modules around them that have neither, which every stage has a copy of.
+    containers: by path, what has layers inside, the model itself included; their code runs on every stage.
+    """
+
+    layers: dict[str, nn.Module]
+    outer: dict[str, nn.Module]
+    ahead: set[str]
+    loose: dict[str, nn.Module]
+    containers: dict[str, nn.Module]
+
+
+def part(model: nn.Module, layers: Sequence[str]) -> Parted:
+    """Raises UnsupportedModule if a container's forward is not that of its class, and so would run on the model itself
+    in place of a copy.
+
+    Args:
+        layers: paths.
+    """
+    parted = Parted({}, {}, set(), {}, {})
+    cut = {id(model.get_submodule(path)) for path in layers}
+    above = {id(model), *(id(model.get_submodule(p[:end])) for p in layers for end, c in enumerate(p) if c == ".")}
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if id(module) in cut:
+            parted.layers[path] = module
+        elif id(module) not in above:
+            (parted.outer if _has_tensors(module) else parted.loose)[path] = module
+            if not parted.layers:
+                parted.ahead.add(path)
+        else:
+            _check_own_forward(path, module)
+            parted.containers[path] = module
+            for name, child in module.named_children():
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return parted
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or bool(module.state_dict())
+
+
+def _check_own_forward(path: str, module: nn.Module) -> None:
+    own = vars(module).get("forward")
+    if own is not None and not (isinstance(own, MethodType) and own.__self__ is module):
+        raise UnsupportedModule(
+            f"{path or 'the model'} has a forward that was set on the object, which runs the model itself",
+            got=getattr(own, "__qualname__", type(own).__name__), needed="the forward of its class",
+            fix="take off what wraps it (such as accelerate's hooks) before the model is split",
+        )  # fmt: skip
+
+
+class Bare:
+    """A copy of a model's tree without the memory of its layers and outer modules. In place of their tensors stands
+    what has the form and is not a number, so that whatever uses one shows it.
+    """
+
+    def __init__(self, model: nn.Module, parted: Parted) -> None:
+        self.copies: dict[int, nn.Module] = {}
+        """by id of the module that one is of"""
+        self._tensors: dict[int, Tensor] = {}
+        gated = {id(module) for module in (*parted.layers.values(), *parted.outer.values())}
+        loose = {id(module) for module in parted.loose.values()}
+        self.root = self._of(model, gated, loose, inside=False)
+
+    def _of(self, module: nn.Module, gated: set[int], loose: set[int], inside: bool) -> nn.Module:
+        if id(module) in self.copies:
+            return self.copies[id(module)]
+        if id(module) in loose and not inside:
+            bare = copy.deepcopy(module)
+        else:
+            inside = inside or id(module) in gated
+            bare = shallow(module)
+            for name, parameter in parameters_of(module).items():
+                parameters_of(bare)[name] = None if parameter is None else self._parameter(parameter)
+            for name, buffer in buffers_of(module).items():
+                if buffer is not None:
+                    buffers_of(bare)[name] = self._junk(buffer) if inside else buffer.detach().clone()
+            if inside:
+                for name, value in vars(module).items():
+                    if isinstance(value, Tensor):
+                        vars(bare)[name] = self._junk(value)
+        self.copies[id(module)] = bare
+        if id(module) not in loose or inside:
+            for name, child in children_of(module).items():
+                children_of(bare)[name] = None if child is None else self._of(child, gated, loose, inside)
+        return bare
+
+    def _parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(self._junk(parameter), requires_grad=False)
+
+    def _junk(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = junk(tensor.shape, tensor.dtype, torch.device("cpu"))
+        return self._tensors[id(tensor)]
+
+
+def shallow(module: Made) -> Made:
+    """A copy of a module with the same tensors and children, in dicts of its own. Its methods are its own too."""
+    twin = copy.copy(module)
+    own = vars(twin)
+    own["_parameters"], own["_buffers"] = dict(parameters_of(module)), dict(buffers_of(module))
+    own["_modules"] = dict(children_of(module))
+    own["_non_persistent_buffers_set"] = set(non_persistent_of(module))
+    for name, value in own.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            own[name] = MethodType(value.__func__, twin)
+    return twin
+
+
+def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One element, not a number where the dtype has such, in place of all of a tensor's."""
+    value: Any = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
