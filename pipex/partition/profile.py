@@ -19,6 +19,7 @@ from pipex.backward import Splitter
 from pipex.errors import InputError, UnsupportedModule, headline
 from pipex.partition.layers import layers_of, names_layers
 from pipex.partition.own_forward.split import split_by_forward
+from pipex.partition.own_forward.units import Unit
 from pipex.partition.stage import Keywords
 from pipex.plan.layer_costs import Layer, LayerCosts
 from pipex.torch_internals import tree_flatten, tree_unflatten
@@ -243,7 +244,7 @@ def _units(
     """Of a model that is cut by its own forward names, a stage for each unit, and what the first one gets."""
     copied = _copy(model, model)
     stages = split_by_forward(copied, lambda units: [1] * len(units), sample, layers, verify=False)
-    names = [", ".join(path for unit in stage.layers for path in unit.names_of_modules) for stage in stages]
+    names = [", ".join(unit.names_of_modules) for stage in stages for unit in stage.layers if isinstance(unit, Unit)]
     first = _OnBatch(stages[0], sample)
     return names, [first, *stages[1:]], first.tensors
 
