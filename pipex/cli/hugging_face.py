@@ -51,6 +51,12 @@ def encoder(path: str) -> Callable[[str], Tensor]:
     return lambda text: torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).int()
 
 
+def vocabulary(path: str) -> int:
+    """How many tokens the model knows."""
+    known: int = _config(path).get_text_config().vocab_size
+    return known
+
+
 def check_tokens(path: str, tokens: Tensor, context: int) -> None:
     """Raises InputError if the model does not know one of the tokens, or so many at once."""
     config = _config(path).get_text_config()

@@ -124,7 +124,7 @@ def test_profiling_is_a_balance() -> None:
 def test_what_cannot_be_measured_is_named() -> None:
     model, batch = llama()
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with pytest.raises(InputError, match="output has no loss; got CausalLMOutputWithPast; .*put labels"):
+    with pytest.raises(InputError, match=r"output has no loss; got CausalLMOutputWithPast; .*put labels"):
         profile_layers(model, unlabelled)
     with pytest.raises(InputError, match="target, loss_fn and exchange are for balance='profile'"):
         split_model(model, 2, sample=batch, target=0)
