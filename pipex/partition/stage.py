@@ -25,6 +25,11 @@ class Stage(nn.Module):
 
     before_layer: Callable[[int], object] | None = None
     """called in a forward ahead of each layer, with the layer's position in here"""
+    loss_seen: bool | None = None
+    """whether the model has returned a loss for the sample that it was cut by; None where stages do not run the model's
+    own forward"""
+    own_loss: bool = False
+    """whether the last stage returns the model's own loss (``OwnLoss``) in place of the model's output"""
 
     def __init__(self, index: int, count: int, first_layer: int, layers: Sequence[nn.Module], model: nn.Module) -> None:
         """``model``: what the layers are of, and the tensors called by."""

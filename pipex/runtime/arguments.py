@@ -55,11 +55,31 @@ def check_stages(plan: Plan, ranks: int, stages: Sequence[nn.Module]) -> None:
         raise InputError("the plan is for another number of stages", got=f"{len(stages)} stages", needed=needed)
 
 
+def check_own_loss(loss_fn: object, stages: Sequence[Stage], plan: Plan) -> None:
+    """Raises InputError if the loss is to be the model's own, and there is none that can be."""
+    if loss_fn != "model":
+        return
+    seen = stages[-1].loss_seen
+    if seen is None:
+        raise InputError("loss_fn='model' is the loss that the model's own forward returns",
+                         got="stages that apply its layers one after another", needed="stages that run it",
+                         fix="pass split_model a dict as the sample, or the pipeline a loss function")  # fmt: skip
+    if not seen:
+        raise InputError("loss_fn='model' is the loss that the model's own forward returns", got="none in what it has "
+                         "returned for the sample", needed="a sample with labels",
+                         fix="put them into split_model's sample, as into every batch")  # fmt: skip
+    if plan.asynchronous:
+        raise InputError("this plan updates the weights within a step", got="loss_fn='model', a mean over all "
+                         "micro-batches", needed="the mean loss of each micro-batch",
+                         fix="pass loss_fn=lambda output, target: output.loss, and the labels as the target too; or "
+                         "run a plan that updates at the end of a step")  # fmt: skip
+
+
 def check_options(loss_fn: object, optimizer: object, clip_norm: object, scaler: object, seed: object) -> None:
     """Raises InputError if one of a pipeline's options is not what it must be."""
-    if not callable(loss_fn):
-        raise InputError("loss_fn must be a function", got=type(loss_fn).__name__,
-                         needed="(output, target) -> loss")  # fmt: skip
+    if not callable(loss_fn) and loss_fn != "model":
+        got = repr(loss_fn) if isinstance(loss_fn, str) else type(loss_fn).__name__
+        raise InputError("loss_fn must be a function", got=got, needed="(output, target) -> loss, or 'model'")
     if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
         raise InputError("loss_fn has parameters, which no optimizer would see", needed="a loss without parameters",
                          fix="make it part of the last stage")  # fmt: skip

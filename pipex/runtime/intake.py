@@ -6,7 +6,7 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,18 +56,23 @@ class Agreed:
 
 
 def take(
-    world: World, plan: Plan, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool
-) -> Given:
+    world: World, plan: Plan, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool,
+    own_loss: bool,
+) -> Given:  # fmt: skip
     """Checks what this rank was given.
 
     Args:
         plan: whose number of micro-batches a training step keeps to.
         first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
+        own_loss: whether the model makes its loss itself, which needs no target.
     """
     given = Given()
     try:
         given.said["total"] = check_total(total)
-        for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, last, "last")):
+        if own_loss:
+            _check_own_loss(batch, target)
+        target_needed = last and not own_loss
+        for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, target_needed, "last")):
             if value is None:
                 if needed:
                     raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
@@ -93,6 +98,18 @@ def take(
         given.problem = problem
         given.said = {"problem": str(problem)}
     return given
+
+
+def _check_own_loss(batch: Any, target: Any) -> None:
+    """Raises InputError if the model would make another loss than the mean over all micro-batches."""
+    if target is not None:
+        raise InputError("loss_fn='model' takes the labels out of the batch", got="a target", needed="none",
+                         fix="put it into the batch, under the name that the model's forward has for it")  # fmt: skip
+    pieces = batch if isinstance(batch, list) else [batch]
+    if any(isinstance(piece, Mapping) and piece.get("num_items_in_batch") is not None for piece in pieces):
+        raise InputError("loss_fn='model' divides by what all micro-batches have counted",
+                         got="num_items_in_batch, by which each of them would have been divided before",
+                         needed="a batch without it", fix="leave it out, or pass it as total=")  # fmt: skip
 
 
 def _contents(name: str, value: Any, plan: Plan) -> dict[str, Any]:
@@ -153,7 +170,8 @@ def agreed(microbatches: int, given: Given, every: Sequence[dict[str, Any]]) -> 
             raise InputError(f"rank {rank} cannot use what it was given: {said['problem']}")
     trained = [said.pop(_TRAINS, False) for said in every]
     all_say = compare(every)
-    ready, target_ready = all_say["batch ready"], all_say["target ready"]
+    ready = all_say["batch ready"]
+    target_ready = all_say.get("target ready", ready)  # there is none where the model makes its loss
     if ready is not target_ready:
         words = {True: "a list of ready micro-batches", False: "to be cut"}
         raise InputError("batch and target disagree", got=f"a batch that is {words[ready]}, a target that is "

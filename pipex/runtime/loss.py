@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from pipex.errors import InputError
+from pipex.partition.own_forward.loss import OwnLoss, own_loss
 
-LossFunction = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
+LossFunction = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float] | OwnLoss]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,12 @@ class MicroLoss:
     Attributes:
         value: the mean times the micro-batch's share, or the sum; without a graph.
         count: what the sum is to be divided by; None of a mean.
+        others: as of ``OwnLoss``.
     """
 
     value: Tensor
     count: Tensor | float | None
+    others: tuple[Tensor | float, ...] = ()
 
 
 class Share(NamedTuple):
@@ -72,6 +75,8 @@ class Loss:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self.function, self._scale = function, scale
+        self.is_models = function is own_loss
+        """whether the model makes it itself"""
         self.trains = False
         """whether anything in the pipeline is to be trained in this step, so that a loss must have a graph"""
         self._means_only, self._around = means_only, around
@@ -87,7 +92,10 @@ class Loss:
         with self._around():
             returned = self.function(output, target)
         count: Tensor | float | None = None
-        if isinstance(returned, tuple):
+        others: tuple[Tensor | float, ...] = ()
+        if isinstance(returned, OwnLoss):
+            loss, count, others, usable = returned.sum, returned.count, returned.others, True
+        elif isinstance(returned, tuple):
             loss, count = returned if len(returned) == 2 else (None, None)
             usable = _is_scalar(count) or (isinstance(count, (int, float)) and not isinstance(count, bool))
         else:
@@ -120,15 +128,29 @@ class Loss:
                 )  # fmt: skip
             if self._scale is not None:
                 root = self._scale(root)
-        return root, MicroLoss(value.detach(), count)
+        return root, MicroLoss(value.detach(), count, others)
 
 
-def of_batch(losses: Sequence[MicroLoss], total: float | None) -> tuple[float, float | None]:
-    """The mean loss, added up in the order given; and what the gradients are still to be divided by, if they are those
-    of a sum.
+class BatchLoss(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+        mean: of all micro-batches.
+        divisor: what the gradients are still to be divided by, if they are those of a sum.
+        counts: of each mean that the sums are of; nothing of means.
+    """
+
+    mean: float
+    divisor: float | None
+    counts: Sequence[float]
+
+
+def of_batch(losses: Sequence[MicroLoss], total: float | None) -> BatchLoss:
+    """The losses added up in the order given.
 
     Raises:
-        InputError: some are means and some are sums, or a count is negative or not finite.
+        InputError: some are means and some are sums, or a count is negative or not finite, or the model's own loss is
+            of several means, and these cannot be weighed as one.
     """
     counts = [loss.count for loss in losses if loss.count is not None]
     if counts and len(counts) != len(losses):
@@ -138,19 +160,43 @@ def of_batch(losses: Sequence[MicroLoss], total: float | None) -> tuple[float, f
     for other in rest:
         value = value + other
     if not counts:
-        return value.item(), None
-    numbers = [float(count) for count in counts]
-    if not all(isfinite(number) and number >= 0 for number in numbers):
-        raise InputError("the loss function returned a count that counts nothing", got=numbers,
+        return BatchLoss(value.item(), None, ())
+    rows = [[float(count) for count in (own, *loss.others)] for own, loss in zip(counts, losses, strict=True)]
+    if not all(isfinite(number) and number >= 0 for row in rows for number in row):
+        raise InputError("the loss function returned a count that counts nothing", got=[number for number, *_ in rows],
                          needed="finite numbers from 0")  # fmt: skip
+    if problem := disproportion(rows):
+        raise problem
+    sums = [sum(column) for column in zip(*rows, strict=True)]
     if total is not None:
-        return (value / total).item(), None
-    count = sum(numbers)
-    return (value / count).item(), count
+        return BatchLoss((value / total).item(), None, sums)
+    return BatchLoss((value / sums[0]).item(), sums[0], sums)
 
 
-Said = list[tuple[int, str, float, float | None]]
-"""Losses as they can be told: (micro-batch, dtype, value, count)."""
+def disproportion(rows: Sequence[Sequence[float]]) -> InputError | None:
+    """Why losses of several means are not one mean over all of them, if they are not.
+
+    Args:
+        rows: of each loss how much each of its means has counted. With counts in the same proportion everywhere, the
+            loss that weighs by one of them is that of all means over everything.
+    """
+    sums = [sum(column) for column in zip(*rows, strict=False)]
+    if all(len(row) == len(sums) for row in rows) and all(
+        isclose(count * sums[0], row[0] * its, rel_tol=1e-6)  # sums of weights are rounded
+        for row in rows for count, its in zip(row, sums, strict=True)
+    ):  # fmt: skip
+        return None
+    return InputError(
+        "the model's own loss consists of several means, and how much each of them counts differs",
+        got=f"means of {', '.join('/'.join(f'{count:g}' for count in row) for row in rows)} losses",
+        needed="counts in one proportion in all micro-batches",
+        fix="pass a loss_fn that returns (sum, count); or, if each micro-batch is to weigh by its samples, "
+        "loss_fn=lambda output, target: output.loss, and the labels as the target too",
+    )  # fmt: skip
+
+
+Said = list[tuple[int, str, float, float | None, list[float]]]
+"""Losses as they can be told: (micro-batch, dtype, value, count, other counts)."""
 
 
 def said_of(losses: Mapping[int, MicroLoss]) -> Said:
@@ -158,15 +204,16 @@ def said_of(losses: Mapping[int, MicroLoss]) -> Said:
     said = []
     for m, loss in losses.items():
         dtype, count = str(loss.value.dtype).removeprefix("torch."), loss.count
-        said.append((m, dtype, loss.value.item(), None if count is None else float(count)))
+        others = [float(other) for other in loss.others]
+        said.append((m, dtype, loss.value.item(), None if count is None else float(count), others))
     return said
 
 
 def told(said: Said) -> list[MicroLoss]:
     """The losses that ranks have told, by rising micro-batch; the same bits on every rank."""
     return [
-        MicroLoss(torch.tensor(value, dtype=getattr(torch, dtype)), count)
-        for _, dtype, value, count in sorted(said, key=itemgetter(0))
+        MicroLoss(torch.tensor(value, dtype=getattr(torch, dtype)), count, tuple(others))
+        for _, dtype, value, count, others in sorted(said, key=itemgetter(0))
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,10 +17,19 @@ from pipex.layout import Layout
 from pipex.observe import Observer
 from pipex.observe.times import Times, times_of
 from pipex.partition import Stage, as_stages, layout_of, materialize, room_for, without_others
+from pipex.partition.own_forward.loss import own_loss
 from pipex.plan import Plan
 from pipex.runtime import pairs, tied
 from pipex.runtime.agreement import share
-from pipex.runtime.arguments import agree_on, check_options, check_stages, enabled, refuse_asynchronous, refuse_ties
+from pipex.runtime.arguments import (
+    agree_on,
+    check_options,
+    check_own_loss,
+    check_stages,
+    enabled,
+    refuse_asynchronous,
+    refuse_ties,
+)
 from pipex.runtime.commit import Gradients
 from pipex.runtime.elsewhere import Elsewhere
 from pipex.runtime.executor import Executor
@@ -70,7 +80,8 @@ class Parts:
 
 
 def assemble(
-    world: World, stages: Sequence[nn.Module], plan: Plan, loss_fn: LossFunction, optimizer: OptimizerFactory | None,
+    world: World, stages: Sequence[nn.Module], plan: Plan, loss_fn: LossFunction | Literal["model"],
+    optimizer: OptimizerFactory | None,
     clip_norm: float | None, scaler: GradScaler | None, main_weights: bool, seed: int, observer: Observer | None,
     exact: bool | None,
 ) -> Parts:  # fmt: skip
@@ -80,9 +91,11 @@ def assemble(
     check_stages(plan, world.ranks, stages)
     check_options(loss_fn, optimizer, clip_norm, scaler, seed)
     model, scaler = as_stages(stages), enabled(scaler)
+    check_own_loss(loss_fn, model, plan)
     layout = layout_of(plan, model)
     agree_on(world, layout, model, {
-        "optimizer": optimizer is not None, "clip_norm": clip_norm, "scaler": scaler is not None,
+        "loss_fn": "model" if loss_fn == "model" else "a function", "optimizer": optimizer is not None,
+        "clip_norm": clip_norm, "scaler": scaler is not None,
         "main_weights": main_weights, "seed": seed, "exact": exact,
     })  # fmt: skip
     refuse_main_grad(model)
@@ -96,9 +109,12 @@ def assemble(
     blank = any(share(world, "Pipeline(...)", materialize([model[piece] for piece in own], world.device)))
 
     seeds, accumulators = Seeds(world.device, seed), tied.Accumulators()
-    placement, of_loss = plan.placement, watch_loss(loss_fn, plan)
+    function = own_loss if loss_fn == "model" else loss_fn
+    if model[-1].loss_seen is not None:
+        model[-1].own_loss = loss_fn == "model"
+    placement, of_loss = plan.placement, watch_loss(function, plan)
     loss = Loss(
-        loss_fn, None if scaler is None else scaler.scale, means_only=plan.asynchronous,
+        function, None if scaler is None else scaler.scale, means_only=plan.asynchronous,
         around=nullcontext if of_loss is None else of_loss.forward,
     )  # fmt: skip
     runners = {

@@ -9,7 +9,7 @@ from pipex.errors import PipexError
 from pipex.runtime import intake, microbatch
 from pipex.runtime.agreement import share
 from pipex.runtime.executor import StepData
-from pipex.runtime.loss import of_batch, said_of, shares_of, told
+from pipex.runtime.loss import BatchLoss, of_batch, said_of, shares_of, told
 from pipex.runtime.session import Session
 from pipex.transport.interface import Phase
 
@@ -30,12 +30,12 @@ class Passes(Session):
                 parts.executor.train(data)
             parts.trainables.backward_done()
             since = self._phase(data.step, Phase.REDUCE)
-            loss, count = self._end()
+            loss = self._end()
             parts.times.finish()
             if not parts.layout.plan.asynchronous:  # which has made its updates
-                parts.update.add(count, parts.loss.total)
+                parts.update.add(loss, parts.loss.total)
             self.world.at(self.steps, Phase.IDLE)
-            return loss, since
+            return loss.mean, since
 
     def _evaluate(self, batch: Any, target: Any) -> float:
         """Forwards alone. Returns the mean loss."""
@@ -44,9 +44,9 @@ class Passes(Session):
             self.world.at(data.step, Phase.EVALUATING)
             with self._parts.seeds.apart(data.step, self.world.rank):
                 self._parts.executor.evaluate(data)
-            loss, _ = self._end()
+            loss = self._end()
             self.world.at(self.steps, Phase.IDLE)
-            return loss
+            return loss.mean
 
     def _begin(self, call: str, batch: Any, target: Any, total: object) -> StepData:
         """Agrees on what is to be done. What goes wrong afterwards, before the return, has begun nothing."""
@@ -62,7 +62,7 @@ class Passes(Session):
                 runner.microbatches_before = len(update.counts) * plan.microbatches if training else 0
             first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
             given = intake.take(world, plan, batch, target, total, first=first, last=last,
-                                training=training)  # fmt: skip
+                                training=training, own_loss=parts.loss.is_models)  # fmt: skip
             if training:
                 intake.refuse_training(given, plan, update, bool(parts.trainables.trained))
             every = share(world, call, {"the pipeline, counted as they were made": parts.number, "step": step,
@@ -76,7 +76,7 @@ class Passes(Session):
         parts.loss.total, parts.loss.trains = agreed.total, agreed.trains
         count = len(agreed.samples)
         inputs: Sequence[tuple[Any, ...]] = ()
-        targets: Sequence[Any] = ()
+        targets: Sequence[Any] = [None] * count  # of a model that makes its loss itself
         with self._together():
             if first and given.batch is not None:
                 pieces = microbatch.cut(batch, given.batch, count, world.device)
@@ -86,8 +86,8 @@ class Passes(Session):
         groups = plan.groups if training else [range(count)]
         return StepData(step, inputs, targets, shares_of(agreed.samples, groups))
 
-    def _end(self) -> tuple[float, float | None]:
-        """Collective: the mean loss of what the executor has run, and what its gradients are still to be divided by."""
+    def _end(self) -> BatchLoss:
+        """Collective: the loss of what the executor has run."""
         parts = self._parts
         parts.links.flush()  # before the exchange: past it, what was received on any rank has really arrived
         mine = {m: loss for runner in parts.runners.values() for m, loss in runner.losses.items()}
@@ -96,5 +96,5 @@ class Passes(Session):
             every = share(self.world, "the losses", said_of(mine))
             return of_batch(told([loss for rank in every for loss in rank]), parts.loss.total)
         found = of_batch([mine[m] for m in sorted(mine)], parts.loss.total) if mine else None
-        loss, count = next(filter(None, share(self.world, "the losses", found)))
-        return float(loss), count
+        mean, divisor, counts = next(filter(None, share(self.world, "the losses", found)))
+        return BatchLoss(float(mean), divisor, counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -40,7 +40,9 @@ class Pipeline(Passes):
             are kept, and forms of the others. Those on the meta device get memory here, and values by ``load``.
         plan: what every rank does in a step, from ``pipex.plan.build``; proven here before anything runs.
         loss_fn: (output, target) of a micro-batch -> its mean loss, a scalar, or the sum of its losses and their number
-            (of tokens that are not ignored, say); runs on the last stage's rank, twice where that is recomputed.
+            (of tokens that are not ignored, say); runs on the last stage's rank, twice where that is recomputed. Or
+            ``"model"``, of stages that run the model's own forward: the loss that this returns, from the labels in the
+            batch, as the mean over the tokens of all micro-batches (``pipex.partition.own_forward.loss``).
         optimizer: makes the optimizer from this rank's parameters (``update.Parameters``: a list, and by name in its
             attribute ``named``), on a rank without any too; None to evaluate only.
         clip_norm: the largest 2-norm of all gradients together; None not to clip.
@@ -65,7 +67,7 @@ class Pipeline(Passes):
         self,
         stages: Sequence[nn.Module],
         plan: Plan,
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | Literal["model"],
         *,
         optimizer: OptimizerFactory | None = None,
         clip_norm: float | None = None,
@@ -83,7 +85,7 @@ class Pipeline(Passes):
         self.layout, self.stages, self._without_values = self._parts.layout, self._parts.stages, self._parts.blank
 
     def step(
-        self, batch: Any, target: Any, *, total: float | Tensor | None = None, skip_nonfinite: bool = False
+        self, batch: Any, target: Any = None, *, total: float | Tensor | None = None, skip_nonfinite: bool = False
     ) -> float:
         """``forward_backward`` and ``update``. Returns the batch's mean loss, the same on every rank.
 
@@ -100,7 +102,7 @@ class Pipeline(Passes):
             self._finish(since, skip_nonfinite)
         return loss
 
-    def forward_backward(self, batch: Any, target: Any, *, total: float | Tensor | None = None) -> float:
+    def forward_backward(self, batch: Any, target: Any = None, *, total: float | Tensor | None = None) -> float:
         """The plan, without an update. Returns the batch's mean loss, the same on every rank.
 
         Gradients of several calls before one ``update`` add up, as in torch: divide the loss by their number for the
@@ -110,7 +112,7 @@ class Pipeline(Passes):
             batch: a tensor, a tuple of positional or a dict of keyword arguments of the first stage, cut along
                 dimension 0, or a list of ready micro-batches (``pipex.runtime.microbatch``); read on the first stage's
                 rank (that of each copy), may be None elsewhere.
-            target: likewise for the last stage's rank.
+            target: likewise for the last stage's rank; none where ``loss_fn="model"``.
             total: by which sums of losses are divided before their backward, for the bits of a process that does so;
                 the count over all calls before the next update. May be None on ranks that do not hold the last stage.
 
@@ -161,7 +163,7 @@ class Pipeline(Passes):
         self._check_alive()
         self._parts.update.zero_grad()
 
-    def evaluate(self, batch: Any, target: Any) -> float:
+    def evaluate(self, batch: Any, target: Any = None) -> float:
         """The batch's mean loss in evaluation mode, without gradients. Arguments as of ``forward_backward``, but there
         may be fewer samples than micro-batches, and any number of ready ones."""
         with modes.evaluation(self.local_stages, self._together):

@@ -81,7 +81,7 @@ class OneProcess:
         for number, (root, loss) in enumerate(self._losses(batch, target, total)):
             self._backward(root, self._copy_of(number) * pieces)
             losses.append(loss)
-        mean, count = of_batch(losses, total)
+        mean, count, _ = of_batch(losses, total)
         self._counts.append(count)
         return mean
 
@@ -114,7 +114,7 @@ class OneProcess:
         for stage in self.stages:
             stage.eval()
         with torch.no_grad():
-            mean, _ = of_batch([loss for _, loss in self._losses(batch, target, None)], None)
+            mean, *_ = of_batch([loss for _, loss in self._losses(batch, target, None)], None)
         for stage in self.stages:
             stage.train()
         return mean

@@ -19,6 +19,7 @@ from pipex.errors import InputError
 from pipex.partition import Stage
 from pipex.runtime.agreement import compare, share
 from pipex.runtime.commit import Gradients
+from pipex.runtime.loss import BatchLoss, disproportion
 from pipex.runtime.main_weights import MainWeights
 from pipex.runtime.versions import Versions
 from pipex.torch_internals import found_infinite
@@ -76,6 +77,7 @@ class Update:
         self._warned: set[int] = set()
         self.counts: list[float | None] = []
         """of each forward_backward so far: what its gradients are to be divided by, or None"""
+        self._counted: list[Sequence[float]] = []  # by each of these calls
         self._total: float | None = None  # of these calls
         self._scales: list[torch.Tensor] = []  # of their losses
         self._one = torch.ones((), device=world.device)
@@ -99,9 +101,10 @@ class Update:
         self._main.follow()
         return self._main.named(self._names)
 
-    def add(self, count: float | None, total: float | None) -> None:
-        """Notes a forward_backward: what its gradients are still to be divided by, and what its sums were."""
-        self.counts.append(count)
+    def add(self, loss: BatchLoss, total: float | None) -> None:
+        """Notes a forward_backward: its loss, and what its sums were divided by."""
+        self.counts.append(loss.divisor)
+        self._counted.append(loss.counts)
         self._total = total
         if self._scaler is not None:
             self._scales.append(self._scaler.scale(self._one))  # kept as a tensor: to ask for it waits for the GPU
@@ -141,6 +144,8 @@ class Update:
         elif counts and means:
             problem = InputError("gradients of means and of sums were added up", got=f"{means} and {len(counts)} calls",
                                  needed="one or the other", fix="update in between")  # fmt: skip
+        elif several := disproportion(self._counted):
+            problem = several
         elif (scale := self._other_scale()) is not None:
             problem = InputError("the gradient scaler was updated between forward_backward and update", got=scale,
                                  needed="one scale", fix="give each pipeline a scaler of its own")  # fmt: skip
@@ -226,6 +231,7 @@ class Update:
 
     def _forget(self) -> None:
         self.counts.clear()
+        self._counted.clear()
         self._scales.clear()
         self.reduced = False
         self._gradients.clear()

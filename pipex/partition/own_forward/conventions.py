@@ -22,10 +22,20 @@ def collected() -> Mapping[str, list[Any]]:
     return {} if found is None else {name: entries for name, entries in found.items() if isinstance(entries, list)}
 
 
-def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """By path the module lists whose modules are wholes: those that a ``PreTrainedModel`` in the model does not want
     split (``_no_split_modules``), that its configuration's ``base_model_pp_plan`` names, or that checkpoint their
-    activations one by one (``GradientCheckpointingLayer``). Of lists within each other the outermost."""
+    activations one by one (``GradientCheckpointingLayer``); if there are none, those of as many modules as the
+    configuration has layers. Of lists within each other the outermost."""
+    found = list(_lists_of_wholes(model))
+    if found:
+        return found
+    layers = {getattr(getattr(module, "config", None), "num_hidden_layers", None) for module in model.modules()}
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [(name, module) for name, module in lists if len(module) in layers]
+
+
+def _lists_of_wholes(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     planned = {id(child) for module in model.modules() for child in _planned(module)}
     inside: str | None = None

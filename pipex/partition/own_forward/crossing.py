@@ -44,7 +44,7 @@ class Form:
         single: whether that is one tensor and nothing else.
         leaves: of the output: None for a tensor, else the value itself in a tuple.
         likes: as ``Called.likes``.
-        beside: how many tensors are collected under each name.
+        beside: what is collected under each name: whether it is a tensor, or None.
     """
 
     path: str
@@ -56,22 +56,27 @@ class Form:
     single: bool
     leaves: tuple[tuple[Any] | None, ...]
     likes: tuple[int | str | None, ...]
-    beside: Mapping[str, int]
+    beside: Mapping[str, tuple[bool, ...]]
 
     @classmethod
     def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
         assert called.spec is not None, "the call has returned"
         leaves = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in called.output)
-        beside = {name: len(entries) for name, entries in called.beside.items()}
+        beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
             called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside
         )  # fmt: skip
 
     def tensors(self, call: int) -> list[Leaf]:
-        """All that the call makes."""
+        """All tensors that the call makes."""
         output = [Leaf(call, "", number) for number, leaf in enumerate(self.leaves) if leaf is None]
-        return output + [Leaf(call, name, n) for name, many in self.beside.items() for n in range(many)]
+        beside = [(name, n) for name, entries in self.beside.items() for n, is_one in enumerate(entries) if is_one]
+        return output + [Leaf(call, name, n) for name, n in beside]
+
+    def is_like(self, leaf: Leaf) -> bool:
+        """Whether the leaf, one of this call, has the form of an argument."""
+        return not leaf.name and self.likes[leaf.number] is not None
 
 
 def forms_of(record: Record) -> tuple[Form, ...]:
@@ -154,8 +159,9 @@ class Crossing:
         return output
 
     def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for name, many in form.beside.items():
-            collected()[name].extend(self.received.get(Leaf(number, name, n), _NOTHING) for n in range(many))
+        for name, entries in form.beside.items():
+            for n, is_one in enumerate(entries):
+                collected()[name].append(self.received.get(Leaf(number, name, n), NOTHING) if is_one else None)
         leaves = [
             self._left(Leaf(number, "", n), form.likes[n], args, kwargs) if leaf is None else leaf[0]
             for n, leaf in enumerate(form.leaves)
@@ -167,6 +173,8 @@ class Crossing:
         found = self.received.get(leaf)
         if found is not None:
             return found
+        if like is None:
+            return NOTHING
         given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
         if not isinstance(given, Tensor):
             raise UnsupportedModule(
@@ -176,4 +184,5 @@ class Crossing:
         return given if not any(given.stride()) and given.dim() else junk(given.shape, given.dtype, given.device)
 
 
-_NOTHING = junk((), torch.float32, torch.device("cpu"))
+NOTHING = junk((), torch.float32, torch.device("cpu"))
+"""Stands for what is of no use."""

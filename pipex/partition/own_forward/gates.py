@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pipex.torch_internals import children_of
+from pipex.partition.own_forward.tree import junk
+from pipex.torch_internals import children_of, parameters_of
 
 
 class Crossing(Protocol):
@@ -27,16 +29,21 @@ class Gate(nn.Module):
     path: of what it stands for.
     bare: that without its memory, for what code around it asks of it (its attributes).
     find: the module itself, where the stage has it.
+    device: of the stage.
     """
 
     crossing: Crossing | None
 
-    def __init__(self, path: str, bare: nn.Module, find: Callable[[], nn.Module] | None) -> None:
+    def __init__(self, path: str, bare: nn.Module, find: Callable[[], nn.Module] | None, device: torch.device) -> None:
         super().__init__()
         own = vars(self)
         own["path"], own["bare"], own["find"], own["crossing"] = path, bare, find, None
+        own["device"] = device
+        # For the model to find a parameter, which it asks for its device and dtype.
         if find is not None:
-            children_of(self)["0"] = find()  # so that the model finds a parameter, which it asks for its device
+            children_of(self)["0"] = find()
+        elif (first := next(bare.parameters(), None)) is not None:
+            parameters_of(self)["form"] = nn.Parameter(junk(first.shape, first.dtype, device), requires_grad=False)
 
     @property
     def real(self) -> nn.Module:
@@ -57,4 +64,7 @@ class Gate(nn.Module):
             own = vars(self)
             if "bare" not in own:
                 raise
-            return getattr(own["bare"] if own["find"] is None else own["find"](), name)
+            if own["find"] is not None:
+                return getattr(own["find"](), name)
+            found = getattr(own["bare"], name)
+            return junk(found.shape, found.dtype, own["device"]) if isinstance(found, Tensor) else found

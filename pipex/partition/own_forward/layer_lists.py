@@ -24,6 +24,7 @@ def layer_paths(model: nn.Module, lists: Sequence[str] | None) -> list[str]:
     if not found:
         raise UnsupportedModule(
             f"{type(model).__name__} has no list of layers that can be recognized",
+            got=f"module lists {_lists(model)}",
             needed="a PreTrainedModel with _no_split_modules or base_model_pp_plan, or the names of module lists",
             fix='name them: split_model(..., layers=("encoder.layers", "decoder.layers"))',
         )
@@ -39,9 +40,12 @@ def _named(model: nn.Module, lists: Sequence[str]) -> Iterator[tuple[str, nn.Mod
         except AttributeError:
             module = None
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
-            lists_there = [n for n, m in model.named_modules() if n and isinstance(m, nn.ModuleList) and len(m)]
             raise InputError(
                 f"layers names no list of modules of {type(model).__name__}", got=repr(name),
-                needed=f"names of lists with modules, such as {lists_there[:8]}",
+                needed=f"names of lists with modules, such as {_lists(model)[:8]}",
             )  # fmt: skip
         yield name, module
+
+
+def _lists(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]

@@ -38,7 +38,7 @@ class Called:
     output: list[Any] = field(default_factory=list)
     spec: TreeSpec | None = None
     likes: list[int | str | None] = field(default_factory=list)
-    beside: dict[str, list[Tensor]] = field(default_factory=dict)
+    beside: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
         call.output = [clone(leaf) for leaf in leaves]
         call.likes = [_like(leaf, given) for leaf in leaves]
         call.beside = {
-            name: [entry.detach().clone() for entry in entries[marks.get(name, 0) :]]
+            name: [clone(entry) for entry in entries[marks.get(name, 0) :]]
             for name, entries in collected().items()
             if len(entries) > marks.get(name, 0)
         }

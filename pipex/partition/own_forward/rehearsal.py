@@ -8,7 +8,7 @@ computed from what is not a number is none either, so what is needed is what alo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.partition.own_forward.conventions import collected
-from pipex.partition.own_forward.crossing import Form, Leaf
+from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
@@ -33,13 +33,15 @@ class Need:
     """What a unit needs.
 
     Attributes:
-        made: by earlier calls.
-        given: leaves of the batch whose values it does not need.
+        made: by earlier calls, with values.
+        forms: likewise, without, of what has the form of none of its call's arguments.
+        given: floating-point tensors of the batch, with values; of others the forms will do.
         held: paths of outer modules and containers' parameters that it reads beside its calls.
     """
 
     made: frozenset[Leaf]
-    forms_only: frozenset[int]
+    forms: frozenset[Leaf]
+    given: frozenset[int]
     held: frozenset[str]
 
 
@@ -51,9 +53,9 @@ class _Differs(BaseException):
 class _Rehearsed:
     record: Record
     chain: Sequence[Form]
-    begin: int
-    end: int
+    calls: range
     without: Collection[Leaf]
+    forms: Collection[Leaf]
     seed: Seed
     _at: int = 0
 
@@ -63,9 +65,9 @@ class _Rehearsed:
         if number >= len(self.chain) or self.chain[number].path != gate.path:
             raise _Differs
         called, form = self.record.calls[number], self.chain[number]
-        if number >= self.begin and not same(tree_leaves((args, kwargs)), called.arguments):
+        if number >= self.calls.start and not same(tree_leaves((args, kwargs)), called.arguments):
             raise _Differs
-        if number == self.end - 1 and self.end < len(self.chain):
+        if number == self.calls.stop - 1 and self.calls.stop < len(self.chain):
             raise Left
         for name, entries in called.beside.items():
             collected()[name].extend(self._left(Leaf(number, name, n), entry) for n, entry in enumerate(entries))
@@ -75,9 +77,11 @@ class _Rehearsed:
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
     def _left(self, leaf: Leaf, value: Any) -> Any:
-        if leaf in self.without and isinstance(value, Tensor):
+        if leaf not in self.without:
+            return value
+        if leaf in self.forms or self.chain[leaf.call].is_like(leaf):
             return junk(value.shape, value.dtype, value.device)
-        return value
+        return NOTHING
 
 
 class Rehearsal:
@@ -93,9 +97,9 @@ class Rehearsal:
         floats: Iterable[int], seed: Seed,
     ) -> None:  # fmt: skip
         self._seed = seed
+        self._forms: frozenset[Leaf] = frozenset()  # that the unit before needs
         self._places, self._record, self._chain, self._batch = places, record, chain, batch
         self._floats = frozenset(floats)
-        self._model = model
         self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
         self._parameters = {
             f"{path}.{name}" if path else name: parameter
@@ -114,50 +118,54 @@ class Rehearsal:
             UnsupportedModule: with all that there is, its calls are given something else than in the record.
         """
         calls = self._record.units[unit]
-        begin, end = calls.start, calls.stop
         own = {self._chain[call].path for call in calls}
-        could_hold = (self._outer | self._parameters.keys()) - own
-        before = [leaf for call in range(begin) for leaf in self._chain[call].tensors(call)]
-        last = [leaf for leaf in before if leaf.call == begin - 1 and not leaf.name]
+        before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
+        last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
+        unlike = frozenset(leaf for leaf in before if not self._chain[leaf.call].is_like(leaf))
+        all_there_is = Need(before, unlike, self._floats, self._outer.union(self._parameters).difference(own))
 
-        def works(made: Iterable[Leaf], given: Iterable[int], held: Collection[str]) -> bool:
-            without = set(before).difference(made)
-            return self._same(begin, end, without, self._floats.difference(given), own | set(held)) is None
+        def works(need: Need) -> bool:
+            return self._problem(calls, before, need, own) is None
 
         # What most layers need is tried first.
-        made: Collection[Leaf] = last
-        given: Collection[int] = () if unit else self._floats
-        held: Collection[str] = ()
-        if not works(made, given, held):
-            if (problem := self._same(begin, end, set(), set(), own | could_hold)) is not None:
-                raise UnsupportedModule(
-                    f"the model cannot be cut before {self._chain[begin].path}", got=problem,
-                    needed="a forward whose calls depend on the batch and on what earlier calls have returned alone",
-                    fix="keep it in one stage with what it shares more with (balance=), or switch off what it keeps "
-                    "beside (caches)",
-                )  # fmt: skip
-            made, given, held = before, self._floats, could_hold
-            made = _needed(made, lambda some: works(some, given, held), key=lambda leaf: leaf.call)
-            given = _needed(given, lambda some: works(made, some, held))
-            held = _needed(held, lambda some: works(made, given, some))
-        elif len(last) > 1:
-            made = _needed(last, lambda some: works(some, given, held))
-        return Need(frozenset(made), self._floats.difference(given), frozenset(held))
+        found = Need(last, self._forms, frozenset() if unit else self._floats, frozenset())
+        if works(found):
+            return replace(found, made=_needed(last, lambda made: works(replace(found, made=made))))
+        if (problem := self._problem(calls, before, all_there_is, own)) is not None:
+            raise UnsupportedModule(
+                f"the model cannot be cut before {self._chain[calls.start].path}", got=problem,
+                needed="a forward whose calls depend on the batch and on what earlier calls have returned alone",
+                fix="keep it in one stage with what it shares more with (balance=), or switch off what it keeps beside "
+                "(caches)",
+            )  # fmt: skip
+        found = all_there_is
+        found = replace(found, made=_needed(found.made, lambda made: works(replace(found, made=made))))
+        found = replace(found, given=_needed(found.given, lambda given: works(replace(found, given=given))))
+        found = replace(found, held=_needed(found.held, lambda held: works(replace(found, held=held))))
+        found = replace(found, forms=_needed(found.forms, lambda forms: works(replace(found, forms=forms))))
+        self._forms = found.forms
+        return found
 
-    def _same(
-        self, begin: int, end: int, without: Collection[Leaf], forms_only: Collection[int], held: Collection[str]
-    ) -> str | None:
-        """Runs the code between the calls; what is not as recorded, or nothing."""
-        key = frozenset(held)
+    def _problem(self, calls: range, before: frozenset[Leaf], need: Need, own: Collection[str]) -> str | None:
+        """Runs the code between the calls; says what is not as recorded.
+
+        Args:
+            calls: of the unit.
+            before: all that was made before.
+            need: what there is of that.
+            own: paths of what the unit calls.
+        """
+        key = need.held.union(own)
         if key not in self._trees:
             self._trees[key] = StageTree(
                 self._places, {p: find for p, find in self._modules.items() if p in key},
                 {p: parameter for p, parameter in self._parameters.items() if p in key}, self._device,
             )  # fmt: skip
         tree = self._trees[key]
-        args, kwargs = self._batch(forms_only)
+        args, kwargs = self._batch(self._floats - need.given)
         tree.train(True)
-        tree.cross(_Rehearsed(self._record, self._chain, begin, end, without, self._seed))
+        forms, without = need.forms - need.made, before - need.made
+        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
         self._seed(0)
         try:
             with torch.no_grad():
@@ -172,7 +180,7 @@ class Rehearsal:
             return headline(error)
         finally:
             tree.cross(None)
-        if end < len(self._chain):
+        if calls.stop < len(self._chain):
             return "a forward that ends before its call"
         return None if same(tree_leaves(output), self._record.output) else "another output than in one process"
 
@@ -198,23 +206,15 @@ def _finding(module: nn.Module) -> Callable[[], nn.Module]:
     return lambda: module
 
 
-def _needed(
-    all_of: Iterable[Any], works: Callable[[Collection[Any]], bool], key: Callable[[Any], Any] = lambda one: one
-) -> set[Any]:
-    """What alone cannot be left out; groups of many are tried together first."""
-    groups: dict[Any, set[Any]] = {}
-    for one in all_of:
-        groups.setdefault(key(one), set()).add(one)
-    whole = {one for group in groups.values() for one in group}
+def _needed(all_of: frozenset[Any], works: Callable[[frozenset[Any]], bool]) -> frozenset[Any]:
+    """What alone cannot be left out."""
 
-    def search(keys: Sequence[Any]) -> set[Any]:
-        left_out = {one for one_key in keys for one in groups[one_key]}
-        if not left_out or works(whole - left_out):
+    def search(some: Sequence[Any]) -> set[Any]:
+        if not some or works(all_of.difference(some)):
             return set()
-        if len(keys) == 1:
-            group = sorted(left_out)
-            return left_out if len(group) == 1 else {one for one in group if not works(whole - {one})}
-        half = len(keys) // 2
-        return search(keys[:half]) | search(keys[half:])
+        if len(some) == 1:
+            return set(some)
+        half = len(some) // 2
+        return search(some[:half]) | search(some[half:])
 
-    return search(sorted(groups))
+    return frozenset(search(sorted(all_of)))

@@ -60,14 +60,11 @@ class Message:
         begin = course.units[unit].start
         later = course.needs[unit:]
         made = {leaf for need in later for leaf in need.made if leaf.call < begin}
-        forms = [
-            leaf
-            for call in range(begin)
-            for leaf in course.chain[call].tensors(call)
-            if not leaf.name and leaf not in made and course.chain[call].likes[leaf.number] is None
-        ]
-        batch = (any(n not in need.forms_only for need in later) for n in range(len(course.arguments.tensors)))
-        return cls(tuple(batch), tuple(sorted(made)), tuple(forms))
+        forms = {leaf for need in later for leaf in need.forms if leaf.call < begin} - made
+        floats = set(course.arguments.floats)
+        given = {n for need in later for n in need.given}
+        batch = tuple(n in given or n not in floats for n in range(len(course.arguments.tensors)))
+        return cls(batch, tuple(sorted(made)), tuple(sorted(forms)))
 
 
 class ModelStage(Stage):
@@ -83,6 +80,11 @@ class ModelStage(Stage):
         self._sends = Message.to(course, last) if last < len(course.units) else None
         self._wanted = _by_call((*self._sends.made, *self._sends.forms) if self._sends else ())
         self._tree: StageTree | None = None
+
+    @property
+    def begin(self) -> str:
+        """The path of the first module that it calls."""
+        return self._course.chain[self._course.units[self.first_layer].start].path
 
     def forward(self, *inputs: Any) -> Any:
         """What the next stage gets, or on the last one what the model returns.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
-from pipex.partition.own_forward.tree import Bare, Parted, shallow
+from pipex.partition.own_forward.tree import Bare, Parted, junk, shallow
 from pipex.torch_internals import buffers_of, children_of, parameters_of
 
 
@@ -80,7 +80,7 @@ class StageTree:
     def _new(self, bare: nn.Module) -> nn.Module:
         places = self._places
         if path := places.gates.get(id(bare)):
-            gate = Gate(path, bare, self._modules.get(path))
+            gate = Gate(path, bare, self._modules.get(path), self.device)
             self.gates.append(gate)
             return gate
         if id(bare) in places.loose:
@@ -95,7 +95,8 @@ class StageTree:
             if own is not None:
                 parameters_of(made)[name] = own  # type: ignore[assignment]
             elif parameter is not None:
-                parameters_of(made)[name] = nn.Parameter(parameter.to(self.device), requires_grad=False)
+                form = junk(parameter.shape, parameter.dtype, self.device)
+                parameters_of(made)[name] = nn.Parameter(form, requires_grad=False)
         for name, buffer in buffers_of(made).items():
             buffers_of(made)[name] = None if buffer is None else buffer.to(self.device)
         self._made[id(bare)] = made

@@ -24,7 +24,8 @@ class Parted:
     outer: by path, the topmost modules around them that have parameters or saved buffers.
     ahead: paths of those that stand before the first layer.
     loose: by path, the topmost modules around them that have neither, which every stage has a copy of.
-    containers: by path, what has layers inside, the model itself included; their code runs on every stage.
+    containers: by path, what has layers inside, the model itself included, and lists of others; their code runs on
+        every stage.
     """
 
     layers: dict[str, nn.Module]
@@ -52,7 +53,7 @@ def part(model: nn.Module, layers: Sequence[str]) -> Parted:
         seen.add(id(module))
         if id(module) in cut:
             parted.layers[path] = module
-        elif id(module) not in above:
+        elif id(module) not in above and not isinstance(module, _NEVER_CALLED):
             (parted.outer if _has_tensors(module) else parted.loose)[path] = module
             if not parted.layers:
                 parted.ahead.add(path)
@@ -64,6 +65,9 @@ def part(model: nn.Module, layers: Sequence[str]) -> Parted:
 
     walk("", model)
     return parted
+
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -127,8 +131,9 @@ class Bare:
 
 def shallow(module: Made) -> Made:
     """A copy of a module with the same tensors and children, in dicts of its own. Its methods are its own too."""
-    twin = copy.copy(module)
+    twin = module.__new__(type(module))  # copy.copy refuses those that are parametrized
     own = vars(twin)
+    own.update(vars(module))
     own["_parameters"], own["_buffers"] = dict(parameters_of(module)), dict(buffers_of(module))
     own["_modules"] = dict(children_of(module))
     own["_non_persistent_buffers_set"] = set(non_persistent_of(module))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipex.errors import UnsupportedModule
+from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.record import Record, Seed
 from pipex.partition.own_forward.stage import ModelStage
 from pipex.partition.stage import Keywords
-from pipex.torch_internals import tree_leaves
+from pipex.torch_internals import tree_leaves, unsafe_view
 
 TIED = 1e-6
 """How far the gradient of a parameter of several stages may be off, relative to its norm: their parts are added in
@@ -88,16 +88,27 @@ def _forward(stages: Sequence[ModelStage], arguments: Arguments, seed: Seed) -> 
     given: Sequence[Any] = (*args, Keywords({name: kwargs[name] for name in arguments.names}))
     inputs: list[list[Tensor]] = []
     outputs: list[Any] = []
+    leaves: list[Tensor] = []
     with torch.enable_grad():
         for stage in stages:
             stage.before_layer = lambda position, stage=stage: seed(stage.first_layer + position)
             try:
                 outputs.append(stage(*given))
+            except PipexError:
+                raise
+            except Exception as error:
+                raise UnsupportedModule(
+                    f"stage {stage.index} cannot begin at {stage.begin}", got=headline(error),
+                    needed="a forward that runs without the layers of other stages", fix="cut it elsewhere (balance=)",
+                ) from error  # fmt: skip
             finally:
                 stage.before_layer = None
-            inputs.append([t for t in given if isinstance(t, Tensor) and t.requires_grad] if inputs else [])
+            inputs.append(leaves)
             if stage is not stages[-1]:
-                given = [t.detach().requires_grad_(t.requires_grad) for t in outputs[-1]]
+                received = [t.detach().requires_grad_(t.requires_grad) for t in outputs[-1]]
+                leaves = [t for t in received if t.requires_grad]
+                # The forward may work in place on what it gets, which autograd forbids for leaves.
+                given = [unsafe_view(t, t.shape) if t.requires_grad else t for t in received]
     return inputs, outputs
 
 
