@@ -109,7 +109,7 @@ class Crossing:
     received: Mapping[Leaf, Tensor]
     wanted: Mapping[int, Collection[Leaf]]
     seed: Callable[[int], None] | None = None
-    at_end: Callable[[], None] | None = None
+    at_end: Callable[[], object] | None = None
     made: dict[Leaf, Tensor] = field(default_factory=dict)
     _at: int = 0
 

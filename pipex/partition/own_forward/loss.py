@@ -152,6 +152,15 @@ def loss_in(output: Any) -> Tensor:
     return loss
 
 
+def has_loss(output: Any) -> bool:
+    """Whether there is a loss in what a model's forward returned."""
+    try:
+        loss_in(output)
+    except InputError:
+        return False
+    return not isinstance(output, Tensor)
+
+
 def own_loss(output: OwnLoss, target: None) -> OwnLoss:
     """The loss function of a pipeline whose last stage returns its own."""
     return output

@@ -14,6 +14,7 @@ from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.conventions import no_cache, ties_said
 from pipex.partition.own_forward.crossing import forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
+from pipex.partition.own_forward.loss import has_loss
 from pipex.partition.own_forward.record import record
 from pipex.partition.own_forward.rehearsal import Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units
@@ -51,7 +52,7 @@ def split_by_forward(
         rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
         needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
         units = make_units(seen, parted, needs)
-        course = Course(arguments, chain, seen.units, needs, places)
+        course = Course(arguments, chain, seen.units, needs, places, has_loss(seen.live))
         stages = cut_units(units, counts(units), model, course)
         if verify:
             verify_stages(model, stages, seen, arguments, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,6 +16,7 @@ from pipex.errors import UnsupportedModule
 from pipex.partition.own_forward.arguments import Arguments, form_of
 from pipex.partition.own_forward.crossing import Crossing, Form, Leaf
 from pipex.partition.own_forward.gates import Left
+from pipex.partition.own_forward.loss import Means
 from pipex.partition.own_forward.rehearsal import Need
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.units import Unit
@@ -31,6 +33,7 @@ class Course:
         units: of them, ranges.
         needs: of each unit.
         places: what stands where.
+        loss_seen: whether the sample's forward has returned a loss.
     """
 
     arguments: Arguments
@@ -38,6 +41,7 @@ class Course:
     units: tuple[range, ...]
     needs: tuple[Need, ...]
     places: Places
+    loss_seen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class ModelStage(Stage):
     ) -> None:
         super().__init__(index, count, first_layer, units, model)
         self._course = course
+        self.loss_seen = course.loss_seen
         last = first_layer + len(units)
         self._gets = Message.to(course, first_layer) if first_layer else None
         self._sends = Message.to(course, last) if last < len(course.units) else None
@@ -87,13 +92,13 @@ class ModelStage(Stage):
         return self._course.chain[self._course.units[self.first_layer].start].path
 
     def forward(self, *inputs: Any) -> Any:
-        """What the next stage gets, or on the last one what the model returns.
+        """What the next stage gets; on the last one what the model returns, or its loss if that is asked for.
 
         Args:
             inputs: of the first stage the batch, of others the tensors that the stage before returned.
 
         Raises:
-            InputError: the batch is not like the sample.
+            InputError: the batch is not like the sample, or the model has returned no loss for it.
             UnsupportedModule: the model's forward has taken another way than with the sample.
         """
         course = self._course
@@ -113,22 +118,26 @@ class ModelStage(Stage):
             course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
             self._wanted, self._seed_of(self.before_layer),
         )  # fmt: skip
+        means = Means()
         if crossing.seed is not None:
             crossing.seed(0)
         args, kwargs = course.arguments.call(batch)
         tree.cross(crossing)
-        try:
-            output = tree.root(*args, **kwargs)
-        except Left:
-            return self._message(batch, received | crossing.made)
-        finally:
-            tree.cross(None)
+        with ExitStack() as end_of_forward:
+            if self.own_loss:
+                crossing.at_end = lambda: end_of_forward.enter_context(means)
+            try:
+                output = tree.root(*args, **kwargs)
+            except Left:
+                return self._message(batch, received | crossing.made)
+            finally:
+                tree.cross(None)
         if self._sends is not None:
             raise UnsupportedModule(
                 f"the model's forward ended before {course.chain[crossing.end - 1].path}", got="fewer calls",
                 needed="the calls of the sample's", fix="split the model with a sample that is like the batches",
             )  # fmt: skip
-        return output
+        return means.of(output) if self.own_loss else output
 
     def without_layers(self, layers: nn.ModuleList) -> Stage:
         """As of ``Stage``."""
