@@ -26,7 +26,7 @@ class Stage(nn.Module):
     before_layer: Callable[[int], object] | None = None
     """called in a forward ahead of each layer, with the layer's position in here"""
     draws_between: bool = False
-    """whether what runs between the layers may draw random numbers too, so that every call of ``before_layer`` counts"""
+    """whether what runs between the layers may draw random numbers too: then every call of ``before_layer`` counts"""
     loss_seen: bool | None = None
     """whether the model has returned a loss for the sample that it was cut by; None where stages do not run the model's
     own forward"""
