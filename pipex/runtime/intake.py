@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipex.errors import InputError
+from pipex.partition import Stage
 from pipex.plan import Plan
 from pipex.runtime import microbatch
 from pipex.runtime.agreement import compare
@@ -56,14 +57,15 @@ class Agreed:
 
 
 def take(
-    world: World, plan: Plan, batch: Any, target: Any, total: object, *, first: bool, last: bool, training: bool,
-    own_loss: bool,
+    world: World, plan: Plan, batch: Any, target: Any, total: object, *, first: Stage | None, last: bool,
+    training: bool, own_loss: bool,
 ) -> Given:  # fmt: skip
     """Checks what this rank was given.
 
     Args:
         plan: whose number of micro-batches a training step keeps to.
-        first, last: whether this rank holds the first and the last stage, and so needs the batch and the target.
+        first: the first stage, if this rank holds it, and so needs the batch.
+        last: whether it holds the last one, and so needs the target.
         own_loss: whether the model makes its loss itself, which needs no target.
     """
     given = Given()
@@ -72,7 +74,11 @@ def take(
         if own_loss:
             _check_own_loss(batch, target)
         target_needed = last and not own_loss
-        for name, value, needed, end in (("batch", batch, first, "first"), ("target", target, target_needed, "last")):
+        batch_needed = first is not None
+        for name, value, needed, end in (
+            ("batch", batch, batch_needed, "first"),
+            ("target", target, target_needed, "last"),
+        ):
             if value is None:
                 if needed:
                     raise InputError(f"rank {world.rank} holds the {end} stage and needs the {name}", got=None)
@@ -88,6 +94,9 @@ def take(
                         needed="a tensor with a dimension 0", fix="or pass a list of ready micro-batches",
                     )  # fmt: skip
                 given.batch = how
+                if first is not None:
+                    for inputs in microbatch.unmarked(batch):
+                        first.check_inputs(inputs)
             ready = how.rows is None
             given.said |= {
                 name: list(how.forms), f"{name} ready": ready,

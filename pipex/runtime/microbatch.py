@@ -133,6 +133,12 @@ def cut(value: Any, how: Cut, microbatches: int, device: torch.device) -> list[A
     return list(_pieces(value, how, microbatches, device))
 
 
+def unmarked(batch: Any) -> list[tuple[Any, ...]]:
+    """A batch as inputs of the first stage, uncut and without marks; of ready micro-batches each of them."""
+    pieces = batch if isinstance(batch, list) else [batch]
+    return [as_arguments(_map(piece, lambda tensor: tensor)) for piece in pieces]
+
+
 def as_arguments(piece: Any) -> tuple[Any, ...]:
     """A micro-batch as inputs of the first stage."""
     if isinstance(piece, Tensor):

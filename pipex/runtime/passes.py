@@ -60,7 +60,8 @@ class Passes(Session):
             runners = parts.runners.values()
             for runner in runners:
                 runner.microbatches_before = len(update.counts) * plan.microbatches if training else 0
-            first, last = any(runner.first for runner in runners), any(runner.last for runner in runners)
+            first = next((runner.stage for runner in runners if runner.first), None)
+            last = any(runner.last for runner in runners)
             given = intake.take(world, plan, batch, target, total, first=first, last=last,
                                 training=training, own_loss=parts.loss.is_models)  # fmt: skip
             if training:
@@ -78,7 +79,7 @@ class Passes(Session):
         inputs: Sequence[tuple[Any, ...]] = ()
         targets: Sequence[Any] = [None] * count  # of a model that makes its loss itself
         with self._together():
-            if first and given.batch is not None:
+            if first is not None and given.batch is not None:
                 pieces = microbatch.cut(batch, given.batch, count, world.device)
                 inputs = [microbatch.as_arguments(piece) for piece in pieces]
             if last and given.target is not None:

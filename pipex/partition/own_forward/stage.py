@@ -93,6 +93,10 @@ class ModelStage(Stage):
         """The path of the first module that it calls."""
         return self._course.chain[self._course.units[self.first_layer].start].path
 
+    def check_inputs(self, inputs: tuple[Any, ...]) -> None:
+        """As of ``Stage``."""
+        self._course.arguments.of(inputs)
+
     def forward(self, *inputs: Any) -> Any:
         """What the next stage gets; on the last one what the model returns, or its loss if that is asked for.
 
