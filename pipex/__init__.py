@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipex.backward.stage_backward import stage_backward_weight as stage_backward_weight
     from pipex.errors import PipexError as PipexError
     from pipex.partition import build_stages as build_stages
+    from pipex.partition import empty_model as empty_model
     from pipex.partition import profile_layers as profile_layers
     from pipex.partition import split_model as split_model
     from pipex.plan import build as build
@@ -46,6 +47,7 @@ _HOME = {
     "build_stages": "pipex.partition",
     "current_world": "pipex.runtime.worlds",
     "drop_in": "pipex.backward.drop_in",
+    "empty_model": "pipex.partition",
     "launch": "pipex.runtime.launch",
     "profile_layers": "pipex.partition",
     "search": "pipex.plan.search",

@@ -21,18 +21,20 @@ MAY_IMPORT = {
     "events": set(),
     "reading": set(),
     "torch_internals": {"errors"},
+    "hugging_face": {"errors", "reading"},
     "plan": {"errors", "events", "reading", "_native"},
     "backward": {"errors", "reading", "torch_internals", "triton_kernels", "_cuda"},
     "transport": {"errors", "torch_internals", "_native"},
     "triton_kernels": {"errors", "_cuda"},
     "layout": {"errors", "plan"},
-    "partition": {"errors", "torch_internals", "backward", "plan", "layout"},
+    "partition": {"errors", "torch_internals", "hugging_face", "backward", "plan", "layout"},
     "state": {"errors", "reading"},
     "observe": {"errors", "events", "reading", "plan"},
     "runtime": {
         "errors",
         "events",
         "torch_internals",
+        "hugging_face",
         "plan",
         "layout",
         "backward",
@@ -163,7 +165,7 @@ def test_nothing_that_a_peer_or_a_file_sends_is_executed() -> None:
                 assert "gather_object" not in called, f"{path}:{node.lineno}"
 
 
-def test_private_names_of_torch_are_used_in_one_file_only() -> None:
+def test_private_names_of_torch_and_transformers_are_used_in_one_place_each() -> None:
     """A name that begins with an underscore is somebody else's, unless it is one of ours on ``self``, ``cls`` or what
     was imported from pipex."""
     trees = {path: ast.parse(path.read_text()) for path in files(".py")}
@@ -179,7 +181,7 @@ def test_private_names_of_torch_are_used_in_one_file_only() -> None:
                 if isinstance(node, ast.Name) or of_self:
                     ours.add(name)
     for path, tree in trees.items():
-        if path.name == "torch_internals.py":
+        if path.name == "torch_internals.py" or path.parent.name == "hugging_face":
             continue
         own = {"self", "cls"}
         for node in ast.walk(tree):
@@ -202,8 +204,8 @@ def test_private_names_of_torch_are_used_in_one_file_only() -> None:
 def test_public_names() -> None:
     assert set(pipex.__all__) == {
         "LayerCosts", "Pipeline", "PipexError", "Whole", "__version__", "build", "build_stages", "current_world",
-        "drop_in", "errors", "launch", "plan", "profile_layers", "search", "split_model", "stage_backward",
-        "stage_backward_input", "stage_backward_weight",
+        "drop_in", "empty_model", "errors", "launch", "plan", "profile_layers", "search", "split_model",
+        "stage_backward", "stage_backward_input", "stage_backward_weight",
     }  # fmt: skip
     for name in pipex.__all__:
         assert getattr(pipex, name) is not None

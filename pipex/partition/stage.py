@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.hugging_face import Card, card_of
 from pipex.layout import ranges_of
 from pipex.partition.layers import canonical_names, module_names
 from pipex.torch_internals import with_children
@@ -27,6 +29,10 @@ class Stage(nn.Module):
     """called in a forward ahead of each layer, with the layer's position in here"""
     draws_between: bool = False
     """whether what runs between the layers may draw random numbers too: then every call of ``before_layer`` counts"""
+    card: Card | None = None
+    """of a model of transformers or PEFT: how its files are written and read"""
+    model: ref[nn.Module] | None = None
+    """that model, as long as somebody else holds it"""
     loss_seen: bool | None = None
     """whether the model has returned a loss for the sample that it was cut by; None where stages do not run the model's
     own forward"""
@@ -141,7 +147,16 @@ class Stage(nn.Module):
 def cut(layers: Sequence[nn.Module], counts: Sequence[int], model: nn.Module) -> list[Stage]:
     """All layers of a model as stages of so many layers each."""
     ranges = ranges_of(counts)
-    return [Stage(index, len(ranges), r.start, layers[r.start : r.stop], model) for index, r in enumerate(ranges)]
+    stages = [Stage(index, len(ranges), r.start, layers[r.start : r.stop], model) for index, r in enumerate(ranges)]
+    introduce(stages, model)
+    return stages
+
+
+def introduce(stages: Sequence[Stage], model: nn.Module) -> None:
+    """Tells stages what model of transformers or PEFT they are of, if they are."""
+    if (card := card_of(model)) is not None:
+        for stage in stages:
+            stage.card, stage.model = card, ref(model)
 
 
 def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:

@@ -86,7 +86,7 @@ def save(
     shards = [theirs for theirs, *_ in said if theirs is not None]
     errors = [text for _, text, *_ in said if text]
     steps = [theirs for _, _, theirs, _ in said]
-    errors += _different([theirs for *_, theirs in said])
+    errors += different([theirs for *_, theirs in said])
     if len(set(steps)) > 1:
         errors.append(f"the ranks have made different numbers of updates: {', '.join(map(str, steps))}")
     if rank == 0 and not errors:
@@ -126,7 +126,7 @@ def load(
     except CheckpointError as failure:
         error = str(failure)
     said = share(world, "load", [state.forms_of(names), error])
-    if problem := _together([text for _, text in said]):
+    if problem := together([text for _, text in said]):
         return problem
     model = {name: form for forms, _ in said for name, form in forms.items()}
     try:
@@ -148,7 +148,7 @@ def load(
     except CheckpointError as failure:
         error = str(failure)
     said = share(world, "load", [identity, error])
-    if problem := _together([text for _, text in said]):
+    if problem := together([text for _, text in said]):
         return problem
     if other := next((rank for rank, (theirs, _) in enumerate(said) if theirs != said[0][0]), None):
         return (
@@ -178,7 +178,7 @@ def read_previous(
     return lambda: resume({p: value.to(p.device) for p, value in older.items() if isinstance(p, nn.Parameter)})
 
 
-def _different(sums: Sequence[Mapping[str, int]]) -> list[str]:
+def different(sums: Sequence[Mapping[str, int]]) -> list[str]:
     """What is wrong with the checksums, by rank, of what several ranks hold: the first copy that is another one."""
     known: dict[str, tuple[int, int]] = {}
     for rank, theirs in enumerate(sums):
@@ -190,7 +190,7 @@ def _different(sums: Sequence[Mapping[str, int]]) -> list[str]:
     return []
 
 
-def _together(errors: Sequence[str]) -> str:
+def together(errors: Sequence[str]) -> str:
     """The ranks' errors, in rank order, in one; empty if none of them has one."""
     if len(set(errors)) == 1:
         return errors[0]

@@ -16,6 +16,7 @@ from pipex.runtime.arguments import refuse_asynchronous
 from pipex.runtime.loss import LossFunction
 from pipex.runtime.parts import assemble
 from pipex.runtime.passes import Passes
+from pipex.runtime.stale import refuse_stale_saves
 from pipex.runtime.update import OptimizerFactory
 from pipex.transport.interface import Phase
 
@@ -83,6 +84,8 @@ class Pipeline(Passes):
             self._parts = assemble(self.world, stages, plan, loss_fn, optimizer, clip_norm, scaler, main_weights, seed,
                                    observer, exact)  # fmt: skip
         self.layout, self.stages, self._without_values = self._parts.layout, self._parts.stages, self._parts.blank
+        if self.world.ranks > 1:
+            refuse_stale_saves(self.stages)
 
     def step(
         self, batch: Any, target: Any = None, *, total: float | Tensor | None = None, skip_nonfinite: bool = False

@@ -13,7 +13,7 @@ import torch
 from pipex.errors import CheckpointError, InputError, PipexError
 from pipex.observe import Event, Observer
 from pipex.partition import Stage
-from pipex.runtime import checkpoint
+from pipex.runtime import checkpoint, pretrained
 from pipex.runtime.pairs import Pairs
 from pipex.runtime.parts import Parts
 from pipex.runtime.worlds import current_world
@@ -123,6 +123,45 @@ class Session:
                 return meta
         raise CheckpointError(found)  # on every rank
 
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Collective: writes the model as its own ``save_pretrained`` would, for ``from_pretrained``; each rank its own
+        stages, into a directory that all share. Of a PEFT model it is the adapters.
+
+        The tensors lie in ``model.safetensors`` if one rank writes them all and they are few, else in
+        ``model-0000k-of-0000n.safetensors`` with an index. Those of a save before stay readable until these are whole.
+
+        Raises:
+            CheckpointError: they cannot be written, or the stages are of no model of transformers or PEFT, or not any
+                more; the directory is as it was. InputError: the model has no values.
+        """
+        self._check_alive(values=True)
+        with self._together():
+            self.world.at(self.steps, Phase.SAVING)
+            problem = pretrained.save(self.world, self.local_stages, directory, self._parts.layout.owners)
+            self.world.at(self.steps, Phase.IDLE)
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Collective: the model's tensors become those that ``save_pretrained`` (transformers' own, PEFT's or a
+        pipeline's) has written into a directory; each rank reads its own stages. Nothing is downloaded or executed.
+        Values are rounded to the types of the model. Optimizer and step count stay.
+
+        Raises:
+            CheckpointError: there are no such files, they are damaged, or of another model: lists the names that are
+                missing, not the model's, or of another shape. Then nothing has changed on any rank.
+        """
+        update, versions = self._parts.update, self._parts.versions
+        with self._together():
+            problem = pretrained.load(self.world, self.local_stages, directory, update.main, self._without_values)
+            if problem is None:
+                update.loaded()
+                if versions is not None:
+                    versions.resume({})
+                self._without_values = False
+                return
+        raise CheckpointError(problem)
+
     def close(self) -> None:
         """Frees the buffers between ranks; what needs them is a PipexError afterwards. Safe to repeat;
         ``pipex.launch`` ends the world itself."""
@@ -140,7 +179,7 @@ class Session:
             raise PipexError("this pipeline is closed, and its buffers are gone; make a new one")
         if values and self._without_values:
             raise InputError("the model has no values yet", got="one that was made on the meta device",
-                             needed="load(directory) first, or a model that pipex.build_stages builds")  # fmt: skip
+                             needed="load or load_pretrained first, or a model of pipex.build_stages")  # fmt: skip
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -11,30 +11,43 @@ Whatever happens in between, the directory holds one complete checkpoint.
 A load reads all that it needs, and so meets every fault of the files, before it changes anything: each ``read_...``
 returns what puts it in place.
 
+A pretrained model's own files (``pipex.state.pretrained``) are written and read beside these, without an optimizer.
+
 Nothing in it is a pickle. Shards can be opened by any safetensors reader; model tensors are called ``model/<name>``.
 """
 
 from pipex.state.checkpoint import Checkpoint, Restore
+from pipex.state.files import listed
 from pipex.state.manifest import ShardInfo
 from pipex.state.model import check_model, forms_of, model_state, read_model_state
 from pipex.state.objects import Stateful, object_state, read_object_state
 from pipex.state.optimizer import optimizer_state, read_optimizer_state
+from pipex.state.pretrained import Piece, publish, withdraw, write_piece
+from pipex.state.pretrained_load import PretrainedFiles
 from pipex.state.save import commit, discard, write_shard
+from pipex.state.serialize import form
 
 __all__ = [
     "Checkpoint",
+    "Piece",
+    "PretrainedFiles",
     "Restore",
     "ShardInfo",
     "Stateful",
     "check_model",
     "commit",
     "discard",
+    "form",
     "forms_of",
+    "listed",
     "model_state",
     "object_state",
     "optimizer_state",
+    "publish",
     "read_model_state",
     "read_object_state",
     "read_optimizer_state",
+    "withdraw",
+    "write_piece",
     "write_shard",
 ]

@@ -49,3 +49,8 @@ def first_few(names: list[str]) -> str:
     """A list of names for an error message: at most four, and how many there are."""
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown}, ... ({len(names)} in all)"
+
+
+def listed(**found: list[str]) -> str:
+    """Findings for an error message by their titles, without those that found nothing."""
+    return "; ".join(f"{title}: {first_few(names)}" for title, names in found.items() if names)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipex.errors import CheckpointError
 from pipex.state.checkpoint import Checkpoint, Restore
-from pipex.state.files import first_few
+from pipex.state.files import listed
 from pipex.state.serialize import form
 
 PREFIX = "model/"
@@ -61,10 +61,9 @@ def _compare(checkpoint: Checkpoint, forms: Mapping[str, str], unexpected: list[
         for name, needed in forms.items()
         if saved.get(PREFIX + name, needed) != needed
     ]
-    findings = [("missing", missing), ("unexpected", unexpected), ("different", different)]
     if missing or unexpected or different:
         raise CheckpointError(
             f"the checkpoint in {checkpoint.directory} is of another model",
-            got="; ".join(f"{title}: {first_few(found)}" for title, found in findings if found),
+            got=listed(missing=missing, unexpected=unexpected, different=different),
             fix="build the model that was saved, or start without the checkpoint",
         )

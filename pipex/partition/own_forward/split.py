@@ -19,6 +19,7 @@ from pipex.partition.own_forward.record import record
 from pipex.partition.own_forward.rehearsal import Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units
 from pipex.partition.own_forward.stage_tree import Places
+from pipex.partition.own_forward.stand_ins import stand_ins
 from pipex.partition.own_forward.tree import part
 from pipex.partition.own_forward.units import make_units
 from pipex.partition.own_forward.verify import verify_stages
@@ -32,25 +33,31 @@ def split_by_forward(
 ) -> list[ModelStage]:
     """The stages. Arguments and errors as of ``split_model``."""
     _check_ties(model)
+    if verify and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "a model without values has nothing to verify its stages with", got="one on the meta device",
+            needed="verify=False", fix="verify the stages of a smaller configuration of it instead",
+        )  # fmt: skip
     paths = layer_paths(model, layers)
     parted = part(model, paths)
     arguments = Arguments(sample, no_cache(model))
     with _untouched(model, arguments.tensors):
-        args, kwargs = arguments.sample()
-        try:
-            with torch.enable_grad():
-                seen = record(model, parted, args, kwargs, seed)
-        except PipexError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{type(model).__name__} cannot run on the sample", got=headline(error),
-                needed="a batch as those of training, on the model's device",
-            ) from error  # fmt: skip
-        chain = forms_of(seen)
-        places = Places.of(model, parted)
-        rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
-        needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
+        with stand_ins(model):
+            args, kwargs = arguments.sample()
+            try:
+                with torch.enable_grad():
+                    seen = record(model, parted, args, kwargs, seed)
+            except PipexError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"{type(model).__name__} cannot run on the sample", got=headline(error),
+                    needed="a batch as those of training, on the model's device",
+                ) from error  # fmt: skip
+            chain = forms_of(seen)
+            places = Places.of(model, parted)
+            rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
+            needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
         units = make_units(seen, parted, needs)
         course = Course(arguments, chain, seen.units, needs, places, has_loss(seen.live))
         stages = cut_units(units, counts(units), model, course)

@@ -20,7 +20,7 @@ from pipex.partition.own_forward.loss import Means
 from pipex.partition.own_forward.rehearsal import Need
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.units import Unit
-from pipex.partition.stage import Stage
+from pipex.partition.stage import Stage, introduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,9 @@ class ModelStage(Stage):
 def cut_units(units: Sequence[Unit], counts: Sequence[int], model: nn.Module, course: Course) -> list[ModelStage]:
     """All units of a model as stages of so many units each."""
     begins = list(pairwise(accumulate(counts, initial=0)))
-    return [ModelStage(n, len(begins), a, units[a:b], model, course) for n, (a, b) in enumerate(begins)]
+    stages = [ModelStage(n, len(begins), a, units[a:b], model, course) for n, (a, b) in enumerate(begins)]
+    introduce(stages, model)
+    return stages
 
 
 def _by_call(leaves: Sequence[Leaf]) -> dict[int, list[Leaf]]:
