@@ -21,7 +21,7 @@ def rows(count: int, length: int = 16) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def train(directory: str, epochs: int = 12) -> float:
+def train(directory: str, epochs: int = 6) -> float:
     world = pipex.current_world()
     torch.manual_seed(0)  # every rank builds the same model
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=4))
@@ -29,7 +29,7 @@ def train(directory: str, epochs: int = 12) -> float:
     held_out = default_data_collator(rows(80)[64:])
     plan = pipex.build("zb-h1", world.ranks, microbatches=4)
     stages = pipex.split_model(model, plan, sample=held_out)
-    pipeline = pipex.Pipeline(stages, plan, "model", optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), clip_norm=1.0)
+    pipeline = pipex.Pipeline(stages, plan, "model", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), clip_norm=1.0)
     schedule = get_linear_schedule_with_warmup(pipeline.optimizer, 4, 4 * epochs)
     checkpoint = Path(directory, "checkpoint")
     if checkpoint.exists():

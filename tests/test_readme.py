@@ -80,14 +80,13 @@ def test_the_hugging_face_example_learns_goes_on_and_writes_the_model(starter: l
         return [(int(epoch), float(loss), float(rate)) for epoch, loss, rate in found]
 
     whole = run(path, "whole")
-    assert [epoch for epoch, _, _ in whole] == list(range(12))
+    assert [epoch for epoch, _, _ in whole] == list(range(6))
     assert whole[-1][1] < 0.2 < whole[0][1]
     # Broken off in the middle, and started once more.
     broken = tmp_path / "broken.py"
-    broken.write_text(source.replace("for epoch in range(pipeline.steps // 4, epochs)", "for epoch in range(5)"))
-    assert run(broken, "part") == whole[:5]
-    assert run(path, "part") == whole[5:]
-    assert run(path, "part") == []
+    broken.write_text(source.replace("for epoch in range(pipeline.steps // 4, epochs)", "for epoch in range(2)"))
+    assert run(broken, "part") == whole[:2]
+    assert run(path, "part") == whole[2:]
     model, again = (LlamaForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "part"))
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
     ids = (torch.arange(16)[None] * 3) % 30 + 1  # it has learned to count
