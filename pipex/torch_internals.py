@@ -335,3 +335,12 @@ def prepare_alone(stage: Any) -> None:
         stage._stage_meta.inputs = ()
     else:
         stage._prepare_forward_infra(1, ())
+
+
+def weight_on_the_way_to_a_mode() -> Any:
+    """The ``weight`` of the ``l1_loss`` that calls a TorchFunctionMode: torch 2.13 hands on all arguments but it."""
+    code = torch.nn.functional.l1_loss.__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("weight")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipex.backward import Splitter
 from pipex.errors import InputError, UnsupportedModule, headline
+from pipex.partition.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
 from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.own_forward.units import Unit
@@ -63,7 +64,7 @@ def profile_layers(
     """
     if passes < 1:
         raise InputError("nothing would be measured", got=f"passes={passes}", needed="at least 1")
-    if layers is None and names_layers(model):
+    if layers is None and names_layers(model) and not is_pretrained(model):
         inputs = _tensors_of(sample)
         names, modules = _names(model), list(_copy(nn.ModuleList(layers_of(model)), model))
     else:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pipex.errors import ConfigMismatch, InputError
+from pipex.errors import ConfigMismatch, InputError, UnsupportedModule
 from pipex.partition.balance import Balance, layer_counts, pieces_of
+from pipex.partition.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
 from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.profile import LossFunction, profile_layers
@@ -72,7 +73,14 @@ def split_model(
             stages that run its own forward do not compute what it does: says which tensor differs.
         ConfigMismatch: with ``exchange``, another rank is doing something else.
     """
-    own_forward = layers is not None or (sample is not None and not names_layers(model))
+    pretrained = is_pretrained(model)
+    own_forward = layers is not None or (sample is not None and (pretrained or not names_layers(model)))
+    if pretrained and not own_forward:
+        raise UnsupportedModule(
+            f"{type(model).__name__} does more in its forward than to apply its layers", got="no sample",
+            needed="a batch, to cut it by its own forward",
+            fix="pass sample=dict(input_ids=..., attention_mask=..., labels=...)",
+        )  # fmt: skip
     if balance == "profile":
         if not own_forward:
             check_stages(len(layers_of(model)), pieces_of(stages))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipex.errors import InputError, UnsupportedModule
 from pipex.hugging_face import Card, card_of
 from pipex.layout import ranges_of
+from pipex.partition.conventions import refuse_untied
 from pipex.partition.layers import canonical_names, module_names
 from pipex.torch_internals import with_children
 
@@ -166,11 +167,13 @@ def as_stages(modules: Sequence[nn.Module]) -> list[Stage]:
 
     Raises:
         InputError: no module is given, or stages are not all the stages of one split in order.
+        UnsupportedModule: they are of copies of a model, in which what it says is tied is not.
     """
     if not modules:
         raise InputError("a pipeline needs at least one stage", got="none")
     stages = [module for module in modules if isinstance(module, Stage)]
     if not stages:
+        refuse_untied(modules)
         model = nn.ModuleList(modules)
         return cut(modules, [1] * len(modules), model)
     if [(stage.index, stage.count) for stage in stages] != [(index, len(modules)) for index in range(len(modules))]:

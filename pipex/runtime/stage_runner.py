@@ -89,10 +89,8 @@ class StageRunner:
         self.losses: dict[int, MicroLoss] = {}  # per micro-batch, on the last stage
         self.microbatches_before = 0  # those of earlier calls that add to the same gradients; for seeds
         self._loss = loss
-        # None of torch's functions that are losses does, and the model's own loss comes with its last layer.
-        self._loss_draws = self.last and not (
-            loss.is_models or getattr(loss.function, "__module__", None) == "torch.nn.functional"
-        )
+        # None of torch's functions that are losses does.
+        self._loss_draws = self.last and getattr(loss.function, "__module__", None) != "torch.nn.functional"
         self._seeds = seeds
         self._seed: Callable[[int], None] = lambda layer: None  # of the micro-batch at hand
         self._exact = exact

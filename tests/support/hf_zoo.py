@@ -51,6 +51,11 @@ class Pick:
 
 FAMILIES: dict[str, tuple[Callable[[Pick], nn.Module], Kind]] = {}
 
+LAYERS: dict[str, tuple[str, ...]] = {
+    "albert": ("albert.encoder.albert_layer_groups",),
+    "resnet": tuple(f"resnet.encoder.stages.{n}.layers" for n in range(3)),
+}
+
 TWELVE = (
     "gpt2", "llama", "llama tied", "qwen3", "mixtral", "qwen3 moe", "gemma", "bert", "t5", "bart", "llama lora",
     "llama checkpointing",
@@ -71,6 +76,20 @@ class Example:
             if parameter.requires_grad and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
         return model.train()
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """Names of its lists of layers, where the model does not say them."""
+        return LAYERS.get(self.family)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the loss is nothing but a mean over tokens (or samples)."""
+        return FAMILIES[self.family][1] not in (CAUSAL_AND_MORE, ANSWERS) and not self.norms_batches
+
+    @property
+    def norms_batches(self) -> bool:
+        return self.family == "resnet"
 
     def batch(self, model: nn.Module, step: int, rows: int = 8) -> Batch:
         generator = torch.Generator().manual_seed(1000 * (self.seed or 0) + step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipex.errors import UnsupportedModule
-from pipex.partition.own_forward.conventions import collected
+from pipex.partition.conventions import collected
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Called, Record
 from pipex.partition.own_forward.tree import junk
@@ -73,6 +73,18 @@ class Form:
         output = [Leaf(call, "", number) for number, leaf in enumerate(self.leaves) if leaf is None]
         beside = [(name, n) for name, entries in self.beside.items() for n, is_one in enumerate(entries) if is_one]
         return output + [Leaf(call, name, n) for name, n in beside]
+
+    def is_of(self, leaves: Sequence[Any], beside: Mapping[str, Sequence[Any]]) -> bool:
+        """Whether a call has made what it made of the sample, but for the values of tensors. What is neither a tensor
+        nor plain is not looked into."""
+        return (
+            len(leaves) == len(self.leaves)
+            and all(
+                isinstance(leaf, Tensor) if one is None else type(leaf) is type(one[0]) and is_same(leaf, one[0])
+                for leaf, one in zip(leaves, self.leaves, strict=True)
+            )
+            and all(tuple(isinstance(e, Tensor) for e in beside[name]) == many for name, many in self.beside.items())
+        )
 
     def is_like(self, leaf: Leaf) -> bool:
         """Whether the leaf, one of this call, has the form of an argument."""
@@ -142,20 +154,18 @@ class Crossing:
     def _own(self, number: int, form: Form, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = {name: len(entries) for name, entries in collected().items()} if form.beside else {}
         output = gate.real(*args, **kwargs)
-        if wanted := self.wanted.get(number):
-            leaves = [output] if form.single else tree_leaves(output)
-            for leaf in wanted:
-                if leaf.name:
-                    found = collected()[leaf.name][before.get(leaf.name, 0) + leaf.number]
-                else:
-                    found = leaves[leaf.number] if len(leaves) == len(form.leaves) else None
-                if not isinstance(found, Tensor):
-                    raise UnsupportedModule(
-                        f"{gate.path} returned something else than with the sample", got=type(output).__name__,
-                        needed=f"a tensor as number {leaf.number} of {len(form.leaves)}",
-                        fix="split the model with a sample that is like the batches",
-                    )  # fmt: skip
-                self.made[leaf] = found
+        if self.end == len(self.chain):
+            return output
+        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        beside = {name: collected()[name][before.get(name, 0) :] for name in form.beside}
+        if not form.is_of(leaves, beside):
+            raise UnsupportedModule(
+                f"{gate.path} returned something else than with the sample, which later stages do not see",
+                got=_words(leaves), needed=_words([Tensor if leaf is None else leaf[0] for leaf in form.leaves]),
+                fix="split the model with a sample that is like the batches, or bring these into one form",
+            )  # fmt: skip
+        for leaf in self.wanted.get(number, ()):
+            self.made[leaf] = beside[leaf.name][leaf.number] if leaf.name else leaves[leaf.number]
         return output
 
     def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,6 +192,15 @@ class Crossing:
                 needed=f"one as argument {like}", fix="split the model with a sample that is like the batches",
             )  # fmt: skip
         return given if not any(given.stride()) and given.dim() else junk(given.shape, given.dtype, given.device)
+
+
+def is_same(one: object, other: object) -> bool:
+    """Of leaves that are no tensors, as far as they are plain."""
+    return not isinstance(one, (bool, int, float, str, type(None))) or one == other
+
+
+def _words(leaves: Sequence[Any]) -> str:
+    return ", ".join("a tensor" if leaf is Tensor or isinstance(leaf, Tensor) else repr(leaf)[:40] for leaf in leaves)
 
 
 NOTHING = junk((), torch.float32, torch.device("cpu"))

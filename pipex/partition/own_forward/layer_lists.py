@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from pipex.errors import InputError, UnsupportedModule
-from pipex.partition.own_forward.conventions import layer_lists
+from pipex.partition.conventions import layer_lists
 
 
 def layer_paths(model: nn.Module, lists: Sequence[str] | None) -> list[str]:

@@ -14,7 +14,6 @@ functions, and makes a mean as the quotient of the two that it keeps.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipex.errors import InputError, UnsupportedModule
+from pipex.torch_internals import version, weight_on_the_way_to_a_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class Means(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == F.__name__ and "reduction" in kwargs:
-            if func is F.l1_loss and (weight := sys._getframe(2).f_locals.get("weight")) is not None:
-                kwargs = {**kwargs, "weight": weight}  # which torch 2.13 forgets on the way to a mode
+            if func is F.l1_loss and (weight := weight_on_the_way_to_a_mode()) is not None:
+                kwargs = {**kwargs, "weight": weight}
             older = kwargs.get("size_average"), kwargs.get("reduce")
             if kwargs["reduction"] in ("mean", "batchmean") and older == (None, None):
                 return self._mean(func, args, dict(kwargs))
@@ -92,6 +92,12 @@ class Means(TorchFunctionMode):
             UnsupportedModule: it is not known what it was divided by.
         """
         loss = loss_in(output)
+        if loss is None:
+            raise InputError(
+                "the model returned no loss", got=f"{type(output).__name__} without one",
+                needed="a scalar, called loss",
+                fix="put the labels into the batch, under the name that the model's forward has for them",
+            )  # fmt: skip
         for mean in (*self._means, *(() if self._means else self._quotients)):
             if mean.is_all_of(loss):
                 return OwnLoss(mean.sum(), mean.count)
@@ -133,32 +139,23 @@ class Means(TorchFunctionMode):
 _DIVISIONS = frozenset({"div", "true_divide", "__truediv__"})
 
 
-def loss_in(output: Any) -> Tensor:
-    """The loss in what a model's forward returned: its ``loss``; of a tuple the only scalar.
-
-    Raises:
-        InputError: there is none.
-    """
-    if isinstance(output, tuple) and not hasattr(output, "loss"):
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in what a model's forward returned, if there is one: its ``loss``; of a tuple the only
+    scalar; or the output itself."""
+    loss: Any
+    if isinstance(output, Tensor):
+        loss = None if output.dim() else output
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
         scalars = [value for value in output if isinstance(value, Tensor) and not value.dim()]
-        loss: Any = scalars[0] if len(scalars) == 1 else None
+        loss = scalars[0] if len(scalars) == 1 else None
     else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise InputError(
-            "the model returned no loss", got=f"{type(output).__name__} without one", needed="a scalar, called loss",
-            fix="put the labels into the batch, under the name that the model's forward has for them",
-        )  # fmt: skip
-    return loss
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def has_loss(output: Any) -> bool:
     """Whether there is a loss in what a model's forward returned."""
-    try:
-        loss_in(output)
-    except InputError:
-        return False
-    return not isinstance(output, Tensor)
+    return loss_in(output) is not None
 
 
 def own_loss(output: OwnLoss, target: None) -> OwnLoss:
@@ -220,4 +217,4 @@ def _wide(loss: Tensor) -> Tensor:
 
 def _version(tensor: Tensor) -> float:
     """How often a tensor was changed in place; equal to nothing where that is not counted."""
-    return nan if torch.is_inference(tensor) else tensor._version
+    return nan if torch.is_inference(tensor) else version(tensor)

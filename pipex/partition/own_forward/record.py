@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
-from pipex.partition.own_forward.conventions import collected
+from pipex.partition.conventions import collected
 from pipex.partition.own_forward.tree import Parted
 from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
-from pipex.partition.own_forward.conventions import collected
-from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf
+from pipex.partition.conventions import collected
+from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
@@ -121,6 +121,7 @@ class Rehearsal:
         own = {self._chain[call].path for call in calls}
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
+        always = frozenset(leaf for leaf in before if self._is_truth(leaf))
         unlike = frozenset(leaf for leaf in before if not self._chain[leaf.call].is_like(leaf))
         all_there_is = Need(before, unlike, self._floats, self._outer.union(self._parameters).difference(own))
 
@@ -128,9 +129,9 @@ class Rehearsal:
             return self._problem(calls, before, need, own) is None
 
         # What most layers need is tried first.
-        found = Need(last, self._forms, frozenset() if unit else self._floats, frozenset())
+        found = Need(last | always, self._forms, frozenset() if unit else self._floats, frozenset())
         if works(found):
-            return replace(found, made=_needed(last, lambda made: works(replace(found, made=made))))
+            return replace(found, made=always | _needed(last, lambda made: works(replace(found, made=made | always))))
         if (problem := self._problem(calls, before, all_there_is, own)) is not None:
             raise UnsupportedModule(
                 f"the model cannot be cut before {self._chain[calls.start].path}", got=problem,
@@ -139,12 +140,18 @@ class Rehearsal:
                 "(caches)",
             )  # fmt: skip
         found = all_there_is
-        found = replace(found, made=_needed(found.made, lambda made: works(replace(found, made=made))))
+        found = replace(found, made=always | _needed(found.made, lambda made: works(replace(found, made=made))))
         found = replace(found, given=_needed(found.given, lambda given: works(replace(found, given=given))))
         found = replace(found, held=_needed(found.held, lambda held: works(replace(found, held=held))))
         found = replace(found, forms=_needed(found.forms, lambda forms: works(replace(found, forms=forms))))
         self._forms = found.forms
         return found
+
+    def _is_truth(self, leaf: Leaf) -> bool:
+        """Whether it is a tensor of truth values, of which none can stand for what is not there."""
+        called = self._record.calls[leaf.call]
+        tensor = (called.beside[leaf.name] if leaf.name else called.output)[leaf.number]
+        return isinstance(tensor, Tensor) and tensor.dtype is torch.bool
 
     def _problem(self, calls: range, before: frozenset[Leaf], need: Need, own: Collection[str]) -> str | None:
         """Runs the code between the calls; says what is not as recorded.
@@ -193,13 +200,12 @@ def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
                 return False
             if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
                 return False
-        elif one is _MISSING or other is _MISSING or (isinstance(one, _PLAIN) and one != other):
+        elif one is _MISSING or other is _MISSING or not is_same(one, other):
             return False
     return True
 
 
 _MISSING = object()
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def _finding(module: nn.Module) -> Callable[[], nn.Module]:

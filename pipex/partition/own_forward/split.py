@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipex.errors import InputError, PipexError, UnsupportedModule, headline
+from pipex.errors import InputError, PipexError, headline
+from pipex.partition.conventions import no_cache, refuse_untied
 from pipex.partition.own_forward.arguments import Arguments
-from pipex.partition.own_forward.conventions import no_cache, ties_said
 from pipex.partition.own_forward.crossing import forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import has_loss
@@ -32,7 +32,7 @@ def split_by_forward(
     model: nn.Module, counts: Counts, sample: Any, layers: Sequence[str] | None, verify: bool
 ) -> list[ModelStage]:
     """The stages. Arguments and errors as of ``split_model``."""
-    _check_ties(model)
+    refuse_untied([model])
     if verify and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             "a model without values has nothing to verify its stages with", got="one on the meta device",
@@ -86,23 +86,3 @@ def _untouched(model: nn.Module, sample: Sequence[Tensor]) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-
-
-def _check_ties(model: nn.Module) -> None:
-    """Raises UnsupportedModule if the model says that it has tied parameters, and has two of them."""
-    for path, module in model.named_modules():
-        for one, other in ties_said(module):
-            parameters = [_parameter(module, name) for name in (one, other)]
-            if None not in parameters and parameters[0] is not parameters[1]:
-                prefix = f"{path}." if path else ""
-                raise UnsupportedModule(
-                    f"{prefix}{one} and {prefix}{other} are tied, as the configuration has it, and are two parameters",
-                    got="two", needed="one", fix="call model.tie_weights(), or set config.tie_word_embeddings to False",
-                )  # fmt: skip
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    try:
-        return module.get_parameter(name)
-    except AttributeError:
-        return None

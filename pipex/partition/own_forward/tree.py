@@ -144,6 +144,10 @@ def shallow(module: Made) -> Made:
 
 
 def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One element, not a number where the dtype has such, in place of all of a tensor's."""
-    value: Any = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    """One element in place of all of a tensor's: not a number where the dtype has such, else its largest."""
+    value: Any = 0
+    if dtype.is_floating_point or dtype.is_complex:
+        value = float("nan")
+    elif dtype is not torch.bool:
+        value = torch.iinfo(dtype).max
     return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))

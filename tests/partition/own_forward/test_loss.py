@@ -257,6 +257,7 @@ def test_a_loss_whose_divisor_cannot_be_seen_is_refused(forward: Callable[[Tenso
         SimpleNamespace(loss=None),
         (scores(2), scores(2)),
         torch.randn(3, 3),
+        torch.ones(1),
         (torch.ones(()), torch.ones(())),
     ],
 )

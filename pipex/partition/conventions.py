@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 from torch import nn
+
+from pipex.errors import UnsupportedModule
 
 _CAPTURING = "transformers.utils.output_capturing"
 _COLLECTOR = "_active_collector"
@@ -47,7 +49,35 @@ def _lists_of_wholes(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
                 yield name, module
 
 
-def ties_said(module: nn.Module) -> Iterator[tuple[str, str]]:
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a ``PreTrainedModel`` of transformers."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def refuse_untied(modules: Sequence[nn.Module]) -> None:
+    """Raises UnsupportedModule if a model says that two of its parameters are one, and they are two, in one of these
+    modules or in several that have parts of copies of it."""
+    found: dict[tuple[type, str], nn.Parameter] = {}
+    ties: set[tuple[type, str, str]] = set()
+    for module in (inner for outer in modules for inner in outer.modules()):
+        said = list(_ties_said(module))
+        ties.update((type(module), name, owner) for name, owner in said)
+        if said:
+            named = module.named_parameters(remove_duplicate=False)
+            found |= {(type(module), name): parameter for name, parameter in named}
+    for kind, name, owner in sorted(ties, key=str):
+        one, other = found.get((kind, name)), found.get((kind, owner))
+        if one is not None and other is not None and one is not other:
+            raise UnsupportedModule(
+                f"{name} and {owner} of {kind.__name__} are tied, as its configuration has it, and are two parameters",
+                got="each trained apart", needed="one parameter",
+                fix="cut one model, not copies of it; call model.tie_weights(); or set config.tie_word_embeddings to "
+                "False",
+            )  # fmt: skip
+
+
+def _ties_said(module: nn.Module) -> Iterator[tuple[str, str]]:
     """What a model says is one parameter: names, each with that of its owner."""
     said = getattr(module, "all_tied_weights_keys", None)
     if isinstance(said, dict):
