@@ -196,7 +196,7 @@ def test_what_a_program_could_hide_in_is_not_read(files: Path) -> None:
         hugging_face.causal_model("code")
 
 
-def test_without_transformers_it_is_said_how_to_get_it(
+def test_without_transformers_it_is_said_how_to_get_it_and_other_models_train(
     here: Run,
     files: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,6 +205,8 @@ def test_without_transformers_it_is_said_how_to_get_it(
     _, stderr = here("train", "text.txt", "--hf", "llama", "--steps", "1", code=1)
     assert "Hugging Face models need transformers" in stderr
     assert "pip install '.[hf]'" in stderr
+    sizes = ["--layers", "2", "--width", "16", "--heads", "2"]
+    assert "loss" in here("train", "text.txt", *sizes, *BATCH, "--steps", "1")[0]
 
 
 @pytest.mark.long
