@@ -83,8 +83,9 @@ def _has_tokenizer(path: str) -> bool:
 
 
 def _tokenizer(path: str) -> Any:
+    auto = _transformers().AutoTokenizer
     with _named(path):
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _config(path: str) -> Any:
@@ -94,8 +95,9 @@ def _config(path: str) -> Any:
             f"there is no model in {path}", got=f"no file {file}", needed="a directory with a config.json, or its path",
             fix="save the model there with save_pretrained; nothing is downloaded",
         )  # fmt: skip
+    auto = _transformers().AutoConfig
     with _named(path):
-        return _transformers().AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+        return auto.from_pretrained(file, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager
@@ -104,8 +106,6 @@ def _named(path: str) -> Iterator[None]:
     its models."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         said = " ".join(str(error).split())  # the first line alone may be without what is wrong
         raise InputError(f"transformers makes no causal language model of {path}",
