@@ -44,7 +44,7 @@ def both(padded: bool) -> tuple[float, float | None]:
     return page["step_with_pipex"](small_llama.model(), batch(padded)), by_torch
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.long), True])
 def test_both_ways_run_and_pipex_has_the_loss_of_transformers(padded: bool) -> None:
     expected = small_llama.model()(**batch(padded)).loss.item()
     (first, nothing), (last, by_torch) = pipex.launch(both, 2, args=[padded])
