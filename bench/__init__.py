@@ -16,6 +16,7 @@
     pipeline         its step, schedule beside schedule and beside the simulator
     overlap          its communication that computing does not hide
     drop_in          torch.distributed.pipelining with and without pipex.drop_in()
+    hugging_face     a training step of a Hugging Face model that pipex cuts, and torch's tracing
     backward         the split backward of one stage
     gpu              times on a GPU, and its ceilings
     products         which matrix products are measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pipex.bench.torch_schedules import torch_schedule
 from pipex.plan import Kind, Plan
 from pipex.runtime.loss import LossFunction
 from pipex.runtime.pipeline import Pipeline
+from pipex.runtime.update import Parameters
 
 
 class _KeepGradients(torch.optim.Optimizer):
@@ -29,15 +30,28 @@ class _KeepGradients(torch.optim.Optimizer):
 
 
 class PipexStep:
-    """``pipex.Pipeline``."""
+    """``pipex.Pipeline``, on the arguments of its ``step``.
 
-    def __init__(self, stages: Sequence[nn.Module], plan: Plan, batch: Tensor, target: Tensor) -> None:
-        self._pipeline = Pipeline(stages, plan, nn.functional.mse_loss, optimizer=_KeepGradients)
-        self._data = batch, target
+    Attributes:
+        names: of this rank's parameters, in the order of their gradients.
+        loss: of the last step.
+    """
+
+    def __init__(
+        self, stages: Sequence[nn.Module], plan: Plan, *data: Any,
+        loss_fn: LossFunction | Literal["model"] = nn.functional.mse_loss,
+    ) -> None:  # fmt: skip
+        self._pipeline = Pipeline(stages, plan, loss_fn, optimizer=self._optimizer)
+        self._data = data
+        self.loss: float | None = None
         self.close = self._pipeline.close
 
+    def _optimizer(self, parameters: Parameters) -> _KeepGradients:
+        self.names = [name for name, _ in parameters.named]
+        return _KeepGradients(parameters)
+
     def run(self) -> list[Tensor]:
-        self._pipeline.step(*self._data)
+        self.loss = self._pipeline.step(*self._data)
         assert isinstance(self._pipeline.optimizer, _KeepGradients)
         return self._pipeline.optimizer.gradients
 

@@ -113,6 +113,17 @@ def test_no_file_holds_two_ideas() -> None:
         assert path.read_text().count("\n") <= 400, path
 
 
+def test_what_need_not_be_installed_is_imported_where_it_is_used() -> None:
+    """Not when a module is imported, which is when a plain model is trained too."""
+    for path in files(".py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                )
+                assert not {name.partition(".")[0] for name in names} & {"transformers", "peft", "datasets"}, path
+
+
 def test_every_package_is_in_the_table() -> None:
     top = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in files(".py")}
     assert top == set(MAY_IMPORT) | {"__init__", "__main__"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from pipex.cli import COMMANDS
 
@@ -46,6 +49,48 @@ def test_the_fine_tuning_example_learns() -> None:
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def code_lines(source: str) -> int:
+    """Without imports, comments, texts and blank lines."""
+    lines = {
+        node.lineno + offset
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.stmt) and not isinstance(node, (ast.Import, ast.ImportFrom))
+        for offset in range(1 if hasattr(node, "body") else (node.end_lineno or node.lineno) - node.lineno + 1)
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    }
+    return len(lines)
+
+
+@pytest.mark.parametrize("starter", [[], pytest.param(TORCHRUN, marks=pytest.mark.long)])
+def test_the_hugging_face_example_learns_goes_on_and_writes_the_model(starter: list[str], tmp_path: Path) -> None:
+    path = ROOT / "examples" / "hugging_face.py"
+    source = path.read_text()
+    tree = ast.parse(source)
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert code_lines(ast.unparse(train)) <= 30
+
+    def run(program: Path, directory: str) -> list[tuple[int, float, float]]:
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore" if starter else "error", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *starter, str(program), str(tmp_path / directory)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"epoch (\d+): loss ([0-9.]+), learning rate ([0-9.]+)", done.stdout)
+        return [(int(epoch), float(loss), float(rate)) for epoch, loss, rate in found]
+
+    whole = run(path, "whole")
+    assert [epoch for epoch, _, _ in whole] == list(range(6))
+    assert whole[-1][1] < 0.2 < whole[0][1]
+    # Broken off in the middle, and started once more.
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace("for epoch in range(pipeline.steps // 4, epochs)", "for epoch in range(2)"))
+    assert run(broken, "part") == whole[:2]
+    assert run(path, "part") == whole[2:]
+    model, again = (LlamaForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "part"))
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    ids = (torch.arange(16)[None] * 3) % 30 + 1  # it has learned to count
+    assert model(input_ids=ids, labels=ids).loss < 0.2
 
 
 @pytest.mark.parametrize("starter", [[], pytest.param(TORCHRUN, marks=pytest.mark.long)])

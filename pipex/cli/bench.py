@@ -28,6 +28,10 @@ BENCHES = {
         "pipex.bench.drop_in",
         "a training step of torch.distributed.pipelining, with and without pipex.drop_in()",
     ),
+    "hugging-face": (
+        "pipex.bench.hugging_face",
+        "a training step of a Hugging Face model: pipex, torch.distributed.pipelining's pipeline()",
+    ),
     "backward": (
         "pipex.bench.backward",
         "the split backward of one stage: pipex, torch's split, one whole backward",

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pipex.cli.factory import find_factory
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 MODULE:FACTORY names a function without arguments in a module that Python can import from here. It returns a tuple
-(model, sample, target, loss_fn): the model as for pipex.split_model; one micro-batch, a tensor or a tuple of tensors;
-its target; and a function (output, target) -> loss. Model and tensors stand on the device to measure on.
+(model, sample, target, loss_fn): the model as for pipex.split_model; one micro-batch, a tensor, a tuple of tensors, or
+the dict by which a model is cut by its own forward; its target; and a function (output, target) -> loss, or "model" for
+the loss that the model returns. Model and tensors stand on the device to measure on.
 
     # my_model.py
     def profiled():
@@ -29,14 +31,17 @@ its target; and a function (output, target) -> loss. Model and tensors stand on 
     # in the program; the same file on every rank
     stages = pipex.split_model(Model(), plan, balance=LayerCosts.read("costs.json"))
 
-Without FACTORY the model of `pipex train` is measured, on one micro-batch of --batch / --microbatches sequences.
+Without FACTORY the model of `pipex train` is measured, on one micro-batch of --batch / --microbatches sequences; with
+--hf the Hugging Face model that `pipex train --hf` would train, embedding and head included.
 """
 
-# Options of `pipex train` that say what its model and its micro-batches are
-BUILT_IN = {
+# Options of `pipex train` that say what its micro-batches and its model are
+BATCH = {
     "batch": "sequences per step",
     "microbatches": "micro-batches per step",
-    "context": "bytes per sequence",
+    "context": "bytes, or tokens, per sequence",
+}
+MODEL = {
     "width": "width of the model",
     "heads": "attention heads",
     "layers": "transformer blocks",
@@ -58,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true",
                         help="print one JSON object as the last line on stdout; the table goes to stderr")  # fmt: skip
     group = parser.add_argument_group("pipex train's model")
-    for name, text in BUILT_IN.items():
+    group.add_argument("--hf", metavar="PATH", help="measure this Hugging Face model, as `pipex train --hf` has it")
+    for name, text in (BATCH | MODEL).items():
         default: Any = defaults[name]
         hint = "X" if isinstance(default, float) else "N"
         group.add_argument(f"--{name}", type=type(default), metavar=hint, help=f"{text} (default {default})")
@@ -70,7 +76,10 @@ def run(options: argparse.Namespace) -> int:
     for name in ("ranks", "passes"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is out of range", got=getattr(options, name), needed="at least 1")
-    model, sample, target, loss_fn = _built_in(options) if options.factory is None else _made(options)
+    if options.factory is not None:
+        model, sample, target, loss_fn = _made(options)
+    else:
+        model, sample, target, loss_fn = _own(options) if options.hf is None else _hugging_face(options)
     if options.out is not None:
         _check_writable(options.out)
     from pipex.partition import profile_layers
@@ -87,10 +96,32 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _built_in(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    given = {name: value for name in (*BUILT_IN, "tied") if (value := getattr(options, name)) is not None}
-    sizes = Options(**given)
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _sizes(options: argparse.Namespace) -> Options:
+    sizes = Options(hf=options.hf, **_given(options, (*BATCH, *MODEL, "tied")))
     sizes.check_values()
+    return sizes
+
+
+def _hugging_face(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    if wrong := _given(options, (*MODEL, "tied")):
+        raise InputError(f"--hf excludes --{next(iter(wrong))}", fix="the model's file says it; leave it out")
+    sizes = _sizes(options)
+    import torch
+
+    from pipex.cli import hugging_face
+
+    known = hugging_face.vocabulary(options.hf)
+    tokens = torch.randint(known, (-(-sizes.batch // sizes.microbatches), sizes.context))
+    hugging_face.check_tokens(options.hf, tokens, sizes.context)
+    return hugging_face.causal_model(options.hf), {"input_ids": tokens, "labels": tokens}, None, "model"
+
+
+def _own(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    sizes = _sizes(options)
     import torch
 
     from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
@@ -109,12 +140,15 @@ def _made(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
         InputError: there is no such factory, or it returns something else.
     """
     text: str = options.factory
-    if wrong := [name for name in (*BUILT_IN, "tied") if getattr(options, name) is not None]:
-        raise InputError(f"--{wrong[0]} is about pipex train's model", got=f"{text} too", fix=f"leave out --{wrong[0]}")
+    for name in _given(options, ("hf", *BATCH, *MODEL, "tied")):
+        raise InputError(f"--{name} is about pipex train's model", got=f"{text} too", fix=f"leave out --{name}")
     made = find_factory(text)()
     from torch import nn
 
-    if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], nn.Module) and callable(made[3])):
+    if not (
+        isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], nn.Module)
+        and (callable(made[3]) or made[3] == "model")
+    ):  # fmt: skip
         got = f"({', '.join(type(v).__name__ for v in made)})" if isinstance(made, tuple) else type(made).__name__
         raise InputError(f"{text} returned something else", got=got, needed="(model, sample, target, loss_fn)")
     return made

@@ -8,17 +8,22 @@ time, spread a disturbance of the machine over all layers alike and leave the ca
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipex.backward import Splitter
 from pipex.errors import InputError, UnsupportedModule, headline
-from pipex.partition.layers import layers_of
+from pipex.partition.conventions import is_pretrained
+from pipex.partition.layers import layers_of, names_layers
+from pipex.partition.own_forward.split import split_by_forward
+from pipex.partition.own_forward.units import Unit
+from pipex.partition.stage import Keywords
 from pipex.plan.layer_costs import Layer, LayerCosts
+from pipex.torch_internals import tree_flatten, tree_unflatten
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -27,8 +32,9 @@ WARM_UP = 2
 
 
 def profile_layers(
-    model: nn.Module, sample: Tensor | Sequence[Tensor], target: Any, loss_fn: LossFunction, *, passes: int = 10
-) -> LayerCosts:
+    model: nn.Module, sample: Any, target: Any = None, loss_fn: LossFunction | Literal["model"] = "model", *,
+    layers: Sequence[str] | None = None, passes: int = 10,
+) -> LayerCosts:  # fmt: skip
     """The costs of the model's layers: the shortest times over ``passes`` passes of one micro-batch.
 
     What disturbs a measurement only ever adds to it. With three busy processes per core, medians of equal layers
@@ -39,37 +45,37 @@ def profile_layers(
     random number generators and the modes stay as they are; a layer runs in the mode in which it is found.
 
     Args:
-        model: as for ``split_model``, on the device to measure on.
-        sample: the input of one micro-batch, of the size that training will use: a tensor, or several.
+        model: as for ``split_model``, on the device to measure on. Of one that is cut by its own forward the units are
+            measured, each with what that forward does around its layers on every stage.
+        sample: the input of one micro-batch, of the size that training will use: a tensor, or several; of a model that
+            is cut by its own forward, a batch as ``split_model`` takes it.
         target: its target.
-        loss_fn: (output, target) -> a loss of one element; its costs count to the last layer.
+        loss_fn: (output, target) -> a loss of one element; or "model": what the model's output has as its loss. Its
+            costs count to the last layer.
+        layers: as for ``split_model``.
         passes: at least 1.
 
     Returns:
         seconds, with as many threads as torch has now; bytes. A tensor that two layers keep counts in both.
 
     Raises:
-        InputError: no passes, no layers, no tensors in the sample, or a loss of several elements.
-        UnsupportedModule: the model does not name its layers, cannot be copied, or a layer returns no tensors.
+        InputError: no passes, no layers, no tensors in the sample, no loss or one of several elements.
+        UnsupportedModule: the model has no layers to be found, cannot be copied, or a layer returns no tensors.
     """
     if passes < 1:
         raise InputError("nothing would be measured", got=f"passes={passes}", needed="at least 1")
-    inputs = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise InputError(
-            "the sample is not made of tensors",
-            got=", ".join(type(x).__name__ for x in inputs) or "nothing",
-            needed="a tensor or a tuple of tensors",
-        )
-    names = _names(model)
+    if layers is None and names_layers(model) and not is_pretrained(model):
+        inputs = _tensors_of(sample)
+        names, modules = _names(model), list(_copy(nn.ModuleList(layers_of(model)), model))
+    else:
+        names, modules, inputs = _units(model, sample, layers)
     if not names:
         raise InputError("the model has no layers", needed="at least one")
-    layers = _copies(model)
-    layers[-1] = _WithLoss(layers[-1], loss_fn, target)
+    modules[-1] = _WithLoss(modules[-1], _loss_of_output if loss_fn == "model" else loss_fn, target)
     device = inputs[0].device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad():
-        run = _Passes(layers, names, inputs)
+        run = _Passes(modules, names, inputs)
         sizes = run.sizes()
         seconds = [run.seconds() for _ in range(WARM_UP + passes)][WARM_UP:]
     costs = []
@@ -121,7 +127,8 @@ class _Passes:
         """Bytes per layer: activation, deferred, parameters, output."""
         clock = _Clock(self._inputs[0].device)
         runs = list(self._forward(clock))
-        outputs = [sum(output.nbytes for output in run.outputs) for run in runs]
+        # A tensor that repeats a few elements travels as these.
+        outputs = [sum(min(y.nbytes, y.untyped_storage().nbytes()) for y in run.outputs) for run in runs]
         activations = [run.kept_for_backward() for run in runs]
         self._backward(runs, clock)
         parameters = [sum(p.nbytes for p in run.layer.parameters()) for run in runs]
@@ -152,7 +159,7 @@ class _Run:
     def __init__(self, layer: nn.Module, splitter: Splitter, values: Sequence[Tensor], *, first: bool) -> None:
         self.layer = layer
         self.tape = splitter.record()
-        self.inputs = [x.detach().requires_grad_(not first and _differentiable(x)) for x in values]
+        self.inputs = [x.detach().requires_grad_(not first and x.requires_grad) for x in values]
         self.leaves = [x for x in self.inputs if x.requires_grad]
         self.arguments = self._arguments()
         self.outputs: tuple[Tensor, ...] = ()
@@ -162,10 +169,8 @@ class _Run:
             return self.layer(*self.arguments)
 
     def roots(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Where the backward starts, from the gradients of the differentiable outputs."""
-        outputs = [y for y in self.outputs if _differentiable(y)]
-        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-        return [y for y, _ in pairs], [g for _, g in pairs]
+        """Where the backward starts, from the gradients of the outputs that need one."""
+        return [y for y in self.outputs if y.requires_grad], list(gradients)
 
     def kept_for_backward(self) -> int:
         """Bytes that the layer keeps from F to I: its input, and what autograd saves; not its output, which counts as
@@ -223,10 +228,60 @@ def _names(model: nn.Module) -> list[str]:
     return [names[id(layer)] for layer in layers_of(model)]
 
 
-def _copies(model: nn.Module) -> list[nn.Module]:
-    """The layers on their own, tied parameters still tied; no gradients, no hooks of parameters."""
+def _tensors_of(sample: Any) -> tuple[Tensor, ...]:
+    inputs = (sample,) if isinstance(sample, Tensor) else tuple(sample)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise InputError(
+            "the sample is not made of tensors",
+            got=", ".join(type(x).__name__ for x in inputs) or "nothing",
+            needed="a tensor or a tuple of tensors",
+        )
+    return inputs
+
+
+def _units(
+    model: nn.Module, sample: Any, layers: Sequence[str] | None
+) -> tuple[list[str], list[nn.Module], tuple[Tensor, ...]]:
+    """Of a model that is cut by its own forward names, a stage for each unit, and what the first one gets."""
+    copied = _copy(model, model)
+    stages = split_by_forward(copied, lambda units: [1] * len(units), sample, layers, verify=False)
+    names = [", ".join(unit.names_of_modules) for stage in stages for unit in stage.layers if isinstance(unit, Unit)]
+    first = _OnBatch(stages[0], sample)
+    return names, [first, *stages[1:]], first.tensors
+
+
+class _OnBatch(nn.Module):
+    """A model's first stage, called with the tensors of a batch."""
+
+    def __init__(self, stage: nn.Module, sample: Any) -> None:
+        super().__init__()
+        self.stage = stage
+        self._leaves, self._form = tree_flatten(sample)
+        self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+
+    def forward(self, *tensors: Tensor) -> Any:
+        left = iter(tensors)
+        batch = tree_unflatten([next(left) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves], self._form)
+        if isinstance(batch, Mapping):
+            return self.stage(Keywords(batch))
+        return self.stage(*batch) if isinstance(batch, (tuple, list)) else self.stage(batch)
+
+
+def _loss_of_output(output: Any, _: Any) -> Any:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise InputError("the model's output has no loss", got=type(output).__name__, needed="one with loss",
+                         fix="put labels into the sample, or pass target and loss_fn")  # fmt: skip
+    return loss
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _copy(module: _Module, model: nn.Module) -> _Module:
+    """All of it, tied parameters still tied; no gradients, no hooks of parameters."""
     try:
-        return list(copy.deepcopy(nn.ModuleList(layers_of(model))))
+        return copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModule(
             f"{type(model).__name__} cannot be copied, and so not be measured without changing it",
@@ -243,10 +298,6 @@ def _tensors(output: Any, name: str) -> tuple[Tensor, ...]:
                 needed="a tensor or a tuple of tensors", fix="make it one layer with the layers that need its output",
             )  # fmt: skip
     return tensors
-
-
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _bytes(tensors: Iterable[Tensor], without: Iterable[Tensor]) -> int:

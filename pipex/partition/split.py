@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipex.errors import ConfigMismatch, InputError, UnsupportedModule
 from pipex.hugging_face.conventions import is_pretrained
@@ -63,7 +63,8 @@ def split_model(
         layers: the names of the module lists between whose elements such a model may be cut. None: those that
             transformers does not want split, or checkpoints, or has a pipeline plan for.
         verify: whether such a model's stages are compared with it, forward and backward on the sample, bit for bit.
-        target, loss_fn: for ``"profile"``: the sample's target, and (output, target) -> loss.
+        target, loss_fn: for ``"profile"``: the sample's target, and (output, target) -> loss; may be left out where the
+            model is cut by its own forward and returns its loss.
         exchange: for ``"profile"`` in a run of several ranks: ``pipex.current_world().exchange``.
 
     Raises:
@@ -73,45 +74,44 @@ def split_model(
         ConfigMismatch: with ``exchange``, another rank is doing something else.
     """
     pretrained = is_pretrained(model)
-    if layers is not None or (sample is not None and (pretrained or not names_layers(model))):
-        return list(split_by_forward(model, lambda units: layer_counts(units, stages, balance), sample, layers, verify))
-    if pretrained:
+    own_forward = layers is not None or (sample is not None and (pretrained or not names_layers(model)))
+    if pretrained and not own_forward:
         raise UnsupportedModule(
             f"{type(model).__name__} does more in its forward than to apply its layers", got="no sample",
             needed="a batch, to cut it by its own forward",
             fix="pass sample=dict(input_ids=..., attention_mask=..., labels=...)",
         )  # fmt: skip
-    named = layers_of(model)
     if balance == "profile":
-        check_stages(len(named), pieces_of(stages))
-        balance = _profile(model, sample, target, loss_fn, exchange)
-    elif any(value is not None for value in (sample, target, loss_fn, exchange)):
+        if not own_forward:
+            check_stages(len(layers_of(model)), pieces_of(stages))
+        balance = _profile(model, sample, target, loss_fn, layers, exchange, needs_target=not own_forward)
+    elif any(value is not None for value in (None if own_forward else sample, target, loss_fn, exchange)):
         raise InputError(
-            "sample, target, loss_fn and exchange are for balance='profile'",
+            f"{'' if own_forward else 'sample, '}target, loss_fn and exchange are for balance='profile'",
             got="another balance",
             fix="leave them out",
         )
+    if own_forward:
+        return list(split_by_forward(model, lambda units: layer_counts(units, stages, balance), sample, layers, verify))
+    named = layers_of(model)
     parts = cut(named, layer_counts(named, stages, balance), model)
     assert [layer for part in parts for layer in part.layers] == named, "every layer lands exactly once, in order"
     return parts
 
 
 def _profile(
-    model: nn.Module,
-    sample: Tensor | Sequence[Tensor] | None,
-    target: Any,
-    loss_fn: LossFunction | None,
-    exchange: Exchange | None,
-) -> LayerCosts:
-    if sample is None or target is None or loss_fn is None:
+    model: nn.Module, sample: Any, target: Any, loss_fn: LossFunction | None, layers: Sequence[str] | None,
+    exchange: Exchange | None, *, needs_target: bool,
+) -> LayerCosts:  # fmt: skip
+    needed = {"sample": sample, "target": target, "loss_fn": loss_fn}
+    if any(value is None for value in needed.values()) and (needs_target or sample is None):
         raise InputError(
             "balance='profile' has nothing to measure with",
-            got=", ".join(n for n, v in (("sample", sample), ("target", target), ("loss_fn", loss_fn)) if v is not None)
-            or "none of them",
+            got=", ".join(name for name, value in needed.items() if value is not None) or "none of them",
             needed="sample, target and loss_fn",
             fix="pass one micro-batch, or layer costs as the balance",
         )
-    costs = profile_layers(model, sample, target, loss_fn)
+    costs = profile_layers(model, sample, target, "model" if loss_fn is None else loss_fn, layers=layers)
     if exchange is None:
         return costs
     said = [json.loads(payload or "[null]") for payload in exchange(json.dumps([_CALL, costs.to_text()]).encode())]

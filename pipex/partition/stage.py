@@ -28,6 +28,8 @@ class Stage(nn.Module):
 
     before_layer: Callable[[int], object] | None = None
     """called in a forward ahead of each layer, with the layer's position in here"""
+    draws_between: bool = False
+    """whether what runs between the layers may draw random numbers too: then every call of ``before_layer`` counts"""
     card: Card | None = None
     """of a model of transformers or PEFT: how its files are written and read"""
     model: ref[nn.Module] | None = None

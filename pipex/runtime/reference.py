@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipex.partition import as_stages
 from pipex.partition import tied as ties_of_stages
+from pipex.partition.own_forward.loss import own_loss
 from pipex.plan import Plan
 from pipex.runtime import microbatch, tied
 from pipex.runtime.aliases import fold
@@ -46,7 +47,9 @@ class OneProcess:
         self._ties = ties_of_stages(self.stages, self._copies)
         self._accumulators = tied.Accumulators()
         self._cuts: list[tuple[tuple[Tensor, ...], Received]] = []  # what each stage but the first got, and as what
-        self._loss = Loss(loss_fn)
+        self._loss = Loss(own_loss if loss_fn == "model" else loss_fn)
+        if loss_fn == "model":
+            self.stages[-1].own_loss = True
         self._counts: list[float | None] = []  # of each forward_backward since the last update
         self._clip_norm = clip_norm
         self._seed = seed
@@ -62,13 +65,13 @@ class OneProcess:
         """Those that are not frozen."""
         return [p for p in self.every if p.requires_grad]
 
-    def step(self, batch: Any, target: Any, *, total: float | None = None) -> float:
+    def step(self, batch: Any, target: Any = None, *, total: float | None = None) -> float:
         """One training step; returns the batch's mean loss."""
         loss = self.forward_backward(batch, target, total=total)
         self.update()
         return loss
 
-    def forward_backward(self, batch: Any, target: Any, *, total: float | None = None) -> float:
+    def forward_backward(self, batch: Any, target: Any = None, *, total: float | None = None) -> float:
         """Adds to the gradients; returns the batch's mean loss."""
         self._loss.trains = bool(self.trained)
         # Each stage of each copy has accumulators of its own.
@@ -109,7 +112,7 @@ class OneProcess:
         self._counts.clear()
         self.steps += 1
 
-    def evaluate(self, batch: Any, target: Any) -> float:
+    def evaluate(self, batch: Any, target: Any = None) -> float:
         """The batch's mean loss in evaluation mode."""
         for stage in self.stages:
             stage.eval()

@@ -27,7 +27,7 @@ class OneProcessWithVersions(OneProcess):
         """Takes these for the weights before the newest; as of ``Versions``."""
         self._versions = {p: [previous.get(p, p.data), p.data] for p in self.every}
 
-    def step(self, batch: Any, target: Any, *, total: float | None = None) -> float:
+    def step(self, batch: Any, target: Any = None, *, total: float | None = None) -> float:
         """One training step; returns the batch's mean loss."""
         self._loss.trains = bool(self.trained)
         self._versions = {p: [*self._versions.get(p, [p.data])[-2:-1], p.data.clone()] for p in self.every}

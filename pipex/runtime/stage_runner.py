@@ -107,11 +107,11 @@ class StageRunner:
         if len(before) != len(now) or not all(map(is_, before, now)):
             self._splitter.close()
             self._splitter = Splitter.of(self.stage, self._exact)
-        self._call_before_layers(self._before_layer if self.survey.drawing else None)
+        self._call_before_layers(self._before_layer if self._draws else None)
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
-        if self.survey.drawing or self._loss_draws:
+        if self._draws or self._loss_draws:
             self._seed = self._seeds.of(step, self.microbatches_before + microbatch)
         with _UNWATCHED if self._watch is None else self._watch.forward():
             output = self.stage(*inputs)
@@ -119,8 +119,13 @@ class StageRunner:
             self._seed(self.stage.first_layer + len(self.stage.layers))
         return output
 
+    @property
+    def _draws(self) -> bool:
+        """Whether anything in the stage may draw random numbers."""
+        return bool(self.survey.drawing) or self.stage.draws_between
+
     def _before_layer(self, position: int) -> None:
-        if position in self.survey.drawing:
+        if position in self.survey.drawing or self.stage.draws_between:
             self._seed(self.stage.first_layer + position)
 
     def forward(

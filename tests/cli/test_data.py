@@ -1,4 +1,4 @@
-"""The bytes that ``pipex train`` trains on."""
+"""The text that ``pipex train`` trains on."""
 
 import ast
 import sysconfig
@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipex.cli.train.data import STANDARD_LIBRARY_BYTES, ByteText, load_bytes
+from pipex.cli.train.data import STANDARD_LIBRARY_BYTES, Text, load_bytes
 from pipex.errors import InputError
-
-
-def content(text: ByteText) -> bytes:
-    return bytes(text.data.tolist())
 
 
 def test_files_are_joined_in_the_given_order(tmp_path: Path) -> None:
@@ -20,9 +16,7 @@ def test_files_are_joined_in_the_given_order(tmp_path: Path) -> None:
     first.write_text("grün\n", encoding="utf-8")
     second.write_text("red")
     text = load_bytes([first, str(second)])
-    assert content(text) == "grün\nred".encode()
-    assert len(text) == 9
-    assert text.data.dtype == torch.uint8
+    assert text == "grün\nred".encode()
 
 
 def test_a_directory_stands_for_the_files_directly_in_it(tmp_path: Path) -> None:
@@ -30,11 +24,11 @@ def test_a_directory_stands_for_the_files_directly_in_it(tmp_path: Path) -> None
         (tmp_path / name).write_text(name)
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "d").write_text("d")
-    assert content(load_bytes([tmp_path])) == b"abc"
+    assert load_bytes([tmp_path]) == b"abc"
 
 
 def test_without_a_path_the_standard_library_is_read() -> None:
-    text = content(load_bytes([]))
+    text = load_bytes([])
     assert len(text) <= STANDARD_LIBRARY_BYTES
     first = min(Path(sysconfig.get_path("stdlib")).glob("*.py")).read_bytes()
     assert text.startswith(first)
@@ -74,39 +68,42 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_bytes([loop])
 
 
-def test_a_batch_holds_windows_of_the_text_and_their_next_bytes() -> None:
+def test_windows_are_of_the_text() -> None:
     data = bytes(range(256)) * 4
-    inputs, targets = ByteText(data).batch(step=3, batch_size=8, context=20, seed=1)
-    assert inputs.shape == targets.shape == (8, 20)
-    assert inputs.dtype == targets.dtype == torch.int64
-    for row, following in zip(inputs.tolist(), targets.tolist(), strict=True):
-        assert bytes(row) in data
-        assert following == [(byte + 1) % 256 for byte in row]
+    windows = Text(data).windows(step=3, count=8, length=20, seed=1)
+    assert windows.shape == (8, 20)
+    assert windows.dtype == torch.int64
+    assert all(bytes(row) in data for row in windows.tolist())
 
 
 def test_every_window_can_be_drawn_and_none_reaches_past_the_end() -> None:
-    inputs, targets = ByteText(b"abcde").batch(step=0, batch_size=500, context=3, seed=0)
-    assert {bytes(row) for row in inputs.tolist()} == {b"abc", b"bcd"}
-    assert {bytes(row) for row in targets.tolist()} == {b"bcd", b"cde"}
+    windows = Text(b"abcde").windows(step=0, count=500, length=4, seed=0)
+    assert {bytes(row) for row in windows.tolist()} == {b"abcd", b"bcde"}
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    text = ByteText(bytes(range(256)) * 100)
+def test_a_text_of_tokens_gives_them() -> None:
+    windows = Text(torch.tensor([70000, 3, 5], dtype=torch.int32)).windows(step=0, count=1, length=3, seed=0)
+    assert windows.equal(torch.tensor([[70000, 3, 5]]))
 
-    def batch(step: int, seed: int) -> list[list[int]]:
-        return text.batch(step, 4, 16, seed)[0].tolist()
 
-    first = batch(5, 7)
+def test_windows_depend_on_seed_and_step_alone() -> None:
+    text = Text(bytes(range(256)) * 100)
+
+    def windows(step: int, seed: int) -> list[list[int]]:
+        return text.windows(step, 4, 16, seed).tolist()
+
+    first = windows(5, 7)
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert batch(5, 7) == first
+    assert windows(5, 7) == first
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
-    others = [batch(step, seed) for step, seed in ((6, 7), (5, 8), (7, 5), (0, 0), (5, 7 + 2**32), (5 + 2**32, 7))]
+    others = [windows(step, seed) for step, seed in ((6, 7), (5, 8), (7, 5), (0, 0), (5, 7 + 2**32), (5 + 2**32, 7))]
     assert first not in others
 
 
-def test_a_text_shorter_than_a_window_is_refused_with_both_numbers() -> None:
-    text = ByteText(b"x" * 16)
-    assert text.batch(0, 2, 15, 0)[0].shape == (2, 15)
-    with pytest.raises(InputError, match=r"too short; got 16 bytes; needed at least 17 \(context \+ 1\)"):
-        text.batch(0, 2, 16, 0)
+@pytest.mark.parametrize(("tokens", "unit"), [(b"x" * 16, "bytes"), (torch.ones(16), "tokens")])
+def test_a_text_shorter_than_a_window_is_refused_with_both_numbers(tokens: bytes | torch.Tensor, unit: str) -> None:
+    text = Text(tokens)
+    assert text.windows(0, 2, 16, 0).shape == (2, 16)
+    with pytest.raises(InputError, match=f"too short; got 16 {unit}; needed at least 17"):
+        text.windows(0, 2, 17, 0)

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_llama
+import torch
 
 from pipex.cli import main
+from pipex.cli.plans.files import read_plan
+from pipex.partition import split_model
 from pipex.plan.layer_costs import LayerCosts
 from pipex.runtime import worlds
 
@@ -107,6 +111,9 @@ def test_a_user_s_model_is_measured(here: Path, capsys: pytest.CaptureFixture[st
         (["user_model_to_profile"], "no factory; got 'user_model_to_profile'; needed MODULE:FACTORY"),
         ([":made"], "no factory; got ':made'"),
         (["user_model_to_profile:made", "--width", "32"], "--width is about pipex train's model"),
+        (["user_model_to_profile:made", "--hf", "."], "--hf is about pipex train's model"),
+        (["--hf", ".", "--width", "32"], "--hf excludes --width"),
+        (["--hf", "."], "there is no model in .; got no file config.json"),
         (["--out", "/nowhere/x.json", *SMALL], "cannot write --out /nowhere/x.json; got No such file"),
         (["--ranks", "0"], "--ranks is out of range; got 0"),
         (["--passes", "0"], "--passes is out of range; got 0"),
@@ -120,6 +127,33 @@ def test_bad_input_is_one_line(
     _, err = pipex(capsys, *arguments, code=1)
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_units_of_a_hugging_face_model_are_measured_and_planned_for(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_llama.config().save_pretrained(here / "llama")
+    files = ["--hf", "llama", "--out", "costs.json"]
+    out, _ = pipex(capsys, *files, "--context", "16", "--ranks", "2", "--passes", "1")
+    costs = LayerCosts.read("costs.json")
+    units = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(4)), "model.norm, lm_head"]
+    assert [layer.name for layer in costs.layers] == units
+    assert "int64[4, 16]" in costs.about
+    assert [line.partition("  ")[0] for line in out.splitlines()[1:7]] == units
+    assert main(["plan", "-p", "2", "-m", "4", "--layers", "costs.json", "--out", "step.plan"]) == 0
+    plan = read_plan("step.plan")
+    sample = {"input_ids": torch.ones(2, 8, dtype=torch.int64)}
+    stages = split_model(small_llama.model(), plan, costs, sample=sample)
+    assert sum(len(stage.layers) for stage in stages) == 6
+
+
+def test_a_factory_may_leave_the_loss_to_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "user_model_with_a_loss.py").write_text(
+        "import small_llama, torch\n\ndef made():\n    ids = torch.ones(2, 8, dtype=torch.int64)\n"
+        "    return small_llama.model(), {'input_ids': ids, 'labels': ids}, None, 'model'\n"
+    )
+    out, _ = pipex(capsys, "user_model_with_a_loss:made", "--json", "--passes", "1")
+    assert len(json.loads(out)["costs"]["layers"]) == 6
 
 
 def test_what_the_user_s_own_module_lacks_is_not_mistaken_for_it(here: Path) -> None:

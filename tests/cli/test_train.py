@@ -10,46 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import TORCHRUN, last_line, pipex
 from hosts import INTERFACE, two_hosts
 
-from pipex.cli import main
-from pipex.runtime import worlds
 from pipex.state import Checkpoint
 
 SMALL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--batch", "8", "--microbatches", "4"]
-
-
-def pipex(
-    *arguments: str, code: int = 0, command: tuple[str, ...] = (sys.executable, "-m", "pipex")
-) -> tuple[str, str]:
-    """Runs the command; returns stdout and stderr."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}  # the bits depend on it
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
-    """As ``pipex``, in this process, which has imported everything already."""
-    monkeypatch.setattr(worlds, "threads_per_rank", lambda ranks: 1)  # more threads here would hang forks
-
-    def run(*arguments: str, code: int = 0) -> tuple[str, str]:
-        found = main(list(arguments))
-        said = capfd.readouterr()
-        assert found == code, f"exit code {found}\n{said.out}\n{said.err}"
-        return said.out, said.err
-
-    return run
-
-
-def last_line(stdout: str) -> dict[str, Any]:
-    result = json.loads(stdout.splitlines()[-1])
-    assert isinstance(result, dict)
-    return result
 
 
 def test_trains_on_the_standard_library_and_reports(tmp_path: Path) -> None:
@@ -179,8 +147,7 @@ assert "torch" not in sys.modules
 
 @pytest.mark.long
 def test_the_same_program_joins_torchrun() -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipex")
-    stdout, _ = pipex("train", *SMALL, "--steps", "3", "--check", "--json", command=torchrun)
+    stdout, _ = pipex("train", *SMALL, "--steps", "3", "--check", "--json", command=TORCHRUN)
     assert last_line(stdout)["identical"] is True
 
 

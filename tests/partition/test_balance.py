@@ -156,7 +156,7 @@ SAMPLE = {"sample": torch.ones(4, 2), "target": torch.ones(4, 2), "loss_fn": nn.
 def test_profile_cuts_by_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def measured(*arguments: object) -> LayerCosts:
+    def measured(*arguments: object, layers: None) -> LayerCosts:
         given.append(arguments)
         return costs_of(9, 1, 1, 1, 1, 1)
 
@@ -180,7 +180,7 @@ def exchange_with(*others: bytes) -> "split.Exchange":
 
 
 def test_all_ranks_cut_by_what_rank_0_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "profile_layers", lambda *_: costs_of(9, 1, 1, 1, 1, 1))
+    monkeypatch.setattr(split, "profile_layers", lambda *_, layers: costs_of(9, 1, 1, 1, 1, 1))
     theirs = json.dumps(["split_model(balance='profile')", costs_of(1, 1, 1, 1, 1, 9).to_text()]).encode()
     parts = split_model(model(6), 2, "profile", **SAMPLE, exchange=exchange_with(theirs, theirs))  # type: ignore[arg-type]
     assert [len(stage.layers) for stage in parts] == [5, 1]

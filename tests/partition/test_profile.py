@@ -272,7 +272,7 @@ class Locked(nn.Linear):
          lambda: profile_layers(nn.Sequential(Listing(), nn.Linear(2, 2)), torch.randn(1, 2), 0, mean)),
         (UnsupportedModule, "Sequential cannot be copied",
          lambda: profile_layers(nn.Sequential(Locked()), torch.randn(1, 2), 0, mean)),
-        (UnsupportedModule, "Linear does not say what its layers are",
+        (UnsupportedModule, "Linear has no list of layers that can be recognized",
          lambda: profile_layers(nn.Linear(2, 2), torch.randn(1, 2), 0, mean)),
         (InputError, "nothing would be measured; got passes=0",
          lambda: profile_layers(nn.Sequential(nn.Linear(2, 2)), torch.randn(1, 2), 0, mean, passes=0)),

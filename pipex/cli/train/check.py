@@ -7,28 +7,24 @@ from pathlib import Path
 from torch import Tensor
 
 from pipex import state
-from pipex.cli.train.data import ByteText
-from pipex.cli.train.job import Outcome, build_optimizer, build_plan, build_stages, clip_norm, digest
-from pipex.cli.train.options import Options
-from pipex.models.transformer import next_token_loss
+from pipex.cli.train.job import Outcome, build_optimizer, clip_norm, digest
+from pipex.cli.train.task import Task
 from pipex.runtime.checkpoint import read_previous
 from pipex.runtime.reference import OneProcess
 from pipex.runtime.reference_versions import OneProcessWithVersions
 from pipex.runtime.worlds import current_world
 
 
-def prepare(options: Options, ranks: int) -> OneProcess:
+def prepare(task: Task) -> OneProcess:
     """The one process, in the state in which the run begins; call it before the run, which may save over --resume."""
-    plan = build_plan(options, ranks)
-    stages = [stage.to(current_world().device) for stage in build_stages(options, plan)]
+    options, plan = task.options, task.plan
+    stages = [stage.to(current_world().device) for stage in task.stages()]
     optimizer = build_optimizer(options)
     if plan.asynchronous:
-        process: OneProcess = OneProcessWithVersions(
-            stages, plan, next_token_loss, optimizer=optimizer, seed=options.seed
-        )
+        process: OneProcess = OneProcessWithVersions(stages, plan, task.loss_fn, optimizer=optimizer, seed=options.seed)
     else:
         process = OneProcess(
-            stages, plan, next_token_loss, optimizer=optimizer, clip_norm=clip_norm(options, plan), seed=options.seed
+            stages, plan, task.loss_fn, optimizer=optimizer, clip_norm=clip_norm(options, plan), seed=options.seed
         )
     if options.resume is not None:
         checkpoint = state.Checkpoint.open(Path(options.resume))
@@ -41,12 +37,11 @@ def prepare(options: Options, ranks: int) -> OneProcess:
     return process
 
 
-def differences(process: OneProcess, options: Options, text: ByteText, outcome: Outcome) -> list[str]:
+def differences(process: OneProcess, task: Task, outcome: Outcome) -> list[str]:
     """What differs from one process, by name: ``loss of step 7``, ``blocks.3.up.weight``; nothing if all bits agree."""
     different = []
     for expected in outcome.losses:
-        batch = text.batch(process.steps, options.batch, options.context, options.seed)
-        found = process.step(*(tensor.to(current_world().device) for tensor in batch))
+        found = process.step(*task.batch(process.steps))
         if found.hex() != expected.hex():  # the bits: NaN is not equal to itself
             different.append(f"loss of step {process.steps}")
     names = _names(process)

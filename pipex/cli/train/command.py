@@ -7,12 +7,14 @@ import json
 import math
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipex.cli import FAILED, INTERRUPTED
 from pipex.cli.train import options as option_module
-from pipex.cli.train.options import Options
 from pipex.errors import InputError
+
+if TYPE_CHECKING:
+    from pipex.cli.train.task import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,35 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     options = option_module.read(namespace)
-    from pipex.cli.train.data import load_bytes
-    from pipex.cli.train.job import build_plan, build_stages, check_resume
+    from pipex.cli.train.job import build_plan, check_resume
+    from pipex.cli.train.task import task_of
     from pipex.runtime.launch import launch
     from pipex.runtime.worlds import under_torchrun
 
     # What is wrong with the arguments is said once, here, before any rank is started.
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.ranks
-    text = load_bytes(options.paths)
-    text.batch(0, 1, options.context, options.seed)
-    options.check_outputs()
     plan = build_plan(options, ranks)
+    task = task_of(options, plan)
+    options.check_outputs()
     if plan.update == "never":
         raise InputError(f"{plan.family} has no backward", fix="choose a plan that trains")
-    check_resume(options, build_stages(options, plan))
-    results = launch(_rank, ranks, args=(options, text), timeout=options.timeout, device=options.device)
+    check_resume(options, task.stages(verify=False))
+    results = launch(_rank, ranks, args=(task,), timeout=options.timeout, device=options.device)
     return max(int(result) for result in results if result is not None)
 
 
-def _rank(options: Options, text: Any) -> int:
+def _rank(task: Task) -> int:
     """One rank; rank 0 prints the report. Returns the exit code."""
     from pipex.cli.train import report
     from pipex.cli.train.check import differences, prepare
-    from pipex.cli.train.job import build_plan, train
+    from pipex.cli.train.job import train
     from pipex.observe import measure, write_trace
     from pipex.runtime.worlds import current_world
 
-    world = current_world()
-    process = prepare(options, world.ranks) if options.check and world.rank == 0 else None
-    outcome = train(options, text)
+    world, options = current_world(), task.options
+    process = prepare(task) if options.check and world.rank == 0 else None
+    outcome = train(task)
     world.close()  # the others need not wait for the report
     if world.rank != 0:
         return 0
@@ -64,10 +65,10 @@ def _rank(options: Options, text: Any) -> int:
         if options.json:
             print(json.dumps({"steps": 0}), flush=True)
         return 0
-    plan = build_plan(options, world.ranks)
+    plan = task.plan
     if options.trace is not None:
         write_trace(options.trace, outcome.events, plan.placement)
-    different = None if process is None else differences(process, options, text, outcome)
+    different = None if process is None else differences(process, task, outcome)
     figures = measure(outcome.events, plan.placement)
     numbers = report.numbers(options, plan, outcome, figures, different)
     print(report.text(numbers, figures, different), file=sys.stderr if options.json else sys.stdout, flush=True)

@@ -1,4 +1,4 @@
-"""The text that ``pipex train`` trains on, as bytes."""
+"""The text that ``pipex train`` trains on."""
 
 from __future__ import annotations
 
@@ -16,38 +16,33 @@ from pipex.reading import open_file
 STANDARD_LIBRARY_BYTES = 4 << 20  # enough that a short run does not see the same text often; read in milliseconds
 
 
-class ByteText:
-    """A text as one row of bytes. Batches are a pure function of their arguments, so that every rank can make the
-    same one, and a resumed run sees what the uninterrupted one would have seen."""
+class Text:
+    """A text as one row of tokens; of bytes where it is given as these. Batches are a pure function of their arguments,
+    so that every rank can make the same one, and a resumed run sees what the uninterrupted one would have seen."""
 
-    def __init__(self, text: bytes) -> None:
-        self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    def __init__(self, tokens: bytes | Tensor) -> None:
+        self.unit = "bytes" if isinstance(tokens, bytes) else "tokens"
+        self.tokens = torch.frombuffer(bytearray(tokens), dtype=torch.uint8) if isinstance(tokens, bytes) else tokens
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batch(self, step: int, batch_size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Random windows of the text: inputs and targets (each input's next byte), both int64 [batch_size, context].
+    def windows(self, step: int, count: int, length: int, seed: int) -> Tensor:
+        """Random windows of the text, int64 [count, length].
 
         Raises:
-            InputError: the text is shorter than context + 1 bytes.
+            InputError: the text is shorter than that.
         """
-        if len(self) < context + 1:
+        if len(self.tokens) < length:
             raise InputError(
-                "the text is too short",
-                got=f"{len(self)} bytes",
-                needed=f"at least {context + 1} (context + 1)",
+                "the text is too short", got=f"{len(self.tokens)} {self.unit}", needed=f"at least {length}",
                 fix="give more text or a smaller context",
-            )
+            )  # fmt: skip
         # Hashed together: torch's CPU generator uses only the low 32 bits of a seed.
         digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        starts = torch.randint(len(self) - context, (batch_size, 1), generator=generator)
-        windows = self.data[starts + torch.arange(context + 1)].long()
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        starts = torch.randint(len(self.tokens) - length + 1, (count, 1), generator=generator)
+        return self.tokens[starts + torch.arange(length)].long()
 
 
-def load_bytes(paths: Sequence[str | Path]) -> ByteText:
+def load_bytes(paths: Sequence[str | Path]) -> bytes:
     """Reads text files, in the given order; a directory stands for the files directly in it, in order of their names.
     Without a path: the first few MB of the Python standard library's own modules.
 
@@ -55,9 +50,8 @@ def load_bytes(paths: Sequence[str | Path]) -> ByteText:
         InputError: a file cannot be read, is empty, or is not UTF-8 text; named.
     """
     if not paths:
-        return ByteText(_standard_library())
-    files = [file for path in paths for file in _files(Path(path))]
-    return ByteText(b"".join(_read(file) for file in files))
+        return _standard_library()
+    return b"".join(_read(file) for path in paths for file in _files(Path(path)))
 
 
 def _files(path: Path) -> list[Path]:

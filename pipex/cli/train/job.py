@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 import pipex.plan as plans
 from pipex import state
+from pipex.cli import hugging_face
 from pipex.cli.plans.files import read_plan
-from pipex.cli.train.data import ByteText
 from pipex.cli.train.options import Options
+from pipex.cli.train.task import Task
 from pipex.errors import CheckpointError
-from pipex.models.transformer import ModelConfig, Transformer, next_token_loss
 from pipex.observe import Event, Recorder
-from pipex.partition import Stage, split_model
+from pipex.partition import Stage
 from pipex.plan import Plan
 from pipex.runtime.agreement import share
 from pipex.runtime.pairs import Pairs
@@ -64,14 +64,6 @@ def build_plan(options: Options, ranks: int) -> Plan:
     return plans.build(options.schedule, ranks, options.microbatches, **chunks)
 
 
-def build_stages(options: Options, plan: Plan) -> list[Stage]:
-    """The model in stages, with the initial weights that the seed gives."""
-    torch.manual_seed(options.seed)
-    config = ModelConfig(width=options.width, heads=options.heads, layers=options.layers, context=options.context,
-                         dropout=options.dropout, tied=options.tied)  # fmt: skip
-    return split_model(Transformer(config), plan)
-
-
 def build_optimizer(options: Options) -> Any:
     """The optimizer's factory."""
     return lambda parameters: torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
@@ -100,15 +92,13 @@ def check_resume(options: Options, stages: list[Stage]) -> None:
                               fix="give the options of the saved run")  # fmt: skip
 
 
-def train(options: Options, text: ByteText) -> Outcome:
+def train(task: Task) -> Outcome:
     """Trains this rank's stage; collective."""
-    world = current_world()
-    plan = build_plan(options, world.ranks)
+    world, options = current_world(), task.options
     recorder = Recorder(OBSERVED_STEPS)
     pipeline = Pipeline(
-        build_stages(options, plan), plan, next_token_loss,
-        optimizer=build_optimizer(options), clip_norm=clip_norm(options, plan), seed=options.seed, observer=recorder,
-        exact=options.check or None,
+        task.stages(), task.plan, task.loss_fn, optimizer=build_optimizer(options),
+        clip_norm=clip_norm(options, task.plan), seed=options.seed, observer=recorder, exact=options.check or None,
     )  # fmt: skip
     if options.resume is not None:
         pipeline.load(options.resume)
@@ -118,11 +108,15 @@ def train(options: Options, text: ByteText) -> Outcome:
     with _Progress(options, world.rank == 0, pipeline.steps) as progress:
         while pipeline.steps < options.steps and not stop.agreed():
             begin = time.perf_counter()
-            losses.append(pipeline.step(*text.batch(pipeline.steps, options.batch, options.context, options.seed)))
+            losses.append(pipeline.step(*task.batch(pipeline.steps)))
             seconds.append(time.perf_counter() - begin)
             progress.show(pipeline.steps, losses[-1], seconds[-1])
     if options.save is not None:
         pipeline.save(options.save, describe_run(options))
+    if options.save_pretrained is not None and options.hf is not None:
+        pipeline.save_pretrained(options.save_pretrained)
+        if world.rank == 0:
+            hugging_face.copy_tokenizer(options.hf, options.save_pretrained)
     said = {
         "events": recorder.events,
         "peak": pipeline.peak_activations,

@@ -21,6 +21,7 @@ class Options:
     """What to train and how; field names are the command's long options."""
 
     paths: tuple[str, ...] = ()
+    hf: str | None = None
     ranks: int = 4
     schedule: str = "zb-h1"
     chunks: int | None = None
@@ -40,6 +41,7 @@ class Options:
     timeout: float = 300.0
     device: str = "cpu"
     save: str | None = None
+    save_pretrained: str | None = None
     resume: str | None = None
     trace: str | None = None
     check: bool = False
@@ -57,7 +59,10 @@ class Options:
                 raise InputError(f"--{name} is out of range", got=value, needed="a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed is out of range", got=self.seed, needed="0 to 2⁶³-1")
-        check_stages(self.layers + 2, self.ranks)  # the blocks, an embedding and a head
+        if self.hf is None:
+            check_stages(self.layers + 2, self.ranks)  # the blocks, an embedding and a head
+            if self.save_pretrained is not None:
+                raise InputError("--save-pretrained is of a Hugging Face model", got="no --hf", fix="use --save")
         if self.batch < self.microbatches:
             raise InputError(
                 "the batch is too small for the plan",
@@ -70,11 +75,12 @@ class Options:
         if self.trace is not None:
             with _writing("--trace", self.trace), open(self.trace, "a"):
                 pass
-        if self.save is not None:
-            with _writing("--save", self.save):
-                Path(self.save).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.save):
-                    pass
+        for option, directory in (("--save", self.save), ("--save-pretrained", self.save_pretrained)):
+            if directory is not None:
+                with _writing(option, directory):
+                    Path(directory).mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryFile(dir=directory):
+                        pass
 
 
 @contextmanager
@@ -90,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("paths", nargs="*", help="text files to train on (none: the Python library's own sources)")
     add = _Adder(parser)
+    add("hf", "train this Hugging Face model: a directory with config.json, weights (none: new ones) and tokenizer "
+        "(none: bytes), or the path of a config.json; nothing is downloaded", metavar="PATH")  # fmt: skip
     add("ranks", "processes (under torchrun: as many as it starts)")
     add("schedule", "family of the plan; `pipex schedules` lists them")
     add("chunks", "stages per rank, where the family has a choice", kind=int)
@@ -97,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("microbatches", "micro-batches per step")
     add("steps", "optimizer steps, counted from the start of training, also after --resume")
     add("batch", "sequences per step")
-    add("context", "bytes per sequence")
+    add("context", "bytes, or tokens of a tokenizer, per sequence")
     add("width", "width of the model")
     add("heads", "attention heads")
     add("layers", "transformer blocks")
@@ -109,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("timeout", "seconds without progress after which a rank counts as stalled")
     add("device", "cpu, or cuda: a GPU for each rank, by turns where there are fewer")
     add("save", "directory for a checkpoint at the end, or at Ctrl-C", metavar="DIR")
+    add("save_pretrained", "directory for the model of --hf at the end, as from_pretrained reads it", metavar="DIR")
     add("resume", "directory of the checkpoint to go on from", metavar="DIR")
     add("trace", "write a Chrome trace of the last steps", metavar="FILE")
     add("check", "train once more in one process and compare bit for bit")
@@ -116,7 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_THE_PLAN = ("ranks", "schedule", "chunks", "microbatches")
-"""Options whose values stand in a plan's file."""
+_OF_THE_MODEL = ("width", "heads", "layers", "dropout", "tied")
+_SAID_ELSEWHERE = {"plan": _OF_THE_PLAN, "hf": _OF_THE_MODEL}
+"""Options whose values stand in the file of another one."""
 
 
 class _Adder:
@@ -125,18 +136,18 @@ class _Adder:
         self._defaults = {field.name: field.default for field in dataclasses.fields(Options)}
 
     def __call__(self, name: str, text: str, metavar: str | None = None, kind: type | None = None) -> None:
-        default = self._defaults[name]
-        if name in _OF_THE_PLAN:  # left out of the namespace unless given, so that --plan can exclude them
-            text = text if default is None else f"{text} (default: {default})"
-            kind = kind or type(default)
-            hint = {int: "N", str: "NAME"}[kind]
-            self._parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=hint, help=text)
-        elif isinstance(default, bool):
-            self._parser.add_argument(f"--{name}", action="store_true", help=text)
+        default = shown = self._defaults[name]
+        option = f"--{name.replace('_', '-')}"
+        if any(name in names for names in _SAID_ELSEWHERE.values()):
+            # Left out of the namespace unless given, so that the other option can exclude it.
+            default = argparse.SUPPRESS
+            text = text if shown is None or isinstance(shown, bool) else f"{text} (default: {shown})"
+        if isinstance(shown, bool):
+            self._parser.add_argument(option, action="store_true", default=default, help=text)
         else:
-            kind = kind or (str if default is None else type(default))
+            kind = kind or (str if shown is None else type(shown))
             hint = metavar or {int: "N", float: "X", str: "NAME"}[kind]
-            self._parser.add_argument(f"--{name}", type=kind, default=default, metavar=hint, help=text)
+            self._parser.add_argument(option, type=kind, default=default, metavar=hint, help=text)
 
 
 def read(namespace: argparse.Namespace) -> Options:
@@ -145,12 +156,14 @@ def read(namespace: argparse.Namespace) -> Options:
     Raises:
         InputError: a value is out of range, or the plan cannot be used.
     """
-    names = [field.name for field in dataclasses.fields(Options)]
-    values = {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+    fields = [field.name for field in dataclasses.fields(Options)]
+    values = {name: getattr(namespace, name) for name in fields if hasattr(namespace, name)}
     options = Options(**{**values, "paths": tuple(values["paths"])})
+    for source, names in _SAID_ELSEWHERE.items():
+        if values[source] is not None and (given := [f"--{name}" for name in names if name in values]):
+            fix = f"the {'plan' if source == 'plan' else 'model'}'s file says these; leave them out"
+            raise InputError(f"--{source} excludes {', '.join(given)}", fix=fix)
     if options.plan is not None:
-        if given := [f"--{name}" for name in _OF_THE_PLAN if name in values]:
-            raise InputError(f"--plan excludes {', '.join(given)}", fix="the plan's file says these; leave them out")
         plan = read_plan(options.plan)
         options = dataclasses.replace(options, ranks=plan.placement.ranks, microbatches=plan.microbatches)
     options.check_values()

@@ -89,6 +89,8 @@ class Verified:
 class ModelStage(Stage):
     """Units ``first_layer`` to ``first_layer + len(layers) - 1`` of a model, run by the model's own forward."""
 
+    draws_between = True
+
     def __init__(
         self, index: int, count: int, first_layer: int, units: Sequence[Unit], model: nn.Module, course: Course
     ) -> None:
