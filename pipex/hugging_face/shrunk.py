@@ -106,7 +106,7 @@ HEAD_DIMS = r"head_dim|head_size|headdim|d_head|dim_head|d_kv|kv_channels|rotary
 INNERS = r"ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|intermediate_size(_mlp)?|feed_forward_size|d_inner"
 HIDDENS = (
     r"hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_dim|hidden_dim|lru_width|proj_dim|projection_dim|output_dim"
-    r"|out_hidden_size"
+    r"|out_hidden_size|input_embedding_size|output_embedding_size"
 )
 
 RULES: list[tuple[str, Rule]] = [

@@ -8,13 +8,14 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 import hf_zoo
 import host_world
 from cases import SEED, case, sampled
-from hf_training import Cell, Job, compare, draw, plain, rank_train
+from hf_training import Cell, Job, compare, draw, plain, rank_train, train
 from hf_zoo import FAMILIES, TWELVE, Example
 from runnable_plans import runnable
 
@@ -32,7 +33,16 @@ def train_and_compare(jobs: list[Job]) -> None:
     results = host_world.launch(rank_train, ranks, args=(jobs,))
     for number, job in enumerate(jobs):
         with case(job):
-            compare(job, [result[number] for result in results], plain(job))
+            found = [result[number] for result in results]
+            if any("refused" in result for result in found):
+                assert job.example.family in MAY_BE_REFUSED, found[0]["refused"]
+                assert all("cannot begin at" in result["refused"] for result in found)  # on every rank
+            else:
+                compare(job, found, plain(job))
+
+
+MAY_BE_REFUSED = {"gemma3n"}
+"""Its last layers may take keys and values of earlier ones, out of a dict that does not travel."""
 
 
 NAMED = ("zb-h1", "interleaved", "zbv")
@@ -50,8 +60,8 @@ def families() -> Iterator[Any]:
 )
 def test_pipelines_of_a_family_have_the_bits_of_transformers(family: str, schedule: str) -> None:
     chance = random.Random(f"{family} {schedule}")
-    ranks = chance.choice((2, 3) if family == "resnet" else (2, 3, 4))
-    train_and_compare([draw(Example(family), [c for c in cells(ranks) if c[0] == schedule], chance)])
+    every = [cell for ranks in (2, 3, 4) for cell in cells(ranks) if cell[0] == schedule]
+    train_and_compare([draw(Example(family), every, chance)])
 
 
 RANDOM, SAMPLE, TOGETHER = 120, 24, 4
@@ -82,6 +92,16 @@ def test_what_comes_to_a_stage_may_require_grad_while_nothing_is_trained() -> No
     train_and_compare([Job(Example("llama checkpointing"), ("interleaved", 1, 2, 2), (1, 5), 4)])
 
 
+def test_a_single_bit_in_a_gradient_is_seen() -> None:
+    job = Job(Example("qwen3"), ("interleaved", 1, 2, 2), (3, 3), 4)
+    found, expected = train(job), plain(job)
+    compare(job, [found], expected)
+    gradient = found["gradients"][1]["model.layers.3.mlp.up_proj.weight"]
+    gradient.view(torch.int32)[5, 7] ^= 1
+    with pytest.raises(AssertionError, match=r"the gradient of model\.layers\.3\.mlp\.up_proj\.weight in step 2"):
+        compare(job, [found], expected)
+
+
 def test_the_zoo_draws_what_is_different() -> None:
     """Or the random configurations would all be one."""
     for family in FAMILIES:
@@ -89,7 +109,7 @@ def test_the_zoo_draws_what_is_different() -> None:
             tuple(
                 (name, tuple(p.shape), p.requires_grad) for name, p in Example(family, seed).model().named_parameters()
             )
-            for seed in (None, 1, 2, 3)
+            for seed in (None, 1, 2, 3, 4, 5)
         }
         assert len(shapes) > 1, family
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +15,7 @@ from hf_zoo import Example
 from torch import Tensor, nn
 
 import pipex
+from pipex.errors import UnsupportedModule
 
 STEPS = 2
 
@@ -88,12 +89,16 @@ def rank_train(jobs: list[Job]) -> list[dict[str, Any]]:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """By a pipeline. Returns losses, this rank's gradients of each step, and its tensors after the last one."""
+    """By a pipeline. Returns losses, this rank's gradients of each step, and its tensors after the last one; or why the
+    model cannot be cut so."""
     example = job.example
     model = example.model()
     plan = plan_of(job.cell)
     sample = cut(example.batch(model, 0, job.rows), job.microbatches)[0]
-    stages = pipex.split_model(model, plan, list(job.counts), sample=sample, layers=example.layers)
+    try:
+        stages = pipex.split_model(model, plan, list(job.counts), sample=sample, layers=example.layers)
+    except UnsupportedModule as error:
+        return {"refused": str(error)}
     pipeline = pipex.Pipeline(stages, plan, "model", optimizer=optimizer)
     found: dict[str, Any] = {"gradients": []}
     if pipeline.optimizer is not None:
@@ -229,9 +234,3 @@ def _same(what: str, found: Tensor, expected: Tensor, relative: float, absolute:
         return
     apart, norm = (found - expected).double().norm().item(), expected.double().norm().item()
     assert apart <= relative * norm + absolute, f"{what}: off by {apart:.2e} of {norm:.2e}"
-
-
-def drawn(families: Iterable[str], cells: Sequence[Cell], seed: str, seeds: Sequence[int | None]) -> Iterator[Job]:
-    for family in families:
-        chance = random.Random(f"{seed} {family}")
-        yield draw(Example(family, chance.choice(seeds)), cells, chance)

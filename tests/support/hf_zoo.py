@@ -336,11 +336,13 @@ def bamba(pick: Pick) -> nn.Module:
 @family("zamba2", CAUSAL)
 def zamba2(pick: Pick) -> nn.Module:
     """One block that several layers share, and which gets the embedding again."""
+    mixed = ["mamba", "mamba", "hybrid", "mamba", "hybrid"]
     config = hf.Zamba2Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=64, mamba_d_state=8, n_mamba_heads=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=8,
-        num_mem_blocks=pick(1, 2), adapter_rank=4, use_shared_attention_adapter=pick(False, True), use_mem_rope=True,
-        layers_block_type=pick(["mamba", "hybrid", "mamba", "hybrid", "mamba"]), max_position_embeddings=POSITIONS,
+        intermediate_size=pick(64, 24), mamba_d_state=8, n_mamba_heads=8, mamba_headdim=8, mamba_ngroups=1,
+        chunk_size=8, num_mem_blocks=pick(1, 2), adapter_rank=4, use_shared_attention_adapter=pick(False, True),
+        use_mem_rope=True,
+        layers_block_type=pick(mixed, mixed[::-1], mixed[1:] + mixed[:1]), max_position_embeddings=POSITIONS,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return hf.Zamba2ForCausalLM(config)
@@ -352,7 +354,7 @@ def jamba(pick: Pick) -> nn.Module:
     config = hf.JambaConfig(
         **common(pick, num_hidden_layers=4), num_experts=4, num_experts_per_tok=2, attn_layer_period=2,
         attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=pick(1, 0), mamba_d_state=8, mamba_dt_rank=4,
-        use_mamba_kernels=False, output_router_logits=True, router_aux_loss_coef=pick(0.1, 1.0),
+        output_router_logits=True, router_aux_loss_coef=pick(0.1, 1.0),
     )  # fmt: skip
     return hf.JambaForCausalLM(config)
 
