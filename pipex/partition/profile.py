@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipex.backward import Splitter
 from pipex.errors import InputError, UnsupportedModule, headline
-from pipex.partition.conventions import is_pretrained
+from pipex.hugging_face.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
 from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.own_forward.units import Unit
