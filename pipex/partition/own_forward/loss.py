@@ -153,11 +153,6 @@ def loss_in(output: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def has_loss(output: Any) -> bool:
-    """Whether there is a loss in what a model's forward returned."""
-    return loss_in(output) is not None
-
-
 def own_loss(output: OwnLoss, target: None) -> OwnLoss:
     """The loss function of a pipeline whose last stage returns its own."""
     return output
