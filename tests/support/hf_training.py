@@ -174,20 +174,23 @@ def _whole(example: Example, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _tied(model: nn.Module) -> set[str]:
-    """Names of parameters that stand in several places, or in a layer that is called several times."""
+def _tied(model: nn.Module) -> dict[str, int]:
+    """Parameters that stand in several places, or in a layer that is called several times; in how many."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {name for those in names.values() if len(those) > 1 or "albert_layers" in those[0] for name in those}
+    found = {name: len(those) for those in names.values() if len(those) > 1 for name in those}
+    again = {name: model.config.num_hidden_layers for name, _ in model.named_parameters() if "albert_layers" in name}
+    return found | again
 
 
 TIED = 1e-7
-"""Of a tied gradient's norm: its stages' parts are added in another order than one process adds them."""
+"""Of a tied gradient's norm, for each place but one: its parts are added in another order than in one process."""
 
-ROUNDED = 1e-3
-"""Between the whole batch and its micro-batches: sums of up to 300 float32 numbers in another order, layer after layer.
-A mean over other numbers of tokens is off by some percent."""
+ROUNDED = 5e-4
+"""Of a gradient's norm, between the whole batch and its micro-batches: sums of up to 300 float32 numbers in another
+order, layer after layer; 1.3e-4 was the most (adapters with random weights, soft-caps). A mean over other numbers of
+tokens is off by some percent."""
 
 
 def compare(job: Job, results: Sequence[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -202,18 +205,20 @@ def compare(job: Job, results: Sequence[dict[str, Any]], expected: dict[str, Any
         for step, found in enumerate(result["gradients"]):
             norm = _norm(expected["gradients"][step].values())
             for name, gradient in found.items():
-                close = 10 * TIED if step and tied else TIED if name in tied else 0.0
+                close = TIED * (tied.get(name, 1) - 1)
+                if step and tied:
+                    close = max(close, 10 * TIED)
                 _same(f"the gradient of {name} in step {step + 1}", gradient, expected["gradients"][step][name], close,
                       close * norm if step else 0.0)  # fmt: skip
         for name, tensor in result["tensors"].items():
             _same(name, tensor, expected["tensors"][name], 10 * TIED if tied else 0.0)
     assert _names(result["gradients"][0] for result in results if result["gradients"]) == set(expected["gradients"][0])
     first = _names(result["tensors"] for result in results)
-    assert first | tied == set(expected["tensors"]) | tied
+    assert first | tied.keys() == expected["tensors"].keys() | tied.keys()
     if job.example.is_mean:
         loss, gradients = expected["whole"]
         norm = _norm(gradients.values())
-        assert abs(results[0]["losses"][0] - loss) <= ROUNDED * abs(loss)
+        assert abs(results[0]["losses"][0] - loss) <= 2e-6 * abs(loss)
         for result in results:
             for name, gradient in result["gradients"][0].items() if result["gradients"] else ():
                 _same(f"the whole batch's gradient of {name}", gradient, gradients[name], ROUNDED, 1e-6 * norm)
