@@ -91,7 +91,19 @@ class Form:
 
 
 def forms_of(record: Record) -> tuple[Form, ...]:
-    """Of the recorded calls."""
+    """Of the recorded calls.
+
+    Raises:
+        UnsupportedModule: one of them returns what neither travels nor is the same for every batch.
+    """
+    for call in (called for unit in record.units[:-1] for called in (record.calls[n] for n in unit)):
+        for leaf in call.output:
+            if not isinstance(leaf, (Tensor, *_PLAIN, torch.dtype, torch.device)):
+                raise UnsupportedModule(
+                    f"{call.path} returns what cannot travel to another stage", got=type(leaf).__name__,
+                    needed="tensors, numbers, None, and tuples, lists and dicts of them",
+                    fix="return tensors from it, or name other lists of layers (layers=)",
+                )  # fmt: skip
     return tuple(
         Form.of(record.calls[call], number, call == unit.start, call == unit.stop - 1)
         for number, unit in enumerate(record.units)
@@ -193,7 +205,10 @@ def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, 
 
 def is_same(one: object, other: object) -> bool:
     """Of leaves that are no tensors, as far as they are plain."""
-    return not isinstance(one, (bool, int, float, str, type(None))) or one == other
+    return not isinstance(one, _PLAIN) or one == other
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _words(leaves: Sequence[Any]) -> str:

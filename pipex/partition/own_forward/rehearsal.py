@@ -7,6 +7,7 @@ computed from what is not a number is none either, so that nothing of use comes 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -180,7 +181,7 @@ class Rehearsal:
         tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
         self._seed(0)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # they are of the rehearsal
                 output = tree.root(*args, **kwargs)
         except Left:
             return None

@@ -77,13 +77,13 @@ class Verified:
 
     Attributes:
         outputs: how many tensors the model returns. All of them had the same bits.
-        gradients: how many parameters get a gradient. All but those of ``tied`` had the same bits.
-        tied: by name how far the gradients of parameters of several stages were off, relative to their norm.
+        gradients: how many parameters get a gradient. All but those of ``rounded`` had the same bits.
+        rounded: by name how far gradients were off, relative to their norm, to which stages add in another order.
     """
 
     outputs: int
     gradients: int
-    tied: Mapping[str, float]
+    rounded: Mapping[str, float]
 
 
 class ModelStage(Stage):
@@ -104,6 +104,11 @@ class ModelStage(Stage):
         self._tree: StageTree | None = None
         self.verified: Verified | None = None
         """what was compared with the unsplit model, if it was"""
+
+    @property
+    def relays(self) -> bool:
+        """Whether something that it gets from earlier stages goes on to later ones."""
+        return bool(self._gets and self._sends and set(self._gets.made).intersection(self._sends.made))
 
     @property
     def begin(self) -> str:

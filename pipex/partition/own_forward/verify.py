@@ -15,9 +15,10 @@ from pipex.partition.own_forward.stage import ModelStage, Verified
 from pipex.partition.stage import Keywords
 from pipex.torch_internals import tree_leaves, unsafe_view
 
-TIED = 1e-6
-"""How far the gradient of a parameter of several stages may be off, relative to its norm: their parts are added in
-another order. Of float32; of other dtypes by as many roundings."""
+ROUNDED = 1e-6
+"""How far a gradient may be off, relative to its norm, where several stages add to it, and so in another order: of a
+parameter that they share, or in front of what travels on to more than the next of them. Of float32; of other dtypes by
+as many roundings."""
 
 
 def verify_stages(
@@ -43,10 +44,11 @@ def verify_stages(
     roots, seeds = _roots(record.live)
     if not roots or not parameters:
         return Verified(len(got), 0, {})
-    gradients = torch.autograd.grad(roots, list(parameters.values()), seeds, allow_unused=True)
+    gradients = _grad(roots, list(parameters.values()), seeds)
     needed_gradients = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
     found = _backward(stages, inputs, outputs, names)
-    tied: dict[str, float] = {}
+    relays = any(stage.relays for stage in stages)
+    rounded: dict[str, float] = {}
     for name in parameters:
         one, needed = found.get(name), needed_gradients.get(name)
         if needed is None and (one is None or all(not part.any() for part in one)):
@@ -57,11 +59,12 @@ def verify_stages(
         total = one[0]
         for part in one[1:]:
             total = total + part
-        if len(one) > 1:
-            tied[name] = float((total - needed).norm() / needed.norm().clamp_min(torch.finfo(needed.dtype).tiny))
-        if not _equal(total, needed) and not (len(one) > 1 and tied[name] <= _allowed(needed.dtype)):
+        if _equal(total, needed):
+            continue
+        rounded[name] = float((total - needed).norm() / needed.norm().clamp_min(torch.finfo(needed.dtype).tiny))
+        if not (len(one) > 1 or relays) or not rounded[name] <= _allowed(needed.dtype):
             raise _differs(f"the gradient of {name}", total, needed)
-    return Verified(len(got), len(needed_gradients), tied)
+    return Verified(len(got), len(needed_gradients), rounded)
 
 
 def _forward(stages: Sequence[ModelStage], arguments: Arguments, seed: Seed) -> tuple[list[list[Tensor]], list[Any]]:
@@ -109,7 +112,7 @@ def _backward(
         wanted = [*own, *leaves]
         gradients: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
-            gradients = torch.autograd.grad([r for r, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True)
+            gradients = _grad([r for r, _ in pairs], wanted, [s for _, s in pairs])
         for parameter, gradient in zip(own, gradients, strict=False):
             if gradient is not None:
                 found.setdefault(names[id(parameter)], []).insert(0, gradient)
@@ -117,6 +120,18 @@ def _backward(
         if stage.index:
             roots = [t for t in outputs[stage.index - 1] if t.requires_grad]
     return found
+
+
+def _grad(roots: Sequence[Tensor], wanted: Sequence[Tensor], seeds: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Not by backward, since the parameters' hooks and ``.grad`` are the user's."""
+    try:
+        return torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+    except RuntimeError as error:
+        raise UnsupportedModule(
+            "the model's backward cannot be compared with that of its stages", got=headline(error),
+            needed="one that torch.autograd.grad can make",
+            fix="checkpoint with use_reentrant=False, or leave the comparison out (verify=False)",
+        ) from error  # fmt: skip
 
 
 def _roots(output: Any) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -139,7 +154,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _allowed(dtype: torch.dtype) -> float:
-    return TIED * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    return ROUNDED * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
 
 
 def _differs(what: str, got: object, needed: object) -> UnsupportedModule:

@@ -120,7 +120,7 @@ def test_what_was_compared_is_said() -> None:
     assert isinstance(first, ModelStage)
     assert first.verified is not None
     assert first.verified.gradients == len(list(tangled().parameters()))
-    assert first.verified.tied.keys() == {"embed.weight", "stacks.start"}
+    assert first.verified.rounded.keys() <= {"embed.weight", "stacks.start"}
 
 
 def test_splitting_leaves_the_model_as_it_was() -> None:
@@ -312,6 +312,72 @@ BAD = [
 def test_what_cannot_be_split_is_refused_by_name(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         pipex.split_model(tangled(), 2, **{"sample": batch(), "layers": LISTS, **options})
+
+
+class Boxed(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Boxing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Boxed:
+        return Boxed(self.linear(x.value if isinstance(x, Boxed) else x))
+
+
+class Unboxed(Tangled):
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        x = self.embed(ids)
+        for layer in self.stacks.first:
+            x = layer(x)
+        return {"logits": self.norm(x.value)}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_cannot_travel_is_refused_by_name(verify: bool) -> None:
+    model = Unboxed()
+    model.stacks.first = nn.ModuleList(Boxing() for _ in range(2))
+    with pytest.raises(UnsupportedModule, match=r"stacks\.first\.0 returns what cannot travel.*got Boxed"):
+        pipex.split_model(model, 2, sample=batch(), layers=["stacks.first"], verify=verify)
+
+
+class Skipping(Tangled):
+    """What the embedding gives is scaled, and added behind every layer, so by every stage."""
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        first = x = self.embed(ids) * 3.1
+        for layer in self.stacks.first:
+            x = torch.tanh(layer(x)) + first
+        return {"logits": self.norm(x)}
+
+
+def test_rounding_of_what_stages_add_to_is_named() -> None:
+    torch.manual_seed(0)
+    model = Skipping()
+    model.stacks.first = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    (first, *_) = pipex.split_model(model, 3, sample=batch(), layers=["stacks.first"])
+    assert isinstance(first, ModelStage)
+    assert first.verified is not None
+    assert set(first.verified.rounded) == {"embed.weight"}
+    assert 0 < first.verified.rounded["embed.weight"] < 1e-6
+
+
+def test_a_reentrant_checkpoint_is_refused_by_name() -> None:
+    class Reentrant(Tangled):
+        def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            x = self.embed(ids)
+            for layer in self.stacks.first:
+                x = checkpoint(layer, x, use_reentrant=True)
+            return {"logits": self.norm(x)}
+
+    model = Reentrant()
+    model.stacks.first = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    with pytest.raises(UnsupportedModule, match=r"cannot be compared.*use_reentrant=False"):
+        pipex.split_model(model, 2, sample=batch(), layers=["stacks.first"])
 
 
 def test_a_forward_set_on_the_object_is_refused() -> None:
