@@ -366,6 +366,7 @@ def test_rounding_of_what_stages_add_to_is_named() -> None:
     assert 0 < first.verified.rounded["embed.weight"] < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of what is past
 def test_a_reentrant_checkpoint_is_refused_by_name() -> None:
     class Reentrant(Tangled):
         def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
