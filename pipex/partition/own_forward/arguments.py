@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import nan
 from typing import Any
 
 from torch import Tensor
@@ -64,9 +65,9 @@ class Arguments:
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs | self._always
 
-    def sample(self, forms_only: Collection[int] = ()) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The sample itself, without the values of some of its tensors."""
-        return self.call([form_of(t) if n in forms_only else t for n, t in enumerate(self.tensors)])
+    def sample(self, forms_only: Collection[int] = (), value: float = nan) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The sample itself, without the values of some of its tensors, and with another in their place."""
+        return self.call([form_of(t, value) if n in forms_only else t for n, t in enumerate(self.tensors)])
 
     def of(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The tensors of a batch: the inputs of the first stage.
@@ -100,9 +101,9 @@ class Arguments:
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def form_of(tensor: Tensor) -> Tensor:
-    """One element that is not a number in place of all of a tensor's."""
-    return junk(tensor.shape, tensor.dtype, tensor.device)
+def form_of(tensor: Tensor, value: float = nan) -> Tensor:
+    """One element that is not a number, or another value, in place of all of a tensor's."""
+    return junk(tensor.shape, tensor.dtype, tensor.device, value)
 
 
 def _asked(name: str, what: str, fix: str) -> InputError:

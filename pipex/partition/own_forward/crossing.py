@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Form:
     Attributes:
         path: of the gate.
         unit: that the call is of.
-    first, last: whether it is the unit's.
+    first: whether it is the unit's.
         layer: whether it is a layer's.
         spec: of its output.
         single: whether that is one tensor and nothing else.
@@ -51,7 +52,6 @@ class Form:
     path: str
     unit: int
     first: bool
-    last: bool
     layer: bool
     spec: TreeSpec
     single: bool
@@ -61,13 +61,13 @@ class Form:
     written: frozenset[int]
 
     @classmethod
-    def of(cls, called: Called, unit: int, first: bool, last: bool) -> Form:
+    def of(cls, called: Called, unit: int, first: bool) -> Form:
         assert called.spec is not None, "the call has returned"
         leaves = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in called.output)
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
-            called.path, unit, first, last, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
+            called.path, unit, first, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
             frozenset(called.written),
         )  # fmt: skip
 
@@ -105,7 +105,7 @@ def forms_of(record: Record) -> tuple[Form, ...]:
                     fix="return tensors from it, or name other lists of layers (layers=)",
                 )  # fmt: skip
     return tuple(
-        Form.of(record.calls[call], number, call == unit.start, call == unit.stop - 1)
+        Form.of(record.calls[call], number, call == unit.start)
         for number, unit in enumerate(record.units)
         for call in unit
     )
@@ -156,8 +156,8 @@ class Crossing:
             output = self._own(number, form, gate, args, kwargs)
             if number == self.end - 1 and self.end < len(self.chain):
                 raise Left
-        if self.seed is not None and form.last:
-            self.seed(self.units + 1 + form.unit)
+        if self.seed is not None:
+            self.seed(self.units + 1 + number)
         if self.at_end is not None and form.layer and not any(later.layer for later in self.chain[number + 1 :]):
             self.at_end()
         return output
@@ -196,11 +196,11 @@ class Crossing:
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
 
-def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any], value: float = nan) -> Tensor:
     """What is left of a tensor that a past call has made, if its form did not travel: that of the argument that it is
     like."""
     given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
-    return junk(given.shape, given.dtype, given.device) if isinstance(given, Tensor) else NOTHING
+    return junk(given.shape, given.dtype, given.device, value) if isinstance(given, Tensor) else NOTHING
 
 
 def is_same(one: object, other: object) -> bool:

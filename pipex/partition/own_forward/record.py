@@ -62,8 +62,8 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
     """Runs the model as it is. Modules are called by the first of their paths.
 
     Args:
-        seed: called before the first call of each unit with its number, and behind its last with that + the number of
-            units + 1.
+        seed: called before the first call of each unit with its number, and behind each call with its number + that of
+            units + 1, since how much a call has drawn no other stage can know.
 
     Raises:
         UnsupportedModule: none of the layers was called by the model's forward.
@@ -78,7 +78,6 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
         )  # fmt: skip
     units = units_of([layer for _, layer in chain])
     begins = {unit.start: number for number, unit in enumerate(units)}
-    ends = {unit.stop: number for number, unit in enumerate(units)}
     calls: list[Called] = []
     given: dict[int | str, Tensor] = {}
     marks: dict[str, int] = {}
@@ -112,8 +111,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
             for name, entries in collected().items()
             if len(entries) > marks.get(name, 0)
         }
-        if len(calls) in ends:
-            seed(len(units) + 1 + ends[len(calls)])
+        seed(len(units) + len(calls))
 
     seed(0)
     with _watched(parted, before, after):

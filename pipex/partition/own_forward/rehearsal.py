@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from math import nan
 from typing import Any, TypeVar
 
 import torch
@@ -18,17 +19,22 @@ from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.hugging_face.conventions import collected
+from pipex.partition.own_forward.arguments import form_of
 from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, form_left, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
-from pipex.partition.own_forward.tree import Parted, junk
+from pipex.partition.own_forward.tree import Parted
 from pipex.torch_internals import parameters_of, tree_leaves, tree_unflatten
 
 Found = TypeVar("Found")
 
-Batch = Callable[[Collection[int]], tuple[tuple[Any, ...], dict[str, Any]]]
-"""The sample's arguments, without the values of these of its leaves."""
+Batch = Callable[[Collection[int], float], tuple[tuple[Any, ...], dict[str, Any]]]
+"""The sample's arguments, without the values of these of its leaves, and with another in their place."""
+
+_INSTEAD = (nan, 0.0)
+"""In place of what is not there: what spoils all that is computed from it; and since that is true as a condition, what
+is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class _Rehearsed:
     calls: range
     without: Collection[Leaf]
     forms: Collection[Leaf]
+    instead: float
     seed: Seed
     _at: int = 0
 
@@ -75,17 +82,16 @@ class _Rehearsed:
         for name, entries in called.beside.items():
             for n, entry in enumerate(entries):
                 collected()[name].append(NOTHING if Leaf(number, name, n) in self.without else entry)
-        if form.last:  # as in the record, in which the calls have drawn from other numbers since the unit began
-            self.seed(len(self.record.units) + 1 + form.unit)
+        self.seed(len(self.record.units) + 1 + number)
         leaves = []
         for n, value in enumerate(called.output):
             leaf = Leaf(number, "", n)
             if leaf not in self.without:
                 leaves.append(clone(value))
             elif leaf in self.forms:
-                leaves.append(junk(value.shape, value.dtype, value.device))
+                leaves.append(form_of(value, self.instead))
             else:
-                leaves.append(form_left(form.likes[n], args, kwargs))
+                leaves.append(form_left(form.likes[n], args, kwargs, self.instead))
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
 
@@ -175,10 +181,16 @@ class Rehearsal:
                 {p: find for p, find in self._parameters.items() if p in key}, self._device,
             )  # fmt: skip
         tree = self._trees[key]
-        args, kwargs = self._batch(self._floats - need.given)
-        tree.follow(mode=True)
+        return next(filter(None, (self._problem_with(value, tree, calls, before, need) for value in _INSTEAD)), None)
+
+    def _problem_with(
+        self, instead: float, tree: StageTree, calls: range, before: frozenset[Leaf], need: Need
+    ) -> str | None:
+        """``instead``: of values that are not there."""
+        args, kwargs = self._batch(self._floats - need.given, instead)
+        tree.follow(training=tree.root.training)
         forms, without = need.forms - need.made, before - need.made
-        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, self._seed))
+        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, instead, self._seed))
         self._seed(0)
         try:
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # they are of the rehearsal

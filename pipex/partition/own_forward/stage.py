@@ -140,7 +140,7 @@ class ModelStage(Stage):
         tree = self._tree
         if tree is None or tree.device != batch[0].device:
             tree = self._tree = self._grow(batch[0].device)
-        tree.follow(self.training)
+        tree.follow(any(module.training for unit in self.layers for module in unit.children()))
         end = self.first_layer + len(self.layers)
         crossing = Crossing(
             course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,

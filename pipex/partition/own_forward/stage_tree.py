@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class StageTree:
         self._made: dict[int, nn.Module] = {}
         self.gates: list[Gate] = []
         self._shared: list[tuple[dict[str, nn.Parameter | None], str, FindParameter]] = []
-        self._modes: list[tuple[nn.Module, bool]] = []  # with what they are in training
+        self._modes: list[tuple[nn.Module, bool | None]] = []  # None where it was the model's
         self.root = self._of(places.bare)
 
     def cross(self, crossing: Crossing | None) -> None:
@@ -69,16 +69,20 @@ class StageTree:
         for gate in self.gates:
             vars(gate)["crossing"] = crossing
 
-    def follow(self, mode: bool) -> None:
+    def follow(self, training: bool) -> None:
         """The stage: into its mode, and to the parameters that it has now.
 
         Args:
-            mode: whether it is in training.
+            training: whether it is. Modules that were in another mode than the model are in training only if they were.
         """
-        for module, training in self._modes:
-            module.training = training and mode
+        for module, of_its_own in self._modes:
+            module.training = training and of_its_own is not False
         for parameters, name, find in self._shared:
             parameters[name] = find()
+
+    def _keep_modes(self, modules: Iterable[nn.Module]) -> None:
+        model = self._places.bare.training
+        self._modes += [(module, None if module.training is model else module.training) for module in modules]
 
     def _of(self, bare: nn.Module) -> nn.Module:
         if id(bare) not in self._made:
@@ -93,10 +97,10 @@ class StageTree:
             return gate
         if id(bare) in places.loose:
             made = copy.deepcopy(bare).to(self.device)
-            self._modes += [(module, module.training) for module in made.modules()]
+            self._keep_modes(made.modules())
             return made
         made = shallow(bare)
-        self._modes.append((made, made.training))
+        self._keep_modes([made])
         prefix = f"{places.containers[id(bare)]}." if places.containers[id(bare)] else ""
         for name, parameter in parameters_of(made).items():
             if find := self._parameters.get(prefix + name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -143,11 +144,14 @@ def shallow(module: Made) -> Made:
     return twin
 
 
-def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One element in place of all of a tensor's: not a number where the dtype has such, else its largest."""
-    value: Any = 0
-    if dtype.is_floating_point or dtype.is_complex:
-        value = float("nan")
-    elif dtype is not torch.bool:
+def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device, value: Any = nan) -> Tensor:
+    """One element in place of all of a tensor's: not a number where the dtype has such, else its largest.
+
+    Args:
+        value: another one where the dtype has fractions.
+    """
+    if dtype is torch.bool:
+        value = False
+    elif not (dtype.is_floating_point or dtype.is_complex):
         value = torch.iinfo(dtype).max
     return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))

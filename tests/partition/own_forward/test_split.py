@@ -175,9 +175,56 @@ def test_containers_follow_the_stage_into_evaluation() -> None:
     needed = model.eval()(**batch())["loss"]
     model.train()
     stages = split(model, (1,))
-    for stage in stages:
-        stage.eval()
+    model.eval()
     assert torch.equal(apart(model, stages, batch())[0], needed)
+
+
+def test_containers_follow_the_model_into_training() -> None:
+    """As from_pretrained has it, the model is in evaluation mode when it is split."""
+    model = tangled()
+    needed = apart(model, split(model, (3,)), batch())
+    stages = split(model.eval(), (3,))
+    model.train()
+    check_same(apart(model, stages, batch()), needed)
+
+
+class Conditional(Tangled):
+    """Looks at a mask of floats only if it is not all ones, as the sample's is."""
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        x, bias = self.embed(ids), None
+        for layer in self.stacks.first:
+            x, bias, _ = layer(x if mask.all() else x * mask[..., None], mask.new_ones(()), bias)
+        return {"logits": self.norm(x)}
+
+
+def test_a_condition_that_the_sample_does_not_meet_is_seen() -> None:
+    model = Conditional()
+    given = batch()
+    ones = {"ids": given["ids"], "mask": torch.ones(given["mask"].shape)}
+    inputs: Any = (Keywords(dict(ones, mask=given["mask"].float())),)
+    for stage in pipex.split_model(model, 4, sample=ones, layers=["stacks.first"]):
+        inputs = stage(*inputs)
+    assert torch.equal(inputs["logits"], model(given["ids"], given["mask"].float())["logits"])
+
+
+def test_dropout_between_calls_of_one_unit_does_not_depend_on_the_cut() -> None:
+    class Between(Stacks):
+        def forward(self, x: Tensor, mask: Tensor, table: Tensor) -> Tensor:
+            bias: Tensor | None = None
+            for layer in self.first:
+                x, bias, _ = layer(x, mask, bias)
+            memory = nn.functional.dropout(self.between(x), 0.5, self.training)
+            x = self.between(memory)
+            for number, layer in enumerate(self.second):
+                x = layer(x, memory=memory, table=table[:, :, number])
+            return x
+
+    model = tangled()
+    model.stacks = Between()
+    needed = apart(model, pipex.split_model(model, 1, sample=batch(), layers=LISTS), batch())
+    got = apart(model, pipex.split_model(model, 8, sample=batch(), layers=LISTS), batch())
+    assert torch.equal(got[0], needed[0])
 
 
 def test_a_container_may_checkpoint_its_layers() -> None:
