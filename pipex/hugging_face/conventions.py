@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 
@@ -47,6 +47,13 @@ def _lists_of_wholes(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             if id(module) in planned or all(kind.__name__ in whole or _checkpoints(kind) for kind in kinds):
                 inside = f"{name}."
                 yield name, module
+
+
+def samples_elsewhere(batch: Mapping[str, Any]) -> str | None:
+    """The name of what does not have its samples in dimension 0: positions in several axes (of images and text) are
+    (axes, samples, length)."""
+    positions = batch.get("position_ids")
+    return "position_ids" if isinstance(positions, Tensor) and positions.dim() == 3 else None
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -119,8 +119,12 @@ class Stage(nn.Module):
                 fix="parametrize, wrap or remove it before the pipeline is made",
             ) from None  # fmt: skip
 
-    def check_inputs(self, inputs: tuple[Any, ...]) -> None:
-        """Raises InputError if a batch cannot be the first stage's inputs, as far as that can be told ahead."""
+    def check_inputs(self, inputs: tuple[Any, ...], *, whole: bool) -> None:
+        """Raises InputError if a batch cannot be the first stage's inputs, as far as that can be told ahead.
+
+        Args:
+            whole: whether it is still to be cut into micro-batches, along dimension 0.
+        """
 
     def forward(self, *inputs: Any) -> Any:
         """Applies the layers in order. A tuple that a layer returns is passed on as positional arguments."""

@@ -96,7 +96,7 @@ def take(
                 given.batch = how
                 if first is not None:
                     for inputs in microbatch.unmarked(batch):
-                        first.check_inputs(inputs)
+                        first.check_inputs(inputs, whole=not isinstance(batch, list))
             ready = how.rows is None
             given.said |= {
                 name: list(how.forms), f"{name} ready": ready,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipex.errors import UnsupportedModule
+from pipex.errors import InputError, UnsupportedModule
+from pipex.hugging_face.conventions import samples_elsewhere
 from pipex.partition.own_forward.arguments import Arguments, form_of
 from pipex.partition.own_forward.crossing import Crossing, Form, Leaf
 from pipex.partition.own_forward.gates import Left
@@ -20,7 +21,7 @@ from pipex.partition.own_forward.loss import Means
 from pipex.partition.own_forward.rehearsal import Need
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.units import Unit
-from pipex.partition.stage import Stage, introduce
+from pipex.partition.stage import Keywords, Stage, introduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,15 @@ class ModelStage(Stage):
         """The path of the first module that it calls."""
         return self._course.chain[self._course.units[self.first_layer].start].path
 
-    def check_inputs(self, inputs: tuple[Any, ...]) -> None:
+    def check_inputs(self, inputs: tuple[Any, ...], *, whole: bool) -> None:
         """As of ``Stage``."""
         self._course.arguments.of(inputs)
+        named = inputs[-1] if inputs and isinstance(inputs[-1], Keywords) else {}
+        if whole and (name := samples_elsewhere(named)):
+            raise InputError(
+                f"{name} has the samples in another dimension than the first", got=f"shape {list(named[name].shape)}",
+                needed="samples first, or micro-batches that are ready", fix="pass a list of ready micro-batches",
+            )  # fmt: skip
 
     def forward(self, *inputs: Any) -> Any:
         """What the next stage gets; on the last one what the model returns, or its loss if that is asked for.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import sampled
-from tangled_model import LISTS, UNITS, Stacks, Tangled, batch, tangled
+from tangled_model import LENGTH, LISTS, UNITS, Stacks, Tangled, batch, tangled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -446,7 +446,23 @@ OTHERS = [
 def test_a_batch_that_is_not_like_the_sample_is_refused(given: dict[str, Any], words: str) -> None:
     (first, *_) = split(tangled(), (4,))
     with pytest.raises(InputError, match=words):
-        first.check_inputs((Keywords(given),))
+        first.check_inputs((Keywords(given),), whole=True)
+
+
+def test_positions_in_several_axes_are_not_cut() -> None:
+    """As models of images and text have them; their first dimension is no batch's, whatever its size."""
+
+    class Positioned(Tangled):
+        def forward(  # type: ignore[override]
+            self, ids: Tensor, mask: Tensor, position_ids: Tensor, labels: Tensor | None = None
+        ) -> dict[str, Any]:
+            return super().forward(ids, mask, labels)
+
+    given = dict(batch(samples=3), position_ids=torch.zeros(3, 3, LENGTH))
+    (first, *_) = pipex.split_model(Positioned(), 2, sample=given, layers=LISTS)
+    first.check_inputs((Keywords(given),), whole=False)
+    with pytest.raises(InputError, match="position_ids has the samples in another dimension"):
+        first.check_inputs((Keywords(given),), whole=True)
 
 
 def test_constants_of_the_sample_are_said_to_every_stage() -> None:
@@ -464,7 +480,7 @@ def test_constants_of_the_sample_are_said_to_every_stage() -> None:
         inputs = stage(*inputs)
     assert torch.equal(inputs["logits"], model(**given)["logits"])  # type: ignore[call-overload]
     with pytest.raises(InputError, match=r"got 2\.0; needed 3\.0"):
-        stages[0].check_inputs((Keywords(dict(given, scale=2.0)),))
+        stages[0].check_inputs((Keywords(dict(given, scale=2.0)),), whole=True)
 
 
 def test_positional_arguments_will_do() -> None:
