@@ -119,6 +119,11 @@ class Stage(nn.Module):
                 fix="parametrize, wrap or remove it before the pipeline is made",
             ) from None  # fmt: skip
 
+    @property
+    def behind(self) -> int:
+        """The number by which what follows the last stage is seeded."""
+        return self.first_layer + len(self.layers)
+
     def check_inputs(self, inputs: tuple[Any, ...], *, whole: bool) -> None:
         """Raises InputError if a batch cannot be the first stage's inputs, as far as that can be told ahead.
 

@@ -110,8 +110,6 @@ def assemble(
 
     seeds, accumulators = Seeds(world.device, seed), tied.Accumulators()
     function = own_loss if loss_fn == "model" else loss_fn
-    if model[-1].loss_seen is not None:
-        model[-1].own_loss = loss_fn == "model"
     placement, of_loss = plan.placement, watch_loss(function, plan)
     loss = Loss(
         function, None if scaler is None else scaler.scale, means_only=plan.asynchronous,

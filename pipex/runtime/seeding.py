@@ -14,13 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-
-def generators(device: torch.device) -> list[torch.Generator]:
-    """What torch's random operations draw from in a stage on ``device``. On a GPU too some ask the CPU (whether a layer
-    is to be dropped)."""
-    if device.type == "cuda":
-        return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
-    return [torch.default_generator]
+from pipex.partition.own_forward.random_numbers import generators, seeds_from
 
 
 def mix(seed: int, step: int, microbatch: int) -> int:
@@ -29,27 +23,16 @@ def mix(seed: int, step: int, microbatch: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of two layers, modulo 2⁶⁴: that of SplitMix64, whose multiples are far from each other."""
-
-
 class Seeds:
     """Seeds layers, on one device: layer l by ``mix`` + l × ``STRIDE``, modulo 2⁶⁴."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        self._seed = seed
+        self._seed, self._device = seed, device
         self._generators = generators(device)
 
     def of(self, step: int, microbatch: int) -> Callable[[int], None]:
         """A function that seeds a layer of the model, by its number, for one forward."""
-        base, sources = mix(self._seed, step, microbatch), self._generators
-
-        def seed(layer: int) -> None:
-            value = base + layer * STRIDE & 0xFFFFFFFFFFFFFFFF
-            for generator in sources:
-                generator.manual_seed(value)
-
-        return seed
+        return seeds_from(mix(self._seed, step, microbatch), self._device)
 
     @contextmanager
     def apart(self, step: int, rank: int) -> Iterator[None]:

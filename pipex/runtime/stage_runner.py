@@ -108,6 +108,8 @@ class StageRunner:
             self._splitter.close()
             self._splitter = Splitter.of(self.stage, self._exact)
         self._call_before_layers(self._before_layer if self._draws else None)
+        if self.last:
+            self.stage.own_loss = self._loss.is_models  # which another pipeline of the stage may have otherwise
 
     def compute(self, step: int, microbatch: int, inputs: tuple[Any, ...]) -> Any:
         """The stage's output. Layers that may draw random numbers are seeded, and the loss that follows them."""
@@ -116,7 +118,7 @@ class StageRunner:
         with _UNWATCHED if self._watch is None else self._watch.forward():
             output = self.stage(*inputs)
         if self._loss_draws:
-            self._seed(self.stage.first_layer + len(self.stage.layers))
+            self._seed(self.stage.behind)
         return output
 
     @property

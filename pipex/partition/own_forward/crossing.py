@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from pipex.errors import UnsupportedModule
 from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Called, Record
-from pipex.partition.own_forward.tree import junk
 from pipex.torch_internals import TreeSpec, tree_leaves, tree_unflatten
 
 
@@ -38,36 +36,30 @@ class Form:
 
     Attributes:
         path: of the gate.
-        unit: that the call is of.
-    first: whether it is the unit's.
-        layer: whether it is a layer's.
+            layer: whether it is a layer's.
         spec: of its output.
         single: whether that is one tensor and nothing else.
         leaves: of the output: None for a tensor, else the value itself in a tuple.
-        likes: as ``Called.likes``.
         beside: what is collected under each name: whether it is a tensor, or None.
         written: as ``Called.written``: every stage's own code does so, each on what the call has returned.
     """
 
     path: str
-    unit: int
-    first: bool
     layer: bool
     spec: TreeSpec
     single: bool
     leaves: tuple[tuple[Any] | None, ...]
-    likes: tuple[int | str | None, ...]
     beside: Mapping[str, tuple[bool, ...]]
     written: frozenset[int]
 
     @classmethod
-    def of(cls, called: Called, unit: int, first: bool) -> Form:
+    def of(cls, called: Called) -> Form:
         assert called.spec is not None, "the call has returned"
         leaves = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in called.output)
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
         return cls(
-            called.path, unit, first, called.layer, called.spec, single, leaves, tuple(called.likes), beside,
+            called.path, called.layer, called.spec, single, leaves, beside,
             frozenset(called.written),
         )  # fmt: skip
 
@@ -104,11 +96,7 @@ def forms_of(record: Record) -> tuple[Form, ...]:
                     needed="tensors, numbers, None, and tuples, lists and dicts of them",
                     fix="return tensors from it, or name other lists of layers (layers=)",
                 )  # fmt: skip
-    return tuple(
-        Form.of(record.calls[call], number, call == unit.start)
-        for number, unit in enumerate(record.units)
-        for call in unit
-    )
+    return tuple(map(Form.of, record.calls))
 
 
 @dataclass(slots=True)
@@ -118,9 +106,9 @@ class Crossing:
     Attributes:
         chain: all calls.
         begin, end: the stage's own.
-        units: how many there are.
-        received: what is there of past calls: what they made, or its form.
+            received: what is there of past calls: what they made, or its form.
         wanted: by call, of what the stage is to keep what the call makes.
+        nothing: stands for what a past call made and nobody needs.
         seed: as ``record.Seed``, or None.
         at_end: called once the last layer of the chain is done.
     """
@@ -128,9 +116,9 @@ class Crossing:
     chain: Sequence[Form]
     begin: int
     end: int
-    units: int
     received: Mapping[Leaf, Tensor]
     wanted: Mapping[int, Collection[Leaf]]
+    nothing: Tensor
     seed: Callable[[int], None] | None = None
     at_end: Callable[[], object] | None = None
     made: dict[Leaf, Tensor] = field(default_factory=dict)
@@ -149,15 +137,13 @@ class Crossing:
                 fix="split it with a sample that is like the batches, and switch off what drops layers at random",
             )  # fmt: skip
         if number < self.begin:
-            output = self._past(number, form, args, kwargs)
+            output = self._past(number, form)
         else:
-            if self.seed is not None and form.first:
-                self.seed(form.unit)
             output = self._own(number, form, gate, args, kwargs)
             if number == self.end - 1 and self.end < len(self.chain):
                 raise Left
         if self.seed is not None:
-            self.seed(self.units + 1 + number)
+            self.seed(number + 1)
         if self.at_end is not None and form.layer and not any(later.layer for later in self.chain[number + 1 :]):
             self.at_end()
         return output
@@ -180,27 +166,15 @@ class Crossing:
             self.made[leaf] = tensor.clone() if not leaf.name and leaf.number in form.written else tensor
         return output
 
-    def _past(self, number: int, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _past(self, number: int, form: Form) -> Any:
         for name, entries in form.beside.items():
             for n, is_one in enumerate(entries):
-                collected()[name].append(self.received.get(Leaf(number, name, n), NOTHING) if is_one else None)
+                collected()[name].append(self.received.get(Leaf(number, name, n), self.nothing) if is_one else None)
         leaves: list[Any] = []
         for n, constant in enumerate(form.leaves):
-            found = self.received.get(Leaf(number, "", n))
-            if constant is not None:
-                leaves.append(constant[0])
-            elif found is None:
-                leaves.append(form_left(form.likes[n], args, kwargs))
-            else:
-                leaves.append(found.clone() if n in form.written else found)
+            found = self.received.get(Leaf(number, "", n), self.nothing)
+            leaves.append(found.clone() if n in form.written else found if constant is None else constant[0])
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
-
-
-def form_left(like: int | str | None, args: Sequence[Any], kwargs: Mapping[str, Any], value: float = nan) -> Tensor:
-    """What is left of a tensor that a past call has made, if its form did not travel: that of the argument that it is
-    like."""
-    given = kwargs.get(like) if isinstance(like, str) else next((a for n, a in enumerate(args) if n == like), None)
-    return junk(given.shape, given.dtype, given.device, value) if isinstance(given, Tensor) else NOTHING
 
 
 def is_same(one: object, other: object) -> bool:
@@ -213,7 +187,3 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def _words(leaves: Sequence[Any]) -> str:
     return ", ".join("a tensor" if leaf is Tensor or isinstance(leaf, Tensor) else repr(leaf)[:40] for leaf in leaves)
-
-
-NOTHING = junk((), torch.float32, torch.device("cpu"))
-"""Stands for what is of no use."""

@@ -8,12 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipex.partition.own_forward.random_numbers import advance
 from pipex.partition.own_forward.tree import junk
 from pipex.torch_internals import children_of, parameters_of
 
 
 class Crossing(Protocol):
     """What a call of a gate asks."""
+
+    @property
+    def seed(self) -> Callable[[int], None] | None:
+        """What it seeds by, if it does."""
 
     def call(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the call returns."""
@@ -38,7 +43,7 @@ class Gate(nn.Module):
         super().__init__()
         own = vars(self)
         own["path"], own["bare"], own["find"], own["crossing"] = path, bare, find, None
-        own["device"] = device
+        own["device"], own["seeded"] = device, False
         # For the model to find a parameter, which it asks for its device and dtype.
         if find is not None:
             children_of(self)["0"] = find()
@@ -52,10 +57,19 @@ class Gate(nn.Module):
         return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        crossing = vars(self)["crossing"]
-        if crossing is None:  # a checkpoint runs it again, in a backward
-            return self.real(*args, **kwargs)
-        return crossing.call(self, args, kwargs)
+        own = vars(self)
+        if own["crossing"] is not None:
+            return own["crossing"].call(self, args, kwargs)
+        output = self.real(*args, **kwargs)  # a checkpoint runs it again, in a backward
+        if own["seeded"]:
+            advance(own["device"])
+        return output
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What code between the calls may ask for; it is a gate by ``type``."""
+        own = vars(self)
+        return type(own["bare"]) if "bare" in own else Gate
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -68,3 +82,10 @@ class Gate(nn.Module):
                 return getattr(own["find"](), name)
             found = getattr(own["bare"], name)
             return junk(found.shape, found.dtype, own["device"]) if isinstance(found, Tensor) else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = vars(self)
+        if "bare" in own:  # the forward tells the module something
+            setattr(own["bare"] if own["find"] is None else own["find"](), name, value)
+        else:
+            super().__setattr__(name, value)

@@ -16,7 +16,7 @@ from pipex.partition.own_forward.tree import Parted
 from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves, version
 
 Seed = Callable[[int], None]
-"""Seeds what follows, by a number: the unit that runs next, or, counted on, the code behind a unit."""
+"""Seeds what follows, by the number of the call that comes next."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,6 @@ class Called:
         path: of the module.
         layer: whether it is one.
         arguments: the leaves of (args, kwargs).
-        likes: for each leaf of the output an argument of the same shape and dtype, by position or name.
         output, spec: its leaves, and what they are of.
         beside: by name what the model has collected from within the call (router logits).
         written: leaves of the output that the model's code between the calls has worked on in place.
@@ -38,7 +37,6 @@ class Called:
     arguments: list[Any]
     output: list[Any] = field(default_factory=list)
     spec: TreeSpec | None = None
-    likes: list[int | str | None] = field(default_factory=list)
     beside: dict[str, list[Tensor | None]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
 
@@ -62,8 +60,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
     """Runs the model as it is. Modules are called by the first of their paths.
 
     Args:
-        seed: called before the first call of each unit with its number, and behind each call with its number + that of
-            units + 1, since how much a call has drawn no other stage can know.
+        seed: called with the number of the call that comes next.
 
     Raises:
         UnsupportedModule: none of the layers was called by the model's forward.
@@ -77,9 +74,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
             fix="name other lists with layers=, or leave the model whole",
         )  # fmt: skip
     units = units_of([layer for _, layer in chain])
-    begins = {unit.start: number for number, unit in enumerate(units)}
     calls: list[Called] = []
-    given: dict[int | str, Tensor] = {}
     marks: dict[str, int] = {}
     watched: dict[tuple[int, int], tuple[Tensor, int]] = {}  # with the version that a call has left
 
@@ -90,11 +85,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         look()
-        if len(calls) in begins:
-            seed(begins[len(calls)])
         calls.append(Called(path, id(module) in layers, [clone(leaf) for leaf in tree_leaves((args, kwargs))]))
-        given.clear()
-        given.update({key: value for key, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor)})
         marks.clear()
         marks.update({name: len(entries) for name, entries in collected().items()})
 
@@ -102,7 +93,6 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
         call = calls[-1]
         leaves, call.spec = tree_flatten(output)
         call.output = [clone(leaf) for leaf in leaves]
-        call.likes = [_like(leaf, given) for leaf in leaves]
         made = {(len(calls) - 1, n): leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         for place, leaf in ({place: leaf for place, (leaf, _) in watched.items()} | made).items():
             watched[place] = leaf, version(leaf)
@@ -111,7 +101,7 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
             for name, entries in collected().items()
             if len(entries) > marks.get(name, 0)
         }
-        seed(len(units) + len(calls))
+        seed(len(calls))
 
     seed(0)
     with _watched(parted, before, after):
@@ -146,12 +136,6 @@ def _order(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
     with _watched(parted, lambda path, module, *_: found.append((path, id(module) in layers)), lambda _: None):
         model(*args, **kwargs)
     return found
-
-
-def _like(leaf: Any, given: Mapping[int | str, Tensor]) -> int | str | None:
-    if not isinstance(leaf, Tensor):
-        return None
-    return next((key for key, its in given.items() if (its.shape, its.dtype) == (leaf.shape, leaf.dtype)), None)
 
 
 def _first_difference(chain: Sequence[tuple[str, bool]], calls: Sequence[Called]) -> str:

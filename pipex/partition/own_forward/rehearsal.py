@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from math import nan
+from math import inf, nan
 from typing import Any, TypeVar
 
 import torch
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.arguments import form_of
-from pipex.partition.own_forward.crossing import NOTHING, Form, Leaf, form_left, is_same
+from pipex.partition.own_forward.crossing import Form, Leaf, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
-from pipex.partition.own_forward.tree import Parted
-from pipex.torch_internals import parameters_of, tree_leaves, tree_unflatten
+from pipex.partition.own_forward.tree import Parted, junk, tensors_of_containers
+from pipex.torch_internals import tree_leaves, tree_unflatten
 
 Found = TypeVar("Found")
 
 Batch = Callable[[Collection[int], float], tuple[tuple[Any, ...], dict[str, Any]]]
 """The sample's arguments, without the values of these of its leaves, and with another in their place."""
 
-_INSTEAD = (nan, 0.0)
-"""In place of what is not there: what spoils all that is computed from it; and since that is true as a condition, what
-is not."""
+_INSTEAD = (nan, 0.0, inf, -inf)
+"""In place of what is not there: what spoils all that is computed from it; and what makes conditions true and false, of
+which the sample shows one way only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Need:
         made: by earlier calls, with values.
         forms: likewise, without.
         given: floating-point tensors of the batch, with values; of others the forms will do.
-        held: paths of outer modules and containers' parameters that it reads beside its calls.
+        held: paths of outer modules and containers' tensors that it reads beside its calls.
     """
 
     made: frozenset[Leaf]
@@ -66,6 +66,7 @@ class _Rehearsed:
     without: Collection[Leaf]
     forms: Collection[Leaf]
     instead: float
+    device: torch.device
     seed: Seed
     _at: int = 0
 
@@ -81,8 +82,9 @@ class _Rehearsed:
             raise Left
         for name, entries in called.beside.items():
             for n, entry in enumerate(entries):
-                collected()[name].append(NOTHING if Leaf(number, name, n) in self.without else entry)
-        self.seed(len(self.record.units) + 1 + number)
+                missing = Leaf(number, name, n) in self.without
+                collected()[name].append(junk((), torch.float32, self.device, self.instead) if missing else entry)
+        self.seed(number + 1)
         leaves = []
         for n, value in enumerate(called.output):
             leaf = Leaf(number, "", n)
@@ -91,7 +93,7 @@ class _Rehearsed:
             elif leaf in self.forms:
                 leaves.append(form_of(value, self.instead))
             else:
-                leaves.append(form_left(form.likes[n], args, kwargs, self.instead))
+                leaves.append(junk((), torch.float32, self.device, self.instead))
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
 
@@ -112,12 +114,7 @@ class Rehearsal:
         self._places, self._record, self._chain, self._batch = places, record, chain, batch
         self._floats = frozenset(floats)
         self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
-        self._parameters = {
-            f"{path}.{name}" if path else name: _finding(parameter)
-            for path, container in parted.containers.items()
-            for name, parameter in parameters_of(container).items()
-            if parameter is not None
-        }
+        self._tensors = {path: _finding(tensor) for path, tensor in tensors_of_containers(parted).items()}
         self._outer = frozenset(parted.outer)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._trees: dict[frozenset[str], StageTree] = {}
@@ -133,7 +130,7 @@ class Rehearsal:
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
         always = frozenset(leaf for leaf in before if self._is_truth(leaf))
-        all_there_is = Need(before, before, self._floats, self._outer.union(self._parameters).difference(own))
+        all_there_is = Need(before, before, self._floats, self._outer.union(self._tensors).difference(own))
 
         def works(need: Need) -> bool:
             return self._problem(calls, before, need, own) is None
@@ -178,7 +175,7 @@ class Rehearsal:
         if key not in self._trees:
             self._trees[key] = StageTree(
                 self._places, {p: find for p, find in self._modules.items() if p in key},
-                {p: find for p, find in self._parameters.items() if p in key}, self._device,
+                {p: find for p, find in self._tensors.items() if p in key}, self._device,
             )  # fmt: skip
         tree = self._trees[key]
         return next(filter(None, (self._problem_with(value, tree, calls, before, need) for value in _INSTEAD)), None)
@@ -190,7 +187,7 @@ class Rehearsal:
         args, kwargs = self._batch(self._floats - need.given, instead)
         tree.follow(training=tree.root.training)
         forms, without = need.forms - need.made, before - need.made
-        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, instead, self._seed))
+        tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, instead, self._device, self._seed))
         self._seed(0)
         try:
             with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # they are of the rehearsal

@@ -17,6 +17,7 @@ from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.crossing import Form, forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import loss_in
+from pipex.partition.own_forward.random_numbers import seeds_from
 from pipex.partition.own_forward.record import Record, Seed, record
 from pipex.partition.own_forward.rehearsal import Need, Rehearsal
 from pipex.partition.own_forward.stage import Course, ModelStage, cut_units
@@ -38,7 +39,7 @@ def split_by_forward(
     with _random_numbers_kept(model):
         runs = model if has_values(model) else narrow(model)
         with _untouched(runs):
-            seed = _seed_on(arguments.tensors[0].device)
+            seed = seeds_from(0, arguments.tensors[0].device)
             learnt = _learn(runs, layers, arguments, seed)
             stages = learnt.cut(model, counts)
             if verify:
@@ -87,18 +88,6 @@ def _learn(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments,
     rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
     needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
     return _Learnt(layers, arguments, seen, chain, needs)
-
-
-def _seed_on(device: torch.device) -> Seed:
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-
-    def seed(number: int) -> None:
-        for generator in generators:  # torch.manual_seed takes a hundred times as long
-            generator.manual_seed(number)
-
-    return seed
 
 
 @contextmanager

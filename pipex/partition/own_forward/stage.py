@@ -116,6 +116,11 @@ class ModelStage(Stage):
         """The path of the first module that it calls."""
         return self._course.chain[self._course.units[self.first_layer].start].path
 
+    @property
+    def behind(self) -> int:
+        """As of ``Stage``: behind the code that follows the last call."""
+        return len(self._course.chain) + 1
+
     def check_inputs(self, inputs: tuple[Any, ...], *, whole: bool) -> None:
         """As of ``Stage``."""
         self._course.arguments.of(inputs)
@@ -150,8 +155,8 @@ class ModelStage(Stage):
         tree.follow(any(module.training for unit in self.layers for module in unit.children()))
         end = self.first_layer + len(self.layers)
         crossing = Crossing(
-            course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, len(course.units), received,
-            self._wanted, self._seed_of(self.before_layer),
+            course.chain, course.units[self.first_layer].start, course.units[end - 1].stop, received,
+            self._wanted, tree.nothing, self._seed_of(self.before_layer),
         )  # fmt: skip
         means = Means()
         if crossing.seed is not None:
@@ -191,12 +196,12 @@ class ModelStage(Stage):
 
     def _grow(self, device: torch.device) -> StageTree:
         modules: dict[str, Callable[[], nn.Module]] = {}
-        parameters: dict[str, Callable[[], nn.Parameter]] = {}
+        tensors: dict[str, Callable[[], Tensor]] = {}
         for unit in self.layers:
             assert isinstance(unit, Unit), "a model stage consists of units"
             modules |= {path: partial(unit.get_submodule, name) for path, name in unit.names_of_modules.items()}
-            parameters |= {path: partial(unit.get_parameter, name) for path, name in unit.names_of_parameters.items()}
-        return StageTree(self._course.places, modules, parameters, device)
+            tensors |= {path: partial(getattr, unit, name) for path, name in unit.names_of_tensors.items()}
+        return StageTree(self._course.places, modules, tensors, device)
 
     def _seed_of(self, before: Callable[[int], object] | None) -> Callable[[int], None] | None:
         if before is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
 from pipex.partition.own_forward.tree import Bare, Parted, junk, shallow
-from pipex.torch_internals import buffers_of, children_of, parameters_of
+from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +44,25 @@ class Places:
 
 
 Find = Callable[[], nn.Module]
-FindParameter = Callable[[], nn.Parameter]
+FindTensor = Callable[[], Tensor]
 
 
 class StageTree:
     """Args:
     places: of the model.
     modules: by path, what the stage has of layers and outer modules.
-    parameters: by path, where it has what of the containers' own.
+    tensors: by path, where it has what of the containers' own.
     device: of what it has no other of.
     """
 
     def __init__(
-        self, places: Places, modules: Mapping[str, Find], parameters: Mapping[str, FindParameter], device: torch.device
+        self, places: Places, modules: Mapping[str, Find], tensors: Mapping[str, FindTensor], device: torch.device
     ) -> None:
-        self._places, self._modules, self._parameters, self.device = places, modules, parameters, device
+        self._places, self._modules, self._tensors, self.device = places, modules, tensors, device
+        self.nothing = junk((), torch.float32, device)
         self._made: dict[int, nn.Module] = {}
         self.gates: list[Gate] = []
-        self._shared: list[tuple[dict[str, nn.Parameter | None], str, FindParameter]] = []
+        self._shared: list[tuple[dict[str, Any], str, FindTensor]] = []
         self._modes: list[tuple[nn.Module, bool | None]] = []  # None where it was the model's
         self.root = self._of(places.bare)
 
@@ -68,17 +70,19 @@ class StageTree:
         """Has the gates ask it from now on."""
         for gate in self.gates:
             vars(gate)["crossing"] = crossing
+            if crossing is not None:
+                vars(gate)["seeded"] = crossing.seed is not None
 
     def follow(self, training: bool) -> None:
-        """The stage: into its mode, and to the parameters that it has now.
+        """The stage: into its mode, and to the tensors that it has now.
 
         Args:
             training: whether it is. Modules that were in another mode than the model are in training only if they were.
         """
         for module, of_its_own in self._modes:
             module.training = training and of_its_own is not False
-        for parameters, name, find in self._shared:
-            parameters[name] = find()
+        for tensors, name, find in self._shared:
+            tensors[name] = find()
 
     def _keep_modes(self, modules: Iterable[nn.Module]) -> None:
         model = self._places.bare.training
@@ -103,13 +107,18 @@ class StageTree:
         self._keep_modes([made])
         prefix = f"{places.containers[id(bare)]}." if places.containers[id(bare)] else ""
         for name, parameter in parameters_of(made).items():
-            if find := self._parameters.get(prefix + name):
+            if find := self._tensors.get(prefix + name):
                 self._shared.append((parameters_of(made), name, find))
             elif parameter is not None:
                 form = junk(parameter.shape, parameter.dtype, self.device)
                 parameters_of(made)[name] = nn.Parameter(form, requires_grad=False)
         for name, buffer in buffers_of(made).items():
-            buffers_of(made)[name] = None if buffer is None else buffer.to(self.device)
+            if find := self._tensors.get(prefix + name):
+                self._shared.append((buffers_of(made), name, find))
+            elif buffer is not None and name not in non_persistent_of(bare):
+                buffers_of(made)[name] = junk(buffer.shape, buffer.dtype, self.device)
+            else:
+                buffers_of(made)[name] = None if buffer is None else buffer.to(self.device)
         self._made[id(bare)] = made
         for name, child in children_of(bare).items():
             children_of(made)[name] = None if child is None else self._of(child)

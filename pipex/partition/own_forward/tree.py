@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -85,6 +85,16 @@ def _check_own_forward(path: str, module: nn.Module) -> None:
         )  # fmt: skip
 
 
+def tensors_of_containers(parted: Parted) -> dict[str, Tensor]:
+    """By path their own parameters, and those of their buffers that checkpoints hold."""
+    found: dict[str, Tensor] = {}
+    for path, container in parted.containers.items():
+        prefix = f"{path}." if path else ""
+        saved = {n: b for n, b in buffers_of(container).items() if n not in non_persistent_of(container)}
+        found |= {prefix + n: t for n, t in (*parameters_of(container).items(), *saved.items()) if t is not None}
+    return found
+
+
 class Bare:
     """A copy of a model's tree without the memory of its layers and outer modules. In place of their tensors stands
     what has the form and is not a number, so that whatever uses one shows it.
@@ -148,10 +158,10 @@ def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device, value: 
     """One element in place of all of a tensor's: not a number where the dtype has such, else its largest.
 
     Args:
-        value: another one where the dtype has fractions.
+        value: another one, or of integers the smallest for -inf.
     """
     if dtype is torch.bool:
         value = False
-    elif not (dtype.is_floating_point or dtype.is_complex):
-        value = torch.iinfo(dtype).max
+    elif not (dtype.is_floating_point or dtype.is_complex or value == 0):
+        value = torch.iinfo(dtype).min if value == -inf else torch.iinfo(dtype).max
     return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
