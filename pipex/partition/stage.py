@@ -37,6 +37,8 @@ class Stage(nn.Module):
     loss_seen: bool | None = None
     """whether the model has returned a loss for the sample that it was cut by; None where stages do not run the model's
     own forward"""
+    loss_problem: str = ""
+    """what keeps that loss from being a mean over all micro-batches"""
     own_loss: bool = False
     """whether the last stage returns the model's own loss (``OwnLoss``) in place of the model's output"""
 

@@ -68,6 +68,12 @@ def check_own_loss(loss_fn: object, stages: Sequence[Stage], plan: Plan) -> None
         raise InputError("loss_fn='model' is the loss that the model's own forward returns", got="none in what it has "
                          "returned for the sample", needed="a sample with labels",
                          fix="put them into split_model's sample, as into every batch")  # fmt: skip
+    if problem := stages[-1].loss_problem:
+        raise InputError(
+            "the model's own loss is no mean over its samples or tokens, and so none over micro-batches", got=problem,
+            needed="the same", fix="pass a loss_fn; if each micro-batch is to weigh by its samples, "
+            "loss_fn=lambda output, target: output.loss, and the labels as the target too",
+        )  # fmt: skip
     if plan.asynchronous:
         raise InputError("this plan updates the weights within a step", got="loss_fn='model', a mean over all "
                          "micro-batches", needed="the mean loss of each micro-batch",

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipex.errors import InputError
 from pipex.partition.own_forward.tree import junk
 from pipex.partition.stage import Keywords
-from pipex.torch_internals import tree_flatten, tree_unflatten
+from pipex.torch_internals import tree_flatten, tree_unflatten, version
 
 ACTIVATIONS = ("output_hidden_states", "output_attentions")
 """Arguments that ask a model for all that travels between its layers."""
@@ -47,8 +47,10 @@ class Arguments:
         """of the keyword arguments"""
         leaves, self._spec = tree_flatten((args, kwargs))
         self._constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.tensors = [tensor.detach().clone() for tensor in self._given]
         """of the sample"""
+        self._written: frozenset[int] = frozenset()  # which of them the forward works on in place
         if not self.tensors:
             raise InputError("the sample holds no tensor", got=type(sample).__name__,
                              needed="a batch as those of training")  # fmt: skip
@@ -58,9 +60,16 @@ class Arguments:
         """Which of the tensors could be not a number."""
         return [n for n, t in enumerate(self.tensors) if t.is_floating_point() or t.is_complex()]
 
+    def look(self) -> None:
+        """Called after the first forward on the sample: sees what it has worked on in place, of which every stage needs
+        a copy of its own."""
+        self._written = frozenset(n for n, tensor in enumerate(self.tensors) if version(tensor))
+        self.tensors = [tensor.detach().clone() for tensor in self._given]
+        self._given = []
+
     def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a forward on these."""
-        left = iter(tensors)
+        left = (tensor.clone() if n in self._written else tensor for n, tensor in enumerate(tensors))
         leaves = [self._constants[n] if n in self._constants else next(left) for n in range(self._spec.num_leaves)]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs | self._always

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipex.errors import UnsupportedModule
 from pipex.partition.own_forward.random_numbers import advance
 from pipex.partition.own_forward.tree import junk
 from pipex.torch_internals import children_of, parameters_of
@@ -60,7 +61,12 @@ class Gate(nn.Module):
         own = vars(self)
         if own["crossing"] is not None:
             return own["crossing"].call(self, args, kwargs)
-        output = self.real(*args, **kwargs)  # a checkpoint runs it again, in a backward
+        if own["find"] is None:  # a checkpoint runs it again, in a backward
+            raise UnsupportedModule(
+                f"a checkpoint runs {own['path']} again, which another stage has", got="a cut within what it holds",
+                needed="a cut ahead of it or behind it", fix="checkpoint layer by layer, or cut elsewhere (balance=)",
+            )  # fmt: skip
+        output = self.real(*args, **kwargs)
         if own["seeded"]:
             advance(own["device"])
         return output

@@ -66,6 +66,8 @@ class Means(TorchFunctionMode):
         self._means: list[_Quotient] = []  # of torch's loss functions
         self._quotients: list[_Quotient] = []  # of anything
         self._undivided: list[str] = []  # calls of loss functions that left the dividing to the model
+        self.whole = False
+        """whether the loss that was asked for is one mean, and nothing else"""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
@@ -98,8 +100,11 @@ class Means(TorchFunctionMode):
                 needed="a scalar, called loss",
                 fix="put the labels into the batch, under the name that the model's forward has for them",
             )  # fmt: skip
+        if loss.requires_grad:  # what is only looked at is no part of it
+            self._means = [mean for mean in self._means if mean.value.requires_grad]
         for mean in (*self._means, *(() if self._means else self._quotients)):
             if mean.is_all_of(loss):
+                self.whole = True
                 return OwnLoss(mean.sum(), mean.count)
         if self._undivided or not self._means:
             raise UnsupportedModule(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
 from pipex.hugging_face.conventions import collected
+from pipex.partition.own_forward.arguments import Arguments
+from pipex.partition.own_forward.kept import Kept, changed, kept_by, own_state, refuse_changes
 from pipex.partition.own_forward.tree import Parted
 from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves, version
 
@@ -48,25 +50,31 @@ class Record:
     units: what a cut has one or the other side of, as ranges of calls: each layer's, and the outer modules' between.
     output: the leaves of what the model has returned.
     live: what it has returned, with its graph.
+    set_within: by path and name, what layers and outer modules keep that the forward has set.
     """
 
     calls: tuple[Called, ...]
     units: tuple[range, ...]
     output: list[Any]
     live: Any
+    set_within: frozenset[tuple[str, str]]
 
 
-def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mapping[str, Any], seed: Seed) -> Record:
+def record(model: nn.Module, parted: Parted, arguments: Arguments, seed: Seed) -> Record:
     """Runs the model as it is. Modules are called by the first of their paths.
 
     Args:
         seed: called with the number of the call that comes next.
 
     Raises:
-        UnsupportedModule: none of the layers was called by the model's forward.
+        UnsupportedModule: none of the layers was called by the model's forward, or what runs beside them keeps what
+            each forward changes.
     """
     layers = {id(module) for module in parted.layers.values()}
-    chain = _order(model, parted, args, kwargs)
+    at_first = kept_by(parted.layers | parted.outer)
+    chain = _order(model, parted, *arguments.sample())
+    arguments.look()
+    beside = kept_by(parted.loose) | _kept_by_containers(parted)
     if not any(layer for _, layer in chain):
         raise UnsupportedModule(
             f"the forward of {type(model).__name__} calls none of its layers",
@@ -105,15 +113,27 @@ def record(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mappin
 
     seed(0)
     with _watched(parted, before, after):
+        args, kwargs = arguments.sample()
         live = model(*args, **kwargs)
     look()
+    refuse_changes(beside, kept_by(parted.loose) | _kept_by_containers(parted))
     if [(call.path, call.layer) for call in calls] != chain:
         raise UnsupportedModule(
             f"the forward of {type(model).__name__} calls other layers the second time",
             got=_first_difference(chain, calls),
             needed="the same calls in every forward", fix="switch off what drops layers at random (layerdrop)",
         )  # fmt: skip
-    return Record(tuple(calls), units, [clone(leaf) for leaf in tree_leaves(live)], live)
+    set_within = frozenset(changed(at_first, kept_by(parted.layers | parted.outer)))
+    return Record(tuple(calls), units, [clone(leaf) for leaf in tree_leaves(live)], live, set_within)
+
+
+def _kept_by_containers(parted: Parted) -> Kept:
+    """Not by what is in them."""
+    return {
+        (path, name): clone(value)
+        for path, container in parted.containers.items()
+        for name, value in own_state(container).items()
+    }
 
 
 def units_of(layers: Sequence[bool]) -> tuple[range, ...]:

@@ -17,6 +17,7 @@ from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.crossing import Form, forms_of
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import loss_in
+from pipex.partition.own_forward.loss_check import problem_with_loss
 from pipex.partition.own_forward.random_numbers import seeds_from
 from pipex.partition.own_forward.record import Record, Seed, record
 from pipex.partition.own_forward.rehearsal import Need, Rehearsal
@@ -39,14 +40,15 @@ def split_by_forward(
     with _random_numbers_kept(model):
         runs = model if has_values(model) else narrow(model)
         with _untouched(runs):
-            seed = seeds_from(0, arguments.tensors[0].device)
+            seed = seeds_from(0, next((p.device for p in runs.parameters()), torch.device("cpu")))
             learnt = _learn(runs, layers, arguments, seed)
             stages = learnt.cut(model, counts)
             if verify:
                 verified = verify_stages(runs, stages if runs is model else learnt.cut(runs, counts), learnt.record,
                                          arguments, seed)  # fmt: skip
+                problem = problem_with_loss(runs, arguments) if stages[-1].loss_seen else ""
                 for stage in stages:
-                    stage.verified = verified
+                    stage.verified, stage.loss_problem = verified, problem
     return stages
 
 
@@ -64,7 +66,7 @@ class _Learnt:
         """Stages of the model, or of a wider one."""
         parted = part(model, layer_paths(model, self.layers))
         units = make_units(self.record, parted, self.needs)
-        places = Places.of(model, parted)
+        places = Places.of(model, parted, self.record.set_within)
         loss_seen = loss_in(self.record.live) is not None
         course = Course(self.arguments, self.chain, self.record.units, self.needs, places, loss_seen)
         return cut_units(units, counts(units), model, course)
@@ -72,10 +74,9 @@ class _Learnt:
 
 def _learn(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments, seed: Seed) -> _Learnt:
     parted = part(model, layer_paths(model, layers))
-    args, kwargs = arguments.sample()
     try:
         with torch.enable_grad():
-            seen = record(model, parted, args, kwargs, seed)
+            seen = record(model, parted, arguments, seed)
     except PipexError:
         raise
     except Exception as error:
@@ -84,7 +85,7 @@ def _learn(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments,
             needed="a batch as those of training, on the model's device",
         ) from error  # fmt: skip
     chain = forms_of(seen)
-    places = Places.of(model, parted)
+    places = Places.of(model, parted, seen.set_within)
     rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
     needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
     return _Learnt(layers, arguments, seen, chain, needs)

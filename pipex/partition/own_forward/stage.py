@@ -150,8 +150,9 @@ class ModelStage(Stage):
             batch = inputs[:many]
             received = dict(zip((*self._gets.made, *self._gets.forms), inputs[many:], strict=True))
         tree = self._tree
-        if tree is None or tree.device != batch[0].device:
-            tree = self._tree = self._grow(batch[0].device)
+        device = next((parameter.device for parameter in self.parameters()), batch[0].device)
+        if tree is None or tree.device != device:
+            tree = self._tree = self._grow(device)
         tree.follow(any(module.training for unit in self.layers for module in unit.children()))
         end = self.first_layer + len(self.layers)
         crossing = Crossing(

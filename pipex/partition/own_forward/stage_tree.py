@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
-from pipex.partition.own_forward.tree import Bare, Parted, junk, shallow
+from pipex.partition.own_forward.tree import Bare, Parted, junk, rebind, shallow
 from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
 
 
@@ -32,9 +32,13 @@ class Places:
     containers: Mapping[int, str]
 
     @classmethod
-    def of(cls, model: nn.Module, parted: Parted) -> Places:
-        """Of a model."""
-        made = Bare(model, parted)
+    def of(cls, model: nn.Module, parted: Parted, set_within: Collection[tuple[str, str]]) -> Places:
+        """Of a model.
+
+        Args:
+            set_within: as of ``Record``.
+        """
+        made = Bare(model, parted, set_within)
         of = made.copies
         return cls(
             made.root, {id(of[id(m)]): path for path, m in (*parted.layers.items(), *parted.outer.items())},
@@ -65,6 +69,7 @@ class StageTree:
         self._shared: list[tuple[dict[str, Any], str, FindTensor]] = []
         self._modes: list[tuple[nn.Module, bool | None]] = []  # None where it was the model's
         self.root = self._of(places.bare)
+        rebind(self._made)
 
     def cross(self, crossing: Crossing | None) -> None:
         """Has the gates ask it from now on."""
@@ -118,7 +123,7 @@ class StageTree:
             elif buffer is not None and name not in non_persistent_of(bare):
                 buffers_of(made)[name] = junk(buffer.shape, buffer.dtype, self.device)
             else:
-                buffers_of(made)[name] = None if buffer is None else buffer.to(self.device)
+                buffers_of(made)[name] = None if buffer is None else buffer.detach().clone().to(self.device)
         self._made[id(bare)] = made
         for name, child in children_of(bare).items():
             children_of(made)[name] = None if child is None else self._of(child)

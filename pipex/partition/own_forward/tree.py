@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan
 from types import MethodType
@@ -98,15 +98,22 @@ def tensors_of_containers(parted: Parted) -> dict[str, Tensor]:
 class Bare:
     """A copy of a model's tree without the memory of its layers and outer modules. In place of their tensors stands
     what has the form and is not a number, so that whatever uses one shows it.
+
+    Args:
+        set_within: by path and name, what these keep and forwards set; it is not there.
     """
 
-    def __init__(self, model: nn.Module, parted: Parted) -> None:
+    def __init__(self, model: nn.Module, parted: Parted, set_within: Collection[tuple[str, str]]) -> None:
         self.copies: dict[int, nn.Module] = {}
         """by id of the module that one is of"""
         self._tensors: dict[int, Tensor] = {}
         gated = {id(module) for module in (*parted.layers.values(), *parted.outer.values())}
         loose = {id(module) for module in parted.loose.values()}
         self.root = self._of(model, gated, loose, inside=False)
+        rebind(self.copies)
+        paths = dict(model.named_modules(remove_duplicate=False))
+        for path, name in set_within:
+            vars(self.copies[id(paths[path])]).pop(name, None)
 
     def _of(self, module: nn.Module, gated: set[int], loose: set[int], inside: bool) -> nn.Module:
         if id(module) in self.copies:
@@ -141,17 +148,26 @@ class Bare:
 
 
 def shallow(module: Made) -> Made:
-    """A copy of a module with the same tensors and children, in dicts of its own. Its methods are its own too."""
+    """A copy of a module with the same tensors and children, in dicts of its own."""
     twin = module.__new__(type(module))  # copy.copy refuses those that are parametrized
     own = vars(twin)
     own.update(vars(module))
     own["_parameters"], own["_buffers"] = dict(parameters_of(module)), dict(buffers_of(module))
     own["_modules"] = dict(children_of(module))
     own["_non_persistent_buffers_set"] = set(non_persistent_of(module))
-    for name, value in own.items():
-        if isinstance(value, MethodType) and value.__self__ is module:
-            own[name] = MethodType(value.__func__, twin)
     return twin
+
+
+def rebind(copies: Mapping[int, nn.Module]) -> None:
+    """Binds methods that stand in attributes, and are bound to one of the modules of the tree, to its copy.
+
+    Args:
+        copies: by id of the module.
+    """
+    for module in copies.values():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, MethodType) and id(value.__self__) in copies:
+                vars(module)[name] = MethodType(value.__func__, copies[id(value.__self__)])
 
 
 def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device, value: Any = nan) -> Tensor:

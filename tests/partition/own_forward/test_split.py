@@ -104,8 +104,8 @@ def test_only_what_is_needed_travels() -> None:
         travel.append((len(values), len(forms)))
         assert all(t.untyped_storage().nbytes() == t.itemsize for t in forms)
     # Of the prologue embedding and table. Of the first stack what it has come to, its bias, and the table; at its end
-    # the bias no more; then what the next layers look at. The shape of the embedding goes on, as the code asks for it.
-    assert travel == [(2, 0), (3, 1), (2, 1), (2, 1), (3, 1), (1, 2)]
+    # the bias no more; then what the next layers look at, and shapes that the code between them asks for.
+    assert travel == [(2, 0), (3, 0), (2, 1), (2, 0), (3, 0), (1, 3)]
 
 
 def test_names_are_those_of_the_model() -> None:
