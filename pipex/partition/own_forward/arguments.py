@@ -63,9 +63,8 @@ class Arguments:
     def look(self) -> None:
         """Called after the first forward on the sample: sees what it has worked on in place, of which every stage needs
         a copy of its own."""
-        self._written = frozenset(n for n, tensor in enumerate(self.tensors) if version(tensor))
+        self._written |= {n for n, tensor in enumerate(self.tensors) if version(tensor)}
         self.tensors = [tensor.detach().clone() for tensor in self._given]
-        self._given = []
 
     def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a forward on these."""

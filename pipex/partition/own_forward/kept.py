@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.errors import UnsupportedModule
-from pipex.torch_internals import buffers_of
+from pipex.torch_internals import TorchDispatchMode, buffers_of, storage_id
 
 Kept = dict[tuple[str, str], Any]
 """By path of a module and name: plain values, and clones of tensors."""
@@ -46,6 +46,21 @@ def refuse_changes(before: Kept, after: Kept) -> None:
             needed="nothing that changes from one forward to the next, since it runs on every stage",
             fix="keep it in a layer, or leave the model whole",
         )  # fmt: skip
+
+
+class Unwritten(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Around a forward: raises RuntimeError where it would write to one of the model's parameters, as some do that
+    scale them for evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = {storage_id(p.untyped_storage()) for p in model.parameters() if not p.is_meta}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        in_place = func.name().split(".")[0].endswith("_") and args and isinstance(args[0], Tensor)
+        if in_place and storage_id(args[0].untyped_storage()) in self._memory:
+            raise RuntimeError("a write to a parameter")
+        return func(*args, **(kwargs or {}))
 
 
 def _clone(value: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipex.errors import InputError, UnsupportedModule
-from pipex.torch_internals import version, weight_on_the_way_to_a_mode
+from pipex.torch_internals import sequence_number, version, weight_on_the_way_to_a_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,18 @@ class Means(TorchFunctionMode):
             )  # fmt: skip
         first, *others = (mean.count for mean in self._means)
         return OwnLoss(_wide(loss) * first, first, tuple(count for count in others if count is not first))
+
+    def beside(self, loss: Tensor) -> int:
+        """How many of the means that were made with a graph are no part of this loss."""
+        nodes = {mean.value.grad_fn for mean in self._means if mean.value.requires_grad}
+        oldest = min((sequence_number(node) for node in nodes), default=0)
+        todo, seen = [loss.grad_fn], set()
+        while todo:  # of the graph only what was made since
+            node = todo.pop()
+            if node is not None and node not in seen and sequence_number(node) >= oldest:
+                seen.add(node)
+                todo += [other for other, _ in node.next_functions]
+        return len(nodes - seen)
 
     def _mean(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A mean, made of its sum and its count. Of nothing it is 0, where torch's is not a number: what else is in the

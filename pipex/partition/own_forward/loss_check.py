@@ -20,10 +20,12 @@ TOLERANCE = 2.0**-10
 def problem_with_loss(model: nn.Module, arguments: Arguments) -> str:
     """What keeps the loss of the sample from being that of its two halves together, in evaluation; nothing if it is, or
     where that cannot be said: the sample cannot be halved, or there is more in the loss than a mean."""
+    if beside := _means_beside(model, arguments):
+        return f"{beside} other means that it computes, and that are no part of it"
     halves = _halves(arguments.tensors)
     if halves is None:
         return ""
-    with _evaluating(model), torch.no_grad():
+    with in_mode(model, training=False), torch.no_grad():
         try:
             whole, *parts = [_loss(model, arguments, tensors) for tensors in (arguments.tensors, *halves)]
         except PipexError:
@@ -37,6 +39,13 @@ def problem_with_loss(model: nn.Module, arguments: Arguments) -> str:
     if not counted or not also or _close(value, other, whole.sum.dtype):
         return ""
     return f"{value:.6g} for the sample, and {other:.6g} for its halves together"
+
+
+def _means_beside(model: nn.Module, arguments: Arguments) -> int:
+    args, kwargs = arguments.sample()
+    with torch.enable_grad(), Means() as means:
+        loss = loss_in(model(*args, **kwargs))
+    return means.beside(loss) if loss is not None and loss.requires_grad else 0
 
 
 def _loss(model: nn.Module, arguments: Arguments, tensors: Sequence[Tensor]) -> OwnLoss | None:
@@ -74,12 +83,13 @@ def _halves(tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Around forwards, with all modules in training or in evaluation. Their own ``train`` is not called."""
     modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = False
+            module.training = training
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before

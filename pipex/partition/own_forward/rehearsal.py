@@ -24,7 +24,7 @@ from pipex.partition.own_forward.crossing import Form, Leaf, is_same
 from pipex.partition.own_forward.gates import Gate, Left
 from pipex.partition.own_forward.record import Record, Seed, clone
 from pipex.partition.own_forward.stage_tree import Places, StageTree
-from pipex.partition.own_forward.tree import Parted, junk, tensors_of_containers
+from pipex.partition.own_forward.tree import Parted, nothing, tensors_of_containers
 from pipex.torch_internals import tree_leaves, tree_unflatten
 
 Found = TypeVar("Found")
@@ -52,6 +52,11 @@ class Need:
     forms: frozenset[Leaf]
     given: frozenset[int]
     held: frozenset[str]
+
+    @staticmethod
+    def both(one: Need, other: Need) -> Need:
+        """What is needed in either of two modes."""
+        return Need(one.made | other.made, one.forms | other.forms, one.given | other.given, one.held | other.held)
 
 
 class _Differs(BaseException):
@@ -83,7 +88,7 @@ class _Rehearsed:
         for name, entries in called.beside.items():
             for n, entry in enumerate(entries):
                 missing = Leaf(number, name, n) in self.without
-                collected()[name].append(junk((), torch.float32, self.device, self.instead) if missing else entry)
+                collected()[name].append(nothing(self.device, self.instead) if missing else entry)
         self.seed(number + 1)
         leaves = []
         for n, value in enumerate(called.output):
@@ -93,7 +98,7 @@ class _Rehearsed:
             elif leaf in self.forms:
                 leaves.append(form_of(value, self.instead))
             else:
-                leaves.append(junk((), torch.float32, self.device, self.instead))
+                leaves.append(nothing(self.device, self.instead))
         return leaves[0] if form.single else tree_unflatten(leaves, form.spec)
 
 
@@ -129,7 +134,7 @@ class Rehearsal:
         own = {self._chain[call].path for call in calls}
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
-        always = frozenset(leaf for leaf in before if self._is_truth(leaf))
+        always = frozenset(leaf for leaf in before if not self._can_be_missed(leaf))
         all_there_is = Need(before, before, self._floats, self._outer.union(self._tensors).difference(own))
 
         def works(need: Need) -> bool:
@@ -156,11 +161,11 @@ class Rehearsal:
         self._forms = found.forms
         return found
 
-    def _is_truth(self, leaf: Leaf) -> bool:
-        """Whether it is a tensor of truth values, of which none can stand for what is not there."""
+    def _can_be_missed(self, leaf: Leaf) -> bool:
+        """Not of integers and truth values: any of them could be what the code compares it with."""
         called = self._record.calls[leaf.call]
         tensor = (called.beside[leaf.name] if leaf.name else called.output)[leaf.number]
-        return isinstance(tensor, Tensor) and tensor.dtype is torch.bool
+        return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
 
     def _problem(self, calls: range, before: frozenset[Leaf], need: Need, own: Collection[str]) -> str | None:
         """Runs the code between the calls; says what is not as recorded.

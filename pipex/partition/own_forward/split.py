@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from pipex.hugging_face.conventions import no_cache, refuse_untied
 from pipex.hugging_face.narrow import has_values, narrow
 from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.crossing import Form, forms_of
+from pipex.partition.own_forward.kept import Unwritten
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import loss_in
-from pipex.partition.own_forward.loss_check import problem_with_loss
+from pipex.partition.own_forward.loss_check import in_mode, problem_with_loss
 from pipex.partition.own_forward.random_numbers import seeds_from
 from pipex.partition.own_forward.record import Record, Seed, record
 from pipex.partition.own_forward.rehearsal import Need, Rehearsal
@@ -73,6 +74,21 @@ class _Learnt:
 
 
 def _learn(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments, seed: Seed) -> _Learnt:
+    learnt = _learn_in_this_mode(model, layers, arguments, seed)
+    with in_mode(model, not model.training):
+        try:
+            args, kwargs = arguments.sample()
+            with torch.no_grad(), Unwritten(model):
+                model(*args, **kwargs)
+            other = _learn_in_this_mode(model, layers, arguments, seed)
+        except Exception:  # there it runs on other samples, or not at all; if it is asked to, it is said then
+            return learnt
+    if other.chain != learnt.chain:
+        return learnt
+    return replace(learnt, needs=tuple(map(Need.both, learnt.needs, other.needs)))
+
+
+def _learn_in_this_mode(model: nn.Module, layers: Sequence[str] | None, arguments: Arguments, seed: Seed) -> _Learnt:
     parted = part(model, layer_paths(model, layers))
     try:
         with torch.enable_grad():

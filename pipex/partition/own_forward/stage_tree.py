@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
-from pipex.partition.own_forward.tree import Bare, Parted, junk, rebind, shallow
+from pipex.partition.own_forward.tree import Bare, Parted, junk, nothing, rebind, shallow
 from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
 
 
@@ -63,7 +63,7 @@ class StageTree:
         self, places: Places, modules: Mapping[str, Find], tensors: Mapping[str, FindTensor], device: torch.device
     ) -> None:
         self._places, self._modules, self._tensors, self.device = places, modules, tensors, device
-        self.nothing = junk((), torch.float32, device)
+        self.nothing = nothing(device)
         self._made: dict[int, nn.Module] = {}
         self.gates: list[Gate] = []
         self._shared: list[tuple[dict[str, Any], str, FindTensor]] = []

@@ -60,6 +60,7 @@ def part(model: nn.Module, layers: Sequence[str]) -> Parted:
                 parted.ahead.add(path)
         else:
             _check_own_forward(path, module)
+            _check_references(path, module)
             parted.containers[path] = module
             for name, child in module.named_children():
                 walk(f"{path}.{name}" if path else name, child)
@@ -83,6 +84,22 @@ def _check_own_forward(path: str, module: nn.Module) -> None:
             got=getattr(own, "__qualname__", type(own).__name__), needed="the forward of its class",
             fix="take off what wraps it (such as accelerate's hooks) before the model is split",
         )  # fmt: skip
+
+
+def _check_references(path: str, module: nn.Module) -> None:
+    """Raises UnsupportedModule if a container holds what has parameters and is no child of it: of what other ranks have
+    that would stay what it is now."""
+    for name, value in vars(module).items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            continue
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        for one in held:
+            if isinstance(one, nn.Parameter) or (isinstance(one, nn.Module) and any(True for _ in one.parameters())):
+                raise UnsupportedModule(
+                    f"{path or 'the model'} refers to a parameter beside its modules",
+                    got=f"{type(one).__name__} in {name}", needed="parameters and modules that are registered",
+                    fix="make it a child of the module, or look it up in the forward",
+                )  # fmt: skip
 
 
 def tensors_of_containers(parted: Parted) -> dict[str, Tensor]:
@@ -181,3 +198,9 @@ def junk(shape: Sequence[int], dtype: torch.dtype, device: torch.device, value: 
     elif not (dtype.is_floating_point or dtype.is_complex or value == 0):
         value = torch.iinfo(dtype).min if value == -inf else torch.iinfo(dtype).max
     return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
+
+
+def nothing(device: torch.device, value: float = nan) -> Tensor:
+    """Stands for a tensor of which not even the form is needed: of no dimension, and of a dtype that models do not use,
+    so that code that asks for either shows it."""
+    return junk((), torch.float64, device, value)

@@ -105,7 +105,7 @@ def test_only_what_is_needed_travels() -> None:
         assert all(t.untyped_storage().nbytes() == t.itemsize for t in forms)
     # Of the prologue embedding and table. Of the first stack what it has come to, its bias, and the table; at its end
     # the bias no more; then what the next layers look at, and shapes that the code between them asks for.
-    assert travel == [(2, 0), (3, 0), (2, 1), (2, 0), (3, 0), (1, 3)]
+    assert travel == [(2, 0), (3, 1), (2, 1), (2, 0), (3, 0), (1, 3)]
 
 
 def test_names_are_those_of_the_model() -> None:
@@ -226,6 +226,132 @@ def test_dropout_between_calls_of_one_unit_does_not_depend_on_the_cut() -> None:
     needed = apart(model, pipex.split_model(model, 1, sample=batch(), layers=LISTS), batch())
     got = apart(model, pipex.split_model(model, 8, sample=batch(), layers=LISTS), batch())
     assert torch.equal(got[0], needed[0])
+
+
+class Dropped(nn.Module):
+    """Its output is linear in its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x * self.weight, 0.5)
+
+
+class CheckpointingDropout(Tangled):
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        x = self.embed(ids)
+        for layer in self.stacks.first:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return {"loss": x.sum()}
+
+
+def test_a_checkpoint_of_a_container_draws_the_same_numbers_again() -> None:
+    """Then weight · gradient is the loss, for each layer."""
+    model = CheckpointingDropout()
+    model.stacks.first = nn.ModuleList(Dropped() for _ in range(3))
+    loss, found = apart(model, pipex.split_model(model, 3, sample=batch(), layers=["stacks.first"]), batch())
+    for number, layer in enumerate(model.stacks.first):
+        assert torch.allclose((layer.weight * found[f"stacks.first.{number}.weight"]).sum(), loss)
+
+
+class Told(nn.Module):
+    """A layer that the forward tells something, and that is asked what it is."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class TellingLayers(Tangled):
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        x = self.embed(ids)
+        for layer in self.stacks.first:
+            if isinstance(layer, Told):
+                layer.scale = mask.sum(1)[:, None, None] / 3
+                x = layer(x)
+        return {"logits": self.norm(x)}
+
+
+def test_a_layer_is_told_and_asked_as_in_the_model() -> None:
+    model = TellingLayers()
+    model.stacks.first = nn.ModuleList(Told() for _ in range(3))
+    stages = pipex.split_model(model, 3, sample=batch(), layers=["stacks.first"])
+    for given in (batch(), batch(2, length=4)):
+        inputs: Any = (Keywords(given),)
+        for stage in stages:
+            inputs = stage(*inputs)
+        assert torch.equal(inputs["logits"], model(**given)["logits"])
+
+
+class Biased(Tangled):
+    """A buffer beside the layers that checkpoints hold, and a batch that it works on in place."""
+
+    bias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(20))
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        mask *= 2
+        found = super().forward(ids, mask, labels)
+        return {**found, "logits": found["logits"] + self.bias}
+
+
+def test_a_buffer_beside_the_layers_is_that_of_the_stage() -> None:
+    torch.manual_seed(0)
+    model = Biased().eval()
+    given = batch()
+    stages = split(model, (4,))
+    assert torch.equal(given["mask"], batch()["mask"])
+    for stage in stages:
+        if "bias" in stage.names:
+            stage.names["bias"].fill_(3)
+    assert model.bias[0] == 3
+    inputs: Any = (Keywords(batch()),)
+    for stage in stages:
+        inputs = stage(*inputs)
+    assert torch.equal(inputs["logits"], model(**batch())["logits"])
+
+
+class CountingForwards(Tangled):
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        self.count += 1
+        return super().forward(ids, mask, labels)
+
+
+def test_what_runs_on_every_stage_may_not_count() -> None:
+    with pytest.raises(UnsupportedModule, match=r"keeps what its forward changes.*got a change of count"):
+        split(CountingForwards())
+
+
+def test_the_loss_of_halves_tells_what_is_no_mean() -> None:
+    class Summed(Tangled):
+        def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            logits = super().forward(ids, mask)["logits"]
+            return {"loss": (logits**2).sum() / torch.tensor(7.0), "logits": logits}
+
+    class Measured(Tangled):
+        def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            found = super().forward(ids, mask, labels)
+            return {**found, "metric": nn.functional.mse_loss(found["logits"], found["logits"] * 0)}
+
+    assert not split(tangled())[0].loss_problem
+    assert "for its halves together" in split(Summed())[0].loss_problem
+    assert "1 other means" in split(Measured())[0].loss_problem
 
 
 def test_a_container_may_checkpoint_its_layers() -> None:
