@@ -63,7 +63,7 @@ def split_model(
         layers: the names of the module lists between whose elements such a model may be cut. None: those that
             transformers does not want split, or checkpoints, or has a pipeline plan for.
         verify: whether such a model's stages are compared with it, forward and backward on the sample: bit for bit, but
-            for the rounding that ``verified`` of the stages names; a model without values by a narrow one of its layers.
+            for the rounding that ``verified`` of the stages names; of a model without values a narrow one is compared.
         target, loss_fn: for ``"profile"``: the sample's target, and (output, target) -> loss; may be left out where the
             model is cut by its own forward and returns its loss.
         exchange: for ``"profile"`` in a run of several ranks: ``pipex.current_world().exchange``.
