@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import nan
 from typing import Any
 
@@ -55,11 +55,6 @@ class Arguments:
             raise InputError("the sample holds no tensor", got=type(sample).__name__,
                              needed="a batch as those of training")  # fmt: skip
 
-    @property
-    def floats(self) -> list[int]:
-        """Which of the tensors could be not a number."""
-        return [n for n, t in enumerate(self.tensors) if t.is_floating_point() or t.is_complex()]
-
     def look(self) -> None:
         """Called after the first forward on the sample: sees what it has worked on in place, of which every stage needs
         a copy of its own."""
@@ -73,9 +68,9 @@ class Arguments:
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs | self._always
 
-    def sample(self, forms_only: Collection[int] = (), value: float = nan) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The sample itself, without the values of some of its tensors, and with another in their place."""
-        return self.call([form_of(t, value) if n in forms_only else t for n, t in enumerate(self.tensors)])
+    def sample(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The sample itself."""
+        return self.call(self.tensors)
 
     def of(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The tensors of a batch: the inputs of the first stage.

@@ -8,7 +8,7 @@ computed from what is not a number is none either, so that nothing of use comes 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf, nan
@@ -29,8 +29,8 @@ from pipex.torch_internals import tree_leaves, tree_unflatten
 
 Found = TypeVar("Found")
 
-Batch = Callable[[Collection[int], float], tuple[tuple[Any, ...], dict[str, Any]]]
-"""The sample's arguments, without the values of these of its leaves, and with another in their place."""
+Batch = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+"""The sample's arguments."""
 
 _INSTEAD = (nan, 0.0, inf, -inf)
 """In place of what is not there: what spoils all that is computed from it; and what makes conditions true and false, of
@@ -44,19 +44,17 @@ class Need:
     Attributes:
         made: by earlier calls, with values.
         forms: likewise, without.
-        given: floating-point tensors of the batch, with values; of others the forms will do.
         held: paths of outer modules and containers' tensors that it reads beside its calls.
     """
 
     made: frozenset[Leaf]
     forms: frozenset[Leaf]
-    given: frozenset[int]
     held: frozenset[str]
 
     @staticmethod
     def both(one: Need, other: Need) -> Need:
         """What is needed in either of two modes."""
-        return Need(one.made | other.made, one.forms | other.forms, one.given | other.given, one.held | other.held)
+        return Need(one.made | other.made, one.forms | other.forms, one.held | other.held)
 
 
 class _Differs(BaseException):
@@ -106,18 +104,16 @@ class Rehearsal:
     """Args:
     model: that was recorded.
     batch: the sample.
-    floats: its leaves that are floating-point tensors.
     seed: that the model was recorded with.
     """
 
     def __init__(
         self, model: nn.Module, parted: Parted, places: Places, record: Record, chain: Sequence[Form], batch: Batch,
-        floats: Iterable[int], seed: Seed,
+        seed: Seed,
     ) -> None:  # fmt: skip
         self._seed = seed
         self._forms: frozenset[Leaf] = frozenset()  # that the unit before needs
         self._places, self._record, self._chain, self._batch = places, record, chain, batch
-        self._floats = frozenset(floats)
         self._modules = {path: _finding(m) for path, m in (*parted.layers.items(), *parted.outer.items())}
         self._tensors = {path: _finding(tensor) for path, tensor in tensors_of_containers(parted).items()}
         self._outer = frozenset(parted.outer)
@@ -135,13 +131,13 @@ class Rehearsal:
         before = frozenset(leaf for call in range(calls.start) for leaf in self._chain[call].tensors(call))
         last = frozenset(leaf for leaf in before if leaf.call == calls.start - 1 and not leaf.name)
         always = frozenset(leaf for leaf in before if not self._can_be_missed(leaf))
-        all_there_is = Need(before, before, self._floats, self._outer.union(self._tensors).difference(own))
+        all_there_is = Need(before, before, self._outer.union(self._tensors).difference(own))
 
         def works(need: Need) -> bool:
             return self._problem(calls, before, need, own) is None
 
         # What most layers need is tried first.
-        found = Need(last | always, self._forms, frozenset() if unit else self._floats, frozenset())
+        found = Need(last | always, self._forms, frozenset())
         if works(found):
             if len(last) <= 1:
                 return found
@@ -155,7 +151,6 @@ class Rehearsal:
             )  # fmt: skip
         found = all_there_is
         found = replace(found, made=always | _needed(found.made, lambda made: works(replace(found, made=made))))
-        found = replace(found, given=_needed(found.given, lambda given: works(replace(found, given=given))))
         found = replace(found, held=_needed(found.held, lambda held: works(replace(found, held=held))))
         found = replace(found, forms=_needed(found.forms, lambda forms: works(replace(found, forms=forms))))
         self._forms = found.forms
@@ -189,7 +184,7 @@ class Rehearsal:
         self, instead: float, tree: StageTree, calls: range, before: frozenset[Leaf], need: Need
     ) -> str | None:
         """``instead``: of values that are not there."""
-        args, kwargs = self._batch(self._floats - need.given, instead)
+        args, kwargs = self._batch()
         tree.follow(training=tree.root.training)
         forms, without = need.forms - need.made, before - need.made
         tree.cross(_Rehearsed(self._record, self._chain, calls, without, forms, instead, self._device, self._seed))

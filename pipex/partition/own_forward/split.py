@@ -102,7 +102,7 @@ def _learn_in_this_mode(model: nn.Module, layers: Sequence[str] | None, argument
         ) from error  # fmt: skip
     chain = forms_of(seen)
     places = Places.of(model, parted, seen.set_within)
-    rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, arguments.floats, seed)
+    rehearsal = Rehearsal(model, parted, places, seen, chain, arguments.sample, seed)
     needs = tuple(rehearsal.need(unit) for unit in range(len(seen.units)))
     return _Learnt(layers, arguments, seen, chain, needs)
 

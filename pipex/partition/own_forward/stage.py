@@ -50,12 +50,12 @@ class Message:
     """What a stage gets from the one before: tensors in this order.
 
     Attributes:
-        batch: of each tensor of the batch whether its values are needed, or else its form.
+        batch: how many the batch has.
         made: by calls of earlier stages, with values.
         forms: likewise, without.
     """
 
-    batch: tuple[bool, ...]
+    batch: int
     made: tuple[Leaf, ...]
     forms: tuple[Leaf, ...]
 
@@ -66,10 +66,7 @@ class Message:
         later = course.needs[unit:]
         made = {leaf for need in later for leaf in need.made if leaf.call < begin}
         forms = {leaf for need in later for leaf in need.forms if leaf.call < begin} - made
-        floats = set(course.arguments.floats)
-        given = {n for need in later for n in need.given}
-        batch = tuple(n in given or n not in floats for n in range(len(course.arguments.tensors)))
-        return cls(batch, tuple(sorted(made)), tuple(sorted(forms)))
+        return cls(len(course.arguments.tensors), tuple(sorted(made)), tuple(sorted(forms)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +104,6 @@ class ModelStage(Stage):
         """what was compared with the unsplit model, if it was"""
 
     @property
-    def relays(self) -> bool:
-        """Whether something that it gets from earlier stages goes on to later ones."""
-        return bool(self._gets and self._sends and set(self._gets.made).intersection(self._sends.made))
-
-    @property
     def begin(self) -> str:
         """The path of the first module that it calls."""
         return self._course.chain[self._course.units[self.first_layer].start].path
@@ -146,9 +138,8 @@ class ModelStage(Stage):
         if self._gets is None:
             batch: Sequence[Tensor] = course.arguments.of(inputs)
         else:
-            many = len(self._gets.batch)
-            batch = inputs[:many]
-            received = dict(zip((*self._gets.made, *self._gets.forms), inputs[many:], strict=True))
+            batch = inputs[: self._gets.batch]
+            received = dict(zip((*self._gets.made, *self._gets.forms), inputs[self._gets.batch :], strict=True))
         tree = self._tree
         device = next((parameter.device for parameter in self.parameters()), batch[0].device)
         if tree is None or tree.device != device:
@@ -190,7 +181,7 @@ class ModelStage(Stage):
         sends = self._sends
         assert sends is not None, "the last stage does not leave"
         return (
-            *(t if values else form_of(t) for t, values in zip(batch, sends.batch, strict=True)),
+            *batch,
             *(there[leaf] for leaf in sends.made),
             *(form_of(there[leaf]) for leaf in sends.forms),
         )

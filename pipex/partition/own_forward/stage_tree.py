@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipex.partition.own_forward.gates import Crossing, Gate
-from pipex.partition.own_forward.tree import Bare, Parted, junk, nothing, rebind, shallow
+from pipex.partition.own_forward.tree import Bare, Parted, copy_of_loose, junk, nothing, rebind, shallow
 from pipex.torch_internals import buffers_of, children_of, non_persistent_of, parameters_of
 
 
@@ -105,7 +104,7 @@ class StageTree:
             self.gates.append(gate)
             return gate
         if id(bare) in places.loose:
-            made = copy.deepcopy(bare).to(self.device)
+            made = copy_of_loose(bare).to(self.device)
             self._keep_modes(made.modules())
             return made
         made = shallow(bare)

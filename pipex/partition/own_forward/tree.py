@@ -136,7 +136,7 @@ class Bare:
         if id(module) in self.copies:
             return self.copies[id(module)]
         if id(module) in loose and not inside:
-            bare = copy.deepcopy(module)
+            bare = copy_of_loose(module)
         else:
             inside = inside or id(module) in gated
             bare = shallow(module)
@@ -162,6 +162,11 @@ class Bare:
         if id(tensor) not in self._tensors:
             self._tensors[id(tensor)] = junk(tensor.shape, tensor.dtype, torch.device("cpu"))
         return self._tensors[id(tensor)]
+
+
+def copy_of_loose(module: Made) -> Made:
+    """A copy, where it keeps tensors. What has none is the same on all stages, and goes on to be the model's."""
+    return copy.deepcopy(module) if any(True for _ in module.buffers()) else module
 
 
 def shallow(module: Made) -> Made:
