@@ -25,7 +25,7 @@ def read_configuration(directory: Path) -> Any:
 
     path = directory / "config.json"
     try:
-        content = json.loads(read_file(path, LARGEST_CONFIGURATION))
+        content = json.loads(read_file(path, LARGEST_CONFIGURATION), object_hook=_number)
         configuration = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     except Exception as error:  # transformers has many for what it finds in there
         got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
@@ -36,6 +36,11 @@ def read_configuration(directory: Path) -> Any:
         ) from error  # fmt: skip
     configuration.name_or_path = str(directory)
     return configuration
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """What JSON has no numbers for, as transformers writes it."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def build(configuration: Any, model_class: Any) -> nn.Module:

@@ -112,7 +112,7 @@ class Means(TorchFunctionMode):
                 got=", ".join(dict.fromkeys(self._undivided)) or "none of the loss functions of torch.nn.functional",
                 needed="their means, or one quotient of a sum and a count",
                 fix="pass a loss_fn that returns (sum, count); or, if each micro-batch is to weigh by its samples, "
-                "loss_fn=lambda output, target: output.loss",
+                "loss_fn=lambda output, target: output.loss, and the labels as the target too",
             )  # fmt: skip
         first, *others = (mean.count for mean in self._means)
         return OwnLoss(_wide(loss) * first, first, tuple(count for count in others if count is not first))

@@ -164,5 +164,6 @@ def _differs(what: str, got: object, needed: object) -> UnsupportedModule:
         f"the stages do not compute what the model computes: {what} differs",
         got=f"a tensor of shape {list(got.shape)}" if isinstance(got, Tensor) else got,
         needed=f"one of shape {list(needed.shape)}" if isinstance(needed, Tensor) else needed,
-        fix="cut it elsewhere (balance=), or name other lists of layers (layers=)",
+        fix="cut it elsewhere (balance=), name other lists of layers (layers=), or, if that is rounding, leave the "
+        "comparison out (verify=False)",
     )  # fmt: skip
