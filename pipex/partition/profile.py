@@ -19,6 +19,7 @@ from pipex.backward import Splitter
 from pipex.errors import InputError, UnsupportedModule, headline
 from pipex.hugging_face.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
+from pipex.partition.own_forward.loss import loss_in
 from pipex.partition.own_forward.split import split_by_forward
 from pipex.partition.own_forward.units import Unit
 from pipex.partition.stage import Keywords
@@ -268,7 +269,7 @@ class _OnBatch(nn.Module):
 
 
 def _loss_of_output(output: Any, _: Any) -> Any:
-    loss = getattr(output, "loss", None)
+    loss = loss_in(output)
     if loss is None:
         raise InputError("the model's output has no loss", got=type(output).__name__, needed="one with loss",
                          fix="put labels into the sample, or pass target and loss_fn")  # fmt: skip

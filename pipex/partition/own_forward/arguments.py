@@ -61,6 +61,10 @@ class Arguments:
         self._written |= {n for n, tensor in enumerate(self.tensors) if version(tensor)}
         self.tensors = [tensor.detach().clone() for tensor in self._given]
 
+    def let_go(self) -> None:
+        """Keeps of the sample no more than its forms."""
+        self.tensors, self._given = list(map(form_of, self.tensors)), []
+
     def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a forward on these."""
         left = (tensor.clone() if n in self._written else tensor for n, tensor in enumerate(tensors))

@@ -36,7 +36,7 @@ class Form:
 
     Attributes:
         path: of the gate.
-            layer: whether it is a layer's.
+        layer: whether it is a layer's.
         spec: of its output.
         single: whether that is one tensor and nothing else.
         leaves: of the output: None for a tensor, else the value itself in a tuple.
@@ -58,10 +58,7 @@ class Form:
         leaves = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in called.output)
         beside = {name: tuple(entry is not None for entry in entries) for name, entries in called.beside.items()}
         single = called.spec.is_leaf() and leaves == (None,)
-        return cls(
-            called.path, called.layer, called.spec, single, leaves, beside,
-            frozenset(called.written),
-        )  # fmt: skip
+        return cls(called.path, called.layer, called.spec, single, leaves, beside, frozenset(called.written))
 
     def tensors(self, call: int) -> list[Leaf]:
         """All tensors that the call makes."""
@@ -90,10 +87,12 @@ def forms_of(record: Record) -> tuple[Form, ...]:
     """
     for call in (called for unit in record.units[:-1] for called in (record.calls[n] for n in unit)):
         for leaf in call.output:
-            if not isinstance(leaf, (Tensor, *_PLAIN, torch.dtype, torch.device)):
+            sparse = isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided)
+            if sparse or not isinstance(leaf, (Tensor, *_PLAIN, torch.dtype, torch.device)):
                 raise UnsupportedModule(
-                    f"{call.path} returns what cannot travel to another stage", got=type(leaf).__name__,
-                    needed="tensors, numbers, None, and tuples, lists and dicts of them",
+                    f"{call.path} returns what cannot travel to another stage",
+                    got=f"a {leaf.layout} tensor" if sparse else type(leaf).__name__,
+                    needed="dense tensors, numbers, None, and tuples, lists and dicts of them",
                     fix="return tensors from it, or name other lists of layers (layers=)",
                 )  # fmt: skip
     return tuple(map(Form.of, record.calls))
@@ -106,7 +105,7 @@ class Crossing:
     Attributes:
         chain: all calls.
         begin, end: the stage's own.
-            received: what is there of past calls: what they made, or its form.
+        received: what is there of past calls: what they made, or its form.
         wanted: by call, of what the stage is to keep what the call makes.
         nothing: stands for what a past call made and nobody needs.
         seed: as ``record.Seed``, or None.

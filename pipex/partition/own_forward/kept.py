@@ -22,14 +22,18 @@ def kept_by(modules: Mapping[str, nn.Module]) -> Kept:
     found: Kept = {}
     for path, module in modules.items():
         for inner, part in module.named_modules(prefix=path):
-            found |= {(inner, name): _clone(value) for name, value in own_state(part).items()}
+            found |= {(inner, name): clone(value) for name, value in own_state(part).items()}
     return found
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Of one module, those that are plain or tensors."""
+    return {n: v for n, v in vars(module).items() if n[0] != "_" and isinstance(v, (*_PLAIN, Tensor))}
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
     """Of one module."""
-    plain = {n: v for n, v in vars(module).items() if n[0] != "_" and isinstance(v, (*_PLAIN, Tensor))}
-    return plain | {name: buffer for name, buffer in buffers_of(module).items() if buffer is not None}
+    return own_attributes(module) | {name: buffer for name, buffer in buffers_of(module).items() if buffer is not None}
 
 
 def changed(before: Kept, after: Kept) -> list[tuple[str, str]]:
@@ -63,7 +67,8 @@ class Unwritten(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _clone(value: Any) -> Any:
+def clone(value: Any) -> Any:
+    """Of a tensor, without a graph; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) and not nn.parameter.is_lazy(value) else value
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipex.errors import UnsupportedModule
 from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.arguments import Arguments
-from pipex.partition.own_forward.kept import Kept, changed, kept_by, own_state, refuse_changes
+from pipex.partition.own_forward.kept import Kept, changed, clone, kept_by, own_state, refuse_changes
 from pipex.partition.own_forward.tree import Parted
 from pipex.torch_internals import TreeSpec, tree_flatten, tree_leaves, version
 
@@ -143,10 +143,6 @@ def units_of(layers: Sequence[bool]) -> tuple[range, ...]:
         numbers = [number for number, _ in group]
         units += [range(n, n + 1) for n in numbers] if layer else [range(numbers[0], numbers[-1] + 1)]
     return tuple(units)
-
-
-def clone(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _order(model: nn.Module, parted: Parted, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -22,7 +22,8 @@ from pipex.hugging_face.conventions import collected
 from pipex.partition.own_forward.arguments import form_of
 from pipex.partition.own_forward.crossing import Form, Leaf, is_same
 from pipex.partition.own_forward.gates import Gate, Left
-from pipex.partition.own_forward.record import Record, Seed, clone
+from pipex.partition.own_forward.kept import clone
+from pipex.partition.own_forward.record import Record, Seed
 from pipex.partition.own_forward.stage_tree import Places, StageTree
 from pipex.partition.own_forward.tree import Parted, nothing, tensors_of_containers
 from pipex.torch_internals import tree_leaves, tree_unflatten

@@ -15,7 +15,7 @@ from pipex.hugging_face.conventions import no_cache, refuse_untied
 from pipex.hugging_face.narrow import has_values, narrow
 from pipex.partition.own_forward.arguments import Arguments
 from pipex.partition.own_forward.crossing import Form, forms_of
-from pipex.partition.own_forward.kept import Unwritten
+from pipex.partition.own_forward.kept import Unwritten, own_attributes
 from pipex.partition.own_forward.layer_lists import layer_paths
 from pipex.partition.own_forward.loss import loss_in
 from pipex.partition.own_forward.loss_check import in_mode, problem_with_loss
@@ -50,6 +50,7 @@ def split_by_forward(
                 problem = problem_with_loss(runs, arguments) if stages[-1].loss_seen else ""
                 for stage in stages:
                     stage.verified, stage.loss_problem = verified, problem
+    arguments.let_go()
     return stages
 
 
@@ -118,9 +119,14 @@ def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Around forwards that are not to be seen: puts back what the model keeps."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    kept = [(module, own_attributes(module)) for module in model.modules()]
     try:
         yield
     finally:
+        for module, before in kept:  # forwards and rehearsals may tell modules something
+            for name in own_attributes(module).keys() - before.keys():
+                del vars(module)[name]
+            vars(module).update(before)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipex.errors import PipexError, UnsupportedModule, headline
 from pipex.partition.own_forward.arguments import Arguments
+from pipex.partition.own_forward.loss import loss_in
 from pipex.partition.own_forward.record import Record, Seed
 from pipex.partition.own_forward.stage import ModelStage, Verified
 from pipex.partition.stage import Keywords
@@ -134,8 +135,8 @@ def _grad(roots: Sequence[Tensor], wanted: Sequence[Tensor], seeds: Sequence[Ten
 
 def _roots(output: Any) -> tuple[list[Tensor], list[Tensor | None]]:
     """Where a backward starts: the loss, if there is one, or all that is returned."""
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    if isinstance(loss, Tensor) and loss.numel() == 1:
+    loss = loss_in(output)
+    if loss is not None:
         return ([loss], [None]) if loss.requires_grad else ([], [])
     roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return roots, [_weights(root) for root in roots]
