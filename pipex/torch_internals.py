@@ -144,6 +144,17 @@ engine: Any = _private("torch.autograd.Variable._execution_engine")
 any_autocast: Callable[[], bool] = _private("torch._C._is_any_autocast_enabled")  # for any device; no public one is
 # Whether saved tensors are packed (checkpointing, offload).
 top_saved_tensors_hooks: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
+# What checkpoints that are not reentrant are made by, and the modules that have it.
+_CHECKPOINT = "_checkpoint_without_reentrant_generator"
+_private(f"torch.utils.checkpoint.{_CHECKPOINT}")
+
+
+def checkpoints() -> list[tuple[Any, str]]:
+    """Where it stands: the module, and its name there."""
+    modules = map(sys.modules.get, ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation"))
+    return [(module, _CHECKPOINT) for module in modules if hasattr(module, _CHECKPOINT)]
+
+
 functorch_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")  # torch.func is at work
 # How many modes are on, in this thread.
 function_modes: Callable[[], int] = _private("torch._C._len_torch_function_stack", "a pipeline")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from pipex.backward.weights import Made, Target, parameter_of
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
@@ -31,9 +32,11 @@ class Accumulator:
     An accumulator lives as long as somebody holds it, and the hooks on it as long as the accumulator.
     """
 
-    __slots__ = ("_after", "_before", "node")
+    __slots__ = ("_after", "_before", "node", "woven")
 
     def __init__(self, parameter: Tensor) -> None:
+        self.woven = False
+        """Whether something that is made of the parameter is a weight too: then their gradients are summed."""
         self.node = get_gradient_edge(parameter).node
         self._before, self._after = hooks_on(self.node)
 
@@ -44,37 +47,47 @@ class Accumulator:
 
 
 def accumulate(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
+    targets: Sequence[Target], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
 ) -> None:
     """Adds each gradient to its parameter's ``.grad`` as autograd's own accumulators do, hooks on the parameter and on
-    its accumulator included (optimizers in the backward, data parallelism).
+    its accumulator included (optimizers in the backward, data parallelism). That of something made of parameters goes
+    through its graph first.
 
     A parameter with an attribute ``main_grad`` (Megatron-LM's and TransformerEngine's name for a gradient of higher
     precision) gets its gradient added there instead, and ``grad_added_to_main_grad`` set where it has that too; of its
     hooks those run that wait for an accumulated gradient. One that was frozen meanwhile gets none.
 
     Args:
-        parameters: leaf tensors, each once.
+        targets: leaf tensors, or what is made of some; each once.
         gradients: for each of them, in its shape, the whole gradient of this backward.
         known: by id of the parameter. Only a parameter whose accumulator is in here may have a gradient that nobody
             else holds, so that its memory may become ``.grad``; the others' is copied where it is shared.
     """
-    by_engine: list[Tensor] = []
+    by_engine: list[Tensor | GradientEdge] = []
     their_gradients: list[Tensor] = []
     sums: list[Tensor] = []
     additions: list[Tensor] = []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if not parameter.requires_grad:
+    for target, gradient in zip(targets, gradients, strict=True):
+        parameter = parameter_of(target)
+        if parameter is not None and not parameter.requires_grad:
             continue
-        main_grad = main_grad_of(parameter)
-        if main_grad is not None:
+        main_grad = None if parameter is None else main_grad_of(parameter)
+        if parameter is not None and main_grad is not None:
+            for change in list((hooks_of(parameter) or {}).values()):
+                changed = change(gradient)
+                gradient = gradient if changed is None else changed
             main_grad.add_(gradient)
             tell_of_main_grad(parameter)
             for hook in list((post_accumulate_hooks(parameter) or {}).values()):
                 hook(parameter)
             continue
+        if isinstance(target, Made):
+            by_engine.append(target.edge)
+            their_gradients.append(gradient)
+            continue
+        parameter = target
         accumulator = None if known is None else known.get(id(parameter))
-        if accumulator is not None and only_adds(accumulator, parameter, gradient):
+        if accumulator is not None and not accumulator.woven and only_adds(accumulator, parameter, gradient):
             so_far = parameter.grad
             if so_far is None and gradient.stride() == parameter.stride():
                 parameter.grad = gradient
@@ -88,9 +101,10 @@ def accumulate(
     if sums:
         foreach_add(sums, additions)
     if by_engine:
-        # Leaves as roots: nothing runs but their accumulators. Not by autograd.backward, whose checks of gradients that
-        # are right by construction take twice as long as the rest (18 instead of 7 µs for a small parameter, of which
-        # the addition itself is 2).
+        # Leaves as roots: nothing runs but their accumulators. All in one pass, in which what is made of one parameter
+        # adds to it before anybody sees the sum. Not by autograd.backward, whose checks of gradients that are right by
+        # construction take twice as long as the rest (18 instead of 7 µs for a small parameter, of which the addition
+        # itself is 2).
         engine.run_backward(
             tuple(by_engine), tuple(their_gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
         )

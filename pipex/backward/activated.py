@@ -75,15 +75,16 @@ def worthwhile(activation: Activation, x: Tensor, weight: Tensor) -> bool:
     return provider(kind, (x.numel() // max(k, 1), n, k), 1, x.dtype, x.dtype, x.device) == TRITON
 
 
-def activated_linear(use: LinearUse, activation: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+def activated_linear(use: LinearUse, x: Tensor, activation: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear's output; its node hands dy to the use and the gradients to the activation's inputs.
 
     Args:
-        use: of the activation's output.
+        use: of the activation's output, x.
         weight, bias: aliases, which need no gradient.
     """
-    x = use.x
-    y: Tensor = _ActivatedLinear.apply(use, activation, weight, bias, *activation.inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = _ActivatedLinear.apply(  # type: ignore[no-untyped-call]
+        use, as_rows(x.detach()), activation, weight, bias, *activation.inputs
+    )
     # Viewed outside: a view that a Function returns must not be changed in place.
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -91,11 +92,17 @@ def activated_linear(use: LinearUse, activation: Activation, weight: Tensor, bia
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, use: LinearUse, activation: Activation, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+        ctx: Any,
+        use: LinearUse,
+        x: Tensor,
+        activation: Activation,
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
     ) -> Tensor:
         ctx.use, ctx.activation, ctx.passed_by = use, activation.name, activation.passed_by
         ctx.save_for_backward(weight, *inputs)
-        return recording.torch_linear(as_rows(use.x), weight, bias)
+        return recording.torch_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -116,7 +123,7 @@ class _ActivatedLinear(torch.autograd.Function):
         else:
             found = (products.input_gradient(dy, weight, activation=ctx.activation, z=matrices[0]),)
         gradients = [gradient.view(z.shape) for gradient, z in zip(found, inputs, strict=True)]
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 def _is_at_hand(saved: Any) -> bool:

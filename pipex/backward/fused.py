@@ -16,6 +16,7 @@ from pipex.backward import reductions
 from pipex.backward.accumulate import Accumulator, is_plain, main_grad_of, only_adds, tell_of_main_grad
 from pipex.backward.products import DTYPES, add_weight_gradients
 from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows
+from pipex.backward.weights import parameter_of
 from pipex.torch_internals import post_accumulate_hooks
 from pipex.triton_kernels.checks import OPERAND_DTYPES
 
@@ -91,8 +92,14 @@ class FusedProducts:
         return isinstance(use, EmbeddingUse) and self._take_embedding(use, dy)
 
     def _take_linear(self, use: LinearUse, dy: Tensor) -> bool:
-        weight, bias = use.weight, use.bias
-        if weight is None or dy.dtype not in DTYPES or not weight.is_contiguous() or not self._open(weight, dy):
+        weight, bias = parameter_of(use.weight), parameter_of(use.bias)
+        if (
+            (use.bias is None) != (bias is None)
+            or weight is None
+            or dy.dtype not in DTYPES
+            or not weight.is_contiguous()
+            or not self._open(weight, dy)
+        ):
             return False
         if bias is not None and not (self._open(bias, dy) and _dtype(bias) is _dtype(weight)):
             return False
@@ -102,8 +109,8 @@ class FusedProducts:
         return True
 
     def _take_embedding(self, use: EmbeddingUse, dy: Tensor) -> bool:
-        weight = use.weight
-        if (
+        weight = parameter_of(use.weight)
+        if weight is None or (
             not reductions.serves(dy.device)
             or use.scale_by_frequency
             or dy.dtype not in OPERAND_DTYPES

@@ -14,13 +14,14 @@ leave the operation that made them, and left to W in their place among the recor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import Tensor
 
 from pipex.backward.uses import Captor, Use
+from pipex.backward.weights import reachable
 from pipex.torch_internals import sequence_number
 
 
@@ -57,6 +58,7 @@ class Mixed:
         self.found: set[int] = set()
         """ids of the parameters that are"""
         self._accumulators: dict[Any, Tensor] = {}  # by autograd's node
+        self._made: set[Any] = set()  # nodes
         self._under_way: WeakSet[Any] = WeakSet()
         self._passed = False
 
@@ -69,6 +71,10 @@ class Mixed:
         """Takes the accumulator of a parameter that is about to be recorded for the first time."""
         self._accumulators[node] = parameter
         self._passed = False
+
+    def weave(self, node: Any) -> None:
+        """Takes the node of a weight that is made of watched parameters; its graph is W's, and must be there for it."""
+        self._made.add(node)
 
     def begin(self, tape: Forward) -> None:
         """A forward was recorded; it is under way until its W."""
@@ -88,11 +94,12 @@ class Mixed:
         """Watches no more."""
         self.found.clear()
         self._accumulators.clear()
+        self._made.clear()
         self._under_way.clear()
 
-    def take(self, roots: Sequence[Any]) -> None:
-        """Called before a pass from these nodes."""
-        nodes = list(_reachable(roots))
+    def take(self, roots: Sequence[Any]) -> bool:
+        """Called before a pass from these nodes; says whether W goes through a part of its graph again."""
+        nodes = list(reachable(roots))
         users = {}
         for node in nodes:
             places = [n for n, (following, _) in enumerate(node.next_functions) if following in self._accumulators]
@@ -103,6 +110,7 @@ class Mixed:
         if tape is not None:
             for node, places in users.items():
                 self._take_from(node, places, self._tape_of(node) or tape)
+        return not self._made.isdisjoint(nodes)
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""
@@ -133,14 +141,3 @@ class Mixed:
     def _tape_of(self, node: Any) -> Forward | None:
         number = sequence_number(node)
         return next((tape for tape in self._under_way if tape.first_node <= number < tape.end_node), None)
-
-
-def _reachable(roots: Sequence[Any]) -> Iterator[Any]:
-    seen, todo = set(roots), list(roots)
-    while todo:
-        node = todo.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)

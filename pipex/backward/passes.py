@@ -39,9 +39,9 @@ _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 
 
 class Watcher(Protocol):
-    """Looks at the graph before an announced pass."""
+    """Looks at the graph before an announced pass, and says whether it is needed after it."""
 
-    def take(self, roots: Sequence[Any]) -> None: ...
+    def take(self, roots: Sequence[Any]) -> bool: ...
 
 
 watchers: WeakSet[Watcher] = WeakSet()
@@ -49,27 +49,33 @@ watchers: WeakSet[Watcher] = WeakSet()
 
 
 class announced:
-    """Around one backward pass from ``roots``: ``then`` gets every tape that the pass has reached, at its end."""
+    """Around one backward pass from ``roots``: ``then`` gets every tape that the pass has reached, at its end.
 
-    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then")
+    Attributes:
+        retains: whether the pass must leave its graph as it is (``retain_graph``).
+    """
+
+    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then", "retains")
 
     def __init__(self, roots: Sequence[Root], then: Then) -> None:
         self._then = then
         self._task = -1
+        self.retains = False
         # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
         self._tensors = tensors = [root for root in roots if isinstance(root, Tensor)]
         self._hooks = [torch_internals.hook_dict(root) for root in tensors if root.grad_fn is not None]
         self._edges = [] if len(tensors) == len(roots) else [r for r in roots if isinstance(r, GradientEdge)]
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> announced:
         if watchers:
             nodes = [t.grad_fn for t in self._tensors if t.grad_fn is not None] + [edge.node for edge in self._edges]
             for watcher in list(watchers):
-                watcher.take(nodes)
+                self.retains |= watcher.take(nodes)
         for hooks in self._hooks:
             hooks[self] = self._begin
         self._handles = [edge.node.register_prehook(self._begin) for edge in self._edges]
+        return self
 
     def _begin(self, _: object) -> None:
         self._task = torch_internals.current_pass()

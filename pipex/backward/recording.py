@@ -1,8 +1,9 @@
-"""Where operations are seen: ``F.linear`` and ``F.embedding``, replaced while a tape is open.
+"""Where operations are seen: torch's functions, replaced while a tape is open.
 
-Replacing the two functions in ``torch.nn.functional`` reaches modules, subclasses and functional code alike, and
-costs less than a hook per module or a TorchFunctionMode. Code that holds its own reference to them is not recorded:
-right, only not deferred. Other threads see the replacement too but have no tape, so they pass straight through.
+Replacing them where modules find them (``torch.nn.functional``, ...) reaches modules, subclasses and functional code
+alike, and costs less than a hook per module or a TorchFunctionMode. Code that holds its own reference to one is not
+recorded: right, only not deferred. Other threads see the replacement too but have no tape, so they pass straight
+through.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from pipex.torch_internals import (
     any_autocast,
+    checkpoints,
     forward_derivatives_level,
     functorch_active,
-    top_saved_tensors_hooks,
 )
 
 # Looked up once: they are asked before every operation.
@@ -28,21 +29,16 @@ _compiling = torch.compiler.is_dynamo_compiling
 
 torch_linear = F.linear
 torch_embedding = F.embedding
-
-
-class Keeper(Protocol):
-    """Who keeps what one forward leaves to its backward: what autograd saves, by its hooks, and what the tape does."""
-
-    pack: Callable[[Tensor], Any]
-
-    def use(self, use: Any) -> None:
-        """The tape keeps the input of this ``Use``."""
+_torch_clear_autocast_cache = torch.clear_autocast_cache
 
 
 class Recorder(Protocol):
     """What sees the operations of one forward: a tape."""
 
-    keeper: Keeper | None
+    def replay(self) -> Recorder:
+        """One for running a part of the forward again."""
+
+    def cast(self, region: int, *operands: Tensor | None) -> list[Any]: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -51,11 +47,13 @@ class Recorder(Protocol):
 
 class _Local(threading.local):
     tape: Recorder | None = None
+    region = 0  # how many of autocast's have ended
 
 
 _local = _Local()
 _lock = threading.Lock()
 _open = 0  # tapes open in all threads
+_replaced: list[tuple[Any, str, Any]] = []  # meanwhile: owner, name, and torch's own
 
 
 def start(tape: Recorder) -> Recorder | None:
@@ -63,7 +61,13 @@ def start(tape: Recorder) -> Recorder | None:
     global _open
     with _lock:
         if _open == 0:
-            F.linear, F.embedding = _linear, _embedding
+            _replaced[:] = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACEMENTS]
+            for owner, name, ours in _REPLACEMENTS:
+                setattr(owner, name, ours)
+            for owner, name in checkpoints():
+                original = getattr(owner, name)
+                _replaced.append((owner, name, original))
+                setattr(owner, name, _checkpoints(original))
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer
@@ -76,7 +80,8 @@ def stop(outer: Recorder | None) -> None:
     with _lock:
         _open -= 1
         if _open == 0:
-            F.linear, F.embedding = torch_linear, torch_embedding
+            for owner, name, original in _replaced:
+                setattr(owner, name, original)
 
 
 def _tape_for(x: Tensor) -> Recorder | None:
@@ -88,8 +93,6 @@ def _tape_for(x: Tensor) -> Recorder | None:
         tape is None
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
         or not _grad_enabled()
-        or any_autocast()  # the gradient would have to repeat autocast's own casts
-        or _others_save(tape)
         or functorch_active()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
         or forward_derivatives_level() >= 0
     ):
@@ -97,18 +100,19 @@ def _tape_for(x: Tensor) -> Recorder | None:
     return tape
 
 
-def _others_save(tape: Recorder) -> bool:
-    """Whether hooks see what autograd saves, other than the tape's keeper's. Activation checkpointing runs the
-    operation again, without a tape, and compares what the graphs have saved."""
-    hooks = top_saved_tensors_hooks(False)
-    return hooks is not None and (tape.keeper is None or hooks[0] is not tape.keeper.pack)
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = _tape_for(input)
-    if tape is None or not (input.dim() == 2 or (input.dim() > 2 and _folds(input))):
+    if tape is None:
         return torch_linear(input, weight, bias)
-    return tape.linear(input, weight, bias)
+    if any_autocast():
+        input, weight, bias = tape.cast(_local.region, input, weight, bias)
+    if (
+        (input.dim() == 2 or (input.dim() > 2 and _folds(input)))
+        and weight.dim() == 2
+        and (bias is None or bias.shape == weight.shape[:1])
+    ):
+        return tape.linear(input, weight, bias)
+    return torch_linear(input, weight, bias)
 
 
 def _folds(input: Tensor) -> bool:
@@ -135,3 +139,37 @@ def _embedding(
     if tape is None or sparse or max_norm is not None:
         return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)
+
+
+def _clear_autocast_cache() -> None:
+    _local.region += 1
+    _torch_clear_autocast_cache()
+
+
+def _checkpoints(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of what makes torch's checkpoints (those that are not reentrant): what they run again is recorded as
+    it was the first time, so that the same tensors are saved."""
+
+    def recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tape = None if _compiling() else _local.tape
+        if tape is None:
+            return checkpoint(fn, *args, **kwargs)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            outer = start(tape.replay())
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                stop(outer)
+
+        return checkpoint(again, *args, **kwargs)
+
+    return recorded
+
+
+_REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (F, "linear", _linear),
+    (F, "embedding", _embedding),
+    (torch, "clear_autocast_cache", _clear_autocast_cache),
+]
+"""By owner and name."""

@@ -65,8 +65,10 @@ def stage_backward(
     pairs = list(_with_graph(stage_output, output_grads))
     outputs = [output for output, _ in pairs]
     if outputs:
-        with announced(outputs, _then.get()):
-            torch.autograd.backward(cast(Sequence[Tensor], outputs), [gradient for _, gradient in pairs])
+        with announced(outputs, _then.get()) as backward:
+            torch.autograd.backward(
+                cast(Sequence[Tensor], outputs), [gradient for _, gradient in pairs], retain_graph=backward.retains
+            )
     gradients = []
     for value in input_values:
         gradients.append(value.grad if isinstance(value, Tensor) else None)
@@ -109,12 +111,13 @@ def stage_backward_input(
     found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
     if pairs:
         outputs = [output for output, _ in pairs]
-        with announced(outputs, tapes.append):
+        with announced(outputs, tapes.append) as backward:
             try:
                 # The anchor is where recorded operations end whose input needs no gradient.
                 *found, _ = torch.autograd.grad(
                     cast(Sequence[Tensor], outputs), [*inputs.values(), *parameters, anchor],
                     [gradient for _, gradient in pairs],
+                    retain_graph=backward.retains,
                     allow_unused=True,
                 )  # fmt: skip
             except RuntimeError as error:
@@ -156,7 +159,7 @@ def stage_backward_weight(
         for parameter, gradient in zip(group["params"], group["grads"], strict=True):
             sums.add(parameter, gradient)
         with _without_hooks(group["params"]):
-            accumulate(sums.parameters, sums.gradients)
+            accumulate(sums.targets, sums.gradients)
     param_groups.clear()
     return tuple(weight.grad for weight in weights)
 

@@ -9,8 +9,8 @@ graph walks it once per parameter and keeps nearly all of it alive. So the graph
                                           └─ hook           [2] autograd hands dy over when it passes here
 
       I: one ordinary backward pass. It reaches the stage's inputs, every [2], and the parameters through unrecorded
-         operations only (norm weights, custom Functions, convolutions, ...): those gradients are made and added here,
-         by autograd itself, whatever the operation is.
+         operations only (norm weights, custom Functions, ...): those gradients are made and added here, by autograd
+         itself, whatever the operation is.
       W: plain GEMMs from (x, dy), linear in the number of uses.
 
 Because of [1] nothing can be computed twice, and an operation that is not recorded is not wrong, only not deferred.
@@ -20,21 +20,20 @@ Nor can anything be lost unseen: a pass that nobody has announced is refused (``
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import has_torch_function_unary
-from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
-from pipex.backward.accumulate import Accumulator, accumulate
+from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
-from pipex.backward.mixed import GivenUse, Mixed
+from pipex.backward.mixed import GivenUse
 from pipex.backward.passes import (
     Deferred,
     Then,
@@ -43,132 +42,20 @@ from pipex.backward.passes import (
     announced_for,
     refuse_graph_of_gradients,
     refuse_unannounced,
-    watchers,
 )
+from pipex.backward.recordable import Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
+from pipex.backward.weights import Casts, Origins, Weight, made
 from pipex.torch_internals import (
     add_hooks,
     base,
     current_pass,
     engine,
-    hooks_of,
     is_compiled,
     next_sequence_number,
-    require_split_backward,
     version,
 )
-
-
-class Splitter:
-    """Makes tapes for one stage.
-
-    Args:
-        parameters: the stage's parameters; frozen ones are skipped while they are, repeated ones (tied) count once.
-        exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
-            only, where these are no faster.
-
-    Raises:
-        UnsupportedModule: this torch lacks what it needs.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
-        require_split_backward()
-        self._recordable = {id(p): p for p in parameters}
-        self._aliases: dict[int, Tensor] = {}  # by id of the parameter
-        self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
-        self.fused = FusedProducts(self.accumulators)
-        self._exact = exact
-        self.mixed = Mixed(self.accumulators)
-        # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
-        self._unproven: list[RemovableHandle] = []
-        self._reached: dict[int, int] = {}
-
-    @staticmethod
-    def of(module: nn.Module, exact: bool | None = None) -> Splitter:
-        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
-        compiled parts have a backward of their own."""
-        for part in module.modules():
-            if is_compiled(part) or isinstance(part, DistributedDataParallel):
-                return Splitter(())
-        return Splitter(module.parameters(), exact)
-
-    def close(self) -> None:
-        """Lets go of the parameters; another one takes over."""
-        for handle in self._unproven:
-            handle.remove()
-        self._unproven.clear()
-        self._stop_watching()
-
-    def fuses(self, dy: Tensor) -> bool:
-        """Whether the contract ``fused`` holds for an operation with this gradient."""
-        return dy.is_cuda if self._exact is None else not self._exact
-
-    def record(self, then: Then | None = None, keeper: recording.Keeper | None = None) -> Tape:
-        """A new tape; the forward runs inside ``with``.
-
-        Args:
-            then: gets the tape at the end of every pass over it, so that none has to be announced.
-            keeper: whose hooks see what autograd saves, and who is told of what the tape keeps.
-        """
-        if self.mixed.watching and self.mixed.settled:
-            for key in self.mixed.found:
-                self._forget(key)
-            self._stop_watching()
-        return Tape(self, then, keeper)
-
-    def alias(self, parameter: Tensor | None, bias_of: Tensor | None = None) -> Tensor | None:
-        """The stand-in of a matrix, or of the bias beside one, in recorded operations; None where its gradient must not
-        be deferred."""
-        if parameter is None or not parameter.requires_grad or hooks_of(parameter):
-            return None  # the last ones must see the whole gradient
-        known = self._aliases.get(id(parameter))
-        if known is not None and parameter.is_set_to(known):  # the same memory, shape and strides
-            return known
-        fits = parameter.dim() == 2 if bias_of is None else parameter.shape == bias_of.shape[:1]
-        if id(parameter) not in self._recordable or not fits or _has_rules(parameter):
-            return None  # not ours, or not recorded everywhere
-        # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
-        # gives it other memory from one micro-batch to the next: watched anew at each, it would be watched for ever.
-        if known is None or (known.dtype, known.device) != (parameter.dtype, parameter.device):
-            self._watch(parameter)
-        self._aliases[id(parameter)] = alias = parameter.detach()
-        return alias
-
-    def _watch(self, parameter: Tensor) -> None:
-        """Sees which passes come to a recorded parameter nevertheless."""
-
-        def reached(gradients: tuple[Tensor | None, ...]) -> None:
-            if gradients[0] is not None:
-                self._reached[id(parameter)] = current_pass()
-
-        self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
-        self._unproven.append(accumulator.node.register_prehook(reached))
-        self.mixed.watch(accumulator.node, parameter)
-        watchers.add(self.mixed)
-
-    def _stop_watching(self) -> None:
-        watchers.discard(self.mixed)
-        self.mixed.clear()
-
-    def _forget(self, key: int) -> None:
-        """The parameter is not recorded again."""
-        self._recordable.pop(key, None)
-        self._aliases.pop(key, None)
-        self.accumulators.pop(key, None)
-
-    def pass_ended(self, graph_task: int) -> None:
-        """A recorded parameter that this pass over a tape has come to is used in unrecorded operations too: it is not
-        recorded again, so that all its gradients are summed by autograd, in autograd's order. What the first such pass
-        shows holds for the others."""
-        if self._unproven:
-            for key, task in self._reached.items():
-                if task == graph_task:
-                    self._forget(key)
-            for handle in self._unproven:
-                handle.remove()
-            self._unproven.clear()
-            self._reached.clear()
 
 
 class Tape:
@@ -179,13 +66,16 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_outer", "_passes", "_splitter", "_uses", "end_node", "first_node", "keeper", "recording",
-        "then",
+        "__weakref__", "_casts", "_origins", "_outer", "_passes", "_recordable", "_uses", "end_node", "first_node",
+        "recording", "replays", "then",
     )  # fmt: skip
 
-    def __init__(self, splitter: Splitter, then: Then | None, keeper: recording.Keeper | None) -> None:
-        self._splitter = splitter
-        self.then, self.keeper = then, keeper
+    def __init__(self, recordable: Recordable, then: Then | None) -> None:
+        self._recordable = recordable
+        self.then = then
+        self._origins: Origins | None = None
+        self._casts: Casts | None = None
+        self.replays = False
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
         self._uses: list[tuple[Use, Tensor, int]] = []
@@ -204,42 +94,89 @@ class Tape:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
         self._outer, self.recording = None, False
-        if self.then is None and self._splitter.mixed.watching:
+        self._origins = self._casts = None
+        if self.then is None and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
-            self._splitter.mixed.begin(self)
+            self._recordable.mixed.begin(self)
+
+    def replay(self) -> Tape:
+        """A tape for a part of this forward that runs again, in I, to save the same tensors; what it leads to is not
+        gone back through."""
+        tape = Tape(self._recordable, self.then)
+        tape.replays = True
+        return tape
+
+    def weight(self, tensor: Tensor | None) -> Weight | None:
+        """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred."""
+        if tensor is None or not tensor.requires_grad:
+            return None
+        if tensor.grad_fn is None:
+            return self._recordable.weight(tensor)
+        if self._casts is not None and (leaf := self._casts.leaf(tensor)) is not None:
+            if not self._recordable.has(leaf):
+                return None
+            self._recordable.weave(leaf)
+            return self._casts.weight(tensor)
+        if self._origins is None:
+            self._origins = Origins(lambda leaf: self._recordable.has(leaf) and main_grad_of(leaf) is None)
+        parameters = self._origins.parameters(tensor)
+        for parameter in parameters:
+            self._recordable.weave(parameter)
+        if parameters and self._recordable.mixed.watching:
+            self._recordable.mixed.weave(tensor.grad_fn)
+        return made(tensor) if parameters else None
+
+    def cast(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
+        """The operands of an operation that autocast runs in lower precision, as it casts them.
+
+        Args:
+            region: the autocast region's number.
+        """
+        if self._casts is None:
+            self._casts = Casts()
+        return self._casts.of(region, *operands)
+
+    def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
+        """The output of a recorded operation, with a place in the graph at which the use gets its dy.
+
+        Args:
+            run: makes the output, a new tensor or a view of one.
+            operands: its arguments, with aliases in the place of weights.
+        """
+        if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
+            y = run(*operands)
+            _hand_over(y, use.capture)
+            return y
+        return rooted(use, lambda: run(*operands))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of a contiguous x, recorded where the gradient of ``weight`` or ``bias`` can be deferred."""
-        w, b = self._splitter.alias(weight), self._splitter.alias(bias, weight)
+        """F.linear of an x that torch makes a matrix of in any case, and a weight that is a matrix; recorded where the
+        gradient of ``weight`` or ``bias`` can be deferred."""
+        w, b = self.weight(weight), self.weight(bias)
         if w is None and b is None:
             return recording.torch_linear(x, weight, bias)
         # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
         kept = x.new_empty(0) if w is None else x
-        use = LinearUse(self, kept, None if w is None else weight, None if b is None else bias)
-        if self.keeper is not None:
-            self.keeper.use(use)
-        if w is not None and (b is None) == (bias is None) and self._splitter.fuses(x):
+        use = LinearUse(self, kept, None if w is None else w.target, None if b is None else b.target)
+        if w is not None and (b is None) == (bias is None) and self._recordable.fuses(x):
             activation = activation_of(x, self.first_node)
-            if activation is not None and worthwhile(activation, x, w):
-                return activated_linear(use, activation, w, b)
-        w, b = weight if w is None else w, bias if b is None else b
-        if x.requires_grad or w.requires_grad or (b is not None and b.requires_grad):
-            y = recording.torch_linear(x, w, b)
+            if activation is not None and worthwhile(activation, x, w.alias):
+                return activated_linear(use, x, activation, w.alias, None if b is None else b.alias)
+        weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
+        if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+            y = recording.torch_linear(x, weight, bias)
             _hand_over(y, use.capture)
-        else:
-            y = rooted(use, lambda: recording.torch_linear(x, w, b))
-        return y
+            return y
+        return rooted(use, lambda: recording.torch_linear(x, weight, bias))
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
         """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
-        w = self._splitter.alias(weight)
+        w = self.weight(weight)
         if w is None:
             return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
-        row = -1 if padding is None else padding % weight.shape[0]
-        use = EmbeddingUse(self, x, weight, row, scale_by_frequency)
-        if self.keeper is not None:
-            self.keeper.use(use)
-        return rooted(use, lambda: recording.torch_embedding(x, w, padding))
+        rows = weight.shape[0]
+        use = EmbeddingUse(self, x, w.target, rows, -1 if padding is None else padding % rows, scale_by_frequency)
+        return self.product(use, recording.torch_embedding, x, w.alias, padding)
 
     def captured(self, use: Use, dy: Tensor) -> None:
         """A use has got its dy. Called in a backward pass, whichever it is."""
@@ -258,7 +195,7 @@ class Tape:
             self._passes[task] = deque(maxlen=0)  # nothing of it is wanted
 
     def _end_pass(self, task: int) -> None:
-        self._splitter.pass_ended(task)
+        self._recordable.pass_ended(task)
         taken = self._passes.pop(task)
         then = self.then or announced_for(task)
         if then is None or self.recording:
@@ -279,10 +216,10 @@ class Tape:
         Returns:
             one gradient per input, None where no output depends on it.
         """
-        if self._splitter.mixed.watching:
+        if self._recordable.mixed.watching:
             outputs, output_gradients = self._parameters_apart(outputs, output_gradients)
-        with announced(outputs, keep):
-            torch.autograd.backward(outputs, output_gradients)
+        with announced(outputs, keep) as backward:
+            torch.autograd.backward(outputs, output_gradients, retain_graph=backward.retains)
         gradients = tuple(x.grad for x in inputs)
         for x in inputs:
             x.grad = None
@@ -294,7 +231,7 @@ class Tape:
         """Without outputs that are recorded parameters, whose gradient from outside comes first of all."""
         pairs = []
         for output, gradient in zip(outputs, gradients, strict=True):
-            if output.is_leaf and gradient is not None and self._splitter.mixed.takes(output):
+            if output.is_leaf and gradient is not None and self._recordable.mixed.takes(output):
                 self._uses.append((GivenUse(self, output), gradient, version(gradient)))
             else:
                 pairs.append((output, gradient))
@@ -303,7 +240,7 @@ class Tape:
     @property
     def held(self) -> list[Tensor]:
         """What W keeps alive: the input and the gradient of the output of every use."""
-        return [tensor for use, dy, _ in self._uses for tensor in (use.x, dy)]
+        return [tensor for use, dy, _ in self._uses for tensor in (*use.held, dy)]
 
     def backward_weight(self, more: bool = False) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
@@ -315,10 +252,10 @@ class Tape:
             more: whether the stage's next W follows at once. Then products of both may be made together, and what this
                 one's should be is in the gradients only after that.
         """
-        sums, fused = Sums(), self._splitter.fused
+        sums, fused = Sums(), self._recordable.fused
         try:
             self.add_to(sums, fused)
-            accumulate(sums.parameters, sums.gradients, self._splitter.accumulators)
+            accumulate(sums.targets, sums.gradients, self._recordable.accumulators)
         except BaseException:
             fused.clear()  # or the next step's W would add it
             raise
@@ -328,8 +265,8 @@ class Tape:
     def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
         """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
         uses, self._uses = self._uses, []
-        if self._splitter.mixed.watching:
-            self._splitter.mixed.end(self)
+        if self._recordable.mixed.watching:
+            self._recordable.mixed.end(self)
         for use, dy, its_version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
             if version(dy) != its_version:
                 raise RuntimeError(
@@ -337,14 +274,34 @@ class Tape:
                     f"got version {version(dy)} of a tensor of shape {tuple(dy.shape)}, needed version {its_version}; "
                     f"use an out-of-place operation there"
                 )
-            taken = fused is not None and self._splitter.fuses(dy) and fused.take(use, dy)
+            taken = fused is not None and self._recordable.fuses(dy) and fused.take(use, dy)
             if not taken:
                 use.add_to(sums, dy)
 
 
-def _has_rules(parameter: Tensor) -> bool:
-    """Whether it is of a subclass that gives operations a meaning, and so gradients, of its own."""
-    return has_torch_function_unary(parameter) or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+class Splitter(Recordable):
+    """Makes tapes for one stage. Arguments and errors as of ``Recordable``."""
+
+    @staticmethod
+    def of(module: nn.Module, exact: bool | None = None) -> Splitter:
+        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
+        compiled parts have a backward of their own."""
+        for part in module.modules():
+            if is_compiled(part) or isinstance(part, DistributedDataParallel):
+                return Splitter(())
+        return Splitter(module.parameters(), exact)
+
+    def record(self, then: Then | None = None) -> Tape:
+        """A new tape; the forward runs inside ``with``.
+
+        Args:
+            then: gets the tape at the end of every pass over it, so that none has to be announced.
+        """
+        if self.mixed.watching and self.mixed.settled:
+            for key in self.mixed.found:
+                self.forget(key)
+            self.stop_watching()
+        return Tape(self, then)
 
 
 def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:

@@ -6,28 +6,31 @@ autograd would have called, operand for operand, so the bits are those of the un
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pipex.torch_internals import version
+from pipex.backward.weights import Made, Target
+from pipex.torch_internals import top_saved_tensors_hooks, version
 
 
 class Sums:
-    """Gradients of one micro-batch: one per parameter, summed in the order in which they are added."""
+    """Gradients of one micro-batch: one per target, summed in the order in which they are added."""
 
-    __slots__ = ("_place", "gradients", "parameters")
+    __slots__ = ("_place", "gradients", "targets")
 
     def __init__(self) -> None:
-        self.parameters: list[Tensor] = []
+        self.targets: list[Target] = []
         self.gradients: list[Tensor] = []
-        self._place: dict[int, int] = {}  # id of a parameter -> its place in the lists
+        self._place: dict[object, int] = {}  # id of a parameter, or edge -> its place in the lists
 
-    def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        place = self._place.setdefault(id(parameter), len(self.parameters))
-        if place == len(self.parameters):
-            self.parameters.append(parameter)
+    def add(self, target: Target, gradient: Tensor) -> None:
+        key = target.edge if isinstance(target, Made) else id(target)
+        place = self._place.setdefault(key, len(self.targets))
+        if place == len(self.targets):
+            self.targets.append(target)
             self.gradients.append(gradient)
         else:
             before = self.gradients[place]
@@ -35,30 +38,81 @@ class Sums:
 
 
 class Captor(Protocol):
-    """Who a use hands its dy to: a tape."""
+    """Who a use hands its dy to: a tape; ``replays`` says that it sees a part of a forward that runs again."""
+
+    replays: bool
 
     def captured(self, use: Use, dy: Tensor) -> None: ...
 
 
+class Packed:
+    """A tensor in the hands of whoever has put hooks on what autograd saves: a checkpoint, which makes it anew when it
+    is asked for, or an offload."""
+
+    __slots__ = ("_packed", "_unpack")
+
+    def __init__(self, x: Tensor, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        self._packed, self._unpack = pack(x), unpack
+
+    def unpack(self) -> Tensor:
+        """Once."""
+        return self._unpack(self._packed)
+
+
 class Use:
-    """Base of all uses; lives from the forward until W of one micro-batch."""
+    """Base of all uses; lives from the forward until W of one micro-batch.
+
+    What W reads is set before this class's own ``__init__`` is called, in which a checkpoint's second run may end.
+
+    Attributes:
+        x: the operation's input, or what stands for it until dy comes.
+        weight, bias: of a kind of use that has some: whose gradients W makes; None where frozen.
+    """
 
     __slots__ = ("tape", "version", "x")
 
     def __init__(self, tape: Captor, x: Tensor) -> None:
         self.tape = tape
-        self.x = x
         self.version = version(x)
+        self.x: Tensor | Packed = x
+        hooks = top_saved_tensors_hooks(False)
+        if hooks is not None:
+            x = x.detach()
+            if tape.replays:
+                x.__dict__["again"] = self  # the use of the first run gets this tensor
+                hooks[0](x)
+            else:
+                self.x = Packed(x, *hooks)
 
     def capture(self, dy: Tensor | None) -> None:
         """Takes dy, None where it is zero; autograd calls it in I, before it goes on to the operation's input."""
-        if dy is not None:
-            self.tape.captured(self, dy)
-            self.x = self.x.detach()  # so that no graph hangs on what the tape holds
+        if dy is None:
+            return
+        x = self.x
+        if isinstance(x, Packed):
+            x = x.unpack()
+            self.version = version(x)
+            self.made_again(x.__dict__.pop("again", None))
+        self.tape.captured(self, dy)
+        self.x = x.detach()  # so that no graph hangs on what the tape holds
+
+    def made_again(self, use: Use | None) -> None:
+        """Takes the use of the same operation in a checkpoint's second run. There a weight made of parameters has a
+        graph whose tensors are at hand."""
+        for name in ("weight", "bias"):
+            target = getattr(use, name, None)
+            if isinstance(target, Made) and target.cast_of is None:
+                setattr(self, name, target)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What W keeps alive besides dy."""
+        return [self.input()]
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
         x = self.x
+        assert isinstance(x, Tensor), "its dy has come"
         if version(x) != self.version:
             raise RuntimeError(
                 f"the input of an operation with deferred weight gradient was modified in place after the forward; "
@@ -80,10 +134,10 @@ class LinearUse(Use):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, tape: Captor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.tape, self.x, self.version = tape, x, version(x)  # not by super(): there is one of these per operation
+    def __init__(self, tape: Captor, x: Tensor, weight: Target | None, bias: Target | None) -> None:
         self.weight = weight  # None where frozen
         self.bias = bias
+        super().__init__(tape, x)
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         rows, columns = dy, self.input()
@@ -100,17 +154,20 @@ class LinearUse(Use):
 class EmbeddingUse(Use):
     """y = W[x] with integer x: dW is dy scattered over the rows of W."""
 
-    __slots__ = ("padding", "scale_by_frequency", "weight")
+    __slots__ = ("padding", "rows", "scale_by_frequency", "weight")
 
-    def __init__(self, tape: Captor, x: Tensor, weight: Tensor, padding: int, scale_by_frequency: bool) -> None:
-        super().__init__(tape, x)
+    def __init__(
+        self, tape: Captor, x: Tensor, weight: Target, rows: int, padding: int, scale_by_frequency: bool
+    ) -> None:
         self.weight = weight
+        self.rows = rows  # of the weight
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency
+        super().__init__(tape, x)
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         gradient = torch.ops.aten.embedding_dense_backward(
-            dy, self.input(), self.weight.shape[0], self.padding, self.scale_by_frequency
+            dy, self.input(), self.rows, self.padding, self.scale_by_frequency
         )
         sums.add(self.weight, gradient)
 

@@ -35,12 +35,9 @@ class OffloadingRunner(StageRunner):
         self, step: int, microbatch: int, inputs: tuple[Any, ...], target: Any, share: Share, split: bool
     ) -> tuple[Tensor, ...]:
         """F; as of ``StageRunner``."""
-        saved = self._saved[microbatch] = self.keeper = Saved()
-        try:
-            with saved_tensors_hooks(saved.pack, saved.unpack):
-                outputs = super().forward(step, microbatch, inputs, target, share, split)
-        finally:
-            self.keeper = None
+        saved = self._saved[microbatch] = Saved()
+        with saved_tensors_hooks(saved.pack, saved.unpack):
+            outputs = super().forward(step, microbatch, inputs, target, share, split)
         kept = [*self.stage.parameters(), *self.stage.buffers(), *tensors_in((inputs, target)), *outputs]
         saved.stay(kept)
         return outputs

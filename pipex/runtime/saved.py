@@ -1,20 +1,19 @@
 """What one forward has left to its backward, and its way to host memory and back.
 
-Autograd gets handles to put in its graph, and the tape has uses, which keep their operation's input. At "gone" both let
-go of the device's memory, and get other memory with the same bytes at "back". Whatever else refers to the memory keeps
-it alive, so nothing can be read that is not there.
+Autograd gets handles to put in its graph, and the tape for the inputs of its operations. At "gone" they let go of the
+device's memory, and get other memory with the same bytes at "back". Whatever else refers to the memory keeps it alive,
+so nothing can be read that is not there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipex.backward.uses import Use
 from pipex.runtime.copying import is_plain
 from pipex.runtime.memory import memory_of
 from pipex.torch_internals import version
@@ -63,16 +62,15 @@ class Saved:
     """What one forward has left to its backward. ``pack`` and ``unpack`` are autograd's hooks."""
 
     def __init__(self) -> None:
-        self.pack: Callable[[Tensor], Any] = self._pack  # one object, by which it is known
         self._device = torch.device("cpu")  # that of what is to move
-        self._holders: list[_Handle | Use] = []
+        self._handles: list[_Handle] = []
         self._places: list[_Place] = []  # of each of them
         self._memory: dict[int, _Memory] = {}
         self._copied: torch.cuda.Event | None = None
 
-    def _pack(self, tensor: Tensor) -> _Handle:
+    def pack(self, tensor: Tensor) -> _Handle:
         handle = _Handle(tensor)
-        self._holders.append(handle)
+        self._handles.append(handle)
         return handle
 
     def unpack(self, handle: _Handle) -> Tensor:
@@ -86,27 +84,23 @@ class Saved:
             )
         return tensor
 
-    def use(self, use: Use) -> None:
-        """A tape keeps the input of an operation."""
-        self._holders.append(use)
-
     def stay(self, tensors: Iterable[Tensor]) -> None:
         """Leaves alone what shares memory with one of these, and what was changed since it was saved: that is refused
         where it is used."""
-        self._device = next((t.device for t in map(_held, self._holders) if t.is_cuda), self._device)
+        self._device = next((one.tensor.device for one in self._handles if one.tensor.is_cuda), self._device)
         kept = {memory_of(tensor) for tensor in tensors if tensor.layout is torch.strided and not tensor.is_nested}
 
-        def moves(holder: _Handle | Use) -> bool:
-            tensor = _held(holder)
+        def moves(handle: _Handle) -> bool:
+            tensor = handle.tensor
             here = tensor.device == self._device and is_plain(tensor) and not tensor.is_inference()
-            return here and memory_of(tensor) not in kept and version(tensor) == holder.version
+            return here and memory_of(tensor) not in kept and version(tensor) == handle.version
 
-        self._holders = list(filter(moves, self._holders))
+        self._handles = list(filter(moves, self._handles))
 
     def copy_out(self) -> None:
         """Begins to copy."""
-        for holder in self._holders:
-            tensor = _held(holder)
+        for handle in self._handles:
+            tensor = handle.tensor
             key = memory_of(tensor)
             if key not in self._memory:
                 self._memory[key] = _Memory(tensor)
@@ -119,8 +113,8 @@ class Saved:
         _wait(self._copied)
         for memory in self._memory.values():
             memory.device = None
-        for holder in self._holders:
-            _put(holder, _empty(self._device))
+        for handle in self._handles:
+            handle.put(_empty(self._device))
 
     def back(self) -> None:
         """Begins to copy back."""
@@ -131,24 +125,13 @@ class Saved:
     def ready(self) -> None:
         """Work that is given to the device from here on finds all in place."""
         _wait(self._copied)
-        for holder, place in zip(self._holders, self._places, strict=False):  # no places: nothing has moved
+        for handle, place in zip(self._handles, self._places, strict=False):  # no places: nothing has moved
             memory = self._memory[place.memory].device
             assert memory is not None
             tensor = torch.empty(0, dtype=place.dtype, device=self._device)
-            _put(holder, tensor.set_(memory.untyped_storage(), place.offset, place.shape, place.stride))
-        self._holders, self._places = [], []
+            handle.put(tensor.set_(memory.untyped_storage(), place.offset, place.shape, place.stride))
+        self._handles, self._places = [], []
         self._memory.clear()
-
-
-def _held(holder: _Handle | Use) -> Tensor:
-    return holder.tensor if isinstance(holder, _Handle) else holder.x
-
-
-def _put(holder: _Handle | Use, tensor: Tensor) -> None:
-    if isinstance(holder, _Handle):
-        holder.put(tensor)
-    else:
-        holder.x, holder.version = tensor, version(tensor)
 
 
 def _empty(device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
-from pipex.backward.recording import Keeper
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
@@ -98,7 +97,6 @@ class StageRunner:
         self._watch = watch
         self._splitter = Splitter.of(stage, exact)
         self.survey = survey(stage)
-        self.keeper: Keeper | None = None  # of what the forward at hand leaves to its backward
 
     def look(self) -> None:
         """Sees what the stage consists of now; called at the beginning of a step or evaluation."""
@@ -146,7 +144,7 @@ class StageRunner:
         if not self.first:
             inputs = received.handed
         if split:
-            with self._splitter.record(keeper=self.keeper) as tape:
+            with self._splitter.record() as tape:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None

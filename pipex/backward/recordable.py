@@ -1,0 +1,116 @@
+"""Which parameters are recorded, and what is known of them from one forward to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.overrides import has_torch_function_unary
+from torch.utils.hooks import RemovableHandle
+
+from pipex.backward.accumulate import Accumulator
+from pipex.backward.fused import FusedProducts
+from pipex.backward.mixed import Mixed
+from pipex.backward.passes import watchers
+from pipex.backward.weights import Weight
+from pipex.torch_internals import current_pass, require_split_backward
+
+
+class Recordable:
+    """The parameters of one stage, and what is known of them from one forward to the next.
+
+    Args:
+        parameters: the stage's parameters; frozen ones are skipped while they are, repeated ones (tied) count once.
+        exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
+            only, where these are no faster.
+
+    Raises:
+        UnsupportedModule: this torch lacks what it needs.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
+        require_split_backward()
+        self._recordable = {id(p): p for p in parameters}
+        self._weights: dict[int, Weight] = {}  # by id of the parameter
+        self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
+        self.fused = FusedProducts(self.accumulators)
+        self._exact = exact
+        self.mixed = Mixed(self.accumulators)
+        # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
+        self._unproven: list[RemovableHandle] = []
+        self._reached: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Lets go of the parameters; another one takes over."""
+        for handle in self._unproven:
+            handle.remove()
+        self._unproven.clear()
+        self.stop_watching()
+
+    def fuses(self, dy: Tensor) -> bool:
+        """Whether the contract ``fused`` holds for an operation with this gradient."""
+        return dy.is_cuda if self._exact is None else not self._exact
+
+    def weight(self, parameter: Tensor) -> Weight | None:
+        """A parameter as a weight; None where its gradient must not be deferred."""
+        known = self._weights.get(id(parameter))
+        if known is not None and parameter.is_set_to(known.alias):  # the same memory, shape and strides
+            return known
+        if not self.has(parameter):
+            return None
+        # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
+        # gives it other memory from one micro-batch to the next: watched anew at each, it would be watched for ever.
+        if known is None or (known.alias.dtype, known.alias.device) != (parameter.dtype, parameter.device):
+            self._watch(parameter)
+        self._weights[id(parameter)] = weight = Weight(parameter.detach(), parameter)
+        return weight
+
+    def has(self, leaf: Tensor) -> bool:
+        """Whether it is one of the parameters whose gradients may be deferred."""
+        return id(leaf) in self._recordable and not _has_rules(leaf)
+
+    def weave(self, parameter: Tensor) -> None:
+        """Something that is made of this parameter is a weight."""
+        if id(parameter) not in self.accumulators:
+            self._watch(parameter)
+        self.accumulators[id(parameter)].woven = True
+
+    def _watch(self, parameter: Tensor) -> None:
+        """Sees which passes come to a recorded parameter nevertheless."""
+
+        def reached(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                self._reached[id(parameter)] = current_pass()
+
+        self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
+        self._unproven.append(accumulator.node.register_prehook(reached))
+        self.mixed.watch(accumulator.node, parameter)
+        watchers.add(self.mixed)
+
+    def stop_watching(self) -> None:
+        watchers.discard(self.mixed)
+        self.mixed.clear()
+
+    def forget(self, key: int) -> None:
+        """The parameter is not recorded again."""
+        self._recordable.pop(key, None)
+        self._weights.pop(key, None)
+        self.accumulators.pop(key, None)
+
+    def pass_ended(self, graph_task: int) -> None:
+        """A recorded parameter that this pass over a tape has come to is used in unrecorded operations too: it is not
+        recorded again, so that all its gradients are summed by autograd, in autograd's order. What the first such pass
+        shows holds for the others."""
+        if self._unproven:
+            for key, task in self._reached.items():
+                if task == graph_task:
+                    self.forget(key)
+            for handle in self._unproven:
+                handle.remove()
+            self._unproven.clear()
+            self._reached.clear()
+
+
+def _has_rules(parameter: Tensor) -> bool:
+    """Whether it is of a subclass that gives operations a meaning, and so gradients, of its own."""
+    return has_torch_function_unary(parameter) or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
