@@ -1,6 +1,6 @@
 """How much of a stage's weight gradients is made in W: counted in operations, by what autograd does without a split.
 
-    n_I   products of a backward for the inputs alone (autograd.grad)
+    n_I   products of a backward for the inputs alone, every parameter frozen
     n_B   products of a whole backward; n_B - n_I make weight gradients
     I     products of the I under test: those above n_I did not wait
 

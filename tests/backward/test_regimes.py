@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from module_kinds import KINDS, ROWS, TOKENS, WIDTH, square
+from module_kinds import KINDS, ROWS, TOKENS, WIDTH, Part, square
 from random_modules import Drawn, differences
 from regimes import REGIMES, shares
-from torch import nn
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # F.rms_norm under autocast
 
 LEAST = 0.95
 
 FEW = ("linear", "encoder layer", "addmm", "grouped experts", "two-dimensional convolution", "own parametrization")
 
-OPEN_REGIMES = set(REGIMES) - {"plain"}
+OPEN_REGIMES = {"checkpointed but for products", "products kept, within autocast"}
 OPEN_KINDS = set(KINDS) - {
     "linear", "linear without bias", "mlp", "norm", "root mean square norm", "LoRA pair", "embedding",
 }  # fmt: skip
@@ -74,35 +77,36 @@ def hooked(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return make
 
 
-@pytest.mark.skip("parameters with hooks do not wait yet")
 @pytest.mark.parametrize("kind", FEW)
 def test_weight_gradients_wait_where_hooks_do(kind: str) -> None:
-    build = hooked(of_kind(kind, "plain").build)
-    assert shares(build, REGIMES["plain"], torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)).deferred >= LEAST
+    found = shares(
+        hooked(of_kind(kind, "plain").build), REGIMES["plain"], torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
+    )
+    if kind not in OPEN_KINDS:
+        assert found.deferred >= LEAST
 
 
-def test_a_count_of_what_does_not_wait() -> None:
-    """A convolution that calls what pipex has not replaced, beside two linear layers: a product of three."""
+class Product(torch.autograd.Function):
+    """Makes its weight's gradient wherever autograd comes by, as kernels of other libraries do."""
 
-    class Custom(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w):
-            ctx.save_for_backward(x, w)
-            return x @ w
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
 
-        @staticmethod
-        def backward(ctx, dy):
-            x, w = ctx.saved_tensors
-            return dy @ w.t(), (x.transpose(1, 2) @ dy).sum(0)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, w = ctx.saved_tensors
+        return dy @ w.t(), x.flatten(0, 1).t() @ dy.flatten(0, 1) if ctx.needs_input_grad[1] else None
 
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.w = square(), square(), nn.Parameter(torch.randn(WIDTH, WIDTH))
 
-        def forward(self, x):
-            return Custom.apply(self.two(self.one(x).tanh()), self.w)
+def test_what_does_not_wait_is_counted() -> None:
+    """One of three."""
 
-    found = shares(Mixed, REGIMES["plain"], torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True))
+    def build() -> nn.Module:
+        own = Part(lambda m, x: Product.apply(x, m.w), w=nn.Parameter(torch.randn(WIDTH, WIDTH)))
+        return nn.Sequential(square(), nn.Tanh(), square(), own)
+
+    found = shares(build, REGIMES["plain"], torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True))
     assert found == (3, 6, 4, 2)
     assert found.deferred == pytest.approx(2 / 3)

@@ -167,11 +167,11 @@ def shares(build: Callable[[], nn.Module], call: Call, x: Tensor, *, warm_up: bo
 
     for _ in range(1 + warm_up):
         copy, module = fresh()
-        y = call(module, copy)
+        y = call(module.requires_grad_(False), copy)
         dy = torch.randn_like(y)
         with Products() as for_inputs:
             if copy.requires_grad:
-                torch.autograd.grad(y, copy, dy)
+                y.backward(dy)
         copy, module = fresh()
         y = call(module, copy)
         with Products() as whole:
