@@ -66,8 +66,8 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_casts", "_origins", "_outer", "_passes", "_recordable", "_uses", "end_node", "first_node",
-        "recording", "replays", "then",
+        "__weakref__", "_casts", "_leaves", "_origins", "_outer", "_passes", "_recordable", "_uses", "end_node",
+        "first_node", "recording", "replays", "then",
     )  # fmt: skip
 
     def __init__(self, recordable: Recordable, then: Then | None) -> None:
@@ -75,6 +75,8 @@ class Tape:
         self.then = then
         self._origins: Origins | None = None
         self._casts: Casts | None = None
+        # By id, the parameters that have been weights: themselves, or what is made of them. A replay has no others.
+        self._leaves: dict[int, Weight | None] = {}
         self.replays = False
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
@@ -103,7 +105,7 @@ class Tape:
         """A tape for a part of this forward that runs again, in I, to save the same tensors; what it leads to is not
         gone back through."""
         tape = Tape(self._recordable, self.then)
-        tape.replays = True
+        tape.replays, tape._leaves = True, self._leaves
         return tape
 
     def weight(self, tensor: Tensor | None) -> Weight | None:
@@ -111,20 +113,31 @@ class Tape:
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
-            return self._recordable.weight(tensor)
+            if self.replays:
+                return self._leaves.get(id(tensor))
+            self._leaves[id(tensor)] = weight = self._recordable.weight(tensor)
+            return weight
         if self._casts is not None and (leaf := self._casts.leaf(tensor)) is not None:
-            if not self._recordable.has(leaf):
+            if not self._has(leaf):
                 return None
-            self._recordable.weave(leaf)
+            self._weave(leaf)
             return self._casts.weight(tensor)
         if self._origins is None:
-            self._origins = Origins(lambda leaf: self._recordable.has(leaf) and main_grad_of(leaf) is None)
+            self._origins = Origins(lambda leaf: self._has(leaf) and main_grad_of(leaf) is None)
         parameters = self._origins.parameters(tensor)
         for parameter in parameters:
-            self._recordable.weave(parameter)
+            self._weave(parameter)
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
+
+    def _has(self, leaf: Tensor) -> bool:
+        return id(leaf) in self._leaves if self.replays else self._recordable.has(leaf)
+
+    def _weave(self, leaf: Tensor) -> None:
+        if not self.replays:
+            self._leaves.setdefault(id(leaf), None)
+            self._recordable.weave(leaf)
 
     def cast(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
         """The operands of an operation that autocast runs in lower precision, as it casts them.
