@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from module_kinds import KINDS, ROWS, TOKENS, WIDTH, Part, square
+from module_kinds import KINDS, ROWS, TOKENS, WIDTH, opaque, square
 from random_modules import Drawn, differences
 from regimes import REGIMES, shares
-from torch import Tensor, nn
+from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # F.rms_norm under autocast
 
@@ -86,26 +85,11 @@ def test_weight_gradients_wait_where_hooks_do(kind: str) -> None:
         assert found.deferred >= LEAST
 
 
-class Product(torch.autograd.Function):
-    """Makes its weight's gradient wherever autograd comes by, as kernels of other libraries do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, w = ctx.saved_tensors
-        return dy @ w.t(), x.flatten(0, 1).t() @ dy.flatten(0, 1) if ctx.needs_input_grad[1] else None
-
-
 def test_what_does_not_wait_is_counted() -> None:
     """One of three."""
 
     def build() -> nn.Module:
-        own = Part(lambda m, x: Product.apply(x, m.w), w=nn.Parameter(torch.randn(WIDTH, WIDTH)))
-        return nn.Sequential(square(), nn.Tanh(), square(), own)
+        return nn.Sequential(square(), nn.Tanh(), square(), opaque())
 
     found = shares(build, REGIMES["plain"], torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True))
     assert found == (3, 6, 4, 2)

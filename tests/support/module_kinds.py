@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,9 @@ class Doubled(nn.Module):
 
 
 def parametrized(parametrization: nn.Module) -> nn.Module:
-    return Part(lambda m, x: m.inner(x), inner=parametrize.register_parametrization(square(), "weight", parametrization))
+    return Part(
+        lambda m, x: m.inner(x), inner=parametrize.register_parametrization(square(), "weight", parametrization)
+    )
 
 
 class Conv1D(nn.Module):
@@ -76,6 +79,25 @@ class Attention(nn.Module):
         if self.own_widths:
             keys, values = keys[..., : WIDTH // 2], values[..., : WIDTH // 4]
         return self.inner(x, keys, values, need_weights=False)[0]
+
+
+class Product(torch.autograd.Function):
+    """Makes its weight's gradient wherever autograd comes by, as kernels of other libraries do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, w = ctx.saved_tensors
+        return dy @ w.t(), x.flatten(0, 1).t() @ dy.flatten(0, 1) if ctx.needs_input_grad[1] else None
+
+
+def opaque() -> nn.Module:
+    """A linear layer that nobody can split."""
+    return Part(lambda m, x: Product.apply(x, m.w), w=weight(WIDTH, WIDTH))
 
 
 def grouped_experts(m: nn.Module, x: Tensor) -> Tensor:
