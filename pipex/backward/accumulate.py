@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from pipex.backward.weights import Made, Target, parameter_of
+from pipex.backward.weights import Made
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
@@ -47,7 +47,7 @@ class Accumulator:
 
 
 def accumulate(
-    targets: Sequence[Target], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
+    targets: Sequence[Tensor | Made], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
 ) -> None:
     """Adds each gradient to its parameter's ``.grad`` as autograd's own accumulators do, hooks on the parameter and on
     its accumulator included (optimizers in the backward, data parallelism). That of something made of parameters goes
@@ -68,11 +68,15 @@ def accumulate(
     sums: list[Tensor] = []
     additions: list[Tensor] = []
     for target, gradient in zip(targets, gradients, strict=True):
-        parameter = parameter_of(target)
-        if parameter is not None and not parameter.requires_grad:
+        if isinstance(target, Made):
+            by_engine.append(target.edge)
+            their_gradients.append(gradient)
             continue
-        main_grad = None if parameter is None else main_grad_of(parameter)
-        if parameter is not None and main_grad is not None:
+        parameter = target
+        if not parameter.requires_grad:
+            continue
+        main_grad = main_grad_of(parameter)
+        if main_grad is not None:
             for change in list((hooks_of(parameter) or {}).values()):
                 changed = change(gradient)
                 gradient = gradient if changed is None else changed
@@ -81,11 +85,6 @@ def accumulate(
             for hook in list((post_accumulate_hooks(parameter) or {}).values()):
                 hook(parameter)
             continue
-        if isinstance(target, Made):
-            by_engine.append(target.edge)
-            their_gradients.append(gradient)
-            continue
-        parameter = target
         accumulator = None if known is None else known.get(id(parameter))
         if accumulator is not None and not accumulator.woven and only_adds(accumulator, parameter, gradient):
             so_far = parameter.grad

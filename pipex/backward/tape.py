@@ -46,9 +46,10 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Casts, Origins, Weight, made
+from pipex.backward.weights import Cast, Casts, Origins, Weight, made
 from pipex.torch_internals import (
     add_hooks,
+    any_autocast,
     base,
     current_pass,
     engine,
@@ -113,15 +114,12 @@ class Tape:
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
-            if self.replays:
-                return self._leaves.get(id(tensor))
-            self._leaves[id(tensor)] = weight = self._recordable.weight(tensor)
-            return weight
-        if self._casts is not None and (leaf := self._casts.leaf(tensor)) is not None:
-            if not self._has(leaf):
-                return None
-            self._weave(leaf)
-            return self._casts.weight(tensor)
+            weight = self._leaf(tensor)
+            if weight is None or self._casts is None or not any_autocast():
+                return weight
+            return Weight(weight.alias, Cast(tensor, self._casts.region))
+        if self._casts is not None and (leaf := self._casts.cast_of(tensor)) is not None:
+            return None if self._leaf(leaf) is None else Weight(tensor.detach(), Cast(leaf, self._casts.region))
         if self._origins is None:
             self._origins = Origins(lambda leaf: self._has(leaf) and main_grad_of(leaf) is None)
         parameters = self._origins.parameters(tensor)
@@ -130,6 +128,11 @@ class Tape:
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
+
+    def _leaf(self, tensor: Tensor) -> Weight | None:
+        if not self.replays:
+            self._leaves[id(tensor)] = self._recordable.weight(tensor)
+        return self._leaves.get(id(tensor))
 
     def _has(self, leaf: Tensor) -> bool:
         return id(leaf) in self._leaves if self.replays else self._recordable.has(leaf)
@@ -146,7 +149,7 @@ class Tape:
             region: the autocast region's number.
         """
         if self._casts is None:
-            self._casts = Casts()
+            self._casts = Casts(self._has)
         return self._casts.of(region, *operands)
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
@@ -268,7 +271,7 @@ class Tape:
         sums, fused = Sums(), self._recordable.fused
         try:
             self.add_to(sums, fused)
-            accumulate(sums.targets, sums.gradients, self._recordable.accumulators)
+            accumulate(*sums.cast_back(), self._recordable.accumulators)
         except BaseException:
             fused.clear()  # or the next step's W would add it
             raise
