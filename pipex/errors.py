@@ -24,8 +24,7 @@ Every message says what was got, what was needed and what to do.
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
+import inspect
 from typing import Any, ClassVar, Literal
 
 
@@ -191,8 +190,7 @@ def headline(error: BaseException) -> str:
 
 def outside() -> int:
     """The ``stacklevel`` of the line that has called pipex."""
-    frame: FrameType | None = sys._getframe()
-    level = 0
+    frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "pipex":
         frame, level = frame.f_back, level + 1
     return level

@@ -107,9 +107,9 @@ def warn_if_few_wait(stages: Iterable[Waiting]) -> bool:
     if waiting < LITTLE * weights:
         stage = next(stage for stage in seen if stage.first is not None)
         warnings.warn(
-            f"the plan splits backwards, but of the weight gradients of this rank only {waiting / weights:.0%} wait for "
-            f"W; the first module whose do not is {stage.first} of stage {stage.index}; `pipex profile` says it of "
-            "every layer, and a plan without W (1f1b, interleaved) needs none to wait",
+            f"the plan splits backwards, but of the weight gradients of this rank only {waiting / weights:.0%} wait "
+            f"for W; the first module whose do not is {stage.first} of stage {stage.index}; `pipex profile` says what "
+            "waits of every layer, and a plan without W (1f1b, interleaved) needs nothing to wait",
             stacklevel=outside(),
         )
     return bool(seen)

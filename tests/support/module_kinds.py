@@ -173,7 +173,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "einsum over tokens": lambda: Part(lambda m, x: torch.einsum("st,btd->bsd", m.w, x), w=weight(TOKENS, TOKENS)),
     "grouped experts": lambda: Part(grouped_experts, w=weight(3, WIDTH, WIDTH)),
     "batched experts": lambda: Part(
-        lambda m, x: torch.bmm(torch.bmm(x, m.up).relu(), m.down), up=weight(ROWS, WIDTH, 4), down=weight(ROWS, 4, WIDTH)
+        lambda m, x: torch.bmm(torch.bmm(x, m.up).relu(), m.down),
+        up=weight(ROWS, WIDTH, 4), down=weight(ROWS, 4, WIDTH),
     ),
     "one-dimensional convolution": lambda: conv(nn.Conv1d(TOKENS, TOKENS, 3, padding=1), lambda x: x),
     "two-dimensional convolution": lambda: conv(nn.Conv2d(2, 2, 3, padding=1), image),
@@ -181,7 +182,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "grouped convolution": lambda: conv(nn.Conv2d(2, 2, 3, padding=1, groups=2, bias=False), image),
     "padded convolution": lambda: conv(nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular"), image),
     "convolution with strides": lambda: Part(
-        lambda m, x: x + m.inner(image(x)).mean((1, 2, 3)).view(-1, 1, 1), inner=nn.Conv2d(2, 3, 2, stride=2, dilation=2)
+        lambda m, x: x + m.inner(image(x)).mean((1, 2, 3)).view(-1, 1, 1),
+        inner=nn.Conv2d(2, 3, 2, stride=2, dilation=2),
     ),
     "transposed convolution": lambda: conv(nn.ConvTranspose1d(TOKENS, TOKENS, 3, padding=1), lambda x: x),
     "transposed grouped convolution": lambda: conv(nn.ConvTranspose2d(2, 2, 3, padding=1, groups=2), image),
