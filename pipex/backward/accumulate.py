@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -11,7 +12,7 @@ from pipex.backward.weights import Made
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
-def hooks_on(node: Node) -> tuple[Mapping[int, object], Mapping[int, object]]:
+def hooks_on(node: Node) -> tuple[dict[int, Any], dict[int, Any]]:
     """The hooks that run before and after a node of the graph, those included that come later; those put there from
     C++, as DDP's are, do not show.
 
@@ -32,11 +33,9 @@ class Accumulator:
     An accumulator lives as long as somebody holds it, and the hooks on it as long as the accumulator.
     """
 
-    __slots__ = ("_after", "_before", "node", "woven")
+    __slots__ = ("_after", "_before", "node")
 
     def __init__(self, parameter: Tensor) -> None:
-        self.woven = False
-        """Whether something that is made of the parameter is a weight too: then their gradients are summed."""
         self.node = get_gradient_edge(parameter).node
         self._before, self._after = hooks_on(self.node)
 
@@ -86,7 +85,7 @@ def accumulate(
                 hook(parameter)
             continue
         accumulator = None if known is None else known.get(id(parameter))
-        if accumulator is not None and not accumulator.woven and only_adds(accumulator, parameter, gradient):
+        if accumulator is not None and only_adds(accumulator, parameter, gradient):
             so_far = parameter.grad
             if so_far is None and gradient.stride() == parameter.stride():
                 parameter.grad = gradient

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipex.torch_internals import is_view
@@ -53,24 +54,33 @@ def parameter_of(target: Target | None) -> Tensor | None:
 
 
 class Origins:
-    """Tells during one forward what is made of parameters alone.
+    """Tells during one forward what is made of parameters alone."""
 
-    Args:
-        is_parameter: whether a leaf is one of those whose gradients may wait.
-    """
+    __slots__ = ("_known",)
 
-    __slots__ = ("_is_parameter", "_known")
-
-    def __init__(self, is_parameter: Callable[[Tensor], bool]) -> None:
-        self._is_parameter = is_parameter
+    def __init__(self) -> None:
         self._known: dict[Any, bool] = {}  # by autograd's node, which is held so that it is known again
 
-    def parameters(self, tensor: Tensor) -> list[Tensor]:
-        """Those that a tensor with a graph is made of; none if of anything else too."""
-        root = tensor.grad_fn
-        return [node.variable for node in reachable((root,)) if hasattr(node, "variable")] if self._are(root) else []
+    def parameters(self, tensor: Tensor, is_one: Callable[[Tensor], bool]) -> list[Tensor]:
+        """Those that a tensor with a graph is made of; none if of anything else too.
 
-    def _are(self, root: Any) -> bool:
+        Args:
+            is_one: whether a leaf is one of those whose gradients may wait.
+        """
+        root = tensor.grad_fn
+        if not self._are(root, is_one):
+            return []
+        return [node.variable for node in reachable((root,)) if hasattr(node, "variable")]
+
+    def clear(self) -> None:
+        """Called when the forward has ended."""
+        self._known.clear()
+
+    def exclude(self, node: Any) -> None:
+        """Of a recorded operation, whose graph has no way to its weight."""
+        self._known[node] = False
+
+    def _are(self, root: Any, is_one: Callable[[Tensor], bool]) -> bool:
         """Looks at every node once in a forward."""
         known = self._known
         if root in known:
@@ -80,7 +90,7 @@ class Origins:
             node, following = path[-1]
             after = next(following, None)
             if after is None:
-                known[node] = self._ends_well(node)
+                known[node] = _ends_well(node, is_one)
             elif after not in known:
                 path.append((after, _following(after)))
                 continue
@@ -95,12 +105,15 @@ class Origins:
                 return False
         return True
 
-    def _ends_well(self, node: Any) -> bool:
-        """Of one all of whose inputs with a gradient are made of parameters."""
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            return self._is_parameter(leaf)
-        return any(True for _ in _following(node))
+
+def _ends_well(node: Any, is_one: Callable[[Tensor], bool]) -> bool:
+    """Of a node all of whose inputs with a gradient are made of parameters."""
+    leaf = getattr(node, "variable", None)
+    if isinstance(leaf, Tensor):
+        return is_one(leaf)
+    if isinstance(node, BackwardCFunction):  # a user's own Function, or one that leaves something to W
+        return False
+    return any(True for _ in _following(node))
 
 
 def reachable(roots: Iterable[Any]) -> Iterator[Any]:
@@ -164,11 +177,13 @@ class Casts:
             return operand.to(dtype)
         if not torch.is_autocast_cache_enabled():
             return operand.to(dtype)
-        if key not in self._left and self._is_parameter(operand):
+        is_parameter = self._is_parameter(operand)
+        if is_parameter and key not in self._left:
             self._left.add(key)
             return operand
         found = self._cache[key] = operand.to(dtype)
-        self._parameters[id(found)] = operand
+        if is_parameter:
+            self._parameters[id(found)] = operand
         return found
 
     def cast_of(self, tensor: Tensor) -> Tensor | None:
