@@ -98,8 +98,8 @@ def _tape_for(x: Tensor) -> Recorder | None:
         tape is None
         or type(x) is not Tensor  # subclasses (DTensor, ...) bring rules of their own
         or not _grad_enabled()
-        or functorch_active()  # torch.func differentiates in ways of its own
-        or (not x.requires_grad and forward_derivatives_level() >= 0)  # of which a root of the graph knows nothing
+        or functorch_active()  # torch.func, and forward-mode derivatives: they differentiate in ways of their own
+        or forward_derivatives_level() >= 0
     ):
         return None
     return tape
