@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -11,7 +11,7 @@ from pipex.backward.weights import Made, Target, parameter_of
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
-def hooks_on(node: Node) -> tuple[Mapping[int, object], Mapping[int, object]]:
+def hooks_on(node: Node) -> tuple[MutableMapping[int, object], MutableMapping[int, object]]:
     """The hooks that run before and after a node of the graph, those included that come later; those put there from
     C++, as DDP's are, do not show.
 

@@ -36,6 +36,15 @@ Target = Tensor | Made
 """Whose gradient W makes."""
 
 
+def leaves_of(target: Target) -> list[Tensor]:
+    """The parameters to which its gradient goes."""
+    if not isinstance(target, Made):
+        return [target]
+    if target.cast_of is not None:
+        return [target.cast_of]
+    return [node.variable for node in reachable((target.edge.node,)) if hasattr(node, "variable")]
+
+
 class Weight(NamedTuple):
     """What stands for a weight in one operation, and whose gradient that operation gives."""
 
