@@ -51,10 +51,12 @@ def reduce(module: DistributedDataParallel, tapes: Sequence[Deferred]) -> None:
     leaving = _Leaving(targets)
     parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     complete = [p for p in parameters if not leaving.has(p)]
+    outputs: list[Tensor] = []
     if module.find_unused_parameters:
         complete = [p for p in complete if p.grad is not None]
-    used = {id(p) for p in complete}
-    module.reducer.prepare_for_backward([p for p in parameters if id(p) in used or leaving.has(p)])
+        with torch.enable_grad():  # it looks for parameters in graphs, where one by itself is in none
+            outputs = [p.view_as(p) for p in parameters if leaving.has(p) or p.grad is not None]
+    module.reducer.prepare_for_backward(outputs)
     _tell_of(complete)
     if targets is made.targets:
         for target, gradient in zip(made.targets, made.gradients, strict=True):
