@@ -7,6 +7,10 @@ Both run in the same processes over Gloo on the loopback interface, in the same 
 transformer blocks per stage, and twice as many micro-batches as stages, so that every W that the schedule moves is a
 part of the step. Putting the replacements in and out again is not timed. A step's time is the slowest rank's.
 
+Regimes: ``fp32``, the stages as they are; ``autocast``, every block under bfloat16 autocast; ``checkpointed``, every
+block in an activation checkpoint; ``fsdp2``, two replicas of the pipeline, each stage in FSDP2 over both and each block
+in a group of its own.
+
 Before anything is timed, and after every step, the gradients are compared with those of one process: plain autograd,
 one micro-batch after the other, summed in the order in which the schedule has this rank's W. pipex's must be equal bit
 by bit, torch's within ``TOLERANCE``.
@@ -15,18 +19,22 @@ by bit, torch's within ``TOLERANCE``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from pipex.backward.drop_in import drop_in
 from pipex.bench import torch_group
@@ -62,26 +70,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedules", default="zbv,interleaved-zb", help="of zbv and interleaved-zb (default: both)")
     parser.add_argument("--ranks", metavar="COUNT,...", default="2,4",
                         help="of two chunks each; a case is SCHEDULE/RANKS (default: 2,4)")  # fmt: skip
+    parser.add_argument("--regimes", default="fp32", help=f"of {', '.join(REGIMES)} (default: fp32); a case of another "
+                        "one is SCHEDULE/RANKS/REGIME")  # fmt: skip
     add_common(parser, samples=20, floor="how many times faster drop_in() must make a step, such as zbv/2=1.4")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measures and reports; returns the exit code."""
-    rounds, chosen = rounds_of(options), cases(options.schedules, options.ranks)
+    rounds, chosen = rounds_of(options), cases(options.schedules, options.ranks, options.regimes)
     floors = floors_of(options, PROVIDER, [case.name for case in chosen])
     return finish(environment(THREADS), measure(chosen, rounds), floors, as_json=options.json)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A schedule on a number of ranks."""
+    """A schedule on a number of ranks, which each replica of the pipeline has, in a regime."""
 
     schedule: str
     ranks: int
+    regime: str = "fp32"
 
     @property
     def name(self) -> str:
-        return f"{self.schedule}/{self.ranks}"
+        return f"{self.schedule}/{self.ranks}" + ("" if self.regime == "fp32" else f"/{self.regime}")
+
+    @property
+    def replicas(self) -> int:
+        return 2 if self.regime == "fsdp2" else 1
 
     @property
     def stages(self) -> int:
@@ -102,22 +117,27 @@ class Case:
         config = ModelConfig(width=SHAPE[2], heads=4, layers=BLOCKS, context=SHAPE[1])
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return [nn.Sequential(*(Block(config) for _ in range(BLOCKS))) for _ in range(self.stages)]
+            wrapped = REGIMES[self.regime]
+            return [nn.Sequential(*(wrapped(Block(config)) for _ in range(BLOCKS))) for _ in range(self.stages)]
 
-    def batch(self) -> tuple[Tensor, Tensor]:
+    def batch(self, replica: int) -> tuple[Tensor, Tensor]:
         """Input and target, the same on every call."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1 + replica)
         shape = (self.microbatches * SHAPE[0], *SHAPE[1:])
         return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def cases(schedules: str, ranks: str) -> list[Case]:
-    """Every schedule on every number of ranks, from texts such as ``zbv,interleaved-zb`` and ``2,4``.
+def cases(schedules: str, ranks: str, regimes: str = "fp32") -> list[Case]:
+    """Every schedule on every number of ranks in every regime, from texts such as ``zbv,interleaved-zb`` and ``2,4``.
 
     Raises:
-        InputError: a schedule that does not split its backward or that torch does not have, or too few ranks.
+        InputError: a schedule that does not split its backward or that torch does not have, too few ranks, or no such
+            regime.
     """
     found = []
+    for regime in regimes.split(","):
+        if regime not in REGIMES:
+            raise InputError("not a regime", got=repr(regime), needed=f"one of {', '.join(REGIMES)}")
     for count in ranks.split(","):
         if not (count.isdecimal() and int(count) > 1):
             raise InputError("not a number of ranks", got=repr(count), needed="at least 2")
@@ -125,13 +145,13 @@ def cases(schedules: str, ranks: str) -> list[Case]:
             if schedule not in SCHEDULES:
                 raise InputError("not a schedule of torch's that splits its backward", got=repr(schedule),
                                  needed=f"one of {', '.join(SCHEDULES)}")  # fmt: skip
-            found.append(Case(schedule, int(count)))
+            found += [Case(schedule, int(count), regime) for regime in regimes.split(",")]
     return found
 
 
 def measure(cases: Sequence[Case], rounds: Rounds) -> list[Row]:
     """Two rows per case."""
-    ranks = {case: launch(_rank, case.ranks, args=(asdict(case), asdict(rounds))) for case in cases}
+    ranks = {case: launch(_rank, case.ranks * case.replicas, args=(asdict(case), asdict(rounds))) for case in cases}
     return [row for case in cases for row in _rows(case, ranks[case])]
 
 
@@ -157,8 +177,9 @@ def _rank(case: Mapping[str, Any], rounds: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
-    with_pipex, without = _Step(case, world.rank), _Step(case, world.rank)
-    wanted = unsplit(case, case.stages_of(world.rank), without.order_of_weights())
+    mesh = init_device_mesh("cpu", (case.replicas, case.ranks), mesh_dim_names=("replica", "pipe"))
+    with_pipex, without = _Step(case, mesh), _Step(case, mesh)
+    wanted = without.shards(unsplit(case, case.stages_of(mesh.get_local_rank("pipe")), without.order_of_weights()))
     steps = {
         PROVIDER: TimedStep(world, with_pipex.run, wanted, tolerance=0),
         PEER: TimedStep(world, without.run, wanted, TOLERANCE),
@@ -178,15 +199,19 @@ def _measure_case(world: World, case: Case, rounds: Rounds) -> dict[str, Any]:
 class _Step:
     """Steps of torch's schedule on this rank's stages."""
 
-    def __init__(self, case: Case, rank: int) -> None:
+    def __init__(self, case: Case, mesh: DeviceMesh) -> None:
         modules = case.modules()
-        mine = case.stages_of(rank)
+        self._rank = mesh.get_local_rank("pipe")
+        mine = case.stages_of(self._rank)
+        if case.regime == "fsdp2":
+            for index in mine:
+                for part in (*modules[index].children(), modules[index]):
+                    fully_shard(part, mesh=mesh["replica"], reshard_after_forward=False)
         self._parameters = [p for index in mine for p in modules[index].parameters()]
-        cpu = torch.device("cpu")
-        stages: list[Any] = [PipelineStage(modules[index], index, case.stages, cpu) for index in mine]
-        self._rank = rank
+        cpu, pipe = torch.device("cpu"), mesh.get_group("pipe")
+        stages: list[Any] = [PipelineStage(modules[index], index, case.stages, cpu, group=pipe) for index in mine]
         self._schedule: Any = SCHEDULES[case.schedule](stages, case.microbatches, loss_fn=nn.functional.mse_loss)
-        batch, target = case.batch()
+        batch, target = case.batch(mesh.get_local_rank("replica"))
         self._inputs = (batch,) if 0 in mine else ()
         self._target = target if case.stages - 1 in mine else None
 
@@ -194,7 +219,14 @@ class _Step:
         for parameter in self._parameters:
             parameter.grad = None
         self._schedule.step(*self._inputs, target=self._target, losses=[], return_outputs=False)
-        return [p.grad for p in self._parameters if p.grad is not None]
+        return [_local(p.grad) for p in self._parameters if p.grad is not None]
+
+    def shards(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank has of them."""
+        return [
+            _local(distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g)
+            for g, p in zip(gradients, self._parameters, strict=True)
+        ]
 
     def order_of_weights(self) -> dict[int, list[int]]:
         """Of each of this rank's stages its micro-batches, in the order in which they add to the weight gradients."""
@@ -205,15 +237,45 @@ class _Step:
         return order
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _checkpointed(block: nn.Module) -> nn.Module:
+    forward = block.forward
+    block.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    return block
+
+
+def _under_autocast(block: nn.Module) -> nn.Module:
+    block.forward = torch.autocast("cpu", torch.bfloat16)(block.forward)
+    return block
+
+
+REGIMES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fp32": lambda block: block,
+    "autocast": _under_autocast,
+    "checkpointed": _checkpointed,
+    "fsdp2": lambda block: block,
+}
+"""By name, what becomes of a block."""
+
+
 def unsplit(case: Case, indices: Sequence[int], order: Mapping[int, Sequence[int]]) -> list[Tensor]:
-    """Gradients of these stages in one process: autograd, summed over the micro-batches in the given order."""
+    """Gradients of these stages, the mean over all replicas: autograd's in one process, summed over the micro-batches
+    in the given order."""
+    replicas = [_unsplit(case, indices, order, replica) for replica in range(case.replicas)]
+    return [sum(gradients[1:], gradients[0]).div(case.replicas) for gradients in zip(*replicas, strict=True)]
+
+
+def _unsplit(case: Case, indices: Sequence[int], order: Mapping[int, Sequence[int]], replica: int) -> list[Tensor]:
     modules = case.modules()
     whole = nn.Sequential(*modules)
     parameters = {index: list(modules[index].parameters()) for index in indices}
     flat = [p for index in indices for p in parameters[index]]
     made = [
         iter(torch.autograd.grad(nn.functional.mse_loss(whole(x), y), flat))
-        for x, y in zip(*(data.chunk(case.microbatches) for data in case.batch()), strict=True)
+        for x, y in zip(*(data.chunk(case.microbatches) for data in case.batch(replica)), strict=True)
     ]
     found = []
     for index in indices:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from pipex.backward.weights import Made, Target, parameter_of
+from pipex.backward.weights import Made
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
-def hooks_on(node: Node) -> tuple[MutableMapping[int, object], MutableMapping[int, object]]:
+def hooks_on(node: Node) -> tuple[dict[int, Any], dict[int, Any]]:
     """The hooks that run before and after a node of the graph, those included that come later; those put there from
     C++, as DDP's are, do not show.
 
@@ -32,11 +33,9 @@ class Accumulator:
     An accumulator lives as long as somebody holds it, and the hooks on it as long as the accumulator.
     """
 
-    __slots__ = ("_after", "_before", "node", "woven")
+    __slots__ = ("_after", "_before", "node")
 
     def __init__(self, parameter: Tensor) -> None:
-        self.woven = False
-        """Whether something that is made of the parameter is a weight too: then their gradients are summed."""
         self.node = get_gradient_edge(parameter).node
         self._before, self._after = hooks_on(self.node)
 
@@ -47,7 +46,7 @@ class Accumulator:
 
 
 def accumulate(
-    targets: Sequence[Target], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
+    targets: Sequence[Tensor | Made], gradients: Sequence[Tensor], known: Mapping[int, Accumulator] | None = None
 ) -> None:
     """Adds each gradient to its parameter's ``.grad`` as autograd's own accumulators do, hooks on the parameter and on
     its accumulator included (optimizers in the backward, data parallelism). That of something made of parameters goes
@@ -68,11 +67,15 @@ def accumulate(
     sums: list[Tensor] = []
     additions: list[Tensor] = []
     for target, gradient in zip(targets, gradients, strict=True):
-        parameter = parameter_of(target)
-        if parameter is not None and not parameter.requires_grad:
+        if isinstance(target, Made):
+            by_engine.append(target.edge)
+            their_gradients.append(gradient)
             continue
-        main_grad = None if parameter is None else main_grad_of(parameter)
-        if parameter is not None and main_grad is not None:
+        parameter = target
+        if not parameter.requires_grad:
+            continue
+        main_grad = main_grad_of(parameter)
+        if main_grad is not None:
             for change in list((hooks_of(parameter) or {}).values()):
                 changed = change(gradient)
                 gradient = gradient if changed is None else changed
@@ -81,13 +84,8 @@ def accumulate(
             for hook in list((post_accumulate_hooks(parameter) or {}).values()):
                 hook(parameter)
             continue
-        if isinstance(target, Made):
-            by_engine.append(target.edge)
-            their_gradients.append(gradient)
-            continue
-        parameter = target
         accumulator = None if known is None else known.get(id(parameter))
-        if accumulator is not None and not accumulator.woven and only_adds(accumulator, parameter, gradient):
+        if accumulator is not None and only_adds(accumulator, parameter, gradient):
             so_far = parameter.grad
             if so_far is None and gradient.stride() == parameter.stride():
                 parameter.grad = gradient

@@ -10,7 +10,7 @@ DDP reduces a parameter when autograd has added to its gradient, once in a step:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,7 +112,7 @@ class _Leaving(Sums):
         group.missing -= 1
         if group.missing == 0:
             sums, group.sums = group.sums, Sums()
-            accumulate(sums.targets, sums.gradients)  # by the engine, or DDP would not see it
+            accumulate(*sums.cast_back())  # by the engine, or DDP would not see it
 
 
 def _tell_of(parameters: Sequence[Tensor]) -> None:
@@ -133,7 +133,7 @@ def _tell_of(parameters: Sequence[Tensor]) -> None:
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """In here no hooks on the parameters' gradients run but those of C++, as DDP's are."""
-    emptied: list[tuple[MutableMapping[Any, Any], Mapping[Any, Any]]] = []
+    emptied: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     for parameter in parameters:
         on_node = hooks_on(get_gradient_edge(parameter).node)
         for hooks in (hooks_of(parameter), post_accumulate_hooks(parameter), *on_node):
@@ -143,5 +143,5 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for hooks, kept in emptied:
-            hooks.update(kept)
+        for emptied_hooks, kept in emptied:
+            emptied_hooks.update(kept)

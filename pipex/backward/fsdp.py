@@ -79,9 +79,9 @@ class Sharded:
         Args:
             held: what its products read.
             targets: what it gives gradients to, if that is known. The graph of something made of parameters may have
-                saved them; that of a cast has not.
+                saved them.
         """
-        reads = targets is None or any(isinstance(target, Made) and target.cast_of is None for target in targets)
+        reads = targets is None or any(isinstance(target, Made) for target in targets)
         groups = []
         if reads or any(_let_go(tensor) for tensor in held):
             groups = [group for group in self._groups() if not group.is_unsharded]

@@ -20,9 +20,10 @@ from weakref import WeakSet
 
 from torch import Tensor
 
+from pipex.backward.accumulate import hooks_on
 from pipex.backward.uses import Captor, Use
 from pipex.backward.weights import reachable
-from pipex.torch_internals import sequence_number
+from pipex.torch_internals import hooks_of, post_accumulate_hooks, sequence_number
 
 
 class GivenUse(Use):
@@ -65,6 +66,7 @@ class Mixed:
         self._made: set[Any] = set()  # nodes
         self._under_way: WeakSet[Any] = WeakSet()
         self._passed = False
+        self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []  # for one pass: where hooks were, and which
 
     @property
     def watching(self) -> bool:
@@ -116,6 +118,12 @@ class Mixed:
                 self._take_from(node, places, self._tape_of(node) or tape)
         return not self._made.isdisjoint(nodes)
 
+    def pass_ended(self) -> None:
+        """Called after an announced pass."""
+        for hooks, taken in self._silenced:
+            hooks.update(taken)
+        self._silenced.clear()
+
     def takes(self, parameter: Tensor) -> bool:
         """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""
         watched = any(parameter is known for known in self._accumulators.values())
@@ -127,10 +135,18 @@ class Mixed:
         self.found.add(id(parameter))
         self._known.pop(id(parameter), None)
 
+    def _silence(self, parameter: Tensor, accumulator: Any) -> None:
+        """No hook on the parameter runs in this pass, which comes to it without a gradient; all do in W."""
+        kinds = [hooks_of(parameter), post_accumulate_hooks(parameter), *hooks_on(accumulator)]
+        for hooks in filter(None, kinds):
+            self._silenced.append((hooks, dict(hooks)))
+            hooks.clear()
+
     def _take_from(self, node: Any, places: Sequence[int], tape: Forward) -> None:
         parameters = {place: self._accumulators[node.next_functions[place][0]] for place in places}
-        for parameter in parameters.values():
+        for place, parameter in parameters.items():
             self._find(parameter)
+            self._silence(parameter, node.next_functions[place][0])
 
         def take(inputs: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
             kept = list(inputs)

@@ -47,6 +47,8 @@ class Watcher(Protocol):
 
     def take(self, roots: Sequence[Any]) -> bool: ...
 
+    def pass_ended(self) -> None: ...
+
 
 watchers: WeakSet[Watcher] = WeakSet()
 """Those who still have to know something; none after the first steps."""
@@ -91,6 +93,8 @@ class announced:
         for handle in self._handles:
             handle.remove()
         _announced.pop(self._task, None)
+        for watcher in list(watchers):
+            watcher.pass_ended()
 
 
 def announced_for(task: int) -> Then | None:

@@ -34,6 +34,8 @@ class Recordable:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
         self._weights: dict[int, Weight] = {}  # by id of the parameter
+        self.woven: set[int] = set()
+        """ids of the parameters of which something is made that is a weight too; autograd sums what comes to them"""
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact
@@ -57,7 +59,7 @@ class Recordable:
     def weight(self, parameter: Tensor) -> Weight | None:
         """A parameter as a weight; None where its gradient must not be deferred."""
         known = self._weights.get(id(parameter))
-        if known is not None and parameter.is_set_to(known.alias):  # the same memory, shape and strides
+        if known is not None and _is_set_to(parameter, known.alias):
             return known
         if not self.has(parameter):
             return None
@@ -76,9 +78,10 @@ class Recordable:
 
     def weave(self, parameter: Tensor) -> None:
         """Something that is made of this parameter is a weight."""
-        if id(parameter) not in self.accumulators:
-            self._watch(parameter)
-        self.accumulators[id(parameter)].woven = True
+        if id(parameter) not in self.woven:
+            self.woven.add(id(parameter))
+            if id(parameter) not in self.accumulators:
+                self._watch(parameter)
 
     def _watch(self, parameter: Tensor) -> None:
         """Sees which passes come to a recorded parameter nevertheless."""
@@ -114,6 +117,16 @@ class Recordable:
                 handle.remove()
             self._unproven.clear()
             self._reached.clear()
+
+
+def _is_set_to(parameter: Tensor, alias: Tensor) -> bool:
+    """Whether its memory, shape and strides are those of its alias. Not by an operation, which others would see."""
+    return (
+        parameter.data_ptr() == alias.data_ptr()
+        and parameter.shape == alias.shape
+        and parameter.stride() == alias.stride()
+        and parameter.dtype is alias.dtype
+    )
 
 
 def _has_rules(parameter: Tensor) -> bool:

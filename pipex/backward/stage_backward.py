@@ -159,7 +159,7 @@ def stage_backward_weight(
         for parameter, gradient in zip(group["params"], group["grads"], strict=True):
             sums.add(parameter, gradient)
         with _without_hooks(group["params"]):
-            accumulate(sums.targets, sums.gradients)
+            accumulate(*sums.cast_back())
     param_groups.clear()
     return tuple(weight.grad for weight in weights)
 

@@ -47,9 +47,10 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Casts, Origins, Target, Weight, made
+from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, made
 from pipex.torch_internals import (
     add_hooks,
+    any_autocast,
     base,
     current_pass,
     engine,
@@ -71,14 +72,16 @@ class Tape:
         "first_node", "recording", "replays", "then",
     )  # fmt: skip
 
-    def __init__(self, recordable: Recordable, then: Then | None) -> None:
+    def __init__(
+        self, recordable: Recordable, then: Then | None, replayed: dict[int, Weight | None] | None = None
+    ) -> None:
         self._recordable = recordable
         self.then = then
-        self._origins: Origins | None = None
+        self.replays = replayed is not None
+        # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
+        self._leaves = {} if replayed is None else replayed
+        self._origins = Origins()
         self._casts: Casts | None = None
-        # By id, the parameters that have been weights: themselves, or what is made of them. A replay has no others.
-        self._leaves: dict[int, Weight | None] = {}
-        self.replays = False
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
         self._uses: list[tuple[Use, Tensor, int]] = []
@@ -97,7 +100,8 @@ class Tape:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
         self._outer, self.recording = None, False
-        self._origins = self._casts = None
+        self._origins.clear()
+        self._casts = None
         if self.then is None and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
             self._recordable.mixed.begin(self)
@@ -105,35 +109,43 @@ class Tape:
     def replay(self) -> Tape:
         """A tape for a part of this forward that runs again, in I, to save the same tensors; what it leads to is not
         gone back through."""
-        tape = Tape(self._recordable, self.then)
-        tape.replays, tape._leaves = True, self._leaves
-        return tape
+        return Tape(self._recordable, self.then, self._leaves)
 
     def weight(self, tensor: Tensor | None) -> Weight | None:
         """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred."""
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
-            if self.replays:
-                return self._leaves.get(id(tensor))
-            self._leaves[id(tensor)] = weight = self._recordable.weight(tensor)
-            return weight
-        if self._casts is not None and (leaf := self._casts.leaf(tensor)) is not None:
-            if not self._has(leaf):
-                return None
-            self._weave(leaf)
-            return self._casts.weight(tensor)
-        if self._origins is None:
-            self._origins = Origins(lambda leaf: self._has(leaf) and main_grad_of(leaf) is None)
-        parameters = self._origins.parameters(tensor)
+            weight = self._leaf(tensor)
+            if weight is None or weight.target is not tensor or self._casts is None or not any_autocast():
+                return weight
+            return Weight(weight.alias, Cast(tensor, self._casts.region))
+        if self._casts is not None and (leaf := self._casts.cast_of(tensor)) is not None:
+            return None if self._leaf(leaf) is None else Weight(tensor.detach(), Cast(leaf, self._casts.region))
+        parameters = self._origins.parameters(tensor, self._may_be_woven)
         for parameter in parameters:
             self._weave(parameter)
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
 
+    def _leaf(self, leaf: Tensor) -> Weight | None:
+        key = id(leaf)
+        if not self.replays:
+            weight = self._recordable.weight(leaf)
+            if weight is None:
+                return None
+            self._leaves[key] = None if key in self._recordable.woven else weight
+        elif key not in self._leaves:
+            return None
+        # Where something is made of it, this use is too, so that autograd sums them in its order.
+        return self._leaves[key] or made(leaf.view_as(leaf))
+
     def _has(self, leaf: Tensor) -> bool:
         return id(leaf) in self._leaves if self.replays else self._recordable.has(leaf)
+
+    def _may_be_woven(self, leaf: Tensor) -> bool:
+        return self._has(leaf) and main_grad_of(leaf) is None
 
     def _weave(self, leaf: Tensor) -> None:
         if not self.replays:
@@ -147,7 +159,7 @@ class Tape:
             region: the autocast region's number.
         """
         if self._casts is None:
-            self._casts = Casts()
+            self._casts = Casts(lambda leaf: self._has(leaf) and id(leaf) not in self._recordable.woven)
         return self._casts.of(region, *operands)
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
@@ -159,9 +171,26 @@ class Tape:
         """
         if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
             y = run(*operands)
-            _hand_over(y, use.capture)
+            self._hand_over(y, use)
             return y
         return rooted(use, lambda: run(*operands))
+
+    def _hand_over(self, y: Tensor, use: Use) -> None:
+        """Gives the use the gradient of a fresh product, after all hooks that anybody puts on ``y``.
+
+        In-place operations on y put their nodes behind the product's own; but where y is a view of the product (more
+        than two dimensions), they replace the view's node, which then sees no gradient. So the hook stands on the
+        product.
+        """
+        product = base(y)
+        if product is None:
+            node: Any = y.grad_fn
+            # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
+            node.register_prehook(lambda gradients: use.capture(gradients[0]))
+        else:
+            add_hooks(product, {0: use.capture})  # nobody else has this tensor
+            node = product.grad_fn
+        self._origins.exclude(node)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear of an x that torch makes a matrix of in any case, and a weight that is a matrix; recorded where the
@@ -179,7 +208,7 @@ class Tape:
         weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
         if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
             y = recording.torch_linear(x, weight, bias)
-            _hand_over(y, use.capture)
+            self._hand_over(y, use)
             return y
         return rooted(use, lambda: recording.torch_linear(x, weight, bias))
 
@@ -288,7 +317,7 @@ class Tape:
         sums, fused = Sums(), self._recordable.fused
         try:
             self.add_to(sums, fused)
-            accumulate(sums.targets, sums.gradients, self._recordable.accumulators)
+            accumulate(*sums.cast_back(), self._recordable.accumulators)
         except BaseException:
             fused.clear()  # or the next step's W would add it
             raise
@@ -338,20 +367,6 @@ class Splitter(Recordable):
 
 
 _ALONE = nullcontext()
-
-
-def _hand_over(y: Tensor, capture: Callable[[Tensor], None]) -> None:
-    """Calls ``capture`` with the gradient of a fresh product, after all hooks that anybody puts on ``y``.
-
-    In-place operations on y put their nodes behind the product's own; but where y is a view of the product (more than
-    two dimensions), they replace the view's node, which then sees no gradient. So the hook stands on the product.
-    """
-    product = base(y)
-    if product is None:
-        # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
-        y.grad_fn.register_prehook(lambda gradients: capture(gradients[0]))  # type: ignore[union-attr]
-    else:
-        add_hooks(product, {0: capture})  # nobody else has this tensor
 
 
 def keep(_: Deferred) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipex.backward.weights import Made, Target
+from pipex.backward.weights import Cast, Made, Target
 from pipex.torch_internals import top_saved_tensors_hooks, version
 
 
@@ -27,7 +27,14 @@ class Sums:
         self._place: dict[object, int] = {}  # id of a parameter, or edge -> its place in the lists
 
     def add(self, target: Target, gradient: Tensor) -> None:
-        key = target.edge if isinstance(target, Made) else id(target)
+        key: object
+        if isinstance(target, Made):
+            key = target.edge
+        elif isinstance(target, Cast) and gradient.dtype is not target.parameter.dtype:
+            key = id(target.parameter), target.region
+        else:
+            target = target.parameter if isinstance(target, Cast) else target
+            key = id(target)
         place = self._place.setdefault(key, len(self.targets))
         if place == len(self.targets):
             self.targets.append(target)
@@ -35,6 +42,16 @@ class Sums:
         else:
             before = self.gradients[place]
             self.gradients[place] = gradient + before if before.is_sparse else before + gradient
+
+    def cast_back(self) -> tuple[list[Tensor | Made], list[Tensor]]:
+        """Targets and their gradients; those of casts are their parameters'."""
+        whole = Sums()
+        for target, gradient in zip(self.targets, self.gradients, strict=True):
+            if isinstance(target, Cast):
+                whole.add(target.parameter, gradient.to(target.parameter.dtype))
+            else:
+                whole.add(target, gradient)
+        return [target for target in whole.targets if not isinstance(target, Cast)], whole.gradients
 
 
 class Captor(Protocol):
@@ -101,7 +118,7 @@ class Use:
         graph whose tensors are at hand."""
         for name in ("weight", "bias"):
             target = getattr(use, name, None)
-            if isinstance(target, Made) and target.cast_of is None:
+            if isinstance(target, Made):
                 setattr(self, name, target)
 
     @property

@@ -4,8 +4,9 @@ A weight is a parameter, or a tensor that is made of parameters alone: a cast, a
 LoRA pair, what a parametrization gives. The operation reads an alias of either; what W makes is the gradient of
 
     a parameter         which is added to ``.grad`` as autograd does (``accumulate``)
+    autocast's cast     summed over the region in which it was cast, then cast back
     something made      which goes on to its parameters through its own graph, in W: autograd runs the backward of the
-                        cast or of the parametrization, and knows where uses of one parameter are summed
+                        parametrization, and knows where uses of one parameter are summed
 """
 
 from __future__ import annotations
@@ -15,33 +16,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipex.torch_internals import is_view
 
 
 class Made(NamedTuple):
-    """Where the gradient of something made of parameters enters its graph.
-
-    Attributes:
-        edge: the tensor itself is not kept.
-        cast_of: the parameter of which it is a cast, if it is nothing else.
-    """
+    """Something made of parameters: where its gradient enters its graph. The tensor itself is not kept."""
 
     edge: GradientEdge
-    cast_of: Tensor | None = None
 
 
-Target = Tensor | Made
+class Cast(NamedTuple):
+    """A parameter as it was cast in one region of autocast."""
+
+    parameter: Tensor
+    region: int
+
+
+Target = Tensor | Made | Cast
 """Whose gradient W makes."""
 
 
 def leaves_of(target: Target) -> list[Tensor]:
     """The parameters to which its gradient goes."""
     if not isinstance(target, Made):
-        return [target]
-    if target.cast_of is not None:
-        return [target.cast_of]
+        return [target.parameter if isinstance(target, Cast) else target]
     return [node.variable for node in reachable((target.edge.node,)) if hasattr(node, "variable")]
 
 
@@ -53,29 +54,40 @@ class Weight(NamedTuple):
 
 
 def parameter_of(target: Target | None) -> Tensor | None:
-    """The parameter to whose gradient that of the target may be added as it is, if it is cast."""
-    return target.cast_of if isinstance(target, Made) else target
+    """The parameter of which the target is all that is used, if it is one."""
+    if isinstance(target, Cast):
+        return target.parameter
+    return None if isinstance(target, Made) else target
 
 
 class Origins:
-    """Tells during one forward what is made of parameters alone.
+    """Tells during one forward what is made of parameters alone."""
 
-    Args:
-        is_parameter: whether a leaf is one of those whose gradients may wait.
-    """
+    __slots__ = ("_known",)
 
-    __slots__ = ("_is_parameter", "_known")
-
-    def __init__(self, is_parameter: Callable[[Tensor], bool]) -> None:
-        self._is_parameter = is_parameter
+    def __init__(self) -> None:
         self._known: dict[Any, bool] = {}  # by autograd's node, which is held so that it is known again
 
-    def parameters(self, tensor: Tensor) -> list[Tensor]:
-        """Those that a tensor with a graph is made of; none if of anything else too."""
-        root = tensor.grad_fn
-        return [node.variable for node in reachable((root,)) if hasattr(node, "variable")] if self._are(root) else []
+    def parameters(self, tensor: Tensor, is_one: Callable[[Tensor], bool]) -> list[Tensor]:
+        """Those that a tensor with a graph is made of; none if of anything else too.
 
-    def _are(self, root: Any) -> bool:
+        Args:
+            is_one: whether a leaf is one of those whose gradients may wait.
+        """
+        root = tensor.grad_fn
+        if not self._are(root, is_one):
+            return []
+        return [node.variable for node in reachable((root,)) if hasattr(node, "variable")]
+
+    def clear(self) -> None:
+        """Called when the forward has ended."""
+        self._known.clear()
+
+    def exclude(self, node: Any) -> None:
+        """Of a recorded operation, whose graph has no way to its weight."""
+        self._known[node] = False
+
+    def _are(self, root: Any, is_one: Callable[[Tensor], bool]) -> bool:
         """Looks at every node once in a forward."""
         known = self._known
         if root in known:
@@ -85,7 +97,7 @@ class Origins:
             node, following = path[-1]
             after = next(following, None)
             if after is None:
-                known[node] = self._ends_well(node)
+                known[node] = _ends_well(node, is_one)
             elif after not in known:
                 path.append((after, _following(after)))
                 continue
@@ -100,12 +112,15 @@ class Origins:
                 return False
         return True
 
-    def _ends_well(self, node: Any) -> bool:
-        """Of one all of whose inputs with a gradient are made of parameters."""
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            return self._is_parameter(leaf)
-        return any(True for _ in _following(node))
+
+def _ends_well(node: Any, is_one: Callable[[Tensor], bool]) -> bool:
+    """Of a node all of whose inputs with a gradient are made of parameters."""
+    leaf = getattr(node, "variable", None)
+    if isinstance(leaf, Tensor):
+        return is_one(leaf)
+    if isinstance(node, BackwardCFunction):  # a user's own Function, or one that leaves something to W
+        return False
+    return any(True for _ in _following(node))
 
 
 def reachable(roots: Iterable[Any]) -> Iterator[Any]:
@@ -129,53 +144,60 @@ class Casts:
     """autocast's casts of the operands of one forward, with its cache: in one region a leaf in float32 is cast once, so
     that gradients of its uses are summed in the lower precision, and cast back once.
 
-    A region ends when torch clears its own cache (``recording``).
+    A region ends when torch clears its own cache (``recording``). A parameter that is a weight for the first time in
+    one is left for autocast itself to cast, which is cheaper.
+
+    Args:
+        is_parameter: whether a leaf is one of those whose gradients may wait.
     """
 
-    __slots__ = ("_cache", "_leaves", "_region", "_weights")
+    __slots__ = ("_cache", "_is_parameter", "_left", "_parameters", "region")
 
-    def __init__(self) -> None:
+    def __init__(self, is_parameter: Callable[[Tensor], bool]) -> None:
+        self._is_parameter = is_parameter
         self._cache: dict[int, Tensor] = {}  # by id of the leaf
-        self._leaves: dict[int, Tensor] = {}  # by id of its cast
-        self._weights: dict[int, Weight] = {}  # by that too
-        self._region = -1
+        self._parameters: dict[int, Tensor] = {}  # by id of its cast, the leaf
+        self._left: set[int] = set()  # ids of parameters
+        self.region = -1
 
     def of(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
-        """The operands of an operation that autocast runs in lower precision."""
-        if region != self._region:
-            self._region = region
-            for known in (self._cache, self._leaves, self._weights):
+        """The operands of an operation that autocast runs in lower precision; all on one device, the first is there."""
+        if region != self.region:
+            self.region = region
+            for known in (self._cache, self._parameters, self._left):
                 known.clear()
-        return [None if operand is None else self._of(operand) for operand in operands]
-
-    def _of(self, operand: Tensor) -> Tensor:
-        device = operand.device.type
+        first = operands[0]
+        assert first is not None
+        device = first.device.type
         if not torch.is_autocast_enabled(device):
-            return operand
+            return list(operands)
         dtype = torch.get_autocast_dtype(device)
-        if operand.dtype in (dtype, torch.float64) or not operand.is_floating_point():
+        return [operand if operand is None else self._of(operand, dtype) for operand in operands]
+
+    def _of(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
+        key, now = id(operand), operand.dtype
+        if key in self._cache:
+            return self._cache[key]
+        if now is dtype or now is torch.float64 or not now.is_floating_point:
             return operand
-        cached = operand.dtype is torch.float32 and operand.requires_grad and operand.is_leaf and not is_view(operand)
-        if not cached or not torch.is_autocast_cache_enabled():
+        if not (operand.is_leaf and operand.requires_grad and now is torch.float32) or is_view(operand):
             return operand.to(dtype)
-        found = self._cache.get(id(operand))
-        if found is None:
-            found = self._cache[id(operand)] = operand.to(dtype)
-            self._leaves[id(found)] = operand
+        if not torch.is_autocast_cache_enabled():
+            return operand.to(dtype)
+        is_parameter = self._is_parameter(operand)
+        if is_parameter and key not in self._left:
+            self._left.add(key)
+            return operand
+        found = self._cache[key] = operand.to(dtype)
+        if is_parameter:
+            self._parameters[id(found)] = operand
         return found
 
-    def leaf(self, cast: Tensor) -> Tensor | None:
-        """That this is the cast of, if it was made here."""
-        return self._leaves.get(id(cast))
-
-    def weight(self, cast: Tensor) -> Weight:
-        """The cast of a parameter as a weight."""
-        known = self._weights.get(id(cast))
-        if known is None:
-            known = self._weights[id(cast)] = made(cast, self._leaves[id(cast)])
-        return known
+    def cast_of(self, tensor: Tensor) -> Tensor | None:
+        """The leaf that this is the cast of, if it was made here."""
+        return self._parameters.get(id(tensor))
 
 
-def made(tensor: Tensor, cast_of: Tensor | None = None) -> Weight:
+def made(tensor: Tensor) -> Weight:
     """For a tensor that is made of parameters alone."""
-    return Weight(tensor.detach(), Made(get_gradient_edge(tensor), cast_of))
+    return Weight(tensor.detach(), Made(get_gradient_edge(tensor)))
