@@ -13,7 +13,20 @@ import persistent
 import pytest
 import torch
 import torch.nn.functional as F
-from replicated_steps import WIDTH, Block, Cast, Checkpointed, Job, Products, Seen, Spare, check, looking, results
+from replicated_steps import (
+    WIDTH,
+    Block,
+    Cast,
+    Checkpointed,
+    Job,
+    Products,
+    Seen,
+    Spare,
+    check,
+    looking,
+    mine_of,
+    results,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -73,6 +86,10 @@ class Pair(nn.Module):
         return torch.tanh(F.linear(x, weight) + F.linear(self.prompt.view(1, WIDTH), weight))
 
 
+def layer() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH)
+
+
 class Loop(NamedTuple):
     """A loop without torch's schedules.
 
@@ -81,12 +98,14 @@ class Loop(NamedTuple):
         policy: in which precision.
         sync: the micro-batches of a step that FSDP2 is told to reduce with; others wait for them.
         reshard: whether what was gathered is let go after each backward.
+        exact: as of ``Splitter``.
     """
 
     layers: tuple[Callable[[], nn.Module], ...] = (Block, Block)
     policy: MixedPrecisionPolicy = MixedPrecisionPolicy()
     sync: frozenset[int] = frozenset({2})
     reshard: bool = True
+    exact: bool | None = None
     order: str = "F0 F1 I0 F2 I1 W0 I2 W1 W2"
 
 
@@ -94,12 +113,12 @@ def trained(rank: int, loop: Loop, split: bool) -> tuple[list[Any], Seen]:
     """Gradients after two steps of three micro-batches."""
     mesh, seen = init_device_mesh("cpu", (2,)), Seen()
     torch.manual_seed(0)
-    module = nn.Sequential(*(layer() for layer in loop.layers))
+    module = nn.Sequential(*(make() for make in loop.layers))
     shapes = {tuple(p.shape) for p in module.parameters() if p.dim() > 1}
     for part in (*module, module):
         fully_shard(part, mesh=mesh, mp_policy=loop.policy)
     module.set_reshard_after_backward(loop.reshard)
-    splitter = Splitter.of(module)
+    splitter = Splitter.of(module, loop.exact)
     generator = torch.Generator().manual_seed(rank)
     tapes: dict[int, tuple[Tape, Tensor, Tensor]] = {}
     order = loop.order if split else re.sub(r"W\d", "", loop.order).replace("I", "B")
@@ -119,13 +138,13 @@ def trained(rank: int, loop: Loop, split: bool) -> tuple[list[Any], Seen]:
                 if seen.now == "I":
                     tape.backward_input([y], [torch.ones_like(y)], [x])
                 elif seen.now == "W":
-                    tape.backward_weight()
+                    tape.backward_weight(more=microbatch == 1)
                 else:
                     y.backward(torch.ones_like(y))
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    return [p.grad.to_local().numpy() for p in module.parameters()], seen
+    return [mine_of(p.grad) for p in module.parameters()], seen
 
 
 LOOPS = {
@@ -133,6 +152,7 @@ LOOPS = {
     "reduced with each": Loop(sync=frozenset({0, 1, 2}), order="F0 I0 F1 W0 I1 F2 W1 I2 W2"),
     "in bfloat16": Loop(policy=LOW),
     "kept gathered": Loop(policy=LOW, reshard=False),
+    "by products that may be made together": Loop(layers=(layer, layer), policy=LOW, exact=False),
     "W that reads parameters": Loop(layers=(Block, Pair, Block)),
 }
 

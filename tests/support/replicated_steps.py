@@ -117,19 +117,23 @@ class Seen:
 
     Attributes:
         gradients: per step, of every parameter of its stages this rank's part.
-        products: per kind of action how many gradients of weights were made.
-        events: whatever was noted, in order, with what ran then: "I", "W", or "" for neither.
+        events: what came to pass, in order, with the kind of the action that ran then ("" for none): products that are
+            gradients of weights, what was noted, and the ends of actions.
         hooks: per parameter how often hooks on it ran.
     """
 
     gradients: list[list[Any]] = field(default_factory=list)
-    products: Counter[str] = field(default_factory=Counter)
     events: list[tuple[str, str]] = field(default_factory=list)
     hooks: Counter[str] = field(default_factory=Counter)
     now: str = ""
 
     def note(self, event: str) -> None:
         self.events.append((event, self.now))
+
+    @property
+    def products(self) -> Counter[str]:
+        """Per kind of action how many gradients of weights were made."""
+        return Counter(now for event, now in self.events if event == "product")
 
 
 class Products(TorchDispatchMode):
@@ -142,7 +146,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS and tuple(out.shape) in self.shapes:
-            self.seen.products[self.seen.now] += 1
+            self.seen.note("product")
         return out
 
 
@@ -175,7 +179,7 @@ def looking(seen: Seen, shapes: set[tuple[int, ...]]) -> Iterator[None]:
             seen.now = "B" if whole else kind
             with Products(seen, shapes):
                 getattr(super(PipelineStage, self), name)(*args, **kwargs)
-            seen.events.append((f"{seen.now}{self.stage_index}", seen.now))
+            seen.note(f"{seen.now}{self.stage_index}")
             seen.now = ""
 
         return mock.patch.object(PipelineStage, name, act)
@@ -237,12 +241,19 @@ def run_rank(job: Job, rank: int, split: bool) -> Seen:
             arguments = (tokens,) if 0 in mine else ()
             runner.step(*arguments, target=target if count - 1 in mine else None, losses=[])
             parameters = [p for module in mine.values() for p in module.parameters()]
-            gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-            seen.gradients.append([None if g is None else g.clone().numpy() for g in gradients])
+            seen.gradients.append([mine_of(p.grad) for p in parameters])
             if job.clear:
                 for module in mine.values():
                     module.zero_grad()
     return seen
+
+
+def mine_of(gradient: Tensor | None) -> Any:
+    """This rank's part, as numbers."""
+    if gradient is None:
+        return None
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return (local.to_dense() if local.is_sparse else local).clone().numpy()
 
 
 def results(job: Job, store: Path) -> tuple[list[Seen], list[Seen]]:
