@@ -59,18 +59,13 @@ class Sharded:
     def without_reduction(self) -> Iterator[None]:
         """Around I: nothing is reduced before W. torch's schedules see to that themselves."""
         groups = [(group, group.reduce_grads) for group in self._groups()]
-        contexts = [(context, context.is_last_backward) for context in map(context_of, self._states)]
         for group, _ in groups:
             group.reduce_grads = False
-        for context, _ in contexts:
-            context.is_last_backward = False
         try:
             yield
         finally:
             for group, reduces in groups:
                 group.reduce_grads = reduces
-            for context, is_last in contexts:
-                context.is_last_backward = is_last
 
     @contextmanager
     def for_weight(self, held: Sequence[Tensor], targets: Sequence[Target] | None) -> Iterator[None]:

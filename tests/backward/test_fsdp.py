@@ -28,8 +28,10 @@ from replicated_steps import (
     results,
 )
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch_group import in_group
 
 from pipex.backward.tape import Splitter, Tape
@@ -50,6 +52,12 @@ def sharded(module: nn.Module, mesh: DeviceMesh, seen: Seen, **options: Any) -> 
     return module
 
 
+def replicated(module: nn.Module, mesh: DeviceMesh, seen: Seen) -> nn.Module:
+    """By what FSDP2 has for that."""
+    replicate(module, mesh=mesh)
+    return module
+
+
 JOBS = {
     "whole stages": Job(sharded),
     "blocks that are gathered anew": Job(partial(sharded, reshard_after_forward=True)),
@@ -59,6 +67,7 @@ JOBS = {
     "autocast": Job(sharded, block=Cast),
     "checkpoints": Job(partial(sharded, reshard_after_forward=True), block=Checkpointed),
     "replicas of what is sharded": Job(partial(sharded, mp_policy=LOW), data=(2, 2)),
+    "replicas": Job(replicated),
     "a V": Job(partial(sharded, mp_policy=LOW), pipe=2, schedule="ZBVZeroBubble", dtype=torch.bfloat16),
     "interleaved": Job(sharded, pipe=2, schedule="InterleavedZeroBubble"),
 }
@@ -70,20 +79,36 @@ def test_weight_gradients_wait_and_have_the_bits_of_torch_s_whole_backward(tmp_p
     check(ours, theirs, whole=bool(job.schedule))
     for our, their in zip(ours, theirs, strict=True):
         assert kinds(our, "foreach_all_gather") == kinds(their, "foreach_all_gather")
-        assert kinds(our, "foreach_reduce") == kinds(their, "foreach_reduce")
+        assert kinds(our, "foreach_reduce") == kinds(their, "foreach_reduce") > 0
+        assert ("foreach_reduce", "") in our.events, "in the schedule's own action"
+        assert not {("foreach_reduce", "I"), ("foreach_reduce", "W"), ("foreach_all_gather", "W")} & set(our.events)
+
+
+def test_the_parameters_of_a_stage_are_gathered_once(tmp_path: Path) -> None:
+    for seen in results(Job(sharded, steps=3), tmp_path / "store")[0]:
+        assert kinds(seen, "foreach_all_gather") == 2 * 3  # of two stages
 
 
 class Pair(nn.Module):
-    """A weight that is made of two parameters, and an operation whose input is a view of one."""
+    """A weight that is made of two parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.randn(2, WIDTH)), nn.Parameter(torch.randn(WIDTH, 2))
-        self.prompt = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.b @ self.a
-        return torch.tanh(F.linear(x, weight) + F.linear(self.prompt.view(1, WIDTH), weight))
+        return torch.tanh(F.linear(x, self.b @ self.a))
+
+
+class Prompted(nn.Module):
+    """An operation whose input is a view of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.weight = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(self.prompt.view(1, WIDTH), self.weight)
 
 
 def layer() -> nn.Module:
@@ -139,6 +164,7 @@ def trained(rank: int, loop: Loop, split: bool) -> tuple[list[Any], Seen]:
                     tape.backward_input([y], [torch.ones_like(y)], [x])
                 elif seen.now == "W":
                     tape.backward_weight(more=microbatch == 1)
+                    assert not loop.reshard or all(isinstance(p, DTensor) for p in module.parameters())
                 else:
                     y.backward(torch.ones_like(y))
     for part in module.modules():
@@ -153,7 +179,9 @@ LOOPS = {
     "in bfloat16": Loop(policy=LOW),
     "kept gathered": Loop(policy=LOW, reshard=False),
     "by products that may be made together": Loop(layers=(layer, layer), policy=LOW, exact=False),
-    "W that reads parameters": Loop(layers=(Block, Pair, Block)),
+    "sums of W alone": Loop(policy=LOW, order="F0 F1 F2 I0 I1 I2 W0 W1 W2"),
+    "weights made of parameters": Loop(layers=(Block, Pair, Block)),
+    "inputs that are parameters": Loop(layers=(Block, Prompted, Block)),
 }
 
 
@@ -172,6 +200,7 @@ def test_without_a_schedule_w_reduces_as_a_backward_would(tmp_path: Path, loop: 
         assert seen.products["W"] == whole.products["B"] > 0
         reductions = [now for name, now in seen.events if name == "foreach_reduce"]
         assert reductions == ["W"] * kinds(whole, "foreach_reduce")
+        assert seen.events[-1] == ("0 buffers held", "W")
 
 
 def kinds(seen: Seen, event: str) -> int:

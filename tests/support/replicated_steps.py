@@ -4,6 +4,7 @@ what ran where."""
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -189,15 +190,20 @@ def looking(seen: Seen, shapes: set[tuple[int, ...]]) -> Iterator[None]:
 
         def act(*args: Any, **kwargs: Any) -> Any:
             seen.note(name)
-            return function(*args, **kwargs)
+            found = function(*args, **kwargs)
+            if name == "foreach_reduce":
+                reduced.append(weakref.ref(found[0]))
+            return found
 
         return mock.patch.object(_fsdp_param_group, name, act)
 
+    reduced: list[weakref.ref[Tensor]] = []
     with (
         looked_at("I", "backward_one_chunk"), looked_at("W", "backward_weight_one_chunk"),
         noted("foreach_all_gather"), noted("foreach_reduce"),
     ):  # fmt: skip
         yield
+    seen.note(f"{sum(buffer() is not None for buffer in reduced)} buffers held")
 
 
 def run_rank(job: Job, rank: int, split: bool) -> Seen:
