@@ -58,6 +58,18 @@ def test_weight_gradients_wait_and_have_the_bits_of_torch_s_whole_backward(tmp_p
     check(*results(job, tmp_path / "store"), whole=bool(job.schedule))
 
 
+def without_hooks(module: nn.Module, mesh: DeviceMesh, _: Seen) -> nn.Module:
+    return DistributedDataParallel(module, process_group=mesh.get_group())
+
+
+def test_products_that_are_made_together_are_in_before_the_reduction(tmp_path: Path) -> None:
+    ours, theirs = results(Job(without_hooks, fused=True), tmp_path / "store")
+    for our, their in zip(ours, theirs, strict=True):
+        for found, wanted in zip(our.gradients, their.gradients, strict=True):
+            for gradient, reference in zip(found, wanted, strict=True):
+                torch.testing.assert_close(torch.from_numpy(gradient), torch.from_numpy(reference))
+
+
 def bucketed(module: nn.Module, mesh: DeviceMesh, seen: Seen) -> nn.Module:
     """In buckets for little more than a parameter each, from the second step on."""
     found = DistributedDataParallel(module, process_group=mesh.get_group(), bucket_cap_mb=1e-4)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_group import in_group
 
 import pipex
+from pipex.backward.tape import Splitter
 
 WORDS, WIDTH, LENGTH, CLASSES = 11, 8, 3, 5  # no product of I has the shape of a weight
 CPU = torch.device("cpu")
@@ -93,6 +94,7 @@ class Job:
         pipe: ranks of a pipeline.
         clear: whether gradients are cleared between steps.
         dtype: of what stages send each other.
+        fused: whether products are made together, as on a GPU.
     """
 
     wrap: Wrap
@@ -103,6 +105,7 @@ class Job:
     clear: bool = True
     block: Callable[[], nn.Module] = Block
     dtype: torch.dtype = torch.float32
+    fused: bool = False
 
     @property
     def world(self) -> int:
@@ -240,6 +243,8 @@ def run_rank(job: Job, rank: int, split: bool) -> Seen:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if split:
             around.enter_context(pipex.drop_in())
+        if job.fused:
+            around.enter_context(mock.patch.object(Splitter, "fuses", return_value=True))
         around.enter_context(looking(seen, shapes))
         for _ in range(job.steps):
             tokens = torch.randint(0, WORDS, (8, LENGTH), generator=generator)
