@@ -220,6 +220,36 @@ saved_self: Callable[[Any], Any] = attrgetter("_saved_self")
 saved_other: Callable[[Any], Any] = attrgetter("_saved_other")
 saved_approximate: Callable[[Any], str] = attrgetter("_saved_approximate")
 
+# FSDP2 (``fully_shard``, and ``replicate``, which is made of it): what stands behind a module that it was applied to.
+
+
+def sharded_states(module: nn.Module) -> list[Any]:
+    """Of the module and of those within it, from the outside in; none where FSDP2 was never imported."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    parts = [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp)]
+    return list(dict.fromkeys(part._get_fsdp_state() for part in parts))  # several modules may have one together
+
+
+def sharded_groups(state: Any) -> list[Any]:
+    """The parameters of a state, by what is gathered and reduced together."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.12 and older
+
+
+def unsharded_parameter(sharded: Any) -> Tensor | None:
+    """What the forward uses: one leaf for good, whose memory comes and goes; None before it was gathered first."""
+    found: Tensor | None = getattr(sharded, "_unsharded_param", None)
+    return found
+
+
+context_of: Callable[[Any], Any] = attrgetter("_state_ctx")  # what the states of one root have in common
+is_root: Callable[[Any], bool] = lambda state: bool(state._is_root)  # noqa: E731
+finish_reductions: Callable[[Any], None] = methodcaller("_root_post_backward_final_callback")  # of a root
+
+
+has_python_reducer: Callable[[nn.Module], bool] = attrgetter("_use_python_reducer")  # of DDP: compiled_autograd's
+
 # What a module consists of: public are generators that take five times as long.
 
 children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")

@@ -35,6 +35,10 @@ class GivenUse(Use):
         super().__init__(tape, parameter.new_empty(0))
         self.parameter = parameter
 
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        return [self.parameter]
+
     def add_to(self, sums: Any, dy: Tensor) -> None:
         sums.add(self.parameter, dy)
 

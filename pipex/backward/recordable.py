@@ -10,6 +10,7 @@ from torch.overrides import has_torch_function_unary
 from torch.utils.hooks import RemovableHandle
 
 from pipex.backward.accumulate import Accumulator
+from pipex.backward.fsdp import Sharded
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
 from pipex.backward.passes import watchers
@@ -45,12 +46,13 @@ class Recordable:
         parameters: the stage's parameters; frozen ones are skipped while they are, repeated ones (tied) count once.
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
+        sharded: what FSDP2 holds of the stage.
 
     Raises:
         UnsupportedModule: this torch lacks what it needs.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None) -> None:
+    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None, sharded: Sharded | None = None) -> None:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
         self._weights: dict[int, Weight] = {}  # by id of the parameter
@@ -61,6 +63,7 @@ class Recordable:
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact
+        self.sharded = sharded
         self.mixed = Mixed(self.accumulators)
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
@@ -96,6 +99,8 @@ class Recordable:
 
     def has(self, leaf: Tensor) -> bool:
         """Whether it is one of the parameters whose gradients may be deferred."""
+        if self.sharded is not None and id(leaf) not in self._recordable:
+            self._recordable |= {id(parameter): parameter for parameter in self.sharded.gathered()}
         return id(leaf) in self._recordable and not _has_rules(leaf)
 
     def weave(self, parameter: Tensor) -> None:

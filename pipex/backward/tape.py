@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, MutableSequence, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipex.backward import recording
+from pipex.backward import fsdp, recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
@@ -46,7 +47,7 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Layer, Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Cast, Casts, Origins, Weight, made
+from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, made
 from pipex.torch_internals import (
     add_hooks,
     any_autocast,
@@ -285,7 +286,8 @@ class Tape:
         """
         if self._recordable.mixed.watching:
             outputs, output_gradients = self._parameters_apart(outputs, output_gradients)
-        with announced(outputs, keep) as backward:
+        sharded = self._recordable.sharded
+        with _ALONE if sharded is None else sharded.without_reduction(), announced(outputs, keep) as backward:
             torch.autograd.backward(outputs, output_gradients, retain_graph=backward.retains)
         gradients = tuple(x.grad for x in inputs)
         for x in inputs:
@@ -309,6 +311,16 @@ class Tape:
         """What W keeps alive: the input and the gradient of the output of every use."""
         return [tensor for use, dy, _ in self._uses for tensor in (*use.held, dy)]
 
+    @property
+    def targets(self) -> list[Target] | None:
+        """What W gives gradients to, as often as it adds to each; None where that is not known before."""
+        found: list[Target] = []
+        for use, _, _ in self._uses:
+            if use.targets is None:
+                return None
+            found += use.targets
+        return found
+
     def backward_weight(self, more: bool = False) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
 
@@ -319,6 +331,14 @@ class Tape:
             more: whether the stage's next W follows at once. Then products of both may be made together, and what this
                 one's should be is in the gradients only after that.
         """
+        sharded = self._recordable.sharded
+        if sharded is None:
+            self._make_weight_gradients(more)
+        else:  # which sums micro-batch by micro-batch
+            with sharded.for_weight(self.held, self.targets):
+                self._make_weight_gradients(False)
+
+    def _make_weight_gradients(self, more: bool) -> None:
         sums, fused = Sums(), self._recordable.fused
         try:
             self.add_to(sums, fused)
@@ -356,7 +376,7 @@ class Splitter(Recordable):
         for part in module.modules():
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
-        return Splitter(module.parameters(), exact)
+        return Splitter(module.parameters(), exact, fsdp.sharded(module))
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -369,6 +389,9 @@ class Splitter(Recordable):
                 self.forget(key)
             self.stop_watching()
         return Tape(self, then)
+
+
+_ALONE = nullcontext()
 
 
 def keep(_: Deferred) -> None:

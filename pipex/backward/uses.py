@@ -6,7 +6,7 @@ autograd would have called, operand for operand, so the bits are those of the un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +130,11 @@ class Use:
         """What W keeps alive besides dy."""
         return [self.input()]
 
+    @property
+    def targets(self) -> Sequence[Target] | None:
+        """Whose gradients it gives, as often as it adds to each; None: not told before W."""
+        return None
+
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
         x = self.x
@@ -160,6 +165,10 @@ class LinearUse(Use):
         self.bias = bias
         super().__init__(tape, x)
 
+    @property
+    def targets(self) -> Sequence[Target]:
+        return [target for target in (self.bias, self.weight) if target is not None]
+
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         rows, columns = dy, self.input()
         if columns.dim() > 2:
@@ -185,6 +194,10 @@ class EmbeddingUse(Use):
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency
         super().__init__(tape, x)
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        return [self.weight]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         gradient = torch.ops.aten.embedding_dense_backward(

@@ -39,6 +39,13 @@ Target = Tensor | Made | Cast
 """Whose gradient W makes."""
 
 
+def leaves_of(target: Target) -> list[Tensor]:
+    """The parameters to which its gradient goes."""
+    if not isinstance(target, Made):
+        return [target.parameter if isinstance(target, Cast) else target]
+    return [node.variable for node in reachable((target.edge.node,)) if hasattr(node, "variable")]
+
+
 class Weight(NamedTuple):
     """What stands for a weight in one operation, and whose gradient that operation gives."""
 
