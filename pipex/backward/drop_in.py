@@ -14,9 +14,11 @@ What is replaced, and why there (``torch_internals.REPLACED``):
         schedules._check_torch_compile_compatibility   a compiled stage is right here, if not deferred
 
 A micro-batch whose W stands directly behind its I is not split: its I is one ordinary backward pass, which costs less
-than two halves, and nothing waits in between. So is every micro-batch of a stage that is wrapped in DDP or has compiled
-parts. FSDP2's parameters are not those that its forward uses, so they are never recorded. All these are right, and get
-their weight gradients in I.
+than two halves, and nothing waits in between. So is every micro-batch of a stage that has compiled parts. Both are
+right, and get their weight gradients in I.
+
+Under FSDP2 the reduction is torch's own, in its action REDUCE_GRAD behind a stage's last W (``fsdp``); under DDP it is
+that W's, bucket by bucket (``ddp``).
 """
 
 from __future__ import annotations
@@ -29,10 +31,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipex.backward.ddp import deferrable, reduce
 from pipex.backward.deferral import Deferral, deferral
 from pipex.backward.passes import Deferred
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
@@ -193,7 +194,7 @@ def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any
     ):
         return forward(self, fwd_chunk_id, *args, **kwargs)
     if (splitter := _splitters.get(self)) is None:
-        splitter = _splitters[self] = Splitter.of(self.submod)
+        splitter = _splitters[self] = Splitter.of(deferrable(self.submod))
         _waiting[self] = Waiting(self.submod, self.stage_index)
     with splitter.record():
         return forward(self, fwd_chunk_id, *args, **kwargs)
@@ -225,20 +226,15 @@ def _backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, last_backward: bo
         )
         return
     del self.dw_runner[bwd_chunk_id]
+    if last_backward and isinstance(self.submod, DistributedDataParallel):
+        if self in _splitters:
+            _splitters[self].fused.add()  # of the W's before
+        reduce(self.submod, weight.tapes)
+        return
     more = (self.stage_index, bwd_chunk_id) in _step.get().deferral.followed
     weight(more)
     if not more and self in _splitters:
         _splitters[self].fused.add()  # of the W's before, where this micro-batch went through nothing recorded
-    if last_backward and isinstance(self.submod, DistributedDataParallel):
-        _reduce(self.submod)
-
-
-def _reduce(module: DistributedDataParallel) -> None:
-    """All-reduces the gradients that ``no_sync`` has accumulated. The reducer waits for every parameter's accumulator
-    to run, so zeros are added to each."""
-    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    module.reducer.prepare_for_backward(parameters)  # to which all are reachable, whatever find_unused_parameters says
-    torch.autograd.backward(parameters, [p.new_zeros(()).expand_as(p) for p in parameters])
 
 
 def _scale_grads(self: Stage, grad_scale_factor: int) -> None:

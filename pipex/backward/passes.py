@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipex import torch_internals
 from pipex.backward.uses import Sums
+from pipex.backward.weights import Target
 from pipex.errors import UnsupportedModule
 
 Root = Tensor | GradientEdge
@@ -30,6 +31,9 @@ class Deferred(Protocol):
     def backward_weight(self, more: bool = False) -> None: ...
 
     def add_to(self, sums: Sums) -> None: ...
+
+    @property
+    def targets(self) -> Sequence[Target] | None: ...
 
 
 Then = Callable[[Deferred], None]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, MutableSequence, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipex.backward import recording
+from pipex.backward import fsdp, recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
@@ -43,10 +44,10 @@ from pipex.backward.passes import (
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
-from pipex.backward.recordable import Recordable
+from pipex.backward.recordable import Layer, Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Cast, Casts, Origins, Weight, made
+from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, is_cached, made
 from pipex.torch_internals import (
     add_hooks,
     any_autocast,
@@ -55,6 +56,7 @@ from pipex.torch_internals import (
     engine,
     is_compiled,
     next_sequence_number,
+    top_saved_tensors_hooks,
     version,
 )
 
@@ -67,19 +69,21 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_casts", "_leaves", "_origins", "_outer", "_passes", "_recordable", "_uses", "end_node",
-        "first_node", "recording", "replays", "then",
+        "__weakref__", "_casts", "_layers", "_leaves", "_origins", "_outer", "_passes", "_products", "_recordable",
+        "_uses", "end_node", "first_node", "recording", "replays", "then",
     )  # fmt: skip
 
     def __init__(
         self, recordable: Recordable, then: Then | None, replayed: dict[int, Weight | None] | None = None
     ) -> None:
         self._recordable = recordable
+        self._layers = recordable.layers
         self.then = then
         self.replays = replayed is not None
         # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
         self._leaves = {} if replayed is None else replayed
-        self._origins = Origins()
+        self._products: list[Any] = []  # nodes of recorded operations, for
+        self._origins: Origins | None = None
         self._casts: Casts | None = None
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
@@ -99,8 +103,8 @@ class Tape:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
         self._outer, self.recording = None, False
-        self._origins.clear()
-        self._casts = None
+        self._products.clear()
+        self._origins = self._casts = None
         if self.then is None and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
             self._recordable.mixed.begin(self)
@@ -110,17 +114,24 @@ class Tape:
         gone back through."""
         return Tape(self._recordable, self.then, self._leaves)
 
-    def weight(self, tensor: Tensor | None) -> Weight | None:
-        """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred."""
+    def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None:
+        """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred.
+
+        Args:
+            lower: whether it is an operation that autocast runs in lower precision.
+        """
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
             weight = self._leaf(tensor)
-            if weight is None or weight.target is not tensor or self._casts is None or not any_autocast():
+            if weight is None or weight.target is not tensor or not any_autocast() or not is_cached(tensor):
                 return weight
-            return Weight(weight.alias, Cast(tensor, self._casts.region))
-        if self._casts is not None and (leaf := self._casts.cast_of(tensor)) is not None:
-            return None if self._leaf(leaf) is None else Weight(tensor.detach(), Cast(leaf, self._casts.region))
+            casts = self._casts_now()
+            return Weight(casts.again(tensor, weight.alias) if lower else weight.alias, Cast(tensor, casts.region))
+        if self._origins is None:
+            self._origins = Origins()
+        self._origins.exclude(self._products)
+        self._products.clear()
         parameters = self._origins.parameters(tensor, self._may_be_woven)
         for parameter in parameters:
             self._weave(parameter)
@@ -151,15 +162,16 @@ class Tape:
             self._leaves.setdefault(id(leaf), None)
             self._recordable.weave(leaf)
 
-    def cast(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
-        """The operands of an operation that autocast runs in lower precision, as it casts them.
+    def cast(self, *operands: Tensor | None) -> list[Any]:
+        """The operands of an operation that autocast runs in lower precision, as it casts them, but for weights: these
+        it casts itself."""
+        return self._casts_now().of(*operands)
 
-        Args:
-            region: the autocast region's number.
-        """
-        if self._casts is None:
-            self._casts = Casts(lambda leaf: self._has(leaf) and id(leaf) not in self._recordable.woven)
-        return self._casts.of(region, *operands)
+    def _casts_now(self) -> Casts:
+        region = recording.region()
+        if self._casts is None or self._casts.region != region:
+            self._casts = Casts(region, self._has)
+        return self._casts
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
         """The output of a recorded operation, with a place in the graph at which the use gets its dy.
@@ -177,9 +189,8 @@ class Tape:
     def _hand_over(self, y: Tensor, use: Use) -> None:
         """Gives the use the gradient of a fresh product, after all hooks that anybody puts on ``y``.
 
-        In-place operations on y put their nodes behind the product's own; but where y is a view of the product (more
-        than two dimensions), they replace the view's node, which then sees no gradient. So the hook stands on the
-        product.
+        In-place operations on a y that is a view of the product (more than two dimensions) replace the view's node,
+        which then sees no gradient. So the hook stands on the product.
         """
         product = base(y)
         if product is None:
@@ -187,15 +198,29 @@ class Tape:
             # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
             node.register_prehook(lambda gradients: use.capture(gradients[0]))
         else:
-            add_hooks(product, {0: use.capture})  # nobody else has this tensor
-            node = product.grad_fn
-        self._origins.exclude(node)
+            node = add_hooks(product, {0: use.capture})  # nobody else has this tensor
+        self._products.append(node)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x that torch makes a matrix of in any case, and a weight that is a matrix; recorded where the
-        gradient of ``weight`` or ``bias`` can be deferred."""
-        w, b = self.weight(weight), self.weight(bias)
-        if w is None and b is None:
+        """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
+        ``bias`` can be deferred."""
+        lower = any_autocast()
+        layer = self._layers.get(id(weight))
+        if (
+            layer is not None
+            and not lower
+            and x.requires_grad
+            and not x.is_cuda
+            and top_saved_tensors_hooks(False) is None
+            and layer.is_as_it_was(bias)
+        ):  # as below, where all that is asked is known
+            y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
+            self._hand_over(y, LinearUse(self, x, weight, bias))
+            return y
+        if lower:
+            (x,) = self.cast(x)
+        w, b = self.weight(weight, lower), self.weight(bias, lower)
+        if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
         # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
         kept = x.new_empty(0) if w is None else x
@@ -204,6 +229,9 @@ class Tape:
             activation = activation_of(x, self.first_node)
             if activation is not None and worthwhile(activation, x, w.alias):
                 return activated_linear(use, x, activation, w.alias, None if b is None else b.alias)
+        known = bias is None or (b is not None and b.target is bias)
+        if known and w is not None and w.target is weight and not self._recordable.fuses(x):
+            self._layers[id(weight)] = Layer(weight, bias, w.alias, None if b is None else b.alias)
         weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
         if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
             y = recording.torch_linear(x, weight, bias)
@@ -260,7 +288,8 @@ class Tape:
         """
         if self._recordable.mixed.watching:
             outputs, output_gradients = self._parameters_apart(outputs, output_gradients)
-        with announced(outputs, keep) as backward:
+        sharded = self._recordable.sharded
+        with _ALONE if sharded is None else sharded.without_reduction(), announced(outputs, keep) as backward:
             torch.autograd.backward(outputs, output_gradients, retain_graph=backward.retains)
         gradients = tuple(x.grad for x in inputs)
         for x in inputs:
@@ -284,6 +313,16 @@ class Tape:
         """What W keeps alive: the input and the gradient of the output of every use."""
         return [tensor for use, dy, _ in self._uses for tensor in (*use.held, dy)]
 
+    @property
+    def targets(self) -> list[Target] | None:
+        """What W gives gradients to, as often as it adds to each; None where that is not known before."""
+        found: list[Target] = []
+        for use, _, _ in self._uses:
+            if use.targets is None:
+                return None
+            found += use.targets
+        return found
+
     def backward_weight(self, more: bool = False) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
 
@@ -294,6 +333,14 @@ class Tape:
             more: whether the stage's next W follows at once. Then products of both may be made together, and what this
                 one's should be is in the gradients only after that.
         """
+        sharded = self._recordable.sharded
+        if sharded is None:
+            self._make_weight_gradients(more)
+        else:  # which sums micro-batch by micro-batch
+            with sharded.for_weight(self.held, self.targets):
+                self._make_weight_gradients(False)
+
+    def _make_weight_gradients(self, more: bool) -> None:
         sums, fused = Sums(), self._recordable.fused
         try:
             self.add_to(sums, fused)
@@ -331,7 +378,7 @@ class Splitter(Recordable):
         for part in module.modules():
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
-        return Splitter(module.parameters(), exact)
+        return Splitter(module.parameters(), exact, fsdp.sharded(module))
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -344,6 +391,9 @@ class Splitter(Recordable):
                 self.forget(key)
             self.stop_watching()
         return Tape(self, then)
+
+
+_ALONE = nullcontext()
 
 
 def keep(_: Deferred) -> None:

@@ -6,7 +6,7 @@ autograd would have called, operand for operand, so the bits are those of the un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +28,14 @@ class Sums:
 
     def add(self, target: Target, gradient: Tensor) -> None:
         key: object
-        if isinstance(target, Made):
-            key = target.edge
-        elif isinstance(target, Cast) and gradient.dtype is not target.parameter.dtype:
-            key = id(target.parameter), target.region
+        if isinstance(target, Cast):
+            lower = gradient.dtype is not target.parameter.dtype
+            key = (id(target.parameter), target.region) if lower else id(target.parameter)
+            target = target if lower else target.parameter
         else:
-            target = target.parameter if isinstance(target, Cast) else target
-            key = id(target)
+            key = target.edge if isinstance(target, Made) else id(target)
+            if gradient.dtype is not target.dtype:  # of an operation that autocast has run on a cast of its own
+                gradient = gradient.to(target.dtype)
         place = self._place.setdefault(key, len(self.targets))
         if place == len(self.targets):
             self.targets.append(target)
@@ -94,12 +95,16 @@ class Use:
         self.x: Tensor | Packed = x
         hooks = top_saved_tensors_hooks(False)
         if hooks is not None:
-            x = x.detach()
-            if tape.replays:
-                x.__dict__["again"] = self  # the use of the first run gets this tensor
-                hooks[0](x)
-            else:
-                self.x = Packed(x, *hooks)
+            self._pack(*hooks)
+
+    def _pack(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        assert isinstance(self.x, Tensor)
+        x = self.x.detach()
+        if self.tape.replays:
+            x.__dict__["again"] = self  # the use of the first run gets this tensor
+            pack(x)
+        else:
+            self.x = Packed(x, pack, unpack)
 
     def capture(self, dy: Tensor | None) -> None:
         """Takes dy, None where it is zero; autograd calls it in I, before it goes on to the operation's input."""
@@ -125,6 +130,11 @@ class Use:
     def held(self) -> list[Tensor]:
         """What W keeps alive besides dy."""
         return [self.input()]
+
+    @property
+    def targets(self) -> Sequence[Target] | None:
+        """Whose gradients it gives, as often as it adds to each; None: not told before W."""
+        return None
 
     def input(self) -> Tensor:
         """x, proven unchanged since the forward (autograd's own check does not run for it)."""
@@ -156,6 +166,10 @@ class LinearUse(Use):
         self.bias = bias
         super().__init__(tape, x)
 
+    @property
+    def targets(self) -> Sequence[Target]:
+        return [target for target in (self.bias, self.weight) if target is not None]
+
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         rows, columns = dy, self.input()
         if columns.dim() > 2:
@@ -181,6 +195,10 @@ class EmbeddingUse(Use):
         self.padding = padding  # row whose gradient stays zero; -1 for none
         self.scale_by_frequency = scale_by_frequency
         super().__init__(tape, x)
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        return [self.weight]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         gradient = torch.ops.aten.embedding_dense_backward(

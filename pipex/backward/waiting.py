@@ -53,9 +53,6 @@ class Waiting:
             self.seen = True
         finally:
             watchers.discard(self)
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
             self._names.clear()
 
     def take(self, roots: Sequence[Any]) -> bool:
@@ -65,6 +62,12 @@ class Waiting:
             if isinstance(leaf, nn.Parameter) and leaf.dim() > 1:
                 self._handles.append(node.register_prehook(self._on_arrival(leaf)))
         return False
+
+    def pass_ended(self) -> None:
+        """Called after the pass."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _on_arrival(self, parameter: Tensor) -> Callable[[tuple[Tensor | None, ...]], None]:
         def arrived(gradients: tuple[Tensor | None, ...]) -> None:
