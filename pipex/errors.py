@@ -24,6 +24,7 @@ Every message says what was got, what was needed and what to do.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, Literal
 
 
@@ -185,3 +186,11 @@ def headline(error: BaseException) -> str:
         first_line = "(its message cannot be printed)"
     text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return text.encode(errors="replace")[:MAX_HEADLINE].decode(errors="ignore")
+
+
+def outside() -> int:
+    """The ``stacklevel`` of the line that has called pipex."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "pipex":
+        frame, level = frame.f_back, level + 1
+    return level

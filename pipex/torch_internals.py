@@ -144,22 +144,16 @@ engine: Any = _private("torch.autograd.Variable._execution_engine")
 any_autocast: Callable[[], bool] = _private("torch._C._is_any_autocast_enabled")  # for any device; no public one is
 # Whether saved tensors are packed (checkpointing, offload).
 top_saved_tensors_hooks: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
-# What checkpoints that are not reentrant are made by, and the modules that have it.
-_CHECKPOINT = "_checkpoint_without_reentrant_generator"
-_private(f"torch.utils.checkpoint.{_CHECKPOINT}")
-
-
-def checkpoints() -> list[tuple[Any, str]]:
-    """Where it stands: the module, and its name there."""
-    modules = map(sys.modules.get, ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation"))
-    return [(module, _CHECKPOINT) for module in modules if hasattr(module, _CHECKPOINT)]
-
+# What checkpoints that are not reentrant are made by; in torch.utils.checkpoint and, once that is imported, in
+CHECKPOINT = "_checkpoint_without_reentrant_generator"
+COMPOSABLE_CHECKPOINT = "torch.distributed._composable.checkpoint_activation"
+make_checkpoint = _private(f"torch.utils.checkpoint.{CHECKPOINT}")
 
 functorch_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")  # torch.func is at work
 # How many modes are on, in this thread.
 function_modes: Callable[[], int] = _private("torch._C._len_torch_function_stack", "a pipeline")
 profiling: Callable[[], bool] = _private("torch._C._autograd._profiler_enabled")
-dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack", "a pipeline")
+dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack")
 _private("torch.autograd.forward_ad._current_level")  # forward-mode derivatives are at work; -1 if not
 forward_derivatives_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
 _compiled_call: Callable[[nn.Module], Any] = _attribute("torch.nn.Module", "_compiled_call_impl")  # by module.compile()
@@ -200,11 +194,13 @@ def set_hooks(tensor: Tensor, hooks: dict[Any, Any] | None) -> None:
     tensor._backward_hooks = hooks
 
 
-def add_hooks(tensor: Tensor, hooks: dict[Any, Any]) -> None:
-    """Puts the first hooks on a tensor with a graph. This is Tensor.register_hook without a handle to remove them,
-    which takes as long as ten such dicts."""
+def add_hooks(tensor: Tensor, hooks: dict[Any, Any]) -> Any:
+    """Puts the first hooks on a tensor with a graph; returns its node. This is Tensor.register_hook without a handle to
+    remove them, which takes as long as ten such dicts."""
     tensor._backward_hooks = hooks
-    tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
+    node: Any = tensor.grad_fn
+    node._register_hook_dict(tensor)
+    return node
 
 
 def hook_dict(tensor: Tensor) -> dict[Any, Any]:

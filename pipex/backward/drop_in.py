@@ -25,10 +25,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -40,6 +41,7 @@ from pipex.backward.passes import Deferred
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
 from pipex.backward.tape import Splitter
 from pipex.backward.trial_stage import try_split
+from pipex.backward.waiting import Waiting, warn_if_few_wait
 from pipex.torch_internals import (
     REPLACED,
     SCHEDULES,
@@ -71,6 +73,9 @@ _OUTSIDE = Step()
 _step: ContextVar[Step] = ContextVar("step", default=_OUTSIDE)
 
 _splitters: WeakKeyDictionary[Stage, Splitter] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[Stage, Waiting] = WeakKeyDictionary()
+_judged: WeakSet[Any] = WeakSet()
+"""The schedules of which it is known how many of their weight gradients wait."""
 _originals: dict[str, Callable[..., Any]] = {}
 _installed: list[drop_in] = []
 
@@ -158,7 +163,10 @@ def _step_of(owner: str) -> Callable[..., Any]:
         holders = Counter(id(p) for stage in stages_of(self) for p in stage.submod.parameters())
         before = _step.set(Step(deferral_of(orders[self.rank] if orders else ()), holders))
         try:
-            return _originals[f"{SCHEDULES}.{owner}._step_microbatches"](self, *args, **kwargs)
+            result = _originals[f"{SCHEDULES}.{owner}._step_microbatches"](self, *args, **kwargs)
+            if self not in _judged and warn_if_few_wait(_waiting[s] for s in stages_of(self) if s in _waiting):
+                _judged.add(self)
+            return result
         finally:
             _step.reset(before)
             for stage in stages_of(self):  # nothing is left there by a step that was completed
@@ -189,6 +197,7 @@ def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any
         return forward(self, fwd_chunk_id, *args, **kwargs)
     if (splitter := _splitters.get(self)) is None:
         splitter = _splitters[self] = Splitter.of(deferrable(self.submod))
+        _waiting[self] = Waiting(self.submod, self.stage_index)
     with splitter.record():
         return forward(self, fwd_chunk_id, *args, **kwargs)
 
@@ -201,9 +210,11 @@ def _backward_one_chunk(
         backward(self, bwd_chunk_id, loss=loss, full_backward=full_backward, last_backward=last_backward)
         return
     weight = _Weight()
+    split = (self.stage_index, bwd_chunk_id) in _step.get().deferral.split
+    looking = _waiting[self].look() if split and self in _waiting else nullcontext()
     self.dw_builder = lambda: weight
     try:
-        with weight_later(weight.tapes.append):
+        with weight_later(weight.tapes.append), looking:
             backward(self, bwd_chunk_id, loss=loss, full_backward=False, last_backward=last_backward)
     finally:
         self.dw_builder = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
@@ -14,7 +15,28 @@ from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
 from pipex.backward.passes import watchers
 from pipex.backward.weights import Weight
-from pipex.torch_internals import current_pass, require_split_backward
+from pipex.torch_internals import current_pass, dispatch_modes, require_split_backward
+
+
+class Layer(NamedTuple):
+    """The parameters of a linear layer, and their aliases."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_alias: Tensor
+    bias_alias: Tensor | None
+
+    def is_as_it_was(self, bias: Tensor | None) -> bool:
+        """Whether it is this bias that goes with the weight, and both are trained and where they were."""
+        if self.bias is None or self.bias_alias is None:
+            return bias is None and self.weight.requires_grad and self.weight.is_set_to(self.weight_alias)
+        return (
+            bias is self.bias
+            and self.weight.requires_grad
+            and bias.requires_grad
+            and self.weight.is_set_to(self.weight_alias)
+            and bias.is_set_to(self.bias_alias)
+        )
 
 
 class Recordable:
@@ -34,6 +56,8 @@ class Recordable:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
         self._weights: dict[int, Weight] = {}  # by id of the parameter
+        self.layers: dict[int, Layer] = {}
+        """By id of the weight, linear layers that have been recorded"""
         self.woven: set[int] = set()
         """ids of the parameters of which something is made that is a weight too; autograd sums what comes to them"""
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
@@ -59,7 +83,10 @@ class Recordable:
     def weight(self, parameter: Tensor) -> Weight | None:
         """A parameter as a weight; None where its gradient must not be deferred."""
         known = self._weights.get(id(parameter))
-        if known is not None and _is_set_to(parameter, known.alias):
+        # An operation that others would see, such as a selective checkpoint, is asked where there are none.
+        if known is not None and (
+            _is_set_to(parameter, known.alias) if dispatch_modes() else parameter.is_set_to(known.alias)
+        ):
             return known
         if not self.has(parameter):
             return None
@@ -80,6 +107,7 @@ class Recordable:
         """Something that is made of this parameter is a weight."""
         if id(parameter) not in self.woven:
             self.woven.add(id(parameter))
+            self.layers.clear()
             if id(parameter) not in self.accumulators:
                 self._watch(parameter)
 
@@ -103,6 +131,7 @@ class Recordable:
         """The parameter is not recorded again."""
         self._recordable.pop(key, None)
         self._weights.pop(key, None)
+        self.layers.clear()
         self.accumulators.pop(key, None)
 
     def pass_ended(self, graph_task: int) -> None:
@@ -120,7 +149,7 @@ class Recordable:
 
 
 def _is_set_to(parameter: Tensor, alias: Tensor) -> bool:
-    """Whether its memory, shape and strides are those of its alias. Not by an operation, which others would see."""
+    """As torch's, which is a third of the time: whether its memory, shape and strides are those of its alias."""
     return (
         parameter.data_ptr() == alias.data_ptr()
         and parameter.shape == alias.shape

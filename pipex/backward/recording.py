@@ -8,19 +8,23 @@ through.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from pipex.torch_internals import (
+    CHECKPOINT,
+    COMPOSABLE_CHECKPOINT,
     any_autocast,
-    checkpoints,
     forward_derivatives_level,
     functorch_active,
+    make_checkpoint,
 )
 
 # Looked up once: they are asked before every operation.
@@ -40,7 +44,7 @@ class Recorder(Protocol):
 
     def cast(self, region: int, *operands: Tensor | None) -> list[Any]: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> Tensor: ...
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor: ...
 
@@ -53,7 +57,7 @@ class _Local(threading.local):
 _local = _Local()
 _lock = threading.Lock()
 _open = 0  # tapes open in all threads
-_replaced: list[tuple[Any, str, Any]] = []  # meanwhile: owner, name, and torch's own
+_replaced: list[tuple[dict[str, Any], Iterable[str], list[Any]]] = []  # meanwhile: a module's names, which, originals
 
 
 def start(tape: Recorder) -> Recorder | None:
@@ -61,13 +65,13 @@ def start(tape: Recorder) -> Recorder | None:
     global _open
     with _lock:
         if _open == 0:
-            _replaced[:] = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACEMENTS]
-            for owner, name, ours in _REPLACEMENTS:
-                setattr(owner, name, ours)
-            for owner, name in checkpoints():
-                original = getattr(owner, name)
-                _replaced.append((owner, name, original))
-                setattr(owner, name, _checkpoints(original))
+            if COMPOSABLE_CHECKPOINT in sys.modules:
+                _REPLACEMENTS.setdefault(
+                    COMPOSABLE_CHECKPOINT, (vars(sys.modules[COMPOSABLE_CHECKPOINT]), _CHECKPOINTS)
+                )
+            for names, ours in _REPLACEMENTS.values():  # all of a module at once, for a forward of few operations
+                _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
+                names.update(ours)
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer
@@ -80,8 +84,9 @@ def stop(outer: Recorder | None) -> None:
     with _lock:
         _open -= 1
         if _open == 0:
-            for owner, name, original in _replaced:
-                setattr(owner, name, original)
+            for names, ours, originals in _replaced:
+                names.update(zip(ours, originals, strict=True))
+            _replaced.clear()
 
 
 def _tape_for(x: Tensor) -> Recorder | None:
@@ -104,14 +109,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     tape = _tape_for(input)
     if tape is None:
         return torch_linear(input, weight, bias)
-    if any_autocast():
+    cast = any_autocast()
+    if cast:
         input, weight, bias = tape.cast(_local.region, input, weight, bias)
-    if (
-        (input.dim() == 2 or (input.dim() > 2 and _folds(input)))
-        and weight.dim() == 2
-        and (bias is None or bias.shape == weight.shape[:1])
-    ):
-        return tape.linear(input, weight, bias)
+    dimensions = input.dim()
+    if dimensions == 2 or (dimensions > 2 and _folds(input)):
+        return tape.linear(input, weight, bias, cast)
     return torch_linear(input, weight, bias)
 
 
@@ -146,30 +149,26 @@ def _clear_autocast_cache() -> None:
     _torch_clear_autocast_cache()
 
 
-def _checkpoints(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of what makes torch's checkpoints (those that are not reentrant): what they run again is recorded as
-    it was the first time, so that the same tensors are saved."""
+def _make_checkpoint(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a checkpoint runs again is recorded as it was the first time, so that the same tensors are saved."""
+    tape = None if _compiling() else _local.tape
+    if tape is None:
+        return make_checkpoint(fn, *args, **kwargs)
 
-    def recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        tape = None if _compiling() else _local.tape
-        if tape is None:
-            return checkpoint(fn, *args, **kwargs)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        outer = start(tape.replay())
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            stop(outer)
 
-        def again(*args: Any, **kwargs: Any) -> Any:
-            outer = start(tape.replay())
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                stop(outer)
-
-        return checkpoint(again, *args, **kwargs)
-
-    return recorded
+    return make_checkpoint(again, *args, **kwargs)
 
 
-_REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
-    (F, "linear", _linear),
-    (F, "embedding", _embedding),
-    (torch, "clear_autocast_cache", _clear_autocast_cache),
-]
-"""By owner and name."""
+_CHECKPOINTS = {CHECKPOINT: _make_checkpoint}
+_REPLACEMENTS: dict[str, tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]] = {
+    F.__name__: (vars(F), {"linear": _linear, "embedding": _embedding}),
+    torch.__name__: (vars(torch), {"clear_autocast_cache": _clear_autocast_cache}),
+    torch.utils.checkpoint.__name__: (vars(torch.utils.checkpoint), _CHECKPOINTS),
+}
+"""By module: its names, and what stands for some of them."""

@@ -44,7 +44,7 @@ from pipex.backward.passes import (
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
-from pipex.backward.recordable import Recordable
+from pipex.backward.recordable import Layer, Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
 from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, made
@@ -56,6 +56,7 @@ from pipex.torch_internals import (
     engine,
     is_compiled,
     next_sequence_number,
+    top_saved_tensors_hooks,
     version,
 )
 
@@ -68,19 +69,21 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_casts", "_leaves", "_origins", "_outer", "_passes", "_recordable", "_uses", "end_node",
-        "first_node", "recording", "replays", "then",
+        "__weakref__", "_casts", "_layers", "_leaves", "_origins", "_outer", "_passes", "_products", "_recordable",
+        "_uses", "end_node", "first_node", "recording", "replays", "then",
     )  # fmt: skip
 
     def __init__(
         self, recordable: Recordable, then: Then | None, replayed: dict[int, Weight | None] | None = None
     ) -> None:
         self._recordable = recordable
+        self._layers = recordable.layers
         self.then = then
         self.replays = replayed is not None
         # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
         self._leaves = {} if replayed is None else replayed
-        self._origins = Origins()
+        self._products: list[Any] = []  # nodes of recorded operations, for
+        self._origins: Origins | None = None
         self._casts: Casts | None = None
         self.recording = False
         # What has its dy, in the order in which autograd came to it: the use, dy, and the version of dy.
@@ -100,8 +103,8 @@ class Tape:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         recording.stop(self._outer)
         self._outer, self.recording = None, False
-        self._origins.clear()
-        self._casts = None
+        self._products.clear()
+        self._origins = self._casts = None
         if self.then is None and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
             self._recordable.mixed.begin(self)
@@ -122,6 +125,10 @@ class Tape:
             return Weight(weight.alias, Cast(tensor, self._casts.region))
         if self._casts is not None and (leaf := self._casts.cast_of(tensor)) is not None:
             return None if self._leaf(leaf) is None else Weight(tensor.detach(), Cast(leaf, self._casts.region))
+        if self._origins is None:
+            self._origins = Origins()
+        self._origins.exclude(self._products)
+        self._products.clear()
         parameters = self._origins.parameters(tensor, self._may_be_woven)
         for parameter in parameters:
             self._weave(parameter)
@@ -188,15 +195,30 @@ class Tape:
             # Hooks on tensors run before those on nodes, so one that changes the gradient of y is seen.
             node.register_prehook(lambda gradients: use.capture(gradients[0]))
         else:
-            add_hooks(product, {0: use.capture})  # nobody else has this tensor
-            node = product.grad_fn
-        self._origins.exclude(node)
+            node = add_hooks(product, {0: use.capture})  # nobody else has this tensor
+        self._products.append(node)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x that torch makes a matrix of in any case, and a weight that is a matrix; recorded where the
-        gradient of ``weight`` or ``bias`` can be deferred."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> Tensor:
+        """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
+        ``bias`` can be deferred.
+
+        Args:
+            cast: whether these are operands as autocast casts them.
+        """
+        layer = self._layers.get(id(weight))
+        if (
+            layer is not None
+            and not cast
+            and x.requires_grad
+            and not x.is_cuda
+            and layer.is_as_it_was(bias)
+            and top_saved_tensors_hooks(False) is None
+        ):  # as below, where all that is asked is known
+            y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
+            self._hand_over(y, LinearUse(self, x, weight, bias))
+            return y
         w, b = self.weight(weight), self.weight(bias)
-        if w is None and b is None:
+        if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
         # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
         kept = x.new_empty(0) if w is None else x
@@ -205,6 +227,9 @@ class Tape:
             activation = activation_of(x, self.first_node)
             if activation is not None and worthwhile(activation, x, w.alias):
                 return activated_linear(use, x, activation, w.alias, None if b is None else b.alias)
+        known = bias is None or (b is not None and b.target is bias)
+        if known and w is not None and w.target is weight and not self._recordable.fuses(x):
+            self._layers[id(weight)] = Layer(weight, bias, w.alias, None if b is None else b.alias)
         weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
         if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
             y = recording.torch_linear(x, weight, bias)

@@ -94,12 +94,16 @@ class Use:
         self.x: Tensor | Packed = x
         hooks = top_saved_tensors_hooks(False)
         if hooks is not None:
-            x = x.detach()
-            if tape.replays:
-                x.__dict__["again"] = self  # the use of the first run gets this tensor
-                hooks[0](x)
-            else:
-                self.x = Packed(x, *hooks)
+            self._pack(*hooks)
+
+    def _pack(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        assert isinstance(self.x, Tensor)
+        x = self.x.detach()
+        if self.tape.replays:
+            x.__dict__["again"] = self  # the use of the first run gets this tensor
+            pack(x)
+        else:
+            self.x = Packed(x, pack, unpack)
 
     def capture(self, dy: Tensor | None) -> None:
         """Takes dy, None where it is zero; autograd calls it in I, before it goes on to the operation's input."""

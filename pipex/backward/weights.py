@@ -79,13 +79,9 @@ class Origins:
             return []
         return [node.variable for node in reachable((root,)) if hasattr(node, "variable")]
 
-    def clear(self) -> None:
-        """Called when the forward has ended."""
-        self._known.clear()
-
-    def exclude(self, node: Any) -> None:
-        """Of a recorded operation, whose graph has no way to its weight."""
-        self._known[node] = False
+    def exclude(self, nodes: Iterable[Any]) -> None:
+        """Of recorded operations, whose graphs have no way to their weights."""
+        self._known.update(dict.fromkeys(nodes, False))
 
     def _are(self, root: Any, is_one: Callable[[Tensor], bool]) -> bool:
         """Looks at every node once in a forward."""

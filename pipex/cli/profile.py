@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipex.cli.factory import find_factory
@@ -14,7 +14,8 @@ from pipex.cli.train.options import Options
 from pipex.errors import InputError
 
 if TYPE_CHECKING:
-    from pipex.plan.layer_costs import LayerCosts
+    from pipex.partition import LayerSplit
+    from pipex.plan.layer_costs import Layer, LayerCosts
 
 EPILOG = """\
 MODULE:FACTORY names a function without arguments in a module that Python can import from here. It returns a tuple
@@ -82,17 +83,25 @@ def run(options: argparse.Namespace) -> int:
         model, sample, target, loss_fn = _own(options) if options.hf is None else _hugging_face(options)
     if options.out is not None:
         _check_writable(options.out)
-    from pipex.partition import profile_layers
+    from pipex.partition import profile_split
     from pipex.runtime.worlds import set_threads
 
     set_threads(options.ranks)
-    costs = profile_layers(model, sample, target, loss_fn, passes=options.passes)
+    costs, splits = profile_split(model, sample, target, loss_fn, passes=options.passes)
     if options.out is not None:
         costs.write(options.out)
     cut = _cut(costs, options.ranks)
-    print("\n".join(_table(costs, options.ranks, cut)), file=sys.stderr if options.json else sys.stdout, flush=True)
+    print(
+        "\n".join(_table(costs, splits, options.ranks, cut)),
+        file=sys.stderr if options.json else sys.stdout,
+        flush=True,
+    )
     if options.json:
-        print(json.dumps({"costs": json.loads(costs.to_text()), "ranks": options.ranks, **cut}))
+        layers = zip(costs.layers, splits, strict=True)
+        print(json.dumps({
+            "costs": json.loads(costs.to_text()), "split": [_split(*layer) for layer in layers],
+            "ranks": options.ranks, **cut,
+        }))  # fmt: skip
     return 0
 
 
@@ -179,13 +188,32 @@ def _cut(costs: LayerCosts, ranks: int) -> dict[str, Any]:
     return {"counts": list(found.counts), "bottleneck": found.bottleneck, "bottleneck_uniform": even}
 
 
-def _table(costs: LayerCosts, ranks: int, cut: dict[str, Any]) -> list[str]:
+def _split(layer: Layer, split: LayerSplit) -> dict[str, float | None]:
+    """The share of the layer's weight gradients that waits for W, None where it has none; and what I and W take
+    together, over one whole backward."""
+    return {
+        "deferred_share": split.waiting / split.weights if split.weights else None,
+        "over_whole": (layer.input_gradient + layer.weight_gradient) / split.whole if split.whole else None,
+    }
+
+
+def _table(costs: LayerCosts, splits: Sequence[LayerSplit], ranks: int, cut: dict[str, Any]) -> list[str]:
     names = ("forward", "input_gradient", "weight_gradient", "activation", "deferred", "parameters", "output")
     figures = [[getattr(layer, name) for name in names] for layer in costs.layers]
     figures.append([sum(column) for column in zip(*figures, strict=True)])
     cells = [[f"{v * 1e6:,.0f}" for v in row[:3]] + [f"{v / 1024:,.1f}" for v in row[3:]] for row in figures]
     cells[-1][-1] = ""  # outputs do not add up to anything
-    head = ["F µs", "I µs", "W µs", "activation", "deferred", "parameters", "output"]
+    every = [_split(*layer) for layer in zip(costs.layers, splits, strict=True)]
+    for row, said in zip(cells, every, strict=False):
+        row += [
+            "-" if value is None else f"{value:{form}}"
+            for value, form in zip(said.values(), (".0%", ".2f"), strict=True)
+        ]
+    weights = sum(split.weights for split in splits)
+    waiting, whole = sum(split.waiting for split in splits), sum(split.whole for split in splits)
+    halves = figures[-1][1] + figures[-1][2]
+    cells[-1] += [f"{waiting / weights:.0%}" if weights else "-", f"{halves / whole:.2f}" if whole else "-"]
+    head = ["F µs", "I µs", "W µs", "activation", "deferred", "parameters", "output", "waits", "(I+W)/B"]
     titles = ["layer", *(layer.name for layer in costs.layers), "all"]
     rows = [[title, *row] for title, row in zip(titles, [head, *cells], strict=True)]
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -193,7 +221,7 @@ def _table(costs: LayerCosts, ranks: int, cut: dict[str, Any]) -> list[str]:
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
         for row in rows
     ]
-    lines.append(f"measured on {costs.about}; sizes in KiB")
+    lines.append(f"measured on {costs.about}; sizes in KiB; waits: the share of weight gradients that W makes")
     if cut["counts"] is None:
         return [*lines, f"{ranks} ranks: more than there are layers"]
     gain = 1 - cut["bottleneck"] / cut["bottleneck_uniform"] if cut["bottleneck_uniform"] else 0.0

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from time import perf_counter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipex.backward import Splitter
+from pipex.backward.waiting import Waiting
 from pipex.errors import InputError, UnsupportedModule, headline
 from pipex.hugging_face.conventions import is_pretrained
 from pipex.partition.layers import layers_of, names_layers
@@ -30,6 +32,20 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 WARM_UP = 2
 """Passes that do not count: the first ones choose algorithms, fill caches and allocate the gradients."""
+
+
+class LayerSplit(NamedTuple):
+    """What becomes of a layer's backward when it is split.
+
+    Attributes:
+        weights: elements of its weights that are trained (``pipex.backward.waiting``).
+        waiting: those of them whose gradients wait for W.
+        whole: seconds of one whole backward, beside which those of I and W stand.
+    """
+
+    weights: int
+    waiting: int
+    whole: float
 
 
 def profile_layers(
@@ -63,6 +79,20 @@ def profile_layers(
         InputError: no passes, no layers, no tensors in the sample, no loss or one of several elements.
         UnsupportedModule: the model has no layers to be found, cannot be copied, or a layer returns no tensors.
     """
+    return _profile(model, sample, target, loss_fn, layers, passes, beside_whole=False)[0]
+
+
+def profile_split(
+    model: nn.Module, sample: Any, target: Any, loss_fn: LossFunction | Literal["model"], *, passes: int = 10
+) -> tuple[LayerCosts, list[LayerSplit]]:
+    """``profile_layers``, and what the split does to each layer: whole backwards are measured in between."""
+    return _profile(model, sample, target, loss_fn, None, passes, beside_whole=True)
+
+
+def _profile(
+    model: nn.Module, sample: Any, target: Any, loss_fn: LossFunction | Literal["model"],
+    layers: Sequence[str] | None, passes: int, *, beside_whole: bool,
+) -> tuple[LayerCosts, list[LayerSplit]]:  # fmt: skip
     if passes < 1:
         raise InputError("nothing would be measured", got=f"passes={passes}", needed="at least 1")
     if layers is None and names_layers(model) and not is_pretrained(model):
@@ -78,12 +108,25 @@ def profile_layers(
     with torch.random.fork_rng(cuda), torch.enable_grad():
         run = _Passes(modules, names, inputs)
         sizes = run.sizes()
-        seconds = [run.seconds() for _ in range(WARM_UP + passes)][WARM_UP:]
+        seconds, wholes = [], []
+        for _ in range(WARM_UP + passes):
+            seconds.append(run.seconds())
+            if beside_whole:
+                wholes.append(run.whole_seconds())
+        seconds, wholes = seconds[WARM_UP:], wholes[WARM_UP:]
     costs = []
     for index, name in enumerate(names):
         forward, input_gradient, weight_gradient = (min(one[kind][index] for one in seconds) for kind in range(3))
         costs.append(Layer(name, forward, input_gradient, weight_gradient, *sizes[index]))
-    return LayerCosts(tuple(costs), about=_about(inputs))
+    splits = (
+        [
+            LayerSplit(waiting.weights, waiting.waiting, min(column))
+            for waiting, column in zip(run.waiting, zip(*wholes, strict=True), strict=True)
+        ]
+        if beside_whole
+        else []
+    )
+    return LayerCosts(tuple(costs), about=_about(inputs)), splits
 
 
 class _WithLoss(nn.Module):
@@ -111,6 +154,7 @@ class _Passes:
         self._layers = layers
         self._names = names
         self._splitters = [Splitter.of(layer) for layer in layers]
+        self.waiting = [Waiting(layer) for layer in layers]
 
     def seconds(self) -> tuple[list[float], list[float], list[float]]:
         """Of F, I and W, per layer."""
@@ -124,6 +168,13 @@ class _Passes:
         f, i, w = (clock.seconds() for clock in clocks)
         return f, i[::-1], w
 
+    def whole_seconds(self) -> list[float]:
+        """Of a whole backward, per layer."""
+        clock = _Clock(self._inputs[0].device)
+        runs = list(self._forward(_Clock(self._inputs[0].device), split=False))
+        self._backward(runs, clock, split=False)
+        return clock.seconds()[::-1]
+
     def sizes(self) -> list[tuple[int, int, int, int]]:
         """Bytes per layer: activation, deferred, parameters, output."""
         clock = _Clock(self._inputs[0].device)
@@ -135,21 +186,21 @@ class _Passes:
         parameters = [sum(p.nbytes for p in run.layer.parameters()) for run in runs]
         return list(zip(activations, [run.kept_for_weight() for run in runs], parameters, outputs, strict=True))
 
-    def _forward(self, clock: _Clock) -> Iterable[_Run]:
+    def _forward(self, clock: _Clock, *, split: bool = True) -> Iterable[_Run]:
         values = self._inputs
         for index, (layer, splitter) in enumerate(zip(self._layers, self._splitters, strict=True)):
             run = _Run(layer, splitter, values, first=index == 0)
             with clock:
-                output = run.forward()
+                output = run.forward() if split else run.layer(*run.arguments)
             values = run.outputs = _tensors(output, self._names[index])
             yield run
 
-    def _backward(self, runs: Sequence[_Run], clock: _Clock) -> None:
+    def _backward(self, runs: Sequence[_Run], clock: _Clock, *, split: bool = True) -> None:
         gradients: Sequence[Tensor | None] = [None]
-        for run in reversed(runs):
+        for run, waiting in zip(reversed(runs), reversed(self.waiting), strict=True):
             roots, seeds = run.roots(gradients)
-            with clock:
-                found = run.tape.backward_input(roots, seeds, run.leaves) if roots else [None] * len(run.leaves)
+            with waiting.look() if split else nullcontext(), clock:
+                found = run.backward(roots, seeds, split)
             gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, run.leaves, strict=True)]
             run.outputs = run.arguments = ()
 
@@ -172,6 +223,14 @@ class _Run:
     def roots(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Where the backward starts, from the gradients of the outputs that need one."""
         return [y for y in self.outputs if y.requires_grad], list(gradients)
+
+    def backward(self, roots: list[Tensor], seeds: list[Tensor | None], split: bool) -> Sequence[Tensor | None]:
+        """I, or a whole backward; the gradients of the inputs that need one."""
+        if split and roots:
+            return self.tape.backward_input(roots, seeds, self.leaves)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        return [x.grad for x in self.leaves]
 
     def kept_for_backward(self) -> int:
         """Bytes that the layer keeps from F to I: its input, and what autograd saves; not its output, which counts as

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipex.backward.waiting import warn_if_few_wait
 from pipex.errors import PipexError
 from pipex.runtime import intake, microbatch
 from pipex.runtime.agreement import share
@@ -16,6 +17,8 @@ from pipex.transport.interface import Phase
 
 class Passes(Session):
     """A session that can run its plan."""
+
+    _judged = False  # whether it is known how many of the weight gradients wait
 
     def _train(self, call: str, batch: Any, target: Any, total: object) -> tuple[float, int]:
         """Forwards and backwards. Returns the mean loss, and since when this rank has been done with its actions.
@@ -29,6 +32,8 @@ class Passes(Session):
             with parts.seeds.apart(data.step, self.world.rank):
                 parts.executor.train(data)
             parts.trainables.backward_done()
+            if not self._judged:
+                self._judged = warn_if_few_wait(runner.waiting for runner in parts.runners.values())
             since = self._phase(data.step, Phase.REDUCE)
             loss = self._end()
             parts.times.finish()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipex.backward import Splitter, Tape
+from pipex.backward.waiting import Waiting
 from pipex.errors import MessageMismatch, UnsupportedModule
 from pipex.partition import Stage
 from pipex.plan import Placement
@@ -96,6 +97,7 @@ class StageRunner:
         self._accumulators = accumulators
         self._watch = watch
         self._splitter = Splitter.of(stage, exact)
+        self.waiting = Waiting(stage, index)
         self.survey = survey(stage)
 
     def look(self) -> None:
@@ -207,7 +209,7 @@ class StageRunner:
         assert live.tape is not None, "the plan said B for this micro-batch"
         roots, seeds = self._seeded(live, gradients)
         if roots:
-            with self._accumulators.during(self.index):
+            with self._accumulators.during(self.index), self.waiting.look():
                 live.tape.backward_input(roots, seeds, ())
         found = live.received.gradients()
         live.roots, live.received = (), _NOTHING

@@ -15,7 +15,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from pipex.errors import InputError
+from pipex.errors import InputError, outside
 from pipex.partition import Stage
 from pipex.runtime.agreement import compare, share
 from pipex.runtime.commit import Gradients
@@ -315,13 +315,5 @@ class Update:
             warnings.warn(
                 f"no gradient came to {names}; if this is meant, freeze it, else look for where the forward leaves it "
                 "out or detaches it",
-                stacklevel=_outside(),
+                stacklevel=outside(),
             )
-
-
-def _outside() -> int:
-    """The ``stacklevel`` of the line that has called pipex."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "pipex":
-        frame, level = frame.f_back, level + 1
-    return level

@@ -73,19 +73,9 @@ def test_the_model_of_train_is_measured_as_a_command(tmp_path: Path) -> None:
 def test_a_table_for_people(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = pipex(capsys, *SMALL, "--tied")
     lines = out.splitlines()
-    assert lines[0].split() == [
-        "layer",
-        "F",
-        "µs",
-        "I",
-        "µs",
-        "W",
-        "µs",
-        "activation",
-        "deferred",
-        "parameters",
-        "output",
-    ]
+    head = "layer F µs I µs W µs activation deferred parameters output waits (I+W)/B"
+    assert lines[0].split() == head.split()
+    assert [line.split()[-2] for line in lines[1:6]] == ["100%"] * 5
     assert [line.split()[0] for line in lines[1:6]] == ["embed", "blocks.0", "blocks.1", "head", "all"]
     assert lines[1].split()[6] == "17.0"  # KiB: 256 tokens and 16 positions of width 16
     assert "int64[1, 16]" in lines[6]
@@ -95,8 +85,13 @@ def test_a_table_for_people(here: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_user_s_model_is_measured(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = pipex(capsys, "user_model_to_profile:made", "--json", "--ranks", "1", "--passes", "1")
-    layers = json.loads(out)["costs"]["layers"]
+    result = json.loads(out)
+    layers, splits = result["costs"]["layers"], result["split"]
     assert [(layer["name"], layer["parameters"]) for layer in layers] == [("0", 64 * 9 * 4), ("1", 0), ("2", 65 * 4)]
+    assert [split["deferred_share"] for split in splits] == [1, None, 1]
+    for layer, split in zip(layers, splits, strict=True):
+        halves = layer["input_gradient"] + layer["weight_gradient"]
+        assert halves < 100 * split["over_whole"], "a whole backward takes seconds, but not a hundred"
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from module_kinds import WIDTH, opaque
 from torch import Tensor, nn
 
 from pipex.backward import Tape
 from pipex.errors import InputError, UnsupportedModule
 from pipex.partition import profile as module
-from pipex.partition import profile_layers
+from pipex.partition import profile_layers, profile_split
 from pipex.partition.profile import WARM_UP
 
 
@@ -155,6 +156,17 @@ def test_times_go_to_their_layers_and_the_loss_to_the_last(ticks: Ticks, monkeyp
     assert [layer.forward for layer in costs.layers] == [1, 4, 0, 64]
     assert [layer.input_gradient for layer in costs.layers] == [2, 8, 0, 128]
     assert [layer.weight_gradient for layer in costs.layers] == [4, 4, 6, 3]
+
+
+def test_what_a_split_does_to_a_layer_is_measured_beside_whole_backwards(ticks: Ticks) -> None:
+    """Of the layer in the middle the weight's gradient is made wherever autograd comes by; the last one has none."""
+    model = nn.Sequential(Slow(1.0, 2.0), opaque(), Slow(4.0, 8.0), nn.Tanh())
+    model[0].linear, model[2].linear = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(4, 5, WIDTH)
+    costs, splits = profile_split(model, x, x, F.mse_loss, passes=3)
+    assert [(split.waiting, split.weights) for split in splits] == [(64, 64), (0, 64), (64, 64), (0, 0)]
+    assert [split.whole for split in splits] == [2, 0, 8, 0]
+    assert [layer.input_gradient for layer in costs.layers] == [2, 0, 8, 0]
 
 
 def test_disturbed_passes_and_the_first_ones_do_not_count(ticks: Ticks) -> None:
