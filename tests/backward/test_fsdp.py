@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from replicated_steps import (
     WIDTH,
+    Adapted,
     Block,
     Cast,
     Checkpointed,
@@ -64,6 +65,7 @@ JOBS = {
     "blocks in bfloat16": Job(partial(sharded, mp_policy=LOW)),
     "groups that run in part": Job(sharded, block=Spare),
     "gradients that are accumulated over steps": Job(partial(sharded, mp_policy=LOW), clear=False),
+    "weights made of parameters": Job(sharded, block=Adapted),
     "autocast": Job(sharded, block=Cast),
     "checkpoints": Job(partial(sharded, reshard_after_forward=True), block=Checkpointed),
     "replicas of what is sharded": Job(partial(sharded, mp_policy=LOW), data=(2, 2)),

@@ -59,6 +59,18 @@ class Spare(nn.Module):
         return self.first(x) + x
 
 
+class Adapted(Block):
+    """With a weight that is made of two parameters, which are weights themselves too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, WIDTH)), nn.Parameter(torch.randn(WIDTH, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + F.linear(torch.tanh(x), self.b @ self.a) + F.linear(F.linear(x, self.a), self.b)
+
+
 class Cast(Block):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
