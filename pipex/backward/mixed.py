@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from pipex.backward.accumulate import hooks_on
 from pipex.backward.uses import Captor, Use
@@ -66,6 +67,7 @@ class Mixed:
         self._made: set[Any] = set()  # nodes
         self._under_way: WeakSet[Any] = WeakSet()
         self._passed = False
+        self._taking: list[RemovableHandle] = []
         self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []  # for one pass: where hooks were, and which
 
     @property
@@ -120,6 +122,9 @@ class Mixed:
 
     def pass_ended(self) -> None:
         """Called after an announced pass."""
+        for handle in self._taking:  # W may come by here
+            handle.remove()
+        self._taking.clear()
         for hooks, taken in self._silenced:
             hooks.update(taken)
         self._silenced.clear()
@@ -156,7 +161,7 @@ class Mixed:
                     tape.captured(GivenUse(tape, parameter), gradient)
             return tuple(kept)
 
-        node.register_hook(take)
+        self._taking.append(node.register_hook(take))
 
     def _tape_of(self, node: Any) -> Forward | None:
         number = sequence_number(node)

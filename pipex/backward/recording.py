@@ -21,7 +21,6 @@ from torch import Tensor
 from pipex.torch_internals import (
     CHECKPOINT,
     COMPOSABLE_CHECKPOINT,
-    any_autocast,
     forward_derivatives_level,
     functorch_active,
     make_checkpoint,
@@ -42,9 +41,7 @@ class Recorder(Protocol):
     def replay(self) -> Recorder:
         """One for running a part of the forward again."""
 
-    def cast(self, region: int, *operands: Tensor | None) -> list[Any]: ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> Tensor: ...
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor: ...
 
@@ -89,6 +86,11 @@ def stop(outer: Recorder | None) -> None:
             _replaced.clear()
 
 
+def region() -> int:
+    """The number of the autocast region that this thread is in."""
+    return _local.region
+
+
 def _tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread
@@ -109,12 +111,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     tape = _tape_for(input)
     if tape is None:
         return torch_linear(input, weight, bias)
-    cast = any_autocast()
-    if cast:
-        input, weight, bias = tape.cast(_local.region, input, weight, bias)
     dimensions = input.dim()
     if dimensions == 2 or (dimensions > 2 and _folds(input)):
-        return tape.linear(input, weight, bias, cast)
+        return tape.linear(input, weight, bias)
     return torch_linear(input, weight, bias)
 
 

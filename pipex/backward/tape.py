@@ -47,7 +47,7 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Layer, Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, made
+from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, is_cached, made
 from pipex.torch_internals import (
     add_hooks,
     any_autocast,
@@ -114,17 +114,20 @@ class Tape:
         gone back through."""
         return Tape(self._recordable, self.then, self._leaves)
 
-    def weight(self, tensor: Tensor | None) -> Weight | None:
-        """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred."""
+    def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None:
+        """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred.
+
+        Args:
+            lower: whether it is an operation that autocast runs in lower precision.
+        """
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
             weight = self._leaf(tensor)
-            if weight is None or weight.target is not tensor or self._casts is None or not any_autocast():
+            if weight is None or weight.target is not tensor or not any_autocast() or not is_cached(tensor):
                 return weight
-            return Weight(weight.alias, Cast(tensor, self._casts.region))
-        if self._casts is not None and (leaf := self._casts.cast_of(tensor)) is not None:
-            return None if self._leaf(leaf) is None else Weight(tensor.detach(), Cast(leaf, self._casts.region))
+            casts = self._casts_now()
+            return Weight(casts.again(tensor, weight.alias) if lower else weight.alias, Cast(tensor, casts.region))
         if self._origins is None:
             self._origins = Origins()
         self._origins.exclude(self._products)
@@ -159,15 +162,16 @@ class Tape:
             self._leaves.setdefault(id(leaf), None)
             self._recordable.weave(leaf)
 
-    def cast(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
-        """The operands of an operation that autocast runs in lower precision, as it casts them.
+    def cast(self, *operands: Tensor | None) -> list[Any]:
+        """The operands of an operation that autocast runs in lower precision, as it casts them, but for weights: these
+        it casts itself."""
+        return self._casts_now().of(*operands)
 
-        Args:
-            region: the autocast region's number.
-        """
-        if self._casts is None:
-            self._casts = Casts(lambda leaf: self._has(leaf) and id(leaf) not in self._recordable.woven)
-        return self._casts.of(region, *operands)
+    def _casts_now(self) -> Casts:
+        region = recording.region()
+        if self._casts is None or self._casts.region != region:
+            self._casts = Casts(region, self._has)
+        return self._casts
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
         """The output of a recorded operation, with a place in the graph at which the use gets its dy.
@@ -185,9 +189,8 @@ class Tape:
     def _hand_over(self, y: Tensor, use: Use) -> None:
         """Gives the use the gradient of a fresh product, after all hooks that anybody puts on ``y``.
 
-        In-place operations on y put their nodes behind the product's own; but where y is a view of the product (more
-        than two dimensions), they replace the view's node, which then sees no gradient. So the hook stands on the
-        product.
+        In-place operations on a y that is a view of the product (more than two dimensions) replace the view's node,
+        which then sees no gradient. So the hook stands on the product.
         """
         product = base(y)
         if product is None:
@@ -198,26 +201,25 @@ class Tape:
             node = add_hooks(product, {0: use.capture})  # nobody else has this tensor
         self._products.append(node)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
-        ``bias`` can be deferred.
-
-        Args:
-            cast: whether these are operands as autocast casts them.
-        """
+        ``bias`` can be deferred."""
+        lower = any_autocast()
         layer = self._layers.get(id(weight))
         if (
             layer is not None
-            and not cast
+            and not lower
             and x.requires_grad
             and not x.is_cuda
-            and layer.is_as_it_was(bias)
             and top_saved_tensors_hooks(False) is None
+            and layer.is_as_it_was(bias)
         ):  # as below, where all that is asked is known
             y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
             self._hand_over(y, LinearUse(self, x, weight, bias))
             return y
-        w, b = self.weight(weight), self.weight(bias)
+        if lower:
+            (x,) = self.cast(x)
+        w, b = self.weight(weight, lower), self.weight(bias, lower)
         if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
         # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.

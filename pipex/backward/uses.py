@@ -28,13 +28,14 @@ class Sums:
 
     def add(self, target: Target, gradient: Tensor) -> None:
         key: object
-        if isinstance(target, Made):
-            key = target.edge
-        elif isinstance(target, Cast) and gradient.dtype is not target.parameter.dtype:
-            key = id(target.parameter), target.region
+        if isinstance(target, Cast):
+            lower = gradient.dtype is not target.parameter.dtype
+            key = (id(target.parameter), target.region) if lower else id(target.parameter)
+            target = target if lower else target.parameter
         else:
-            target = target.parameter if isinstance(target, Cast) else target
-            key = id(target)
+            key = target.edge if isinstance(target, Made) else id(target)
+            if gradient.dtype is not target.dtype:  # of an operation that autocast has run on a cast of its own
+                gradient = gradient.to(target.dtype)
         place = self._place.setdefault(key, len(self.targets))
         if place == len(self.targets):
             self.targets.append(target)

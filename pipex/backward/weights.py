@@ -26,6 +26,7 @@ class Made(NamedTuple):
     """Something made of parameters: where its gradient enters its graph. The tensor itself is not kept."""
 
     edge: GradientEdge
+    dtype: torch.dtype
 
 
 class Cast(NamedTuple):
@@ -137,31 +138,26 @@ def _following(node: Any) -> Iterator[Any]:
 
 
 class Casts:
-    """autocast's casts of the operands of one forward, with its cache: in one region a leaf in float32 is cast once, so
-    that gradients of its uses are summed in the lower precision, and cast back once.
+    """autocast's casts for the operations of one forward, with its cache: in one region a leaf in float32 is cast once.
 
-    A region ends when torch clears its own cache (``recording``). A parameter that is a weight for the first time in
-    one is left for autocast itself to cast, which is cheaper.
+    Weights of recorded operations are left for autocast itself to cast, which is cheaper, but for those that are used
+    more than once.
 
     Args:
-        is_parameter: whether a leaf is one of those whose gradients may wait.
+        region: of autocast, which ends when torch clears its own cache (``recording``).
+        is_weight: whether the gradient of a leaf may wait.
     """
 
-    __slots__ = ("_cache", "_is_parameter", "_left", "_parameters", "region")
+    __slots__ = ("_cache", "_is_weight", "_seen", "region")
 
-    def __init__(self, is_parameter: Callable[[Tensor], bool]) -> None:
-        self._is_parameter = is_parameter
-        self._cache: dict[int, Tensor] = {}  # by id of the leaf
-        self._parameters: dict[int, Tensor] = {}  # by id of its cast, the leaf
-        self._left: set[int] = set()  # ids of parameters
-        self.region = -1
+    def __init__(self, region: int, is_weight: Callable[[Tensor], bool]) -> None:
+        self.region = region
+        self._is_weight = is_weight
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the leaf: it, and its cast
+        self._seen: set[int] = set()  # ids of weights
 
-    def of(self, region: int, *operands: Tensor | None) -> list[Tensor | None]:
+    def of(self, *operands: Tensor | None) -> list[Tensor | None]:
         """The operands of an operation that autocast runs in lower precision; all on one device, the first is there."""
-        if region != self.region:
-            self.region = region
-            for known in (self._cache, self._parameters, self._left):
-                known.clear()
         first = operands[0]
         assert first is not None
         device = first.device.type
@@ -171,29 +167,37 @@ class Casts:
         return [operand if operand is None else self._of(operand, dtype) for operand in operands]
 
     def _of(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
-        key, now = id(operand), operand.dtype
-        if key in self._cache:
-            return self._cache[key]
+        now = operand.dtype
         if now is dtype or now is torch.float64 or not now.is_floating_point:
             return operand
-        if not (operand.is_leaf and operand.requires_grad and now is torch.float32) or is_view(operand):
+        if not operand.is_leaf:
             return operand.to(dtype)
-        if not torch.is_autocast_cache_enabled():
-            return operand.to(dtype)
-        is_parameter = self._is_parameter(operand)
-        if is_parameter and key not in self._left:
-            self._left.add(key)
+        if self._is_weight(operand):
             return operand
-        found = self._cache[key] = operand.to(dtype)
-        if is_parameter:
-            self._parameters[id(found)] = operand
-        return found
+        return self._cached(operand, operand, dtype) if is_cached(operand) else operand.to(dtype)
 
-    def cast_of(self, tensor: Tensor) -> Tensor | None:
-        """The leaf that this is the cast of, if it was made here."""
-        return self._parameters.get(id(tensor))
+    def again(self, leaf: Tensor, alias: Tensor) -> Tensor:
+        """The alias of a weight, cast if this is not its first use."""
+        device = alias.device.type
+        if id(leaf) in self._seen and torch.is_autocast_enabled(device):
+            return self._cached(leaf, alias, torch.get_autocast_dtype(device))
+        self._seen.add(id(leaf))
+        return alias
+
+    def _cached(self, leaf: Tensor, operand: Tensor, dtype: torch.dtype) -> Tensor:
+        known = self._cache.get(id(leaf))
+        if known is None:
+            known = self._cache[id(leaf)] = leaf, operand.to(dtype)
+        return known[1]
+
+
+def is_cached(leaf: Tensor) -> bool:
+    """Whether autocast keeps a leaf's cast, so that gradients of its uses in a region are summed in lower precision."""
+    return (
+        leaf.dtype is torch.float32 and leaf.requires_grad and not is_view(leaf) and torch.is_autocast_cache_enabled()
+    )
 
 
 def made(tensor: Tensor) -> Weight:
     """For a tensor that is made of parameters alone."""
-    return Weight(tensor.detach(), Made(get_gradient_edge(tensor)))
+    return Weight(tensor.detach(), Made(get_gradient_edge(tensor), tensor.dtype))
