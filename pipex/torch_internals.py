@@ -244,7 +244,7 @@ def unsharded_parameter(sharded: Any) -> Tensor | None:
 
 
 context_of: Callable[[Any], Any] = attrgetter("_state_ctx")  # what the states of one root have in common
-is_root: Callable[[Any], bool] = lambda state: bool(state._is_root)  # noqa: E731
+is_root: Callable[[Any], bool] = attrgetter("_is_root")
 finish_reductions: Callable[[Any], None] = methodcaller("_root_post_backward_final_callback")  # of a root
 
 

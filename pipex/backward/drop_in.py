@@ -31,6 +31,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipex.backward.ddp import deferrable, reduce
@@ -237,6 +239,7 @@ def _backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, last_backward: bo
         _splitters[self].fused.add()  # of the W's before, where this micro-batch went through nothing recorded
 
 
+@torch.no_grad()
 def _scale_grads(self: Stage, grad_scale_factor: int) -> None:
     """Divides the gradients of a stage, once its last micro-batch has come. That of a parameter which other stages of
     the rank hold too is complete, and divided, with the last of these."""
@@ -247,7 +250,9 @@ def _scale_grads(self: Stage, grad_scale_factor: int) -> None:
             if holders[id(parameter)] > 0:
                 continue
         if parameter.grad is not None and grad_scale_factor != 1:
-            parameter.grad.div_(grad_scale_factor)
+            # Of a DTensor, as FSDP2's are, this rank's part, without what a DTensor does around a division.
+            part = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            part.div_(grad_scale_factor)
 
 
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {

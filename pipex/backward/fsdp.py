@@ -9,7 +9,8 @@ memory comes and goes:
         reduced ─► reduced, if FSDP2 is to (``set_requires_gradient_sync``)
 
 So micro-batches are summed one by one, as without the split, and there is one reduction for the gradients of I and W.
-torch's schedules reduce in an action of their own behind a stage's last W; until then they tell FSDP2 not to.
+torch's schedules reduce in an action of their own behind a stage's last W; until then they tell FSDP2 not to. Whoever
+has every W reduce has what I's have made by then reduced with it, be it of later micro-batches.
 """
 
 from __future__ import annotations

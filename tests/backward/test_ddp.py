@@ -12,7 +12,7 @@ from unittest import mock
 import persistent
 import pytest
 import torch
-from replicated_steps import Cast, Checkpointed, Job, Seen, Spare, check, results
+from replicated_steps import Adapted, Cast, Checkpointed, Job, Seen, Spare, check, results
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -46,6 +46,7 @@ JOBS = {
     "all parameters used, unknown to DDP": Job(partial(replicated, **UNUSED)),
     "unused parameters": Job(partial(replicated, **UNUSED), block=Spare),
     "a parameter with sparse gradients": Job(sparse),
+    "weights made of parameters": Job(replicated, block=Adapted),
     "autocast": Job(replicated, block=Cast),
     "checkpoints": Job(replicated, block=Checkpointed),
     "a V": Job(replicated, pipe=2, schedule="ZBVZeroBubble"),

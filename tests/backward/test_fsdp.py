@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from replicated_steps import (
     WIDTH,
+    Adapted,
+    Around,
     Block,
     Cast,
     Checkpointed,
@@ -64,8 +66,10 @@ JOBS = {
     "blocks in bfloat16": Job(partial(sharded, mp_policy=LOW)),
     "groups that run in part": Job(sharded, block=Spare),
     "gradients that are accumulated over steps": Job(partial(sharded, mp_policy=LOW), clear=False),
+    "weights made of parameters": Job(sharded, block=Adapted),
     "autocast": Job(sharded, block=Cast),
     "checkpoints": Job(partial(sharded, reshard_after_forward=True), block=Checkpointed),
+    "checkpoints around blocks": Job(partial(sharded, reshard_after_forward=True, mp_policy=LOW), block=Around),
     "replicas of what is sharded": Job(partial(sharded, mp_policy=LOW), data=(2, 2)),
     "replicas": Job(replicated),
     "a V": Job(partial(sharded, mp_policy=LOW), pipe=2, schedule="ZBVZeroBubble", dtype=torch.bfloat16),
@@ -205,3 +209,16 @@ def test_without_a_schedule_w_reduces_as_a_backward_would(tmp_path: Path, loop: 
 
 def kinds(seen: Seen, event: str) -> int:
     return sum(name == event for name, _ in seen.events)
+
+
+def parts_alone(module: nn.Module, mesh: DeviceMesh, seen: Seen) -> nn.Module:
+    """Without the stage around them."""
+    for part in [part for part in module.modules() if isinstance(part, Block)]:
+        fully_shard(part, mesh=mesh)
+        for name, parameter in part.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.hooks.update([name]))
+    return module
+
+
+def test_parts_of_a_stage_are_reduced_with_each_micro_batch_as_torch_does(tmp_path: Path) -> None:
+    check(*results(Job(parts_alone), tmp_path / "store"))

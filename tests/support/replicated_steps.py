@@ -59,6 +59,18 @@ class Spare(nn.Module):
         return self.first(x) + x
 
 
+class Adapted(Block):
+    """With a weight that is made of two parameters, which are weights themselves too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, WIDTH)), nn.Parameter(torch.randn(WIDTH, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + F.linear(torch.tanh(x), self.b @ self.a) + F.linear(F.linear(x, self.a), self.b)
+
+
 class Cast(Block):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -68,6 +80,17 @@ class Cast(Block):
 class Checkpointed(Block):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Around(nn.Module):
+    """A checkpoint around a module that may be sharded by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:
