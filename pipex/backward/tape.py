@@ -105,7 +105,7 @@ class Tape:
         self._outer, self.recording = None, False
         self._products.clear()
         self._origins = self._casts = None
-        if self.then is None and self._recordable.mixed.watching:
+        if self.then is None and not self.replays and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
             self._recordable.mixed.begin(self)
 

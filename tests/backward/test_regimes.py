@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from module_kinds import KINDS, ROWS, TOKENS, WIDTH, opaque, square
 from random_modules import Drawn, differences
-from regimes import REGIMES, shares
+from regimes import REGIMES, Micro, shares
 from torch import nn
+
+from pipex.backward import Splitter
+from pipex.bench.held import Storages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # F.rms_norm under autocast
 
@@ -64,6 +68,29 @@ def test_weight_gradients_wait_where_the_input_needs_none(kind: str) -> None:
     found = shares(build, REGIMES["plain"], x)
     assert found.in_input + found.in_weight == found.whole
     assert found.in_weight == shares(build, REGIMES["plain"], x.clone().requires_grad_()).in_weight
+
+
+@pytest.mark.parametrize("kind", ["mlp", "encoder layer", "own parametrization"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_nothing_is_left_after_a_micro_batch(kind: str, regime: str) -> None:
+    """Without the cycle collector, which is blind to what a graph holds."""
+    module = of_kind(kind, regime).build()
+    splitter = Splitter.of(module)
+    gc.collect()
+    gc.disable()
+    try:
+        with Storages() as storages:
+            for _ in range(3):
+                x = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
+                micro = Micro(splitter, REGIMES[regime], module, x, functions=False)
+                dy = torch.ones_like(micro.y)
+                micro.input(dy)
+                micro.weight()
+                x.grad = None
+                del micro, x, dy
+            assert storages.alive(module.parameters()) == 0
+    finally:
+        gc.enable()
 
 
 def hooked(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
