@@ -26,7 +26,8 @@ FEW = ("linear", "encoder layer", "addmm", "grouped experts", "two-dimensional c
 OPEN_KINDS = set(KINDS) - {
     "linear", "linear without bias", "linear with a transposed weight",
     "linear with half of a weight", "linear with chunks of a weight", "mlp", "norm", "root mean square norm",
-    "LoRA pair", "merged LoRA pair", "weight norm", "orthogonal", "own parametrization", "cast weight", "scaled weight", "embedding",
+    "LoRA pair", "merged LoRA pair", "weight norm", "orthogonal", "own parametrization", "cast weight", "scaled weight",
+    "embedding",
 }  # fmt: skip
 
 
