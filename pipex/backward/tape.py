@@ -35,6 +35,7 @@ from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
+from pipex.backward.operations import FUNCTIONS, METHODS
 from pipex.backward.passes import (
     Deferred,
     Then,
@@ -59,6 +60,8 @@ from pipex.torch_internals import (
     top_saved_tensors_hooks,
     version,
 )
+
+recording.replace(FUNCTIONS, METHODS)
 
 
 class Tape:
@@ -139,6 +142,10 @@ class Tape:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer, or a frozen parameter, which parametrizations multiply parameters with."""
+        return id(tensor) in self._recordable.constants and not tensor.requires_grad
+
     def _leaf(self, leaf: Tensor) -> Weight | None:
         key = id(leaf)
         if not self.replays:
@@ -202,8 +209,8 @@ class Tape:
         self._products.append(node)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
-        ``bias`` can be deferred."""
+        """F.linear of an x, cast by autocast if at all, that torch makes a matrix of in any case; recorded where the
+        gradient of ``weight`` or ``bias`` can be deferred."""
         lower = any_autocast()
         layer = self._layers.get(id(weight))
         if (
@@ -217,8 +224,6 @@ class Tape:
             y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
             self._hand_over(y, LinearUse(self, x, weight, bias))
             return y
-        if lower:
-            (x,) = self.cast(x)
         w, b = self.weight(weight, lower), self.weight(bias, lower)
         if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)

@@ -1,0 +1,163 @@
+"""Recorded operations other than plain linear layers and embeddings, by family, and where torch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipex.backward.operations.convolution import convolution
+from pipex.backward.operations.einsum import einsum, torch_einsum
+from pipex.backward.operations.experts import grouped_mm, torch_grouped_mm
+from pipex.backward.operations.matmul import addmm, baddbmm, bmm, linear, matmul, mm
+from pipex.torch_internals import any_autocast
+from pipex.backward.recording import Recorder, clear_autocast_cache, tape_for, torch_embedding, torch_linear
+
+Function = Callable[..., Any]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tape = tape_for(input)
+    if tape is None:
+        return torch_linear(input, weight, bias)
+    if any_autocast():
+        (input,) = tape.cast(input)
+    dimensions = input.dim()
+    if dimensions == 2 or (dimensions > 2 and _folds(input)):
+        return tape.linear(input, weight, bias)
+    return linear(tape, input, weight, bias)
+
+
+def _folds(input: Tensor) -> bool:
+    """Whether torch makes a matrix of it in any case. Of one with other strides, if only of a dimension of one element,
+    it depends on the weight requiring grad."""
+    shape = input.shape
+    contiguous = input.is_contiguous()
+    if not contiguous or 1 not in shape:
+        return contiguous
+    strides = input.stride()
+    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    tape = tape_for(input)
+    if tape is None or sparse or max_norm is not None:
+        return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)
+
+
+def _tape_for(*operands: Any) -> Recorder | None:
+    """The same for operands of which any may be a parameter."""
+    if not all(type(operand) in _PLAIN for operand in operands):
+        return None
+    data = next((operand for operand in operands if type(operand) is Tensor), None)
+    return None if data is None else tape_for(data)
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def _product(original: Function, record: Function, operands: int) -> Function:
+    """In the place of a function, or method, of so many tensors, and of factors by name."""
+
+    def recorded(*args: Any, **factors: Any) -> Any:
+        if len(args) == operands and factors.keys() <= _FACTORS:
+            tape = _tape_for(*args)
+            if tape is not None and not any(isinstance(factor, Tensor) for factor in factors.values()):
+                return record(tape, *args, **factors)
+        return original(*args, **factors)
+
+    return recorded
+
+
+_FACTORS = {"beta", "alpha"}
+_PRODUCTS: dict[str, tuple[Function, int]] = {
+    "mm": (mm, 2), "bmm": (bmm, 2), "matmul": (matmul, 2), "addmm": (addmm, 3), "baddbmm": (baddbmm, 3),
+}  # fmt: skip
+
+
+def _einsum(*args: Any) -> Any:
+    if len(args) == 3 and isinstance(args[0], str):
+        tape = _tape_for(*args[1:])
+        if tape is not None:
+            return einsum(tape, *args)
+    return torch_einsum(*args)
+
+
+def _grouped_mm(original: Function, mat_a: Tensor, mat_b: Tensor, **others: Any) -> Any:
+    offsets = others.get("offs")
+    if offsets is not None and all(value is None for name, value in others.items() if name != "offs"):
+        tape = _tape_for(mat_a, mat_b)
+        if tape is not None:
+            return grouped_mm(tape, mat_a, mat_b, offsets)
+    return original(mat_a, mat_b, **others)
+
+
+def _convolution(original: Function, dimensions: int) -> Function:
+    record = convolution(original, dimensions, transposed=False)
+
+    def recorded(
+        input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:  # fmt: skip
+        tape = tape_for(input)
+        if tape is None:
+            return original(input, weight, bias, stride, padding, dilation, groups)
+        return record(tape, input, weight, bias, stride, padding, dilation, groups)
+
+    return recorded
+
+
+def _transposed(original: Function, dimensions: int) -> Function:
+    record = convolution(original, dimensions, transposed=True)
+
+    def recorded(
+        input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+        groups: int = 1, dilation: Any = 1,
+    ) -> Any:  # fmt: skip
+        tape = tape_for(input)
+        if tape is None:
+            return original(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return record(tape, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return recorded
+
+
+_CONVOLUTIONS = {
+    **{f"conv{n}d": _convolution(getattr(torch, f"conv{n}d"), n) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _transposed(getattr(torch, f"conv_transpose{n}d"), n) for n in (1, 2, 3)},
+}
+
+FUNCTIONS: dict[str, dict[str, Function]] = {
+    torch.__name__: {
+        **{name: _product(getattr(torch, name), *how) for name, how in _PRODUCTS.items()},
+        **_CONVOLUTIONS,
+        "einsum": _einsum,
+        "clear_autocast_cache": clear_autocast_cache,
+    },
+    F.__name__: {
+        "linear": _linear,
+        "embedding": _embedding,
+        **_CONVOLUTIONS,
+        "grouped_mm": partial(_grouped_mm, torch_grouped_mm),
+    },
+}
+"""By module and name."""
+
+METHODS: dict[str, Function] = {
+    **{name: _product(getattr(Tensor, name), *how) for name, how in _PRODUCTS.items()},
+    "__matmul__": _product(Tensor.__matmul__, matmul, 2),
+}
+"""Of tensors, by name."""
