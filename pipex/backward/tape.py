@@ -383,7 +383,7 @@ class Splitter(Recordable):
         for part in module.modules():
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
-        return Splitter(module.parameters(), exact, fsdp.sharded(module))
+        return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers())
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
