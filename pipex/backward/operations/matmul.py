@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipex.backward.operations.again import AgainUse
 from pipex.backward.recording import Recorder, torch_linear
 from pipex.backward.uses import Captor, LinearUse, Sums, Use
 from pipex.backward.weights import Target, Weight
@@ -134,7 +133,7 @@ def _times(tensor: Tensor, factor: Any) -> Tensor:
     return tensor if factor == 1 else tensor * (factor.conjugate() if isinstance(factor, complex) else factor)
 
 
-def _sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight | None]:
+def sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight | None]:
     """The operands as weights; neither where both are, or constants: what is made of them is a weight, or may be."""
     lower = any_autocast()
     left, right = tape.weight(a, lower), tape.weight(b, lower)
@@ -145,11 +144,6 @@ def _sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight 
 def data(tape: Recorder, x: Tensor) -> Tensor:
     """An operand that is no weight, of an operation that autocast runs in lower precision."""
     return tape.cast(x)[0] if any_autocast() else x
-
-
-def lowered(x: Tensor, weight: Weight) -> Weight:
-    """The weight in the precision of the other operand, which autocast has cast: W runs without it."""
-    return Weight(weight.alias.to(x.dtype), weight.target) if any_autocast() else weight
 
 
 def mm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
@@ -185,7 +179,7 @@ def _product(
     tape: Recorder, run: Callable[..., Tensor], added: Tensor | None, a: Tensor, b: Tensor, beta: Any, alpha: Any
 ) -> Tensor:
     dimensions, left_use, right_use = _USES[run]
-    left, right = _sides(tape, a, b) if a.dim() == b.dim() == dimensions else (None, None)
+    left, right = sides(tape, a, b) if a.dim() == b.dim() == dimensions else (None, None)
     factors = {} if (beta, alpha) == (1, 1) else {"beta": beta, "alpha": alpha}
     if left is None and right is None:
         return run(a, b) if added is None else run(added, a, b, **factors)
@@ -208,7 +202,7 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
         return mm(tape, a, b)
     if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0]:
         return bmm(tape, a, b)
-    left, right = _sides(tape, a, b)
+    left, right = sides(tape, a, b)
     if right is not None and b.dim() == 2 and a.dim() > 2:
         return _folded(tape, data(tape, a), right, transposed=False)
     if left is not None and a.dim() == 2 and b.dim() > 2:
@@ -222,12 +216,20 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
             return y if len(shape) == 1 else unsafe_view(y, shape)
 
         return tape.product(VectorUse(tape, rows, right), run, rows, right.alias)
+    if (left is None and right is None) or a.dim() < 2 or b.dim() < 2 or not _batches_fit(a, b):
+        return torch_matmul(a, b)
     # torch takes a batch of one matrix for a matrix, if that requires grad.
-    squeezed = a.dim() == b.dim() == 3 and b.shape[0] == 1
-    if right is not None and b.dim() > 1 and not squeezed:
-        a = data(tape, a)
-        return tape.product(AgainUse(tape, a, torch_matmul, [lowered(a, right)]), torch_matmul, a, right.alias)
-    return torch_matmul(a, b)
+    if a.dim() == b.dim() == 3 and b.shape[0] == 1:
+        return torch_matmul(a, b)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    y = bmm(tape, *(t.expand(*batch, *t.shape[-2:]).reshape(batch.numel(), *t.shape[-2:]) for t in (a, b)))
+    return unsafe_view(y, (*batch, a.shape[-2], b.shape[-1]))
+
+
+def _batches_fit(a: Tensor, b: Tensor) -> bool:
+    """Whether batches of matrices can be multiplied; torch says why not."""
+    batches = zip(reversed(a.shape[:-2]), reversed(b.shape[:-2]), strict=False)
+    return a.shape[-1] == b.shape[-2] and all(m == n or 1 in (m, n) for m, n in batches)
 
 
 def _folded(tape: Recorder, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
