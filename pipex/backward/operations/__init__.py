@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipex.backward.operations.bilinear import bilinear, torch_bilinear
 from pipex.backward.operations.convolution import convolution
 from pipex.backward.operations.einsum import einsum, torch_einsum
-from pipex.backward.operations.experts import grouped_mm, torch_grouped_mm
-from pipex.backward.operations.matmul import addmm, baddbmm, bmm, linear, matmul, mm
-from pipex.torch_internals import any_autocast
+from pipex.backward.operations.experts import grouped_mm
+from pipex.backward.operations.matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
 from pipex.backward.recording import Recorder, clear_autocast_cache, tape_for, torch_embedding, torch_linear
+from pipex.torch_internals import GROUPED_MM, any_autocast
+from pipex.torch_internals import grouped_mm as torch_grouped_mm
 
 Function = Callable[..., Any]
 
@@ -84,7 +85,7 @@ def _product(original: Function, record: Function, operands: int) -> Function:
 
 _FACTORS = {"beta", "alpha"}
 _PRODUCTS: dict[str, tuple[Function, int]] = {
-    "mm": (mm, 2), "bmm": (bmm, 2), "matmul": (matmul, 2), "addmm": (addmm, 3), "baddbmm": (baddbmm, 3),
+    "mm": (mm, 2), "mv": (mv, 2), "bmm": (bmm, 2), "matmul": (matmul, 2), "addmm": (addmm, 3), "baddbmm": (baddbmm, 3),
 }  # fmt: skip
 
 
@@ -96,13 +97,20 @@ def _einsum(*args: Any) -> Any:
     return torch_einsum(*args)
 
 
-def _grouped_mm(original: Function, mat_a: Tensor, mat_b: Tensor, **others: Any) -> Any:
-    offsets = others.get("offs")
-    if offsets is not None and all(value is None for name, value in others.items() if name != "offs"):
-        tape = _tape_for(mat_a, mat_b)
-        if tape is not None:
-            return grouped_mm(tape, mat_a, mat_b, offsets)
-    return original(mat_a, mat_b, **others)
+def _grouped_mm(
+    mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Any:
+    tape = _tape_for(mat_a, mat_b) if bias is None and out_dtype is None else None
+    if tape is None:
+        return torch_grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+    return grouped_mm(tape, mat_a, mat_b, offs)
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tape = _tape_for(input1, input2)
+    return (
+        torch_bilinear(input1, input2, weight, bias) if tape is None else bilinear(tape, input1, input2, weight, bias)
+    )
 
 
 def _convolution(original: Function, dimensions: int) -> Function:
@@ -145,13 +153,15 @@ FUNCTIONS: dict[str, dict[str, Function]] = {
         **{name: _product(getattr(torch, name), *how) for name, how in _PRODUCTS.items()},
         **_CONVOLUTIONS,
         "einsum": _einsum,
+        "bilinear": _bilinear,
+        GROUPED_MM: _grouped_mm,
         "clear_autocast_cache": clear_autocast_cache,
     },
     F.__name__: {
         "linear": _linear,
         "embedding": _embedding,
         **_CONVOLUTIONS,
-        "grouped_mm": partial(_grouped_mm, torch_grouped_mm),
+        "bilinear": _bilinear,
     },
 }
 """By module and name."""

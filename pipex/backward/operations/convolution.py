@@ -64,8 +64,9 @@ def convolution(run: Callable[..., Tensor], dimensions: int, transposed: bool) -
         tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *others: Any
     ) -> Tensor:
         lower = any_autocast()
-        numbers = not isinstance(padding, str) and x.dim() == dimensions + 2
-        w, b = (tape.weight(weight, lower), tape.weight(bias, lower)) if numbers else (None, None)
+        # Of complex numbers it is made of several.
+        one = not isinstance(padding, str) and x.dim() == dimensions + 2 and not x.is_complex()
+        w, b = (tape.weight(weight, lower), tape.weight(bias, lower)) if one else (None, None)
         if w is None or (b is None) != (bias is None):
             return run(x, weight, bias, stride, padding, *others)
         output_padding, groups, dilation = others if transposed else (0, others[1], others[0])

@@ -1,25 +1,26 @@
-"""Products of ragged groups of rows with one weight each: ``F.grouped_mm``."""
+"""Products of groups of rows, ragged or not, with one weight each: what ``F.grouped_mm`` calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipex.backward.recording import Recorder
 from pipex.backward.uses import Captor, Sums, Use
 from pipex.backward.weights import Target, Weight
-
-torch_grouped_mm = F.grouped_mm
+from pipex.torch_internals import grouped_mm as torch_grouped_mm
 
 
 class GroupedUse(Use):
-    """y = x W, with the weight of its group for each row of x [rows, in]; W is [groups, in, out]."""
+    """y = x W, with the weight of its group for each row of x.
+
+    x is [rows, in] or [groups, rows, in], W [groups, in, out].
+    """
 
     __slots__ = ("_by_columns", "_offsets", "weight")
 
-    def __init__(self, tape: Captor, x: Tensor, weight: Weight, offsets: Tensor) -> None:
+    def __init__(self, tape: Captor, x: Tensor, weight: Weight, offsets: Tensor | None) -> None:
         self.weight: Target = weight.target
         self._offsets = offsets
         self._by_columns = weight.alias.stride(-2) == 1 and weight.alias.stride(-1) == weight.alias.shape[-2]
@@ -27,7 +28,7 @@ class GroupedUse(Use):
 
     @property
     def held(self) -> list[Tensor]:
-        return [self.input(), self._offsets]
+        return [self.input()] if self._offsets is None else [self.input(), self._offsets]
 
     @property
     def targets(self) -> Sequence[Target]:
@@ -36,15 +37,15 @@ class GroupedUse(Use):
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         x, dy = self.input(), dy.contiguous()  # the kernel refuses an expanded gradient
         if self._by_columns:
-            found = torch_grouped_mm(dy.t(), x, offs=self._offsets).transpose(-2, -1)
+            found = torch_grouped_mm(dy.transpose(-2, -1), x, offs=self._offsets).transpose(-2, -1)
         else:
-            found = torch_grouped_mm(x.t(), dy, offs=self._offsets)
+            found = torch_grouped_mm(x.transpose(-2, -1), dy, offs=self._offsets)
         sums.add(self.weight, found)
 
 
-def grouped_mm(tape: Recorder, rows: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-    """F.grouped_mm of a matrix and a batch of matrices."""
-    weight = tape.weight(experts) if rows.dim() == 2 and experts.dim() == 3 else None
+def grouped_mm(tape: Recorder, rows: Tensor, experts: Tensor, offsets: Tensor | None) -> Tensor:
+    """F.grouped_mm of rows and a batch of matrices."""
+    weight = tape.weight(experts) if experts.dim() == 3 else None
     if weight is None:
         return torch_grouped_mm(rows, experts, offs=offsets)
     use = GroupedUse(tape, rows, weight, offsets)

@@ -124,6 +124,15 @@ class VectorUse(Use):
         sums.add(self.weight, self.input().conj().t().mv(dy.flatten()))
 
 
+class OuterUse(VectorUse):
+    """y = W x of a matrix and a vector."""
+
+    __slots__ = ()
+
+    def add_to(self, sums: Sums, dy: Tensor) -> None:
+        sums.add(self.weight, dy.outer(self.input().conj()))
+
+
 def _summed(dy: Tensor, shape: torch.Size) -> Tensor:
     """Of a tensor that was broadcast from this shape. Never dy itself, which others hold."""
     return dy.clone() if dy.shape == shape else dy.sum_to_size(shape)
@@ -149,6 +158,11 @@ def data(tape: Recorder, x: Tensor) -> Tensor:
 def mm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
     """torch.mm."""
     return _product(tape, torch_mm, None, a, b, 1, 1)
+
+
+def mv(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
+    """torch.mv."""
+    return matmul(tape, a, b) if a.dim() == 2 and b.dim() == 1 else torch_mv(a, b)
 
 
 def bmm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
@@ -216,12 +230,17 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
             return y if len(shape) == 1 else unsafe_view(y, shape)
 
         return tape.product(VectorUse(tape, rows, right), run, rows, right.alias)
+    if left is not None and a.dim() == 2 and b.dim() == 1:
+        b = data(tape, b)
+        return tape.product(OuterUse(tape, b, left), torch_mv, left.alias.to(b.dtype), b)
+    if right is not None and a.dim() == 1 and b.dim() == 2:
+        return mm(tape, a.unsqueeze(0), b).squeeze_(0)
     if (left is None and right is None) or a.dim() < 2 or b.dim() < 2 or not _batches_fit(a, b):
         return torch_matmul(a, b)
     # torch takes a batch of one matrix for a matrix, if that requires grad.
     if a.dim() == b.dim() == 3 and b.shape[0] == 1:
         return torch_matmul(a, b)
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     y = bmm(tape, *(t.expand(*batch, *t.shape[-2:]).reshape(batch.numel(), *t.shape[-2:]) for t in (a, b)))
     return unsafe_view(y, (*batch, a.shape[-2], b.shape[-1]))
 
@@ -249,6 +268,8 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     aliases = [w.alias] if b is None else [w.alias, b.alias]
     rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     use = UnfoldedLinearUse(tape, rows, w.target, None if b is None else b.target)
+    if x.dim() == 1:  # where torch asks nothing of the weight
+        return tape.product(use, torch_linear, x, *aliases)
 
     def run(rows: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         y = unsafe_view(torch_mm(rows, w.t()), (*shape, w.shape[0]))
