@@ -16,7 +16,7 @@ from torch import Tensor
 from pipex.backward.recording import Recorder, torch_linear
 from pipex.backward.uses import Captor, LinearUse, Sums, Use
 from pipex.backward.weights import Target, Weight
-from pipex.torch_internals import any_autocast, unsafe_view
+from pipex.torch_internals import any_autocast, dispatch_modes, unsafe_view
 
 torch_mm, torch_mv, torch_bmm, torch_addmm, torch_baddbmm, torch_matmul = (
     torch.mm, torch.mv, torch.bmm, torch.addmm, torch.baddbmm, torch.matmul,
@@ -273,6 +273,10 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
     def run(rows: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         y = unsafe_view(torch_mm(rows, w.t()), (*shape, w.shape[0]))
-        return y if b is None else y.add_(b.to(y.dtype))
+        if b is None:
+            return y
+        # In place only where torch does it so: a selective checkpoint may have kept the product, and gives it again.
+        b = b.to(y.dtype)
+        return y.add(b) if dispatch_modes() else y.add_(b)
 
     return tape.product(use, run, rows, *aliases)
