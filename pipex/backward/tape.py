@@ -37,11 +37,11 @@ from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
 from pipex.backward.operations import FUNCTIONS, METHODS
 from pipex.backward.passes import (
-    Deferred,
     Then,
     accumulates,
     announced,
     announced_for,
+    keep,
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
@@ -399,7 +399,3 @@ class Splitter(Recordable):
 
 
 _ALONE = nullcontext()
-
-
-def keep(_: Deferred) -> None:
-    """For ``announced``: W comes later; whoever called the pass has the tape."""
