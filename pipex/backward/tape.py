@@ -227,8 +227,7 @@ class Tape:
         w, b = self.weight(weight, lower), self.weight(bias, lower)
         if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
-        # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
-        kept = x.new_empty(0) if w is None else x
+        kept = x.new_empty(0) if w is None else x  # only the weight's gradient needs x, and that it stays unchanged
         use = LinearUse(self, kept, None if w is None else w.target, None if b is None else b.target)
         if w is not None and (b is None) == (bias is None) and self._recordable.fuses(x):
             activation = activation_of(x, self.first_node)
