@@ -47,14 +47,24 @@ class Recordable:
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
         sharded: what FSDP2 holds of the stage.
+        buffers: the stage's buffers.
 
     Raises:
         UnsupportedModule: this torch lacks what it needs.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None, sharded: Sharded | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        exact: bool | None = None,
+        sharded: Sharded | None = None,
+        buffers: Iterable[Tensor] = (),
+    ) -> None:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
+        # Kept, for an id says nothing once its tensor is gone.
+        self.constants = self._recordable | {id(b): b for b in buffers}
+        """By id, what belongs to the stage; of it, what requires no grad is made of no data"""
         self._weights: dict[int, Weight] = {}  # by id of the parameter
         self.layers: dict[int, Layer] = {}
         """By id of the weight, linear layers that have been recorded"""

@@ -35,12 +35,13 @@ from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
+from pipex.backward.operations import FUNCTIONS, METHODS
 from pipex.backward.passes import (
-    Deferred,
     Then,
     accumulates,
     announced,
     announced_for,
+    keep,
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
@@ -59,6 +60,8 @@ from pipex.torch_internals import (
     top_saved_tensors_hooks,
     version,
 )
+
+recording.replace(FUNCTIONS, METHODS)
 
 
 class Tape:
@@ -139,6 +142,10 @@ class Tape:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer, or a frozen parameter, which parametrizations multiply parameters with."""
+        return id(tensor) in self._recordable.constants and not tensor.requires_grad
+
     def _leaf(self, leaf: Tensor) -> Weight | None:
         key = id(leaf)
         if not self.replays:
@@ -202,8 +209,8 @@ class Tape:
         self._products.append(node)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
-        ``bias`` can be deferred."""
+        """F.linear of an x, cast by autocast if at all, that torch makes a matrix of in any case; recorded where the
+        gradient of ``weight`` or ``bias`` can be deferred."""
         lower = any_autocast()
         layer = self._layers.get(id(weight))
         if (
@@ -217,13 +224,10 @@ class Tape:
             y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
             self._hand_over(y, LinearUse(self, x, weight, bias))
             return y
-        if lower:
-            (x,) = self.cast(x)
         w, b = self.weight(weight, lower), self.weight(bias, lower)
         if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
-        # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
-        kept = x.new_empty(0) if w is None else x
+        kept = x.new_empty(0) if w is None else x  # only the weight's gradient needs x, and that it stays unchanged
         use = LinearUse(self, kept, None if w is None else w.target, None if b is None else b.target)
         if w is not None and (b is None) == (bias is None) and self._recordable.fuses(x):
             activation = activation_of(x, self.first_node)
@@ -378,7 +382,7 @@ class Splitter(Recordable):
         for part in module.modules():
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
                 return Splitter(())
-        return Splitter(module.parameters(), exact, fsdp.sharded(module))
+        return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers())
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -394,7 +398,3 @@ class Splitter(Recordable):
 
 
 _ALONE = nullcontext()
-
-
-def keep(_: Deferred) -> None:
-    """For ``announced``: W comes later; whoever called the pass has the tape."""
