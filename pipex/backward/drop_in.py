@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipex.backward.ddp import deferrable, reduce
 from pipex.backward.deferral import Deferral, deferral
 from pipex.backward.passes import Deferred
+from pipex.backward.splitter import Splitter
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
-from pipex.backward.tape import Splitter
 from pipex.backward.trial_stage import try_split
 from pipex.backward.waiting import Waiting, warn_if_few_wait
 from pipex.torch_internals import (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pipex.backward.passes import Deferred
-from pipex.backward.tape import Splitter
+from pipex.backward.splitter import Splitter
 
 
 def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:

@@ -27,10 +27,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from pipex.backward import fsdp, recording
+from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
@@ -55,7 +54,6 @@ from pipex.torch_internals import (
     base,
     current_pass,
     engine,
-    is_compiled,
     next_sequence_number,
     top_saved_tensors_hooks,
     version,
@@ -99,12 +97,14 @@ class Tape:
 
     def __enter__(self) -> Tape:
         self.first_node = next_sequence_number()
-        self._outer = recording.start(self)
+        if self._recordable.constants:  # else nothing is to be seen, and compilers that come by find torch's own
+            self._outer = recording.start(self)
         self.recording = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        recording.stop(self._outer)
+        if self._recordable.constants:
+            recording.stop(self._outer)
         self._outer, self.recording = None, False
         self._products.clear()
         self._origins = self._casts = None
@@ -370,31 +370,6 @@ class Tape:
             taken = fused is not None and self._recordable.fuses(dy) and fused.take(use, dy)
             if not taken:
                 use.add_to(sums, dy)
-
-
-class Splitter(Recordable):
-    """Makes tapes for one stage. Arguments and errors as of ``Recordable``."""
-
-    @staticmethod
-    def of(module: nn.Module, exact: bool | None = None) -> Splitter:
-        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
-        compiled parts have a backward of their own."""
-        for part in module.modules():
-            if is_compiled(part) or isinstance(part, DistributedDataParallel):
-                return Splitter(())
-        return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers())
-
-    def record(self, then: Then | None = None) -> Tape:
-        """A new tape; the forward runs inside ``with``.
-
-        Args:
-            then: gets the tape at the end of every pass over it, so that none has to be announced.
-        """
-        if self.mixed.watching and self.mixed.settled:
-            for key in self.mixed.found:
-                self.forget(key)
-            self.stop_watching()
-        return Tape(self, then)
 
 
 _ALONE = nullcontext()

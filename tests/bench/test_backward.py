@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.splitter import Splitter
+from pipex.backward.tape import Tape
 from pipex.bench import backward
 from pipex.cli import main
 
