@@ -29,32 +29,35 @@ class Form(NamedTuple):
 class ConvolutionUse(Use):
     """y = x * W + b; the backend's own backward, for weight and bias alone."""
 
-    __slots__ = ("_alias", "_bias_shape", "_form", "bias", "weight")
+    __slots__ = ("_bias_shape", "_form", "_kernel", "bias", "weight")
 
-    def __init__(self, tape: Captor, x: Tensor, weight: Weight, bias: Weight | None, form: Form) -> None:
-        self.weight: Target = weight.target
+    def __init__(
+        self, tape: Captor, x: Tensor, kernel: Tensor, weight: Weight | None, bias: Weight | None, form: Form
+    ) -> None:
+        self.weight: Target | None = None if weight is None else weight.target
         self.bias: Target | None = None if bias is None else bias.target
-        self._alias = weight.alias
+        self._kernel = kernel
         self._bias_shape = None if bias is None else list(bias.alias.shape)
         self._form = form
         super().__init__(tape, x)
 
     @property
     def held(self) -> list[Tensor]:
-        return [self.input(), self._alias]
+        return [self.input(), self._kernel]
 
     @property
     def targets(self) -> Sequence[Target]:
-        return [self.weight] if self.bias is None else [self.bias, self.weight]
+        return [target for target in (self.bias, self.weight) if target is not None]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
-        x, mask = self.input(), [False, True, self.bias is not None]
+        x, mask = self.input(), [False, self.weight is not None, self.bias is not None]
         _, weight, bias = torch.ops.aten.convolution_backward(
-            dy, x, self._alias.to(x.dtype), self._bias_shape, *self._form, mask
+            dy, x, self._kernel.to(x.dtype), self._bias_shape, *self._form, mask
         )
         if self.bias is not None:
             sums.add(self.bias, bias)
-        sums.add(self.weight, weight)
+        if self.weight is not None:
+            sums.add(self.weight, weight)
 
 
 def convolution(run: Callable[..., Tensor], dimensions: int, transposed: bool) -> Callable[..., Tensor]:
@@ -67,7 +70,7 @@ def convolution(run: Callable[..., Tensor], dimensions: int, transposed: bool) -
         # Of complex numbers it is made of several.
         one = not isinstance(padding, str) and x.dim() == dimensions + 2 and not x.is_complex()
         w, b = (tape.weight(weight, lower), tape.weight(bias, lower)) if one else (None, None)
-        if w is None or (b is None) != (bias is None):
+        if w is None and b is None:
             return run(x, weight, bias, stride, padding, *others)
         output_padding, groups, dilation = others if transposed else (0, others[1], others[0])
         form = Form(
@@ -79,8 +82,9 @@ def convolution(run: Callable[..., Tensor], dimensions: int, transposed: bool) -
             groups,
         )
         x = data(tape, x)
-        use = ConvolutionUse(tape, x, w, b, form)
-        return tape.product(use, run, x, w.alias, None if b is None else b.alias, stride, padding, *others)
+        weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
+        use = ConvolutionUse(tape, x, weight.detach(), w, b, form)
+        return tape.product(use, run, x, weight, bias, stride, padding, *others)
 
     return convolve
 

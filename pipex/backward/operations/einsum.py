@@ -37,7 +37,7 @@ class Order(NamedTuple):
 def einsum(tape: Recorder, equation: str, a: Tensor, b: Tensor) -> Tensor:
     """torch.einsum."""
     order = _order(equation.replace(" ", ""), a.dim(), b.dim())
-    if order is None or sides(tape, a, b) == (None, None):
+    if order is None or sides(tape, a, b) in (None, (None, None)):
         return torch_einsum(equation, a, b)
     dimensions = order.kept + order.summed
     left, right = _aligned(a, order.left, dimensions), _aligned(b, order.right, dimensions)

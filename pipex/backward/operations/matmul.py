@@ -24,14 +24,14 @@ torch_mm, torch_mv, torch_bmm, torch_addmm, torch_baddbmm, torch_matmul = (
 
 
 class ProductUse(Use):
-    """y = β C + α A B, where A or B is a weight, and C may be one."""
+    """y = β C + α A B, where A or B is a weight, C, or C and one of them."""
 
     __slots__ = ("_alpha", "_beta", "_shape", "bias", "weight")
 
     def __init__(
-        self, tape: Captor, x: Tensor, weight: Weight, bias: Weight | None = None, beta: Any = 1, alpha: Any = 1
+        self, tape: Captor, x: Tensor, weight: Weight | None, bias: Weight | None = None, beta: Any = 1, alpha: Any = 1
     ) -> None:
-        self.weight: Target = weight.target
+        self.weight: Target | None = None if weight is None else weight.target
         self.bias: Target | None = None if bias is None else bias.target
         self._shape = None if bias is None else bias.alias.shape
         self._beta, self._alpha = beta, alpha
@@ -39,12 +39,13 @@ class ProductUse(Use):
 
     @property
     def targets(self) -> Sequence[Target]:
-        return [self.weight] if self.bias is None else [self.bias, self.weight]
+        return [target for target in (self.bias, self.weight) if target is not None]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         if self.bias is not None and self._shape is not None:
             sums.add(self.bias, _summed(_times(dy, self._beta), self._shape))
-        sums.add(self.weight, _times(self._product(dy), self._alpha))
+        if self.weight is not None:
+            sums.add(self.weight, _times(self._product(dy), self._alpha))
 
     def _product(self, dy: Tensor) -> Tensor:
         raise NotImplementedError
@@ -142,12 +143,12 @@ def _times(tensor: Tensor, factor: Any) -> Tensor:
     return tensor if factor == 1 else tensor * (factor.conjugate() if isinstance(factor, complex) else factor)
 
 
-def sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight | None]:
-    """The operands as weights; neither where both are, or constants: what is made of them is a weight, or may be."""
+def sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight | None] | None:
+    """The operands as weights; None where both are, or constants: what is made of them is a weight, or may be."""
     lower = any_autocast()
     left, right = tape.weight(a, lower), tape.weight(b, lower)
     both = (left is not None or tape.is_constant(a)) and (right is not None or tape.is_constant(b))
-    return (None, None) if both else (left, right)
+    return None if both else (left, right)
 
 
 def data(tape: Recorder, x: Tensor) -> Tensor:
@@ -193,17 +194,22 @@ def _product(
     tape: Recorder, run: Callable[..., Tensor], added: Tensor | None, a: Tensor, b: Tensor, beta: Any, alpha: Any
 ) -> Tensor:
     dimensions, left_use, right_use = _USES[run]
-    left, right = sides(tape, a, b) if a.dim() == b.dim() == dimensions else (None, None)
+    weights = sides(tape, a, b) if a.dim() == b.dim() == dimensions else None
+    bias = None if added is None or weights is None else tape.weight(added, any_autocast())
     factors = {} if (beta, alpha) == (1, 1) else {"beta": beta, "alpha": alpha}
-    if left is None and right is None:
+    left, right = weights or (None, None)
+    if left is None and right is None and bias is None:
         return run(a, b) if added is None else run(added, a, b, **factors)
-    bias = None if added is None else tape.weight(added, any_autocast())
+    use: ProductUse
     if right is not None:
         a = data(tape, a)
         use, b = right_use(tape, a, right, bias, beta, alpha), right.alias
     elif left is not None:
         b = data(tape, b)
         use, a = left_use(tape, b, left, bias, beta, alpha), left.alias
+    else:
+        a, b = data(tape, a), data(tape, b)
+        use = ProductUse(tape, a.new_empty(0), None, bias, beta, alpha)
     if added is None:
         return tape.product(use, run, a, b)
     added = data(tape, added) if bias is None else bias.alias
@@ -216,7 +222,7 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
         return mm(tape, a, b)
     if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0]:
         return bmm(tape, a, b)
-    left, right = sides(tape, a, b)
+    left, right = sides(tape, a, b) or (None, None)
     if right is not None and b.dim() == 2 and a.dim() > 2:
         return _folded(tape, data(tape, a), right, transposed=False)
     if left is not None and a.dim() == 2 and b.dim() > 2:
@@ -263,15 +269,19 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     """F.linear of an input, cast by autocast if at all, that has gaps or is a vector."""
     lower = any_autocast()
     w, b = tape.weight(weight, lower), tape.weight(bias, lower)
-    if w is None or weight.dim() != 2 or (bias is not None and (b is None or bias.shape != weight.shape[:1])):
+    if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return torch_linear(x, weight, bias)
-    aliases = [w.alias] if b is None else [w.alias, b.alias]
     rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    use = UnfoldedLinearUse(tape, rows, w.target, None if b is None else b.target)
-    if x.dim() == 1:  # where torch asks nothing of the weight
-        return tape.product(use, torch_linear, x, *aliases)
+    kept = x.new_empty(0) if w is None else rows
+    use = UnfoldedLinearUse(tape, kept, None if w is None else w.target, None if b is None else b.target)
+    if b is not None:
+        bias = b.alias
+    if w is None:  # then torch looks at this weight itself
+        return tape.product(use, torch_linear, x, weight, bias)
+    if x.dim() == 1:  # where it asks nothing of the weight
+        return tape.product(use, torch_linear, x, w.alias, bias)
 
-    def run(rows: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    def run(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         y = unsafe_view(torch_mm(rows, w.t()), (*shape, w.shape[0]))
         if b is None:
             return y
@@ -279,4 +289,4 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
         b = b.to(y.dtype)
         return y.add(b) if dispatch_modes() else y.add_(b)
 
-    return tape.product(use, run, rows, *aliases)
+    return tape.product(use, run, rows, w.alias, bias)

@@ -145,7 +145,7 @@ def test_of_an_input_without_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, (_, shapes, _) in FORMS.items() if len(shapes) == 2])
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_with_a_frozen_side(name: str, frozen: int) -> None:
-    """What then is not recorded is made in I."""
+    """The other one's gradient waits all the same, but for the bias of a bilinear layer."""
     form, parameters, x = made(name, torch.float32)
     parameters[frozen].requires_grad_(False)
     tape_parameters = copy.deepcopy(parameters)
@@ -155,8 +155,41 @@ def test_with_a_frozen_side(name: str, frozen: int) -> None:
     with tape:
         y = form(tape_parameters, x * 1).mul_(1)
     found = tape.backward_input([y], [cotangent(y)], [x])
+    assert (tape_parameters[1 - frozen].grad is None) == ((name, frozen) != ("bilinear", 0))
     tape.backward_weight()
     assert_same_bits([y, *found, *(p.grad for p in tape_parameters)], wanted)
+
+
+@pytest.mark.parametrize("penalized", [0, 1])
+@pytest.mark.parametrize("name", [name for name, (_, shapes, _) in FORMS.items() if len(shapes) == 2])
+def test_where_one_side_waits_no_more(name: str, penalized: int) -> None:
+    """One that is used elsewhere too is left to I from then on; the other's gradient is still whole in W, of which
+    hooks see nothing before."""
+    form, parameters, x = made(name, torch.float32)
+
+    def of(parameters: nn.ParameterList, given: Tensor) -> Tensor:
+        y = form(parameters, given * 1)
+        kept = parameters[1 - penalized]
+        # A recorded use of the one that is not penalized, whatever becomes of the form itself.
+        rows = F.linear(torch.ones(1, kept.numel()), kept.reshape(1, -1))
+        return y * parameters[penalized].square().mean() + rows.sum()
+
+    def heard_of(split: bool) -> list[Tensor]:
+        module, heard = copy.deepcopy(parameters), []
+        module[1 - penalized].register_hook(lambda gradient: heard.append(gradient.clone()))
+        splitter = Splitter.of(module)
+        for _ in range(3):
+            given = x.detach().clone().requires_grad_()
+            with splitter.record() if split else nullcontext() as tape:
+                y = of(module, given)
+            if tape is None:
+                y.backward(cotangent(y))
+            else:
+                tape.backward_input([y], [cotangent(y)], [given])
+                tape.backward_weight()
+        return heard
+
+    assert_same_bits([*heard_of(split=True)], [*heard_of(split=False)])
 
 
 def test_an_input_changed_after_the_forward_is_refused() -> None:
