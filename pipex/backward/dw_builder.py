@@ -32,7 +32,8 @@ def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
 
     def prepared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with splitter.record(ended.append):
-            return (forward if self is module else partial(type(self).forward, self))(*args, **kwargs)
+            run = forward if self is module else partial(type(self).forward, self)
+            return splitter.own.call(self, run, *args, **kwargs)
 
     module.forward = MethodType(prepared, module)  # a method, so that a copy of the module does not run this one
 

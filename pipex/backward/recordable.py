@@ -13,6 +13,7 @@ from pipex.backward.accumulate import Accumulator
 from pipex.backward.fsdp import Sharded
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
+from pipex.backward.own import Own
 from pipex.backward.passes import watchers
 from pipex.backward.weights import Weight
 from pipex.torch_internals import current_pass, dispatch_modes, require_split_backward
@@ -47,12 +48,19 @@ class Recordable:
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
         sharded: what FSDP2 holds of the stage.
+        own: the stage's modules that make their weight gradients themselves.
 
     Raises:
         UnsupportedModule: this torch lacks what it needs.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], exact: bool | None = None, sharded: Sharded | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        exact: bool | None = None,
+        sharded: Sharded | None = None,
+        own: Own | None = None,
+    ) -> None:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
         self._weights: dict[int, Weight] = {}  # by id of the parameter
@@ -64,6 +72,7 @@ class Recordable:
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact
         self.sharded = sharded
+        self.own = own or Own()
         self.mixed = Mixed(self.accumulators)
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
@@ -121,6 +130,8 @@ class Recordable:
         self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
         self._unproven.append(accumulator.node.register_prehook(reached))
         self.mixed.watch(accumulator.node, parameter)
+        if id(parameter) in self.own.parameters:
+            del self.accumulators[id(parameter)]
         watchers.add(self.mixed)
 
     def stop_watching(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ _torch_clear_autocast_cache = torch.clear_autocast_cache
 class Recorder(Protocol):
     """What sees the operations of one forward: a tape."""
 
-    def replay(self) -> Recorder:
+    def replay(self) -> AbstractContextManager[Any]:
         """One for running a part of the forward again."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
@@ -84,6 +85,19 @@ def stop(outer: Recorder | None) -> None:
             for names, ours, originals in _replaced:
                 names.update(zip(ours, originals, strict=True))
             _replaced.clear()
+
+
+def pause() -> Recorder | None:
+    """Records nothing in this thread until ``resume`` gets what this returns."""
+    if _compiling():
+        return None
+    tape, _local.tape = _local.tape, None
+    return tape
+
+
+def resume(tape: Recorder) -> None:
+    """Goes on recording."""
+    _local.tape = tape
 
 
 def region() -> int:
@@ -155,11 +169,8 @@ def _make_checkpoint(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return make_checkpoint(fn, *args, **kwargs)
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        outer = start(tape.replay())
-        try:
+        with tape.replay():
             return fn(*args, **kwargs)
-        finally:
-            stop(outer)
 
     return make_checkpoint(again, *args, **kwargs)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, MutableSequence, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -35,12 +35,14 @@ from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
+from pipex.backward.own import Own
 from pipex.backward.passes import (
     Deferred,
     Then,
     accumulates,
     announced,
     announced_for,
+    at_once,
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
@@ -97,15 +99,17 @@ class Tape:
     def __enter__(self) -> Tape:
         self.first_node = next_sequence_number()
         self._outer = recording.start(self)
+        self._recordable.own.open()
         self.recording = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._recordable.own.close()
         recording.stop(self._outer)
         self._outer, self.recording = None, False
         self._products.clear()
         self._origins = self._casts = None
-        if self.then is None and self._recordable.mixed.watching:
+        if self.then is None and not self.replays and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
             self._recordable.mixed.begin(self)
 
@@ -375,10 +379,11 @@ class Splitter(Recordable):
     def of(module: nn.Module, exact: bool | None = None) -> Splitter:
         """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
         compiled parts have a backward of their own."""
+        own = Own(module)
         for part in module.modules():
             if is_compiled(part) or isinstance(part, DistributedDataParallel):
-                return Splitter(())
-        return Splitter(module.parameters(), exact, fsdp.sharded(module))
+                return Splitter((), own=own)
+        return Splitter(module.parameters(), exact, fsdp.sharded(module), own=own)
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -391,6 +396,12 @@ class Splitter(Recordable):
                 self.forget(key)
             self.stop_watching()
         return Tape(self, then)
+
+
+    def whole(self) -> AbstractContextManager[object]:
+        """Around a forward whose backward is not split: what modules of the stage leave to W all the same, the end of a
+        pass makes."""
+        return self.record(at_once) if self.own else _ALONE
 
 
 _ALONE = nullcontext()
