@@ -14,10 +14,15 @@ that of ``whole``. Of several micro-batches all I's come first and then all W's.
 what a prepared forward adds is little beside the noise of a busy machine. ``forward_over_whole`` is it over that of
 ``whole``; torch's forward is a plain one as well, so its figure shows how much noise is left.
 
+Regimes: ``fp32`` (bfloat16 on a GPU), the stage as it is; ``autocast``, under bfloat16 autocast; ``checkpointed``, in
+one activation checkpoint. Whole steps of pipelines under FSDP2: ``pipex bench drop-in``.
+
+``deferred_share`` is the share of the weight gradients' products (``bench.deferred``) that W makes.
+
 ``held_share`` is what waits for W, over what waited for the backward: the bytes that are alive between I and W, when
 whoever called I has let go of the stage's input, its output and both their gradients; divided by the bytes that are
-alive after a plain forward, which are its input and what autograd has saved. Parameters and their gradients count in
-neither.
+alive after a plain forward, which are its input and what autograd has saved (of a checkpointed stage, without the
+checkpoint: as much as it makes anew). Parameters and their gradients count in neither.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -34,7 +39,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining.stage import stage_backward_input, stage_backward_weight
 
 from pipex.backward import Splitter, Tape
-from pipex.bench import gpu
+from pipex.bench import gpu, regimes
+from pipex.bench.deferred import Products, Shares
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.environment import environment
 from pipex.bench.held import Storages
@@ -61,6 +67,23 @@ class Case:
     """In a row, as a step has them; a single short one after another provider's would measure cold caches."""
     micro_batches: int = 1
     dtype: torch.dtype = torch.float32
+    regime: str = "fp32"
+
+    def under(self, regime: str) -> Case:
+        """The same in another regime."""
+        return self if regime == "fp32" else replace(self, name=f"{self.name}/{regime}", regime=regime)
+
+    @property
+    def too_slow(self) -> bool:
+        """Whether torch takes minutes for one backward: its split makes a checkpoint anew for every parameter."""
+        return self.name == "blocks32/checkpointed"
+
+
+REGIMES = {
+    "fp32": regimes.as_it_is,
+    "autocast": regimes.under_autocast,
+    "checkpointed": regimes.checkpointed,
+}
 
 
 def _blocks(count: int, width: int = 64, heads: int = 4) -> nn.Module:
@@ -96,6 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, samples=20, floor="how many times faster than torch's split, such as mlp=2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="where; larger stages in bfloat16 on cuda (default: cpu)")  # fmt: skip
+    parser.add_argument("--regimes", default="fp32", help=f"of {', '.join(REGIMES)} (default: fp32); a case in another "
+                        "one is CASE/REGIME")  # fmt: skip
+    parser.add_argument("--min-deferred-share", metavar="CASE=SHARE,...",
+                        help="least share of weight gradients that must wait, such as block/autocast=.95")  # fmt: skip
     parser.add_argument("--max-over-whole", metavar="CASE=RATIO,...",
                         help="most that it may cost, in whole backwards, such as block=1.15")  # fmt: skip
     parser.add_argument("--max-forward-over-whole", metavar="CASE=RATIO,...",
@@ -106,7 +133,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and reports; returns the exit code."""
-    rounds, cases = rounds_of(options), CASES[options.device]
+    rounds, chosen = rounds_of(options), options.regimes.split(",")
+    regimes.check(chosen, list(REGIMES))
+    cases = [case.under(regime) for case in CASES[options.device] for regime in chosen]
+    cases = [case for case in cases if not case.too_slow]
     floors = floors_of(options, PROVIDER, [case.name for case in cases])
     device, facts = gpu.chosen(options.device, "pipex bench backward")
     torch.set_num_threads(1)
@@ -114,9 +144,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(cases: Sequence[Case], rounds: Rounds, device: torch.device) -> list[Row]:
-    """Three rows per case, with the figures forward_us, over_whole, forward_over_whole and held_share.
+    """Three rows per case, with the figures forward_us, over_whole, forward_over_whole, held_share and deferred_share.
 
-    ``whole`` has no held_share: nothing waits there.
+    ``whole`` has none of the last two: nothing waits there.
     """
     return [row for case in cases for row in _measure_case(case, rounds, device)]
 
@@ -131,6 +161,11 @@ def _measure_case(case: Case, rounds: Rounds, device: torch.device) -> list[Row]
     }
     correct = _correct_on_a_gpu(sides, module, x, dy, case) if device.type == "cuda" else _correct(sides)
     held = {name: side.held() for name, side in sides.items()}
+    plain = (
+        _Side(module, x, dy, _Whole, replace(case, regime="fp32")) if case.regime == "checkpointed" else sides[WHOLE]
+    )
+    activations = plain.held().after_forward
+    shares = _shares(sides, module, x, dy, case)
     times = {name: quantiles(s) for name, s in rounds.interleave({n: s.sample for n, s in sides.items()}).items()}
     forward_rounds = Rounds(FORWARDS * rounds.samples, rounds.warmups)
     forwards = forward_rounds.interleave({name: side.forward for name, side in sides.items()})
@@ -140,7 +175,8 @@ def _measure_case(case: Case, rounds: Rounds, device: torch.device) -> list[Row]
             case.name, name, {"shape": case.shape}, time, times[PEER].p50 / time.p50, correct[name],
             {"forward_us": forward_us[name], "over_whole": time.p50 / times[WHOLE].p50,
              "forward_over_whole": forward_us[name] / forward_us[WHOLE],
-             "held_share": None if name == WHOLE else held[name].between / held[WHOLE].after_forward},
+             "held_share": None if name == WHOLE else held[name].between / activations,
+             "deferred_share": None if name == WHOLE else shares[name].deferred},
         )
         for name, time in times.items()
     ]  # fmt: skip
@@ -173,6 +209,15 @@ def _correct_on_a_gpu(sides: dict[str, _Side], module: nn.Module, x: Tensor, dy:
     }
 
 
+def _shares(sides: dict[str, _Side], module: nn.Module, x: Tensor, dy: Tensor, case: Case) -> dict[str, Shares]:
+    """Of the providers that split."""
+    frozen = _Side(module.requires_grad_(False), x, dy, _Whole, case)
+    module.requires_grad_()
+    for_inputs, _ = frozen.products()
+    whole, _ = sides[WHOLE].products()
+    return {name: Shares(for_inputs, whole, *side.products()) for name, side in sides.items() if name != WHOLE}
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -190,7 +235,7 @@ class _Side:
     """One provider on its own copy of the stage."""
 
     def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, provider: Any, case: Case) -> None:
-        self._module = copy.deepcopy(module)
+        self._module = REGIMES[case.regime](copy.deepcopy(module))
         self._x, self._dy, self._case = x, dy, case
         self._provider = provider(self._module)
 
@@ -222,6 +267,17 @@ class _Side:
         self._module.zero_grad()
         self.run()
         return [_gradient(p).clone() for p in self._module.parameters()]
+
+    def products(self) -> tuple[int, int]:
+        """Of I and W of one micro-batch."""
+        self.run()  # a compiler is done then
+        x = self._x.clone().requires_grad_()
+        made = self._provider.forward(x)
+        with Products() as in_input:
+            rest = self._provider.backward_input(made, self._dy, x)
+        with Products() as in_weight:
+            self._provider.backward_weight(rest, more=False)
+        return in_input.count, in_weight.count
 
     def held(self) -> Held:
         """Of one micro-batch."""

@@ -34,10 +34,9 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from pipex.backward.drop_in import drop_in
-from pipex.bench import torch_group
+from pipex.bench import regimes, torch_group
 from pipex.bench.driver import Rounds, quantiles
 from pipex.bench.environment import environment
 from pipex.bench.options import add_common, floors_of, rounds_of
@@ -127,7 +126,7 @@ class Case:
         return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def cases(schedules: str, ranks: str, regimes: str = "fp32") -> list[Case]:
+def cases(schedules: str, ranks: str, named: str = "fp32") -> list[Case]:
     """Every schedule on every number of ranks in every regime, from texts such as ``zbv,interleaved-zb`` and ``2,4``.
 
     Raises:
@@ -135,9 +134,8 @@ def cases(schedules: str, ranks: str, regimes: str = "fp32") -> list[Case]:
             regime.
     """
     found = []
-    for regime in regimes.split(","):
-        if regime not in REGIMES:
-            raise InputError("not a regime", got=repr(regime), needed=f"one of {', '.join(REGIMES)}")
+    chosen = named.split(",")
+    regimes.check(chosen, list(REGIMES))
     for count in ranks.split(","):
         if not (count.isdecimal() and int(count) > 1):
             raise InputError("not a number of ranks", got=repr(count), needed="at least 2")
@@ -145,7 +143,7 @@ def cases(schedules: str, ranks: str, regimes: str = "fp32") -> list[Case]:
             if schedule not in SCHEDULES:
                 raise InputError("not a schedule of torch's that splits its backward", got=repr(schedule),
                                  needed=f"one of {', '.join(SCHEDULES)}")  # fmt: skip
-            found += [Case(schedule, int(count), regime) for regime in regimes.split(",")]
+            found += [Case(schedule, int(count), regime) for regime in chosen]
     return found
 
 
@@ -241,22 +239,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _checkpointed(block: nn.Module) -> nn.Module:
-    forward = block.forward
-    block.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-    return block
-
-
-def _under_autocast(block: nn.Module) -> nn.Module:
-    block.forward = torch.autocast("cpu", torch.bfloat16)(block.forward)
-    return block
-
-
 REGIMES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "fp32": lambda block: block,
-    "autocast": _under_autocast,
-    "checkpointed": _checkpointed,
-    "fsdp2": lambda block: block,
+    "fp32": regimes.as_it_is,
+    "autocast": regimes.under_autocast,
+    "checkpointed": regimes.checkpointed,
+    "fsdp2": regimes.as_it_is,
 }
 """By name, what becomes of a block."""
 

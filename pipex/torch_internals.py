@@ -173,6 +173,10 @@ base: Callable[[Tensor], Tensor | None] = _attribute("torch.Tensor", "_base")  #
 unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _private(
     "torch.ops.aten._unsafe_view.default._op", "a pipeline"
 )
+# What F.grouped_mm calls, and models did before that was there; what bilinear layers are made of.
+GROUPED_MM = "_grouped_mm"
+grouped_mm: Callable[..., Tensor] = _private(f"torch.{GROUPED_MM}", "a pipeline")
+trilinear: Callable[..., Tensor] = _private("torch._trilinear", "a pipeline")
 is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view")  # views must not be detached in place
 # Whether somebody waits for a gradient, and who waits for .grad.
 hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute("torch.Tensor", "_backward_hooks")

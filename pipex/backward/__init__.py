@@ -14,8 +14,9 @@ torch's public seam; ``stage_backward``, ``stage_backward_input`` and ``stage_ba
 from __future__ import annotations
 
 from pipex.backward.dw_builder import dw_builder
+from pipex.backward.splitter import Splitter
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.tape import Tape
 
 __all__ = [
     "Splitter",

@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipex.backward.ddp import deferrable, reduce
 from pipex.backward.deferral import Deferral, deferral
 from pipex.backward.passes import Deferred
+from pipex.backward.splitter import Splitter
 from pipex.backward.stage_backward import stage_backward, stage_backward_input, stage_backward_weight, weight_later
-from pipex.backward.tape import Splitter
 from pipex.backward.trial_stage import try_split
 from pipex.backward.waiting import Waiting, warn_if_few_wait
 from pipex.torch_internals import (
@@ -201,7 +201,8 @@ def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any
 
 def _prepare_forward_infra(self: Stage, *args: Any, **kwargs: Any) -> Any:
     prepare = _originals[f"{STAGE}.PipelineStage._prepare_forward_infra"]
-    with _splitter_of(self).whole() if self.dw_builder is None else nullcontext():
+    looks_back = kwargs.get("has_backward", args[3:4] == (True,)) and self.dw_builder is None  # torch 2.13 on
+    with _splitter_of(self).whole() if looks_back else nullcontext():
         return prepare(self, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Modules that make their weight gradients themselves, when they are told to: TransformerEngine's protocol, for anybody.
+"""Modules that make their weight gradients themselves, when told to: TransformerEngine's protocol, for anybody.
 
     need_backward_dw()   whether the backward of the module's forward leaves its weight gradients
     backward_dw()        makes those of one such backward, of the oldest that still waits
@@ -37,7 +37,11 @@ _HOOKS = "wgrad_accumulation_and_reduce_hooks"  # TransformerEngine's list of wh
 
 
 class OwnUse(Use):
-    """One forward of such a module."""
+    """One forward of such a module.
+
+    Args:
+        name: of the module, for people.
+    """
 
     __slots__ = ("_module", "_name", "_pass", "_silenced")
 
@@ -104,6 +108,10 @@ class OwnUse(Use):
         try:
             with torch.no_grad():
                 self._module.backward_dw()  # type: ignore[operator]
+        except Exception as error:
+            error.add_note(f"in {self._name}.backward_dw(), which is called once for every backward of a forward")
+            raise
+        else:
             made = [parameter.grad for parameter in parameters]
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -130,13 +138,13 @@ class Own:
         return bool(self._names)
 
     def refuse_replicated(self) -> None:
-        """For a stage that DDP is around.
+        """For what DDP is around.
 
         Raises:
             UnsupportedModule: a module leaves weight gradients, which DDP would reduce before they are made.
         """
         for module, name in self._names.items():
-            if module.need_backward_dw():  # type: ignore[operator]
+            if _leaves(module):
                 raise UnsupportedModule(
                     f"{name} makes its weight gradients by itself, in a stage under DistributedDataParallel",
                     needed="gradients that autograd makes, on whose arrival DDP reduces them",
@@ -188,29 +196,38 @@ def _brings_its_own(module: nn.Module) -> bool:
     return callable(getattr(module, "need_backward_dw", None)) and callable(getattr(module, "backward_dw", None))
 
 
-def _delayed(module: nn.Module) -> list[Tensor]:
-    """The parameters whose gradients are left: those that are marked, if any is."""
+def _leaves(module: nn.Module) -> bool:
+    """Whether its backward leaves weight gradients: of the parameters that are marked, if any is. A frozen weight has
+    none."""
     parameters: list[Tensor] = list(module.parameters())
-    return [parameter for parameter in parameters if getattr(parameter, _MARK, False)] or parameters
+    parameters = [parameter for parameter in parameters if getattr(parameter, _MARK, False)] or parameters
+    weights = [parameter for parameter in parameters if parameter.dim() > 1] or parameters
+    return any(weight.requires_grad for weight in weights) and bool(module.need_backward_dw())  # type: ignore[operator]
 
 
 def _call(module: nn.Module, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In the place of the module's forward; in threads without a tape the same."""
-    if not (module.need_backward_dw() and any(p.requires_grad for p in _delayed(module))):  # type: ignore[operator]
+    if not _leaves(module):
         return forward(*args, **kwargs)  # then it is a module as any other
     tape = recording.pause()
     if tape is None:
         return forward(*args, **kwargs)
-    before = {None, *(tensor.grad_fn for tensor in _tensors((args, kwargs)))}
+    if module.training and not torch.is_grad_enabled() and not tape.replays:
+        recording.resume(tape)
+        raise UnsupportedModule(
+            f"{name} leaves weight gradients to its backward_dw(), and runs without gradients in a forward of "
+            "training, as under reentrant checkpointing, whose second run nobody would take them from",
+            fix="checkpoint with use_reentrant=False, or call the module in eval mode there",
+        )
+    before = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
     try:
         outputs = forward(*args, **kwargs)
     finally:
         recording.resume(tape)
     if not tape.replays:  # of a checkpoint's second run nothing but the saved tensors counts
-        nodes = {tensor.grad_fn for tensor in _tensors(outputs)} - before
-        if nodes:
-            use = OwnUse(tape, module, name)
-            for node in nodes:
+        use = OwnUse(tape, module, name)
+        for node in {tensor.grad_fn for tensor in _tensors(outputs)} - before:
+            if node is not None:
                 node.register_prehook(use.reached)
     return outputs
 

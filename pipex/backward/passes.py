@@ -145,3 +145,7 @@ def accumulates() -> bool:
         return torch_internals.will_execute(node)
     except RuntimeError:  # asked about a leaf whose gradient the pass returns
         return False
+
+
+def keep(_: Deferred) -> None:
+    """For ``announced``: W comes later; whoever called the pass has the tape."""

@@ -48,6 +48,7 @@ class Recordable:
         exact: whether W has autograd's bits, or may be made by fewer and faster products (``fused``); None: on the CPU
             only, where these are no faster.
         sharded: what FSDP2 holds of the stage.
+        buffers: the stage's buffers.
         own: the stage's modules that make their weight gradients themselves.
 
     Raises:
@@ -59,10 +60,14 @@ class Recordable:
         parameters: Iterable[Tensor],
         exact: bool | None = None,
         sharded: Sharded | None = None,
+        buffers: Iterable[Tensor] = (),
         own: Own | None = None,
     ) -> None:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
+        # Kept, for an id says nothing once its tensor is gone.
+        self.constants = self._recordable | {id(b): b for b in buffers}
+        """By id, what belongs to the stage; of it, what requires no grad is made of no data"""
         self._weights: dict[int, Weight] = {}  # by id of the parameter
         self.layers: dict[int, Layer] = {}
         """By id of the weight, linear layers that have been recorded"""
@@ -77,6 +82,11 @@ class Recordable:
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything to record; else compilers that come by find torch's own functions."""
+        return bool(self.constants or self.own)
 
     def close(self) -> None:
         """Lets go of the parameters; another one takes over."""

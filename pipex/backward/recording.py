@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from pipex.backward.uses import Captor, Use
+from pipex.backward.weights import Weight
 from pipex.torch_internals import (
     CHECKPOINT,
     COMPOSABLE_CHECKPOINT,
@@ -36,11 +38,19 @@ torch_embedding = F.embedding
 _torch_clear_autocast_cache = torch.clear_autocast_cache
 
 
-class Recorder(Protocol):
+class Recorder(Captor, Protocol):
     """What sees the operations of one forward: a tape."""
 
     def replay(self) -> AbstractContextManager[Any]:
         """One for running a part of the forward again."""
+
+    def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None: ...
+
+    def is_constant(self, tensor: Tensor) -> bool: ...
+
+    def cast(self, *operands: Tensor | None) -> list[Any]: ...
+
+    def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -64,12 +74,12 @@ def start(tape: Recorder) -> Recorder | None:
     with _lock:
         if _open == 0:
             if COMPOSABLE_CHECKPOINT in sys.modules:
-                _REPLACEMENTS.setdefault(
-                    COMPOSABLE_CHECKPOINT, (vars(sys.modules[COMPOSABLE_CHECKPOINT]), _CHECKPOINTS)
-                )
-            for names, ours in _REPLACEMENTS.values():  # all of a module at once, for a forward of few operations
+                replace({COMPOSABLE_CHECKPOINT: _CHECKPOINTS}, {})
+            for names, ours in _functions.values():  # all of a module at once, for a forward of few operations
                 _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
                 names.update(ours)
+            for name, method in _methods.items():
+                setattr(Tensor, name, method)
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer
@@ -85,6 +95,8 @@ def stop(outer: Recorder | None) -> None:
             for names, ours, originals in _replaced:
                 names.update(zip(ours, originals, strict=True))
             _replaced.clear()
+            for name in _methods:
+                delattr(Tensor, name)  # and the one of the class that it inherits from is there again
 
 
 def pause() -> Recorder | None:
@@ -105,7 +117,7 @@ def region() -> int:
     return _local.region
 
 
-def _tape_for(x: Tensor) -> Recorder | None:
+def tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread
         return None
@@ -121,43 +133,8 @@ def _tape_for(x: Tensor) -> Recorder | None:
     return tape
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    tape = _tape_for(input)
-    if tape is None:
-        return torch_linear(input, weight, bias)
-    dimensions = input.dim()
-    if dimensions == 2 or (dimensions > 2 and _folds(input)):
-        return tape.linear(input, weight, bias)
-    return torch_linear(input, weight, bias)
-
-
-def _folds(input: Tensor) -> bool:
-    """Whether torch makes a matrix of it in any case. Of one with other strides, if only of a dimension of one element,
-    it depends on the weight requiring grad."""
-    shape = input.shape
-    contiguous = input.is_contiguous()
-    if not contiguous or 1 not in shape:
-        return contiguous
-    strides = input.stride()
-    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
-
-
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    tape = _tape_for(input)
-    if tape is None or sparse or max_norm is not None:
-        return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)
-
-
-def _clear_autocast_cache() -> None:
+def clear_autocast_cache() -> None:
+    """In the place of torch's."""
     _local.region += 1
     _torch_clear_autocast_cache()
 
@@ -176,9 +153,21 @@ def _make_checkpoint(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _CHECKPOINTS = {CHECKPOINT: _make_checkpoint}
-_REPLACEMENTS: dict[str, tuple[dict[str, Any], Mapping[str, Callable[..., Any]]]] = {
-    F.__name__: (vars(F), {"linear": _linear, "embedding": _embedding}),
-    torch.__name__: (vars(torch), {"clear_autocast_cache": _clear_autocast_cache}),
-    torch.utils.checkpoint.__name__: (vars(torch.utils.checkpoint), _CHECKPOINTS),
-}
-"""By module: its names, and what stands for some of them."""
+Functions = Mapping[str, Callable[..., Any]]
+_functions: dict[str, tuple[dict[str, Any], Functions]] = {}
+_methods: dict[str, Callable[..., Any]] = {}
+
+
+def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
+    """Says what takes the place of torch's own while a tape is open.
+
+    Args:
+        functions: by module, which is imported, and name.
+        methods: of tensors, by name.
+    """
+    for module, ours in functions.items():
+        _functions[module] = vars(sys.modules[module]), ours
+    _methods.update(methods)
+
+
+replace({torch.utils.checkpoint.__name__: _CHECKPOINTS}, {})

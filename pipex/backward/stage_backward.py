@@ -22,7 +22,6 @@ from pipex.backward.uses import Sums
 from pipex.errors import InputError, UnsupportedModule
 from pipex.torch_internals import hooks_of, is_view, set_hooks
 
-
 _then: ContextVar[Then] = ContextVar("then", default=at_once)
 
 

@@ -21,28 +21,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, MutableSequence, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from pipex.backward import fsdp, recording
+from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
-from pipex.backward.own import Own
+from pipex.backward.operations import FUNCTIONS, METHODS
 from pipex.backward.passes import (
-    Deferred,
     Then,
     accumulates,
     announced,
     announced_for,
-    at_once,
+    keep,
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
@@ -56,11 +54,12 @@ from pipex.torch_internals import (
     base,
     current_pass,
     engine,
-    is_compiled,
     next_sequence_number,
     top_saved_tensors_hooks,
     version,
 )
+
+recording.replace(FUNCTIONS, METHODS)
 
 
 class Tape:
@@ -98,14 +97,16 @@ class Tape:
 
     def __enter__(self) -> Tape:
         self.first_node = next_sequence_number()
-        self._outer = recording.start(self)
-        self._recordable.own.open()
+        if self._recordable.sees:
+            self._outer = recording.start(self)
+            self._recordable.own.open()
         self.recording = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._recordable.own.close()
-        recording.stop(self._outer)
+        if self._recordable.sees:
+            self._recordable.own.close()
+            recording.stop(self._outer)
         self._outer, self.recording = None, False
         self._products.clear()
         self._origins = self._casts = None
@@ -142,6 +143,10 @@ class Tape:
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer, or a frozen parameter, which parametrizations multiply parameters with."""
+        return id(tensor) in self._recordable.constants and not tensor.requires_grad
 
     def _leaf(self, leaf: Tensor) -> Weight | None:
         key = id(leaf)
@@ -206,8 +211,8 @@ class Tape:
         self._products.append(node)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x that torch makes a matrix of in any case; recorded where the gradient of ``weight`` or
-        ``bias`` can be deferred."""
+        """F.linear of an x, cast by autocast if at all, that torch makes a matrix of in any case; recorded where the
+        gradient of ``weight`` or ``bias`` can be deferred."""
         lower = any_autocast()
         layer = self._layers.get(id(weight))
         if (
@@ -221,13 +226,10 @@ class Tape:
             y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
             self._hand_over(y, LinearUse(self, x, weight, bias))
             return y
-        if lower:
-            (x,) = self.cast(x)
         w, b = self.weight(weight, lower), self.weight(bias, lower)
         if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return recording.torch_linear(x, weight, bias)
-        # Without the weight's gradient nothing of x is kept, nor need it stay unchanged.
-        kept = x.new_empty(0) if w is None else x
+        kept = x.new_empty(0) if w is None else x  # only the weight's gradient needs x, and that it stays unchanged
         use = LinearUse(self, kept, None if w is None else w.target, None if b is None else b.target)
         if w is not None and (b is None) == (bias is None) and self._recordable.fuses(x):
             activation = activation_of(x, self.first_node)
@@ -372,40 +374,4 @@ class Tape:
                 use.add_to(sums, dy)
 
 
-class Splitter(Recordable):
-    """Makes tapes for one stage. Arguments and errors as of ``Recordable``."""
-
-    @staticmethod
-    def of(module: nn.Module, exact: bool | None = None) -> Splitter:
-        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
-        compiled parts have a backward of their own."""
-        own = Own(module)
-        for part in module.modules():
-            if is_compiled(part) or isinstance(part, DistributedDataParallel):
-                return Splitter((), own=own)
-        return Splitter(module.parameters(), exact, fsdp.sharded(module), own=own)
-
-    def record(self, then: Then | None = None) -> Tape:
-        """A new tape; the forward runs inside ``with``.
-
-        Args:
-            then: gets the tape at the end of every pass over it, so that none has to be announced.
-        """
-        if self.mixed.watching and self.mixed.settled:
-            for key in self.mixed.found:
-                self.forget(key)
-            self.stop_watching()
-        return Tape(self, then)
-
-
-    def whole(self) -> AbstractContextManager[object]:
-        """Around a forward whose backward is not split: what modules of the stage leave to W all the same, the end of a
-        pass makes."""
-        return self.record(at_once) if self.own else _ALONE
-
-
 _ALONE = nullcontext()
-
-
-def keep(_: Deferred) -> None:
-    """For ``announced``: W comes later; whoever called the pass has the tape."""

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_group import in_group
 
 from pipex.backward.ddp import reduce
-from pipex.backward.tape import Splitter
+from pipex.backward.splitter import Splitter
 from pipex.backward.uses import LinearUse
 
 

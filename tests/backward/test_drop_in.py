@@ -29,7 +29,8 @@ from pipex import torch_internals
 from pipex.backward import drop_in as drop_in_module
 from pipex.backward.deferral import Deferral
 from pipex.backward.drop_in import Step, deferral_of, drop_in
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.splitter import Splitter
+from pipex.backward.tape import Tape
 from pipex.plan.interop import write_torch_csv
 
 WORDS, WIDTH, HEADS, LENGTH = 11, 8, 2, 3

@@ -36,7 +36,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch_group import in_group
 
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.splitter import Splitter
+from pipex.backward.tape import Tape
 
 LOW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pipex.backward.tape import Splitter, Tape
+from pipex.backward.splitter import Splitter
+from pipex.backward.tape import Tape
 from pipex.bench import backward
 from pipex.cli import main
 
@@ -32,6 +33,33 @@ def test_rows_and_floors(capsys: pytest.CaptureFixture[str]) -> None:
     # A plain forward of a block keeps 16 times its input, and per norm and row two numbers, per head and row one.
     assert pipex[1]["held_share"] == pytest.approx(16 / (16 + (2 * 2 + 4) / 64), rel=1e-4)
     assert all(row["held_share"] > 1.6 for row in torch_[1:])
+
+
+def test_what_waits_in_other_regimes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backward.CASES, "cpu", backward.CASES["cpu"][1:3])
+    regimes = ("autocast", "checkpointed")
+    floors = ["--min-deferred-share", ",".join(f"block/{regime}=0.95" for regime in regimes)]
+    assert (
+        main(
+            [
+                *TINY,
+                "--regimes",
+                ",".join(regimes),
+                *floors,
+                "--max-held-share",
+                "block/checkpointed=1,block/autocast=1",
+            ]
+        )
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    names = ["block/autocast", "block/checkpointed", "blocks32/autocast"]
+    assert [row["case"] for row in rows if row["provider"] == "pipex"] == names
+    assert all(row["correct"] for row in rows)
+    assert [row["deferred_share"] for row in rows] == [None, 1, 1] * 3
+
+    assert main([*TINY, "--regimes", "fp8"]) == 1
+    assert "not a regime; got 'fp8'; needed one of fp32, autocast, checkpointed" in capsys.readouterr().err
 
 
 def test_a_missed_ceiling_and_a_wrong_result_fail(

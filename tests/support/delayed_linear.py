@@ -29,7 +29,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if ctx.queue is None:
             return dy.mm(weight), dy.t().mm(x), dy.sum(0), None
-        ctx.queue.append((x, dy))
+        if ctx.needs_input_grad[1]:  # a frozen weight has no entry
+            ctx.queue.append((x, dy))
         return dy.mm(weight), None, None, None
 
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_group import in_group
 
 import pipex
-from pipex.backward.tape import Splitter
+from pipex.backward.splitter import Splitter
 
 WORDS, WIDTH, LENGTH, CLASSES = 11, 8, 3, 5  # no product of I has the shape of a weight
 CPU = torch.device("cpu")
