@@ -362,6 +362,8 @@ REPLACED = (
         ("stage_outputs_or_loss", "output_grads", "input_values", "weights"),
     ),
     Name(f"{STAGE}.stage_backward_weight", ("weights", "param_groups")),  # W
+    # A stage looks at its shapes by a forward and a backward.
+    Name(f"{STAGE}.PipelineStage._prepare_forward_infra", ("self", "num_microbatches", "args")),
 )
 """What ``drop_in()`` replaces; a new function must be called as the old one was."""
 

@@ -2,13 +2,15 @@
 
 What is replaced, and why there (``torch_internals.REPLACED``):
 
-    F   _PipelineStageBase.forward_one_chunk           a prepared forward, where the schedule will split the backward
+    F   _PipelineStageBase.forward_one_chunk           a prepared forward, where the schedule will split the backward,
+                                                       or a module of the stage does so itself (``own``)
     I   _PipelineStageBase.backward_one_chunk          gives the stage a dw_builder, torch's public seam, for this call:
                                                        torch then runs a full backward in I, on stage 0 too, and takes
                                                        W from the builder
     W   _PipelineStageBase.backward_weight_one_chunk   runs W and, under DDP, the reduction that torch leaves out
         _PipelineStageBase.scale_grads                 divides a tied parameter's gradient once; torch does so for every
                                                        stage of the rank that holds it
+        PipelineStage._prepare_forward_infra           what its look at the shapes leaves in such modules is taken away
         stage.stage_backward{,_input,_weight}          for stages and handlers that call these themselves
         _step_microbatches of the schedules            tells which micro-batches are split (below)
         schedules._check_torch_compile_compatibility   a compiled stage is right here, if not deferred
@@ -189,17 +191,28 @@ def _flat(order: Iterable[Any]) -> Iterator[Any]:
 
 def _forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
     forward = _originals[f"{STAGE}._PipelineStageBase.forward_one_chunk"]
-    if (
-        (self.stage_index, fwd_chunk_id) not in _step.get().deferral.split
-        or not self.has_backward
-        or self.dw_builder is not None
-    ):
+    if not self.has_backward or self.dw_builder is not None:
         return forward(self, fwd_chunk_id, *args, **kwargs)
-    if (splitter := _splitters.get(self)) is None:
-        splitter = _splitters[self] = Splitter.of(deferrable(self.submod))
-        _waiting[self] = Waiting(self.submod, self.stage_index)
-    with splitter.record():
+    splitter = _splitter_of(self)
+    split = (self.stage_index, fwd_chunk_id) in _step.get().deferral.split
+    with splitter.record() if split else splitter.whole():
         return forward(self, fwd_chunk_id, *args, **kwargs)
+
+
+def _prepare_forward_infra(self: Stage, *args: Any, **kwargs: Any) -> Any:
+    prepare = _originals[f"{STAGE}.PipelineStage._prepare_forward_infra"]
+    looks_back = kwargs.get("has_backward", args[3:4] == (True,)) and self.dw_builder is None  # torch 2.13 on
+    with _splitter_of(self).whole() if looks_back else nullcontext():
+        return prepare(self, *args, **kwargs)
+
+
+def _splitter_of(stage: Stage) -> Splitter:
+    if (splitter := _splitters.get(stage)) is None:
+        splitter = _splitters[stage] = Splitter.of(deferrable(stage.submod))
+        _waiting[stage] = Waiting(stage.submod, stage.stage_index)
+        if isinstance(stage.submod, DistributedDataParallel):
+            splitter.own.refuse_replicated()
+    return splitter
 
 
 def _backward_one_chunk(
@@ -263,6 +276,7 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     f"{SCHEDULES}.PipelineScheduleMulti._step_microbatches": _step_of("PipelineScheduleMulti"),
     f"{SCHEDULES}._PipelineScheduleRuntime._step_microbatches": _step_of("_PipelineScheduleRuntime"),
     f"{SCHEDULES}._check_torch_compile_compatibility": lambda stages, schedule_name: None,
+    f"{STAGE}.PipelineStage._prepare_forward_infra": _prepare_forward_infra,
     f"{STAGE}.stage_backward": stage_backward,
     f"{STAGE}.stage_backward_input": stage_backward_input,
     f"{STAGE}.stage_backward_weight": stage_backward_weight,

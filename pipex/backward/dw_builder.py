@@ -7,6 +7,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipex.backward.passes import Deferred
@@ -31,8 +32,11 @@ def dw_builder(module: nn.Module) -> Callable[[], Callable[[], None]]:
     ended: list[Deferred] = []
 
     def prepared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = forward if self is module else partial(type(self).forward, self)
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
         with splitter.record(ended.append):
-            return (forward if self is module else partial(type(self).forward, self))(*args, **kwargs)
+            return splitter.own.call(self, run, *args, **kwargs)
 
     module.forward = MethodType(prepared, module)  # a method, so that a copy of the module does not run this one
 

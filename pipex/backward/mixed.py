@@ -89,7 +89,8 @@ class Mixed:
         self._under_way.add(tape)
 
     def end(self, tape: Forward) -> None:
-        """Its W was made."""
+        """Its W begins, at the end of the pass itself where nothing waits."""
+        self._speak()
         self._under_way.discard(tape)
         self._passed = True
 
@@ -125,9 +126,7 @@ class Mixed:
         for handle in self._taking:  # W may come by here
             handle.remove()
         self._taking.clear()
-        for hooks, taken in self._silenced:
-            hooks.update(taken)
-        self._silenced.clear()
+        self._speak()
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""
@@ -147,17 +146,22 @@ class Mixed:
             self._silenced.append((hooks, dict(hooks)))
             hooks.clear()
 
+    def _speak(self) -> None:
+        for hooks, taken in self._silenced:
+            hooks.update(taken)
+        self._silenced.clear()
+
     def _take_from(self, node: Any, places: Sequence[int], tape: Forward) -> None:
         parameters = {place: self._accumulators[node.next_functions[place][0]] for place in places}
         for place, parameter in parameters.items():
-            self._find(parameter)
             self._silence(parameter, node.next_functions[place][0])
 
         def take(inputs: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
             kept = list(inputs)
             for place, parameter in parameters.items():
                 gradient, kept[place] = inputs[place], None
-                if gradient is not None:
+                if gradient is not None:  # else it is of a module that makes it in W
+                    self._find(parameter)
                     tape.captured(GivenUse(tape, parameter), gradient)
             return tuple(kept)
 

@@ -39,6 +39,12 @@ class Deferred(Protocol):
 Then = Callable[[Deferred], None]
 """What becomes of a tape that a pass has reached."""
 
+
+def at_once(tape: Deferred) -> None:
+    """Its W follows with the end of the pass."""
+    tape.backward_weight()
+
+
 _announced: dict[int, Then] = {}  # by the id of the engine's graph task
 
 

@@ -13,6 +13,7 @@ from pipex.backward.accumulate import Accumulator
 from pipex.backward.fsdp import Sharded
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
+from pipex.backward.own import Own
 from pipex.backward.passes import watchers
 from pipex.backward.weights import Weight
 from pipex.torch_internals import current_pass, dispatch_modes, require_split_backward
@@ -48,6 +49,7 @@ class Recordable:
             only, where these are no faster.
         sharded: what FSDP2 holds of the stage.
         buffers: the stage's buffers.
+        own: the stage's modules that make their weight gradients themselves.
 
     Raises:
         UnsupportedModule: this torch lacks what it needs.
@@ -59,6 +61,7 @@ class Recordable:
         exact: bool | None = None,
         sharded: Sharded | None = None,
         buffers: Iterable[Tensor] = (),
+        own: Own | None = None,
     ) -> None:
         require_split_backward()
         self._recordable = {id(p): p for p in parameters}
@@ -74,10 +77,16 @@ class Recordable:
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact
         self.sharded = sharded
+        self.own = own or Own()
         self.mixed = Mixed(self.accumulators)
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything to record; else compilers that come by find torch's own functions."""
+        return bool(self.constants or self.own)
 
     def close(self) -> None:
         """Lets go of the parameters; another one takes over."""
@@ -131,6 +140,8 @@ class Recordable:
         self.accumulators[id(parameter)] = accumulator = Accumulator(parameter)
         self._unproven.append(accumulator.node.register_prehook(reached))
         self.mixed.watch(accumulator.node, parameter)
+        if id(parameter) in self.own.parameters:
+            del self.accumulators[id(parameter)]
         watchers.add(self.mixed)
 
     def stop_watching(self) -> None:

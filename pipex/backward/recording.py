@@ -99,6 +99,19 @@ def stop(outer: Recorder | None) -> None:
                 delattr(Tensor, name)  # and the one of the class that it inherits from is there again
 
 
+def pause() -> Recorder | None:
+    """Records nothing in this thread until ``resume`` gets what this returns."""
+    if _compiling():
+        return None
+    tape, _local.tape = _local.tape, None
+    return tape
+
+
+def resume(tape: Recorder) -> None:
+    """Goes on recording."""
+    _local.tape = tape
+
+
 def region() -> int:
     """The number of the autocast region that this thread is in."""
     return _local.region

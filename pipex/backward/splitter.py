@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipex.backward import fsdp
-from pipex.backward.passes import Then
+from pipex.backward.own import Own
+from pipex.backward.passes import Then, at_once
 from pipex.backward.recordable import Recordable
 from pipex.backward.tape import Tape
 from pipex.torch_internals import is_compiled
@@ -18,11 +21,19 @@ class Splitter(Recordable):
     @staticmethod
     def of(module: nn.Module, exact: bool | None = None) -> Splitter:
         """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
-        compiled parts have a backward of their own."""
+        compiled parts have a backward of their own.
+
+        Raises:
+            UnsupportedModule: as ``Own.refuse_replicated``.
+        """
+        own = Own(module)
         for part in module.modules():
-            if is_compiled(part) or isinstance(part, DistributedDataParallel):
-                return Splitter(())
-        return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers())
+            if isinstance(part, DistributedDataParallel):
+                Own(part).refuse_replicated()
+                return Splitter((), own=own)
+            if is_compiled(part):
+                return Splitter((), own=own)
+        return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers(), own)
 
     def record(self, then: Then | None = None) -> Tape:
         """A new tape; the forward runs inside ``with``.
@@ -35,3 +46,11 @@ class Splitter(Recordable):
                 self.forget(key)
             self.stop_watching()
         return Tape(self, then)
+
+    def whole(self) -> AbstractContextManager[object]:
+        """Around a forward whose backward is not split: what modules of the stage leave to W all the same, the end of a
+        pass makes."""
+        return self.record(at_once) if self.own else _ALONE
+
+
+_ALONE = nullcontext()

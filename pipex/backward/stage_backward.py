@@ -16,18 +16,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pipex.backward.accumulate import accumulate
-from pipex.backward.passes import Deferred, Root, Then, announced
+from pipex.backward.passes import Deferred, Root, Then, announced, at_once
 from pipex.backward.root import anchor
 from pipex.backward.uses import Sums
 from pipex.errors import InputError, UnsupportedModule
 from pipex.torch_internals import hooks_of, is_view, set_hooks
 
-
-def _at_once(tape: Deferred) -> None:
-    tape.backward_weight()
-
-
-_then: ContextVar[Then] = ContextVar("then", default=_at_once)
+_then: ContextVar[Then] = ContextVar("then", default=at_once)
 
 
 @contextmanager

@@ -97,13 +97,15 @@ class Tape:
 
     def __enter__(self) -> Tape:
         self.first_node = next_sequence_number()
-        if self._recordable.constants:  # else nothing is to be seen, and compilers that come by find torch's own
+        if self._recordable.sees:
             self._outer = recording.start(self)
+            self._recordable.own.open()
         self.recording = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._recordable.constants:
+        if self._recordable.sees:
+            self._recordable.own.close()
             recording.stop(self._outer)
         self._outer, self.recording = None, False
         self._products.clear()

@@ -191,7 +191,7 @@ class _Passes:
         for index, (layer, splitter) in enumerate(zip(self._layers, self._splitters, strict=True)):
             run = _Run(layer, splitter, values, first=index == 0)
             with clock:
-                output = run.forward() if split else run.layer(*run.arguments)
+                output = run.forward(split)
             values = run.outputs = _tensors(output, self._names[index])
             yield run
 
@@ -210,14 +210,15 @@ class _Run:
 
     def __init__(self, layer: nn.Module, splitter: Splitter, values: Sequence[Tensor], *, first: bool) -> None:
         self.layer = layer
+        self.splitter = splitter
         self.tape = splitter.record()
         self.inputs = [x.detach().requires_grad_(not first and x.requires_grad) for x in values]
         self.leaves = [x for x in self.inputs if x.requires_grad]
         self.arguments = self._arguments()
         self.outputs: tuple[Tensor, ...] = ()
 
-    def forward(self) -> Any:
-        with self.tape:
+    def forward(self, split: bool) -> Any:
+        with self.tape if split else self.splitter.whole():
             return self.layer(*self.arguments)
 
     def roots(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -150,7 +150,8 @@ class StageRunner:
                 output = self.compute(step, microbatch, inputs)
         else:
             tape = None
-            output = self.compute(step, microbatch, inputs)
+            with self._splitter.whole():
+                output = self.compute(step, microbatch, inputs)
         if self.last:
             root = self.loss(microbatch, output, target, share)
             received.check_use(self.index)
