@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from pipex.backward.weights import Made
+from pipex.errors import UnsupportedModule
 from pipex.torch_internals import engine, foreach_add, hooks_of, post_accumulate_hooks
 
 
@@ -25,6 +26,28 @@ def hooks_on(node: Node) -> tuple[dict[int, Any], dict[int, Any]]:
     for handle in handles:
         handle.remove()
     return before, after
+
+
+class Silence:
+    """Hooks on gradients of parameters that do not run until ``end``; those of C++, as DDP's are, do."""
+
+    __slots__ = ("_taken",)
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[dict[int, Any], dict[int, Any]]] = []  # where hooks were, and which
+
+    def of(self, parameter: Tensor) -> None:
+        """Of one more."""
+        on_node = hooks_on(get_gradient_edge(parameter).node)
+        for hooks in filter(None, (hooks_of(parameter), post_accumulate_hooks(parameter), *on_node)):
+            self._taken.append((hooks, dict(hooks)))
+            hooks.clear()
+
+    def end(self) -> None:
+        """They are there again."""
+        for hooks, taken in self._taken:
+            hooks.update(taken)
+        self._taken.clear()
 
 
 class Accumulator:
@@ -61,6 +84,9 @@ def accumulate(
         gradients: for each of them, in its shape, the whole gradient of this backward.
         known: by id of the parameter. Only a parameter whose accumulator is in here may have a gradient that nobody
             else holds, so that its memory may become ``.grad``; the others' is copied where it is shared.
+
+    Raises:
+        UnsupportedModule: the graph of something made of parameters is gone.
     """
     by_engine: list[Tensor | GradientEdge] = []
     their_gradients: list[Tensor] = []
@@ -103,9 +129,19 @@ def accumulate(
         # adds to it before anybody sees the sum. Not by autograd.backward, whose checks of gradients that are right by
         # construction take twice as long as the rest (18 instead of 7 µs for a small parameter, of which the addition
         # itself is 2).
-        engine.run_backward(
-            tuple(by_engine), tuple(their_gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        try:
+            engine.run_backward(
+                tuple(by_engine), tuple(their_gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise UnsupportedModule(
+                "the input gradient has come to a weight that is made of parameters (a parametrization, a merged LoRA "
+                "pair), through an operation whose gradient does not wait, and has freed what W needs of it",
+                needed="such a use in the first micro-batches too, in which it is looked for",
+                fix="repeat the step: the gradients of these parameters do not wait from now on",
+            ) from error
 
 
 def only_adds(accumulator: Accumulator, parameter: Tensor, gradient: Tensor) -> bool:

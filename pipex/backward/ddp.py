@@ -10,20 +10,17 @@ DDP reduces a parameter when autograd has added to its gradient, once in a step:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
-from pipex.backward.accumulate import accumulate, hooks_on, main_grad_of
+from pipex.backward.accumulate import Silence, accumulate, main_grad_of
 from pipex.backward.passes import Deferred
 from pipex.backward.uses import Sums
 from pipex.backward.weights import Target, leaves_of
-from pipex.torch_internals import engine, has_python_reducer, hooks_of, post_accumulate_hooks
+from pipex.torch_internals import engine, has_python_reducer
 
 
 def deferrable(module: nn.Module) -> nn.Module:
@@ -124,24 +121,12 @@ def _tell_of(parameters: Sequence[Tensor]) -> None:
         torch.zeros_like(p.grad) if p.grad is not None and p.grad.is_sparse else p.new_full((), -0.0).expand_as(p)
         for p in parameters
     ]
-    with _without_hooks(parameters):
+    silence = Silence()
+    try:
+        for parameter in parameters:
+            silence.of(parameter)
         engine.run_backward(
             tuple(parameters), tuple(nothing), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """In here no hooks on the parameters' gradients run but those of C++, as DDP's are."""
-    emptied: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for parameter in parameters:
-        on_node = hooks_on(get_gradient_edge(parameter).node)
-        for hooks in (hooks_of(parameter), post_accumulate_hooks(parameter), *on_node):
-            if hooks:
-                emptied.append((hooks, dict(hooks)))
-                hooks.clear()
-    try:
-        yield
     finally:
-        for emptied_hooks, kept in emptied:
-            emptied_hooks.update(kept)
+        silence.end()

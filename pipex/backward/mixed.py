@@ -21,10 +21,10 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pipex.backward.accumulate import hooks_on
+from pipex.backward.accumulate import Silence
 from pipex.backward.uses import Captor, Use
 from pipex.backward.weights import reachable
-from pipex.torch_internals import hooks_of, post_accumulate_hooks, sequence_number
+from pipex.torch_internals import sequence_number
 
 
 class GivenUse(Use):
@@ -33,8 +33,8 @@ class GivenUse(Use):
     __slots__ = ("parameter",)
 
     def __init__(self, tape: Captor, parameter: Tensor) -> None:
-        super().__init__(tape, parameter.new_empty(0))
         self.parameter = parameter
+        super().__init__(tape, parameter.new_empty(0))
 
     @property
     def targets(self) -> Sequence[Tensor]:
@@ -68,7 +68,7 @@ class Mixed:
         self._under_way: WeakSet[Any] = WeakSet()
         self._passed = False
         self._taking: list[RemovableHandle] = []
-        self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []  # for one pass: where hooks were, and which
+        self._silence = Silence()  # for one pass
 
     @property
     def watching(self) -> bool:
@@ -90,7 +90,7 @@ class Mixed:
 
     def end(self, tape: Forward) -> None:
         """Its W begins, at the end of the pass itself where nothing waits."""
-        self._speak()
+        self._silence.end()
         self._under_way.discard(tape)
         self._passed = True
 
@@ -126,7 +126,7 @@ class Mixed:
         for handle in self._taking:  # W may come by here
             handle.remove()
         self._taking.clear()
-        self._speak()
+        self._silence.end()
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether a gradient of this output of a forward is to be left to W: it is a parameter that is watched."""
@@ -139,22 +139,10 @@ class Mixed:
         self.found.add(id(parameter))
         self._known.pop(id(parameter), None)
 
-    def _silence(self, parameter: Tensor, accumulator: Any) -> None:
-        """No hook on the parameter runs in this pass, which comes to it without a gradient; all do in W."""
-        kinds = [hooks_of(parameter), post_accumulate_hooks(parameter), *hooks_on(accumulator)]
-        for hooks in filter(None, kinds):
-            self._silenced.append((hooks, dict(hooks)))
-            hooks.clear()
-
-    def _speak(self) -> None:
-        for hooks, taken in self._silenced:
-            hooks.update(taken)
-        self._silenced.clear()
-
     def _take_from(self, node: Any, places: Sequence[int], tape: Forward) -> None:
         parameters = {place: self._accumulators[node.next_functions[place][0]] for place in places}
-        for place, parameter in parameters.items():
-            self._silence(parameter, node.next_functions[place][0])
+        for parameter in parameters.values():  # the pass comes to it without a gradient; its hooks run in W
+            self._silence.of(parameter)
 
         def take(inputs: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
             kept = list(inputs)

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from pipex.backward import recording
-from pipex.backward.accumulate import hooks_on, main_grad_of
+from pipex.backward.accumulate import Silence, main_grad_of
 from pipex.backward.passes import accumulates, announced_for
 from pipex.backward.uses import Captor, Sums, Use
 from pipex.errors import UnsupportedModule
-from pipex.torch_internals import current_pass, engine, hooks_of, post_accumulate_hooks
+from pipex.torch_internals import current_pass, engine
 
 _NOTHING = torch.empty(0)
 _MARK = "skip_backward_post_hook"  # TransformerEngine's, on the parameters whose gradients backward_dw() makes
@@ -43,13 +43,13 @@ class OwnUse(Use):
         name: of the module, for people.
     """
 
-    __slots__ = ("_module", "_name", "_pass", "_silenced")
+    __slots__ = ("_module", "_name", "_pass", "_silence")
 
     def __init__(self, tape: Captor, module: nn.Module, name: str) -> None:
         self._module = module
         self._name = name
         self._pass = -1  # the last that has come to it
-        self._silenced: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._silence = Silence()
         super().__init__(tape, _NOTHING)
 
     def _pack(self, *_: Callable[[Any], Any]) -> None:
@@ -65,26 +65,15 @@ class OwnUse(Use):
         if task == self._pass:
             return
         self._pass = task
-        self._silence()
+        for parameter in self._module.parameters():
+            if parameter.requires_grad and getattr(parameter, _MARK, False):
+                # Autograd comes to it without a gradient, and would run its hooks all the same.
+                self._silence.of(parameter)
         if accumulates() or announced_for(task) is not None:
-            engine.queue_callback(self._speak)
+            engine.queue_callback(self._silence.end)
             self.tape.captured(self, _NOTHING)
         else:  # it wants other gradients, as torch's stages do when they look at their shapes
             engine.queue_callback(self._discard)
-
-    def _silence(self) -> None:
-        """Autograd comes to these parameters without a gradient, and would run their hooks all the same."""
-        for parameter in self._module.parameters():
-            if parameter.requires_grad and getattr(parameter, _MARK, False):
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
-                for hooks in filter(None, (hooks_of(parameter), post_accumulate_hooks(parameter), *hooks_on(node))):
-                    self._silenced.append((hooks, dict(hooks)))
-                    hooks.clear()
-
-    def _speak(self) -> None:
-        for hooks, kept in self._silenced:
-            hooks.update(kept)
-        self._silenced.clear()
 
     def _discard(self) -> None:
         """What the backward has put into the queue is nobody's: takes it out."""
@@ -100,7 +89,7 @@ class OwnUse(Use):
                 main_grad.copy_(before)
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
-        self._speak()
+        self._silence.end()
         parameters = list(self._module.parameters())
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:

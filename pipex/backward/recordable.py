@@ -111,7 +111,8 @@ class Recordable:
             return None
         # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
         # gives it other memory from one micro-batch to the next: watched anew at each, it would be watched for ever.
-        if known is None or (known.alias.dtype, known.alias.device) != (parameter.dtype, parameter.device):
+        first = known is None or (known.alias.dtype, known.alias.device) != (parameter.dtype, parameter.device)
+        if first and id(parameter) not in self.woven:
             self._watch(parameter)
         self._weights[id(parameter)] = weight = Weight(parameter.detach(), parameter)
         return weight
@@ -127,8 +128,9 @@ class Recordable:
         if id(parameter) not in self.woven:
             self.woven.add(id(parameter))
             self.layers.clear()
-            if id(parameter) not in self.accumulators:
+            if id(parameter) not in self._weights:
                 self._watch(parameter)
+            self.accumulators.pop(id(parameter), None)  # so that autograd adds what comes to it, all at once
 
     def _watch(self, parameter: Tensor) -> None:
         """Sees which passes come to a recorded parameter nevertheless."""

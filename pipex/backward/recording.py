@@ -48,7 +48,7 @@ class Recorder(Captor, Protocol):
 
     def is_constant(self, tensor: Tensor) -> bool: ...
 
-    def cast(self, *operands: Tensor | None) -> list[Any]: ...
+    def cast(self, x: Tensor) -> Tensor: ...
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor: ...
 
@@ -66,6 +66,7 @@ _local = _Local()
 _lock = threading.Lock()
 _open = 0  # tapes open in all threads
 _replaced: list[tuple[dict[str, Any], Iterable[str], list[Any]]] = []  # meanwhile: a module's names, which, originals
+_patched: dict[str, Any] = {}  # meanwhile: methods that somebody had put on Tensor itself
 
 
 def start(tape: Recorder) -> Recorder | None:
@@ -78,6 +79,7 @@ def start(tape: Recorder) -> Recorder | None:
             for names, ours in _functions.values():  # all of a module at once, for a forward of few operations
                 _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
                 names.update(ours)
+            _patched.update((name, vars(Tensor)[name]) for name in _methods.keys() & vars(Tensor).keys())
             for name, method in _methods.items():
                 setattr(Tensor, name, method)
         _open += 1
@@ -97,6 +99,9 @@ def stop(outer: Recorder | None) -> None:
             _replaced.clear()
             for name in _methods:
                 delattr(Tensor, name)  # and the one of the class that it inherits from is there again
+            for name, method in _patched.items():
+                setattr(Tensor, name, method)
+            _patched.clear()
 
 
 def pause() -> Recorder | None:

@@ -47,7 +47,7 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Layer, Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
-from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, is_cached, made
+from pipex.backward.weights import Cast, Casts, Made, Origins, Target, Weight, is_cached, leaves_of, made
 from pipex.torch_internals import (
     add_hooks,
     any_autocast,
@@ -83,7 +83,7 @@ class Tape:
         self.replays = replayed is not None
         # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
         self._leaves = {} if replayed is None else replayed
-        self._products: list[Any] = []  # nodes of recorded operations, for
+        self._products: list[Any] = []  # nodes of recorded operations, for _origins
         self._origins: Origins | None = None
         self._casts: Casts | None = None
         self.recording = False
@@ -171,10 +171,9 @@ class Tape:
             self._leaves.setdefault(id(leaf), None)
             self._recordable.weave(leaf)
 
-    def cast(self, *operands: Tensor | None) -> list[Any]:
-        """The operands of an operation that autocast runs in lower precision, as it casts them, but for weights: these
-        it casts itself."""
-        return self._casts_now().of(*operands)
+    def cast(self, x: Tensor) -> Tensor:
+        """An operand of an operation that autocast runs in lower precision, as it does; a weight it casts itself."""
+        return self._casts_now().of(x)
 
     def _casts_now(self) -> Casts:
         region = recording.region()
@@ -239,11 +238,7 @@ class Tape:
         if known and w is not None and w.target is weight and not self._recordable.fuses(x):
             self._layers[id(weight)] = Layer(weight, bias, w.alias, None if b is None else b.alias)
         weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
-        if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-            y = recording.torch_linear(x, weight, bias)
-            self._hand_over(y, use)
-            return y
-        return rooted(use, lambda: recording.torch_linear(x, weight, bias))
+        return self.product(use, recording.torch_linear, x, weight, bias)
 
     def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
         """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
@@ -353,6 +348,8 @@ class Tape:
             accumulate(*sums.cast_back(), self._recordable.accumulators)
         except BaseException:
             fused.clear()  # or the next step's W would add it
+            for leaf in (leaf for target in sums.targets if isinstance(target, Made) for leaf in leaves_of(target)):
+                self._recordable.forget(id(leaf))  # as ``accumulate`` has promised
             raise
         if not more:
             fused.add()

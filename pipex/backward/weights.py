@@ -156,18 +156,12 @@ class Casts:
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the leaf: it, and its cast
         self._seen: set[int] = set()  # ids of weights
 
-    def of(self, *operands: Tensor | None) -> list[Tensor | None]:
-        """The operands of an operation that autocast runs in lower precision; all on one device, the first is there."""
-        first = operands[0]
-        assert first is not None
-        device = first.device.type
+    def of(self, operand: Tensor) -> Tensor:
+        """An operand of an operation that autocast runs in lower precision; a weight stays as it is."""
+        device, now = operand.device.type, operand.dtype
         if not torch.is_autocast_enabled(device):
-            return list(operands)
+            return operand
         dtype = torch.get_autocast_dtype(device)
-        return [operand if operand is None else self._of(operand, dtype) for operand in operands]
-
-    def _of(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
-        now = operand.dtype
         if now is dtype or now is torch.float64 or not now.is_floating_point:
             return operand
         if not operand.is_leaf:

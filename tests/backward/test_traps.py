@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import Shifted, mlp, run_functions, run_split
 
 from pipex.backward import Splitter, dw_builder, stage_backward_input, stage_backward_weight
+from pipex.errors import UnsupportedModule
 
 RUNS = [run_split, run_functions]
 
@@ -41,6 +42,65 @@ def compare(module: nn.Module, run: Callable[..., object], *inputs: Tensor, time
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
 def test_complex_layers(run: Callable[..., object], shape: tuple[int, ...]) -> None:
     compare(nn.Linear(4, 4, dtype=torch.complex64), run, torch.randn(shape, dtype=torch.complex64))
+
+
+class UsedAndMade(nn.Module):
+    """A weight, and then something that is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight * 2)
+
+
+def test_a_weight_and_what_is_made_of_it_are_added_at_once() -> None:
+    """To a gradient that is there already."""
+    torch.manual_seed(0)
+    model = UsedAndMade()
+    whole = copy.deepcopy(model)
+    model.weight.grad = torch.randn(8, 8)
+    whole.weight.grad = model.weight.grad.clone()
+    x, dy = torch.randn(5, 8), torch.randn(5, 8)
+    tape = Splitter.of(model).record()
+    with tape:
+        y = model(x)
+    tape.backward_input([y], [dy], [])
+    tape.backward_weight()
+    whole(x).backward(dy)
+    assert torch.equal(model.weight.grad, whole.weight.grad)
+
+
+class PenalizedLater(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
+        self.penalty = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        y = F.linear(x, weight)
+        return y + weight.square().sum() if self.penalty else y
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_made_weight_that_is_used_otherwise_later_is_refused_by_name_once(run: Callable[..., object]) -> None:
+    model = PenalizedLater()
+    splitter = Splitter.of(model)
+    x, dy = torch.randn(3, 4), torch.randn(3, 4)
+    for _ in range(2):
+        run(model, x.clone().requires_grad_(), dy, splitter)
+    model.penalty = True
+    with pytest.raises(UnsupportedModule, match=r"a weight that is made of parameters .* repeat the step"):
+        run(model, x.clone().requires_grad_(), dy, splitter)
+    model.zero_grad()
+    if run is run_split:  # the functions know no splitter to tell
+        run(model, x.clone().requires_grad_(), dy, splitter)
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(x).backward(dy)
+        assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
 
 
 class WithShapes(nn.Module):

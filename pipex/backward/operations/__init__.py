@@ -26,7 +26,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if tape is None:
         return torch_linear(input, weight, bias)
     if any_autocast():
-        (input,) = tape.cast(input)
+        input = tape.cast(input)
     dimensions = input.dim()
     if dimensions == 2 or (dimensions > 2 and _folds(input)):
         return tape.linear(input, weight, bias)

@@ -143,9 +143,15 @@ def _times(tensor: Tensor, factor: Any) -> Tensor:
     return tensor if factor == 1 else tensor * (factor.conjugate() if isinstance(factor, complex) else factor)
 
 
-def sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight | None] | None:
-    """The operands as weights; None where both are, or constants: what is made of them is a weight, or may be."""
-    lower = any_autocast()
+def sides(
+    tape: Recorder, a: Tensor, b: Tensor, lower: bool | None = None
+) -> tuple[Weight | None, Weight | None] | None:
+    """The operands as weights; None where both are, or constants: what is made of them is a weight, or may be.
+
+    Args:
+        lower: whether autocast runs the operation in lower precision; None: if it is on.
+    """
+    lower = any_autocast() if lower is None else lower
     left, right = tape.weight(a, lower), tape.weight(b, lower)
     both = (left is not None or tape.is_constant(a)) and (right is not None or tape.is_constant(b))
     return None if both else (left, right)
@@ -153,7 +159,7 @@ def sides(tape: Recorder, a: Tensor, b: Tensor) -> tuple[Weight | None, Weight |
 
 def data(tape: Recorder, x: Tensor) -> Tensor:
     """An operand that is no weight, of an operation that autocast runs in lower precision."""
-    return tape.cast(x)[0] if any_autocast() else x
+    return tape.cast(x) if any_autocast() else x
 
 
 def mm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
@@ -162,8 +168,16 @@ def mm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mv(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
-    """torch.mv."""
-    return matmul(tape, a, b) if a.dim() == 2 and b.dim() == 1 else torch_mv(a, b)
+    """torch.mv, which autocast of the CPU does not run in lower precision, unlike the same product as a matmul."""
+    lower = any_autocast() and a.device.type != "cpu"
+    left, right = (sides(tape, a, b, lower) if (a.dim(), b.dim()) == (2, 1) else None) or (None, None)
+    if right is not None:
+        a = data(tape, a) if lower else a
+        return tape.product(VectorUse(tape, a, right), torch_mv, a, right.alias)
+    if left is not None:
+        b = data(tape, b) if lower else b
+        return tape.product(OuterUse(tape, b, left), torch_mv, left.alias, b)
+    return torch_mv(a, b)
 
 
 def bmm(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
@@ -243,8 +257,8 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
         return mm(tape, a.unsqueeze(0), b).squeeze_(0)
     if (left is None and right is None) or a.dim() < 2 or b.dim() < 2 or not _batches_fit(a, b):
         return torch_matmul(a, b)
-    # torch takes a batch of one matrix for a matrix, if that requires grad.
-    if a.dim() == b.dim() == 3 and b.shape[0] == 1:
+    # torch takes a batch of one matrix for a matrix, if that requires grad; autocast casts before it broadcasts.
+    if (a.dim() == b.dim() == 3 and b.shape[0] == 1) or any_autocast():
         return torch_matmul(a, b)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     y = bmm(tape, *(t.expand(*batch, *t.shape[-2:]).reshape(batch.numel(), *t.shape[-2:]) for t in (a, b)))

@@ -76,8 +76,14 @@ FORMS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...]], Form]] = {
 CONVOLUTIONS = [form for name, (_, _, form) in FORMS.items() if name.startswith("conv")]
 
 
-def gradients(form: Form, parameters: nn.ParameterList, x: Tensor, split: bool, uses: int) -> list[Tensor | None]:
-    """Output, gradient of x, gradients of the parameters."""
+def gradients(
+    form: Form, parameters: nn.ParameterList, x: Tensor, split: bool, uses: int, in_input: bool = False
+) -> list[Tensor | None]:
+    """Output, gradient of x, gradients of the parameters.
+
+    Args:
+        in_input: whether I may make the weight's.
+    """
     parameters = copy.deepcopy(parameters)
     x = x.detach().clone().requires_grad_(x.requires_grad)
 
@@ -93,8 +99,7 @@ def gradients(form: Form, parameters: nn.ParameterList, x: Tensor, split: bool, 
     with tape:
         y = forward()
     found = tape.backward_input([y], [cotangent(y)], [x] if x.requires_grad else [])
-    # A convolution of complex numbers is several, in I.
-    assert parameters[0].grad is None or (x.is_complex() and form in CONVOLUTIONS), "made in W"
+    assert parameters[0].grad is None or in_input, "made in W"
     tape.backward_weight()
     return [y, *(found or [None]), *(p.grad for p in parameters)]
 
@@ -132,7 +137,30 @@ def test_bits_are_those_of_autograd(name: str, dtype: torch.dtype, uses: int) ->
         with pytest.raises(type(refused)):
             gradients(form, parameters, x, True, uses)
         return
-    assert_same_bits(gradients(form, parameters, x, True, uses), wanted)
+    # A convolution of complex numbers is several, in I.
+    in_input = dtype is torch.complex64 and form in CONVOLUTIONS
+    assert_same_bits(gradients(form, parameters, x, True, uses, in_input), wanted)
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_bits_are_those_of_autograd_under_autocast(name: str, dtype: torch.dtype, uses: int) -> None:
+    """Which casts for some operations and not for others: the output says so first."""
+    form, parameters, x = made(name, torch.float32)
+
+    def under(p: nn.ParameterList, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return form(p, x)
+
+    try:
+        wanted = gradients(under, parameters, x, False, uses)
+    except (RuntimeError, ValueError) as refused:
+        with pytest.raises(type(refused)):
+            gradients(under, parameters, x, True, uses)
+        return
+    in_input = name == "bilinear" or "broadcast" in name  # what is cast before something else happens to it
+    assert_same_bits(gradients(under, parameters, x, True, uses, in_input), wanted)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -223,6 +251,16 @@ def test_a_product_that_a_checkpoint_keeps_is_not_changed() -> None:
         return model[1].weight.grad
 
     assert_same_bits([gradient(split=True)], [gradient(split=False)])
+
+
+def test_a_method_that_others_have_put_in_place_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(x: Tensor, other: Tensor) -> Tensor:
+        return torch.mm(x, other)
+
+    monkeypatch.setattr(torch.Tensor, "mm", theirs, raising=False)
+    with Splitter.of(nn.Linear(2, 2)).record():
+        assert torch.Tensor.mm is not theirs
+    assert torch.Tensor.mm is theirs
 
 
 def test_torch_has_its_own_again_afterwards() -> None:
