@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 from torch.utils.hooks import RemovableHandle
 
+from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator
 from pipex.backward.fsdp import Sharded
 from pipex.backward.fused import FusedProducts
@@ -79,6 +80,8 @@ class Recordable:
         self.sharded = sharded
         self.own = own or Own()
         self.mixed = Mixed(self.accumulators)
+        if self.sees:
+            recording.replace_methods_for(self)
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -63,9 +64,10 @@ class _Local(threading.local):
 
 
 _local = _Local()
-_lock = threading.Lock()
+_lock = threading.RLock()  # what is let go may be let go of by a garbage collection in here
 _open = 0  # tapes open in all threads
 _replaced: list[tuple[dict[str, Any], Iterable[str], list[Any]]] = []  # meanwhile: a module's names, which, originals
+_owners = 0  # of tapes that are alive
 _patched: dict[str, Any] = {}  # meanwhile: methods that somebody had put on Tensor itself
 
 
@@ -79,9 +81,6 @@ def start(tape: Recorder) -> Recorder | None:
             for names, ours in _functions.values():  # all of a module at once, for a forward of few operations
                 _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
                 names.update(ours)
-            _patched.update((name, vars(Tensor)[name]) for name in _methods.keys() & vars(Tensor).keys())
-            for name, method in _methods.items():
-                setattr(Tensor, name, method)
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer
@@ -97,10 +96,31 @@ def stop(outer: Recorder | None) -> None:
             for names, ours, originals in _replaced:
                 names.update(zip(ours, originals, strict=True))
             _replaced.clear()
-            for name in _methods:
-                delattr(Tensor, name)  # and the one of the class that it inherits from is there again
-            for name, method in _patched.items():
+
+
+def replace_methods_for(owner: object) -> None:
+    """Tensors have methods that tapes see as long as somebody like this is alive, who opens some. Not only while one is
+    open: a class that is changed makes Python look up anew all that it has found there."""
+    global _owners
+    with _lock:
+        if _owners == 0:
+            _patched.update((name, vars(Tensor)[name]) for name in _methods.keys() & vars(Tensor).keys())
+            for name, method in _methods.items():
                 setattr(Tensor, name, method)
+        _owners += 1
+    weakref.finalize(owner, _put_methods_back)
+
+
+def _put_methods_back() -> None:
+    global _owners
+    with _lock:
+        _owners -= 1
+        if _owners == 0:
+            for name, method in _methods.items():
+                if vars(Tensor).get(name) is method:  # else somebody has put theirs there since
+                    delattr(Tensor, name)  # and the one of the class that it inherits from is there again
+                    if name in _patched:
+                        setattr(Tensor, name, _patched[name])
             _patched.clear()
 
 
@@ -164,11 +184,11 @@ _methods: dict[str, Callable[..., Any]] = {}
 
 
 def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
-    """Says what takes the place of torch's own while a tape is open.
+    """Says what takes the place of torch's own.
 
     Args:
-        functions: by module, which is imported, and name.
-        methods: of tensors, by name.
+        functions: by module, which is imported, and name; while a tape is open.
+        methods: of tensors, by name (``replace_methods_for``).
     """
     for module, ours in functions.items():
         _functions[module] = vars(sys.modules[module]), ours
