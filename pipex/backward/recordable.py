@@ -52,6 +52,8 @@ class Recordable:
         """By id of the weight, linear layers that have been recorded"""
         self.woven: set[int] = set()
         """ids of the parameters of which something is made that is a weight too; autograd sums what comes to them"""
+        self.several: set[int] = set()
+        """ids of the parameters to which gradients come in several ways in one forward (``in_order``)"""
         self.accumulators: dict[int, Accumulator] = {}  # of recorded parameters, by their id
         self.fused = FusedProducts(self.accumulators)
         self._exact = exact

@@ -32,6 +32,7 @@ from torch import Tensor
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.fused import FusedProducts
+from pipex.backward.in_order import InOrder, given
 from pipex.backward.mixed import GivenUse
 from pipex.backward.operations import FUNCTIONS, METHODS
 from pipex.backward.passes import (
@@ -46,7 +47,7 @@ from pipex.backward.passes import (
 from pipex.backward.recordable import Recordable
 from pipex.backward.root import rooted
 from pipex.backward.uses import Sums, Use
-from pipex.backward.weights import Cast, Casts, Made, Origins, Target, Weight, is_cached, leaves_of, made
+from pipex.backward.weights import Cast, Casts, Origins, Target, Weight, is_cached, made
 from pipex.torch_internals import (
     add_hooks,
     any_autocast,
@@ -69,7 +70,7 @@ class Tape:
 
     __slots__ = (
         "__weakref__", "_casts", "_leaves", "_origins", "_outer", "_passes", "_products", "_recordable",
-        "_uses", "end_node", "first_node", "layers", "recording", "replays", "then",
+        "_uses", "_ways", "end_node", "first_node", "layers", "recording", "replays", "then",
     )  # fmt: skip
 
     def __init__(
@@ -79,8 +80,9 @@ class Tape:
         self.layers = recordable.layers
         self.then = then
         self.replays = replayed is not None
-        # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
+        # By id, the parameters that have been weights; None: only something made of it. A replay has no others.
         self._leaves = {} if replayed is None else replayed
+        self._ways: dict[int, object] = {}  # by id of a parameter the first on which its gradient will come
         self._products: list[Any] = []  # nodes of recorded operations, for _origins
         self._origins: Origins | None = None
         self._casts: Casts | None = None
@@ -107,6 +109,7 @@ class Tape:
             recording.stop(self._outer)
         self._outer, self.recording = None, False
         self._products.clear()
+        self._ways.clear()
         self._origins = self._casts = None
         if self.then is None and not self.replays and self._recordable.mixed.watching:
             self.end_node = next_sequence_number()
@@ -127,9 +130,12 @@ class Tape:
             return None
         if tensor.grad_fn is None:
             weight = self._leaf(tensor)
-            if weight is None or weight.target is not tensor or not any_autocast() or not is_cached(tensor):
+            if weight is None or not any_autocast() or not is_cached(tensor):
+                if weight is not None:
+                    self._comes_by(tensor, None)
                 return weight
             casts = self._casts_now()
+            self._comes_by(tensor, casts.region if lower else None)
             return Weight(casts.again(tensor, weight.alias) if lower else weight.alias, Cast(tensor, casts.region))
         if self._origins is None:
             self._origins = Origins()
@@ -138,6 +144,7 @@ class Tape:
         parameters = self._origins.parameters(tensor, self._may_be_woven)
         for parameter in parameters:
             self._weave(parameter)
+            self._comes_by(parameter, tensor.grad_fn)
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
@@ -152,11 +159,13 @@ class Tape:
             weight = self._recordable.weight(leaf)
             if weight is None:
                 return None
-            self._leaves[key] = None if key in self._recordable.woven else weight
-        elif key not in self._leaves:
-            return None
-        # Where something is made of it, this use is too, so that autograd sums them in its order.
-        return self._leaves[key] or made(leaf.view_as(leaf))
+            self._leaves[key] = weight
+        return self._leaves.get(key)
+
+    def _comes_by(self, leaf: Tensor, way: object) -> None:
+        """A gradient will come to the parameter as such, by an autocast region, or by what is made of it."""
+        if not self.replays and self._ways.setdefault(id(leaf), way) != way:
+            self._recordable.several.add(id(leaf))
 
     def _has(self, leaf: Tensor) -> bool:
         return id(leaf) in self._leaves if self.replays else self._recordable.has(leaf)
@@ -284,7 +293,7 @@ class Tape:
             if use.targets is None:
                 return None
             found += use.targets
-        return found
+        return given(found, self._recordable.several) if self._recordable.several else found
 
     def backward_weight(self, more: bool = False) -> None:
         """W: adds the deferred weight gradients to ``.grad``, or to ``.main_grad`` where a parameter has one.
@@ -310,15 +319,18 @@ class Tape:
             accumulate(*sums.cast_back(), self._recordable.accumulators)
         except BaseException:
             fused.clear()  # or the next step's W would add it
-            for leaf in (leaf for target in sums.targets if isinstance(target, Made) for leaf in leaves_of(target)):
-                self._recordable.forget(id(leaf))  # as ``accumulate`` has promised
+            for key in self._recordable.woven:
+                self._recordable.forget(key)  # as ``naming_graphs_that_are_gone`` has promised
             raise
         if not more:
             fused.add()
 
     def add_to(self, sums: Sums, fused: FusedProducts | None = None) -> None:
         """The products of W, once: the uses are let go. Those that ``fused`` takes are left to it."""
+        several = self._recordable.several
         uses, self._uses = self._uses, []
+        if several:
+            sums = in_order = InOrder(sums, [target for use, _, _ in uses for target in use.targets or ()], several)
         if self._recordable.mixed.watching:
             self._recordable.mixed.end(self)
         for use, dy, its_version in uses:  # neither x nor dy requires grad, so nothing here makes a graph
@@ -331,6 +343,8 @@ class Tape:
             taken = fused is not None and self._recordable.fuses(dy) and fused.take(use, dy)
             if not taken:
                 use.add_to(sums, dy)
+        if several:
+            in_order.finish()
 
 
 _ALONE = nullcontext()

@@ -163,13 +163,20 @@ class LinearUse(Use):
     """y = x Wᵀ + b with contiguous x of shape (..., in): dW = dyᵀ x of shape (out, in), db = Σ dy of shape (out).
 
     dy comes in the shape of the product, (rows, out), or of y.
+
+    Args:
+        by_rows: whether W lies in memory row by row. Else dW lies as autograd's, the other way round, which what comes
+            after it (the sum for a factor of W) can tell.
     """
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("bias", "by_rows", "weight")
 
-    def __init__(self, tape: Captor, x: Tensor, weight: Target | None, bias: Target | None) -> None:
+    def __init__(
+        self, tape: Captor, x: Tensor, weight: Target | None, bias: Target | None, by_rows: bool = True
+    ) -> None:
         self.weight = weight  # None where frozen
         self.bias = bias
+        self.by_rows = by_rows
         super().__init__(tape, x)
 
     @property
@@ -185,8 +192,10 @@ class LinearUse(Use):
         if self.bias is not None:
             sums.add(self.bias, rows.sum(0))
         if self.weight is not None:
+            if columns.is_complex():
+                columns = columns.conj()
             # Not by the tensor's method, which is ours as long as somebody records.
-            sums.add(self.weight, torch_mm(rows.t(), columns.conj() if columns.is_complex() else columns))
+            sums.add(self.weight, torch_mm(rows.t(), columns) if self.by_rows else torch_mm(columns.t(), rows).t())
 
 
 class EmbeddingUse(Use):

@@ -1,4 +1,9 @@
-"""Random modules in random regimes: I and W have the bits of autograd, and hooks see what they see there."""
+"""Random modules in random regimes: I and W have the bits of autograd, and hooks see what they see there.
+
+But where a parameter is used in recorded operations and in others: under autocast autograd adds the gradients of both in
+lower precision before it casts them back, the tape those of its own; and it adds what others make in its own order.
+There, and there alone, rounding may differ.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import Any
 
 import pytest
 from cases import SEED, case
-from random_modules import differences, draw
+from random_modules import differences, draw, error, rounding
 
 from pipex.errors import UnsupportedModule
 
@@ -16,6 +21,9 @@ MODULES, SAMPLE, TOGETHER = 20_000, 200, 100
 
 REFUSED = 0.02
 """The largest share of a hundred that may be refused."""
+
+ROUNDED = 0.02
+"""The largest share of a hundred that may differ in rounding."""
 
 
 def groups() -> Iterator[Any]:
@@ -28,7 +36,7 @@ def groups() -> Iterator[Any]:
 @pytest.mark.parametrize("group", list(groups()))
 def test_random_modules_have_the_bits_of_autograd(group: int) -> None:
     """Those that torch runs: it refuses some, such as a change in place of what a layer has saved."""
-    compared = refused = 0
+    compared = refused = rounded = 0
     for seed in range(group * TOGETHER, (group + 1) * TOGETHER):
         drawn = draw(seed)
         with case(drawn):
@@ -37,7 +45,12 @@ def test_random_modules_have_the_bits_of_autograd(group: int) -> None:
             except UnsupportedModule:
                 refused += 1
                 continue
-            assert not found
+            if found and rounding(drawn):
+                assert error(drawn) < rounding(drawn)
+                rounded += 1
+            else:
+                assert not found
             compared += found is not None
     assert compared > 0.75 * TOGETHER
     assert refused <= REFUSED * TOGETHER
+    assert rounded <= ROUNDED * TOGETHER

@@ -172,7 +172,7 @@ def whole(drawn: Drawn) -> Iterator[dict[str, Any]]:
                 y = REGIMES[drawn.regime](module, x)
                 y.backward(dy.to(y.dtype))
                 found[f"output {number}"], found[f"input {number}"] = digest(y), digest(x.grad)
-        yield found | {"gradients": bits(module), "heard": dict(heard)}
+        yield found | {"gradients": bits(module), "heard": dict(heard), VALUES: values(module)}
         heard.clear()
         update(module)
 
@@ -195,7 +195,7 @@ def split(drawn: Drawn) -> Iterator[dict[str, Any]]:
                 found[f"input {number}"] = digest(micro.input(dy.to(micro.y.dtype)))
             if kind in "WB":
                 micros.pop(number).weight()
-        yield found | {"gradients": bits(module), "heard": dict(heard)}
+        yield found | {"gradients": bits(module), "heard": dict(heard), VALUES: values(module)}
         heard.clear()
         update(module)
 
@@ -212,6 +212,33 @@ def update(module: nn.Module) -> None:
         for parameter in module.parameters():
             parameter.grad = None
             parameter.mul_(0.9)
+
+
+VALUES = "values"
+"""Of gradients, for ``error``."""
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def rounding(drawn: Drawn) -> float:
+    """By how much gradients may differ where a parameter may be used both in recorded operations and in others, within
+    what a weight is made by or in a penalty."""
+    regimes = {drawn.regime, *(regime for _, _, regime in drawn.parts)}
+    if any("autocast" in regime for regime in regimes):
+        return 2**-8 if drawn.tied or drawn.penalized else 0
+    return 2**-22 if drawn.penalized else 0
+
+
+def error(drawn: Drawn) -> float:
+    """The largest distance of a gradient from autograd's, relative to its norm."""
+    pairs = [
+        (theirs, ours[VALUES][name])
+        for step, ours in zip(whole(drawn), split(drawn), strict=True)
+        for name, theirs in step[VALUES].items()
+    ]
+    return max(float((a.double() - b.double()).norm() / (a.double().norm() + 1e-30)) for a, b in pairs)
 
 
 def differences(drawn: Drawn) -> list[str] | None:
@@ -233,7 +260,7 @@ def differences(drawn: Drawn) -> list[str] | None:
 
 
 def _pairs(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in expected.keys() | found.keys():
+    for key in (expected.keys() | found.keys()) - {VALUES}:
         our, their = expected.get(key), found.get(key)
         if isinstance(our, dict) and isinstance(their, dict):
             yield from ((f"{key} {k}", our.get(k), their.get(k)) for k in our.keys() | their.keys()

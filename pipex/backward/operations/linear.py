@@ -51,13 +51,14 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     if not _folds(x):
         return _of_rows(tape, x, weight, bias, w, b)
     kept = x.new_empty(0) if w is None else x  # only the weight's gradient needs x, and that it stays unchanged
-    use = LinearUse(tape, kept, None if w is None else w.target, None if b is None else b.target)
+    by_rows = _lies_by_rows(weight)
+    use = LinearUse(tape, kept, None if w is None else w.target, None if b is None else b.target, by_rows)
     if w is not None and (b is None) == (bias is None) and tape.fuses(x):
         activation = activation_of(x, tape.first_node)
         if activation is not None and worthwhile(activation, x, w.alias):
             return activated_linear(use, x, activation, w.alias, None if b is None else b.alias)
     known = bias is None or (b is not None and b.target is bias)
-    if known and w is not None and w.target is weight and not tape.fuses(x):
+    if known and by_rows and w is not None and w.target is weight and not tape.fuses(x):
         tape.layers[id(weight)] = Layer(weight, bias, w.alias, None if b is None else b.alias)
     weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
     return tape.product(use, torch_linear, x, weight, bias)
@@ -78,15 +79,22 @@ def _folds(x: Tensor) -> bool:
     return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(dimensions - 2))
 
 
+def _lies_by_rows(weight: Tensor) -> bool:
+    return weight.stride() == (weight.shape[1], 1)
+
+
 def _of_rows(
     tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None, w: Weight | None, b: Weight | None
 ) -> Tensor:
     """Of an x, cast by autocast if at all, that has gaps or is a vector; ``w`` and ``b`` as weights."""
     rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     kept = x.new_empty(0) if w is None else rows
-    use = UnfoldedLinearUse(tape, kept, None if w is None else w.target, None if b is None else b.target)
+    targets = None if w is None else w.target, None if b is None else b.target
+    use = UnfoldedLinearUse(tape, kept, *targets, x.dim() == 1 or _lies_by_rows(weight))
     if b is not None:
         bias = b.alias
+    elif bias is not None and any_autocast():
+        bias = tape.cast(bias)
     if w is None:  # then torch looks at this weight itself
         return tape.product(use, torch_linear, x, weight, bias)
     if x.dim() == 1:  # where it asks nothing of the weight

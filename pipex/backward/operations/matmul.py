@@ -223,7 +223,8 @@ def matmul(tape: Recorder, a: Tensor, b: Tensor) -> Tensor:
     if a.dim() == b.dim() == 2:
         return mm(tape, a, b)
     if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0]:
-        return bmm(tape, a, b)
+        y = bmm(tape, a, b)
+        return unsafe_view(y, y.shape)  # a selective checkpoint that keeps the product sees no change of this one
     left, right = sides(tape, a, b) or (None, None)
     if right is not None and b.dim() == 2 and a.dim() > 2:
         return _folded(tape, data(tape, a), right, transposed=False)
