@@ -183,6 +183,8 @@ hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute("torch.Tensor",
 post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | None] = _attribute(
     "torch.Tensor", "_post_accumulate_grad_hooks"
 )
+# What this rank has of a DTensor. The public to_local() leaves a node in the graph, and an exchange unfinished.
+part_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
 _private("torch.autograd.graph.Node._sequence_nr")  # which of two nodes is older
 sequence_number: Callable[[Any], int] = methodcaller("_sequence_nr")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipex.backward.dtensor import tape_for_dtensors
 from pipex.backward.operations.bilinear import bilinear, torch_bilinear
 from pipex.backward.operations.convolution import convolution
 from pipex.backward.operations.einsum import einsum, torch_einsum
@@ -24,7 +25,10 @@ Function = Callable[..., Any]
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = tape_for(input)
     if tape is None:
-        return torch_linear(input, weight, bias)
+        if type(input) is not Tensor:
+            tape = tape_for_dtensors(input, weight, *(() if bias is None else (bias,)))
+        if tape is None:
+            return torch_linear(input, weight, bias)
     if any_autocast():
         input = tape.cast(input)
     dimensions = input.dim()
@@ -54,6 +58,8 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     tape = tape_for(input)
+    if tape is None and type(input) is not Tensor:
+        tape = tape_for_dtensors(input, weight)
     if tape is None or sparse or max_norm is not None:
         return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)
@@ -76,6 +82,8 @@ def _product(original: Function, record: Function, operands: int) -> Function:
     def recorded(*args: Any, **factors: Any) -> Any:
         if len(args) == operands and factors.keys() <= _FACTORS:
             tape = _tape_for(*args)
+            if tape is None and type(args[-1]) not in _PLAIN:
+                tape = tape_for_dtensors(*args)
             if tape is not None and not any(isinstance(factor, Tensor) for factor in factors.values()):
                 return record(tape, *args, **factors)
         return original(*args, **factors)

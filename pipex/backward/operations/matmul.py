@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipex.backward.dtensor import is_dtensor
 from pipex.backward.recording import Recorder, torch_linear
 from pipex.backward.uses import Captor, LinearUse, Sums, Use
 from pipex.backward.weights import Target, Weight
@@ -301,6 +302,6 @@ def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
             return y
         # In place only where torch does it so: a selective checkpoint may have kept the product, and gives it again.
         b = b.to(y.dtype)
-        return y.add(b) if dispatch_modes() else y.add_(b)
+        return y.add(b) if dispatch_modes() or is_dtensor(b) else y.add_(b)
 
     return tape.product(use, run, rows, w.alias, bias)
