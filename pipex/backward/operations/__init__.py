@@ -99,7 +99,7 @@ _PRODUCTS: dict[str, tuple[Function, int]] = {
 
 def _einsum(*args: Any) -> Any:
     if len(args) == 3 and isinstance(args[0], str):
-        tape = _tape_for(*args[1:])
+        tape = _tape_for(*args[1:]) or tape_for_dtensors(*args[1:])
         if tape is not None:
             return einsum(tape, *args)
     return torch_einsum(*args)
