@@ -1,0 +1,201 @@
+"""Stages of DTensors: their weight gradients wait, and come out of W as autograd would have left them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import persistent
+import pytest
+import torch
+import torch.nn.functional as F
+from parallel_modules import ROWS, TOKENS, WIDTH, WORDS, Block, Model, parallel_block, parallel_mlp, parallel_model
+from regimes import REGIMES, digest
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch_group import in_group
+
+from pipex.backward.splitter import Splitter
+from pipex.bench.deferred import Products
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # F.rms_norm under autocast
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),  # returns a view, which nobody changes in place here
+]
+
+ORDER = "F0 F1 I0 I1 W0 W1"
+AMONG = {"_c10d_functional", "c10d"}
+
+
+class Exchanges(TorchDispatchMode):
+    """Lists what ranks exchange, those of DTensors' operations included."""
+
+    def __init__(self, seen: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.seen, self.now = seen, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it does to the parts comes by here
+        name = func.overloadpacket.__name__
+        if func.namespace in AMONG and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.seen.append((self.now, name))
+        return func(*args, **(kwargs or {}))
+
+
+class Job(NamedTuple):
+    """A micro-batch at a time, two under way.
+
+    Attributes:
+        build: of a mesh over which layers are parallel.
+        products: how many gradients of weights a micro-batch has.
+        regime: in which the module is called.
+        mesh: sizes; over the first of two FSDP2 shards.
+        words: whether it is called with tokens and ends in a loss.
+        reshard: as FSDP2's.
+    """
+
+    build: Callable[[DeviceMesh], nn.Module]
+    products: int
+    regime: str = "plain"
+    mesh: tuple[int, ...] = (2,)
+    words: bool = False
+    reshard: bool = True
+
+
+class Found(NamedTuple):
+    """Of one rank.
+
+    Attributes:
+        gradients: by name of the parameter, its placements, strides, and this rank's bits.
+        others: outputs and gradients of inputs.
+        products: of each kind of action.
+        exchanges: with the kind of action, in order.
+        heard: by kind of hook and name of the parameter, the gradients that it saw.
+    """
+
+    gradients: dict[str, Any]
+    others: list[Any]
+    products: dict[str, int]
+    exchanges: list[tuple[str, str]]
+    heard: dict[tuple[str, str], list[Any]]
+
+
+def known(tensor: Tensor | None) -> Any:
+    """All there is to know of one."""
+    if isinstance(tensor, DTensor):
+        return str(tensor.placements), tensor.stride(), digest(tensor.to_local())
+    return digest(tensor)
+
+
+def listen(module: nn.Module) -> dict[tuple[str, str], list[Any]]:
+    heard: dict[tuple[str, str], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        seen = heard["accumulated", name] = []
+        parameter.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(known(p.grad)))
+        seen = heard["gradient", name] = []
+        parameter.register_hook(lambda gradient, seen=seen: seen.append(known(gradient)))
+    return heard
+
+
+@contextmanager
+def counted(exchanges: Exchanges, products: Counter[str], now: str) -> Iterator[None]:
+    exchanges.now = now
+    with exchanges, Products() as these:
+        yield
+    products[now] += these.count
+
+
+def trained(rank: int, job: Job, split: bool) -> Found:
+    mesh = init_device_mesh("cpu", job.mesh, mesh_dim_names=("data", "model")[-len(job.mesh) :])
+    module = job.build(mesh["model"])
+    sharded = len(job.mesh) > 1
+    if sharded:
+        for part in (*(p for p in module.modules() if isinstance(p, Block)), module):
+            fully_shard(part, mesh=mesh["data"], reshard_after_forward=job.reshard)
+    heard = {} if sharded else listen(module)
+    splitter, call = Splitter.of(module), REGIMES[job.regime]
+    generator = torch.Generator().manual_seed(rank // 2 if sharded else 0)
+    events: list[tuple[str, str]] = []
+    exchanges, products = Exchanges(events), Counter[str]()
+    under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}
+    others: list[Any] = []
+    for action in ORDER.split():
+        kind, number = action[0] if split or action[0] != "I" else "B", int(action[1])
+        if kind == "W" and not split:
+            continue
+        if sharded:
+            module.set_requires_gradient_sync(number == 1)
+        with loss_parallel() if job.words and kind != "W" else nullcontext(), counted(exchanges, products, kind):
+            if kind == "F":
+                tokens = torch.randint(0, WORDS, (ROWS, TOKENS), generator=generator)
+                x = tokens if job.words else torch.randn(ROWS, TOKENS, WIDTH, generator=generator).requires_grad_()
+                with splitter.record() if split else nullcontext() as tape:
+                    y = call(module, x)
+                    if job.words:
+                        y = F.cross_entropy(y.flatten(0, 1).float(), tokens.flatten().roll(1))
+                under_way[number] = tape, x, y
+                others.append(known(y))
+                continue
+            tape, x, y = under_way[number]
+            dy = None if job.words else torch.ones_like(y)
+            if kind == "W":
+                tape.backward_weight()
+            elif kind == "I":
+                others.append([known(dx) for dx in tape.backward_input([y], [dy], [] if job.words else [x])])
+            else:
+                y.backward(dy)
+                others.append([] if job.words else [known(x.grad)])
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    gradients = {name: known(p.grad) for name, p in module.named_parameters()}
+    return Found(gradients, others, dict(products), events, heard)
+
+
+def everywhere(store: Path, ranks: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+    return persistent.ranks.results([partial(in_group, store, n, ranks, body, n, *arguments) for n in range(ranks)])
+
+
+BLOCK, MODEL = 7, 9  # products in the one and in the other
+
+JOBS = {
+    "columns and rows, alone": Job(parallel_mlp, 2, mesh=(1,)),
+    "columns and rows": Job(parallel_mlp, 2),
+    "a block": Job(parallel_block, BLOCK),
+    "words": Job(parallel_model, MODEL, words=True),
+    "words, alone": Job(parallel_model, MODEL, mesh=(1,), words=True),
+    **{f"a block, {regime}": Job(parallel_block, BLOCK, regime) for regime in REGIMES if regime != "plain"},
+    "words, in bf16 autocast": Job(parallel_model, MODEL, "bf16 autocast", words=True),
+    "words, checkpointed": Job(parallel_model, MODEL, "checkpointed", words=True),
+    "columns and rows, sharded": Job(parallel_mlp, 2, mesh=(2, 2)),
+    "words, sharded": Job(parallel_model, MODEL, mesh=(2, 2), words=True),
+    "words, sharded, kept gathered": Job(parallel_model, MODEL, mesh=(2, 2), words=True, reshard=False),
+    "words, sharded, a checkpoint within autocast": Job(
+        parallel_model, MODEL, "a checkpoint within autocast", mesh=(2, 2), words=True
+    ),
+}
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS.keys())
+def test_weight_gradients_wait_and_are_what_autograd_leaves(tmp_path: Path, job: Job) -> None:
+    ranks = int(torch.tensor(job.mesh).prod())
+    ours, theirs = (everywhere(tmp_path / str(split), ranks, trained, job, split) for split in (True, False))
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.gradients == their.gradients
+        assert None not in our.gradients.values()
+        assert our.others == their.others
+        assert our.heard == their.heard
+        assert our.products["W"] == 2 * job.products, "all of them"
+        assert our.products["F"] + our.products["I"] + our.products["W"] == their.products["F"] + their.products["B"]
+        assert Counter(name for _, name in our.exchanges) == Counter(name for _, name in their.exchanges)
+        if len(job.mesh) == 1:  # FSDP2's copies of the parameters differ
+            assert our.exchanges == ours[0].exchanges, "all ranks exchange in one order"
