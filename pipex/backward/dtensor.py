@@ -3,8 +3,8 @@
 Autograd takes a DTensor for one tensor. It differentiates operations on the whole, and only what each of them calls is
 brought to the parts that the ranks have, with the exchanges between ranks that their placements ask for:
 
-    autograd   addmm(b, x, Wᵀ) of DTensors            dW = dyᵀ x of DTensors
-    parts      [exchange] addmm of parts              [exchange] mm of parts ─► a gradient in shards, or one to be summed
+    autograd   addmm(b, x, Wᵀ) of DTensors      dW = dyᵀ x of DTensors
+    parts      [exchange] addmm of parts        [exchange] mm of parts ─► dW in shards, or parts to be summed
 
 So what is recorded of plain tensors is recorded of these: an alias of the weight, x and dy, all of them DTensors. W
 calls what autograd would have called, operand for operand, and what comes of it is the same: products of parts, bits,
@@ -17,20 +17,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipex.backward import recording
 from pipex.backward.recording import Recorder
-from pipex.backward.uses import EmbeddingUse, LinearUse, Packed, Sums, Use
-from pipex.backward.weights import Target, Weight
-from pipex.torch_internals import any_autocast, part_of, version
+from pipex.backward.uses import Packed, Sums, Use
+from pipex.backward.weights import Layer, Target, Weight
+from pipex.torch_internals import part_of, version
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether it is a DTensor, and of no class that is derived from that. Imports nothing: who has one has its class."""
+    """Whether it is a DTensor, and of no class that is derived from that. Imports nothing: whoever has one has that."""
     module = sys.modules.get("torch.distributed.tensor")
     return type(x) is getattr(module, "DTensor", None)
 
@@ -44,16 +44,12 @@ def _form(x: Any) -> tuple[object, ...]:
     return x.device_mesh, x.placements, x.shape, x.stride(), x.dtype
 
 
-class _Tape(Recorder, Protocol):
-    def weight(self, tensor: Tensor | None, lower: bool = False, of_dtensors: bool = False) -> Weight | None: ...
-
-
 def tape_for_dtensors(*operands: object) -> Recorder | None:
-    """The tape that may record an operation on these; None where they are not all DTensors, so that torch makes of the
-    others what it does (it refuses them, or takes them for replicated), or where the general path makes the gradient.
-    """
-    tape: Any = recording.tape_for(_PLAIN)
-    if tape is None or not all(is_dtensor(operand) for operand in operands):
+    """The tape that may record an operation on these; None where they are not all DTensors (None counts for one), so
+    that torch makes of the others what it does (it refuses them, or takes them for replicated), or where the general
+    path makes the gradient."""
+    tape = recording.tape_for(_PLAIN)
+    if tape is None or not all(operand is None or is_dtensor(operand) for operand in operands):
         return None
     return _OfDTensors(tape)
 
@@ -64,46 +60,38 @@ _PLAIN = torch.empty(0)
 class _OfDTensors:
     """A tape, for operations on DTensors."""
 
-    __slots__ = ("_tape", "replays")
+    __slots__ = ("_tape", "first_node", "layers", "replays")
 
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, tape: Any) -> None:
         self._tape = tape
+        self.first_node = tape.first_node
         self.replays = tape.replays
+        self.layers: dict[int, Layer] = {}  # none is known: whether it is as it was takes longer than what it spares
 
     def replay(self) -> AbstractContextManager[Any]:
-        return self._tape.replay()
+        found: AbstractContextManager[Any] = self._tape.replay()
+        return found
 
     def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None:
-        return self._tape.weight(tensor, lower, of_dtensors=True)
+        found: Weight | None = self._tape.weight(tensor, lower, of_dtensors=True)
+        return found
 
     def is_constant(self, tensor: Tensor) -> bool:
-        return self._tape.is_constant(tensor)
+        return bool(self._tape.is_constant(tensor))
 
     def cast(self, x: Tensor) -> Tensor:
-        return self._tape.cast(x)
+        found: Tensor = self._tape.cast(x)
+        return found
+
+    def fuses(self, x: Tensor) -> bool:
+        return False  # kernels read memory, of which a DTensor has none
 
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor:
-        return self._tape.product(use, run, *operands)
+        found: Tensor = self._tape.product(use, run, *operands)
+        return found
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As the tape's, without what it knows of kernels and of layers that it has seen before."""
-        lower = any_autocast()
-        w, b = self.weight(weight, lower), self.weight(bias, lower)
-        if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            return recording.torch_linear(x, weight, bias)
-        use = LinearUse(
-            self, x.new_empty(0) if w is None else x, None if w is None else w.target, None if b is None else b.target
-        )
-        weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
-        return self.product(use, recording.torch_linear, x, weight, bias)
-
-    def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
-        w = self.weight(weight)
-        if w is None:
-            return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
-        rows = weight.shape[0]
-        use = EmbeddingUse(self, x, w.target, rows, -1 if padding is None else padding % rows, scale_by_frequency)
-        return self.product(use, recording.torch_embedding, x, w.alias, padding)
+    def hand_over(self, y: Tensor, use: Use) -> None:
+        self._tape.hand_over(y, use)
 
     def captured(self, use: Use, dy: Tensor) -> None:
         self._tape.captured(_PartsUse(use, dy), dy)

@@ -13,7 +13,7 @@ import persistent
 import pytest
 import torch
 import torch.nn.functional as F
-from parallel_modules import ROWS, TOKENS, WIDTH, WORDS, Block, Model, parallel_block, parallel_mlp, parallel_model
+from parallel_modules import ROWS, TOKENS, WIDTH, WORDS, Block, parallel_block, parallel_mlp, parallel_model
 from regimes import REGIMES, digest
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
