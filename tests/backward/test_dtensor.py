@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import persistent
 import pytest
+import replicated_steps as steps
 import torch
 import torch.nn.functional as F
 from parallel_modules import ROWS, TOKENS, WIDTH, WORDS, Block, parallel_block, parallel_mlp, parallel_model
@@ -18,8 +19,8 @@ from regimes import REGIMES, digest
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_group import in_group
 
@@ -199,3 +200,42 @@ def test_weight_gradients_wait_and_are_what_autograd_leaves(tmp_path: Path, job:
         assert Counter(name for _, name in our.exchanges) == Counter(name for _, name in their.exchanges)
         if len(job.mesh) == 1:  # FSDP2's copies of the parameters differ
             assert our.exchanges == ours[0].exchanges, "all ranks exchange in one order"
+
+
+def parallel_stage(module: nn.Module, mesh: DeviceMesh, seen: steps.Seen) -> nn.Module:
+    """Of 11 words and 5 classes no rank has as many as the other."""
+    layers = {"up": ColwiseParallel(), "down": RowwiseParallel(), "twice": ColwiseParallel(output_layouts=Replicate())}
+    for part in module.modules():
+        if isinstance(part, steps.Block):
+            parallelize_module(part, mesh, layers)
+    ends = {
+        name: RowwiseParallel(input_layouts=Replicate()) if name == "0" else ColwiseParallel(output_layouts=Replicate())
+        for name, part in module.named_children()
+        if not isinstance(part, steps.Block)
+    }
+    parallelize_module(module, mesh, ends)
+    for name, parameter in module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.hooks.update([name]))
+    return module
+
+
+def sharded_parallel_stage(module: nn.Module, mesh: DeviceMesh, seen: steps.Seen) -> nn.Module:
+    data, model = (mesh[name] for name in mesh.mesh_dim_names or ())
+    parallel_stage(module, model, seen)
+    for part in module.modules():
+        if isinstance(part, steps.Block):
+            fully_shard(part, mesh=data)
+    return fully_shard(module, mesh=data)
+
+
+STEPS = {
+    "interleaved": steps.Job(parallel_stage, pipe=2, schedule="InterleavedZeroBubble", parallel=True),
+    "a V": steps.Job(parallel_stage, pipe=2, schedule="ZBVZeroBubble", parallel=True),
+    "under autocast": steps.Job(parallel_stage, block=steps.Cast, parallel=True),
+    "sharded": steps.Job(sharded_parallel_stage, data=(2, 2), parallel=True),
+}
+
+
+@pytest.mark.parametrize("job", STEPS.values(), ids=STEPS.keys())
+def test_under_torch_s_schedules_they_wait_too(tmp_path: Path, job: steps.Job) -> None:
+    steps.check(*steps.results(job, tmp_path / "store"), whole=bool(job.schedule))
