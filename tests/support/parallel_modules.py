@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from module_kinds import KINDS, Part, weight
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -122,3 +125,61 @@ def parallel_model(mesh: DeviceMesh) -> nn.Module:
             "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
         },
     )
+
+
+class OfWhole(nn.Module):
+    """Brings an input that all ranks have into a layout, and the output back to all."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh, layout: Placement) -> None:
+        super().__init__()
+        self.inner, self.mesh, self.layout = inner, mesh, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = DTensor.from_local(x, self.mesh, [Replicate()]).redistribute(placements=[self.layout])
+        return self.inner(x).redistribute(placements=[Replicate()]).to_local()
+
+
+def tied(m: nn.Module, x: Tensor) -> Tensor:
+    """The words' and the head's weight is one."""
+    tokens = (x.detach() * 5).long()[..., 0] % WIDTH
+    return F.linear(F.embedding(tokens, m.w) + x, m.w)
+
+
+def punished(m: nn.Module, x: Tensor) -> Tensor:
+    """A penalty on the weight, made where autograd makes gradients."""
+    return F.linear(x, m.w) + m.w.square().sum()
+
+
+def in_parts(m: nn.Module, x: Tensor) -> Tensor:
+    """Of weights that are taken out of DTensors, or put into one."""
+    put = DTensor.from_local(m.w.to_local(), m.w.device_mesh, m.w.placements)
+    taken = torch.bmm(x.redistribute(placements=[Replicate()]).to_local(), m.experts.full_tensor())
+    return DTensor.from_local(taken, x.device_mesh, [Replicate()]) + F.linear(x, put)
+
+
+def frozen() -> nn.Parameter:
+    return weight(WIDTH, WIDTH).requires_grad_(False)
+
+
+OPERATIONS: dict[str, Callable[[], nn.Module]] = {
+    **KINDS,
+    "tied": lambda: Part(tied, w=weight(WIDTH, WIDTH)),
+    "punished": lambda: Part(punished, w=weight(WIDTH, WIDTH)),
+    "weights in parts": lambda: Part(in_parts, w=weight(WIDTH, WIDTH), experts=weight(ROWS, WIDTH, WIDTH)),
+    "frozen weight": lambda: Part(lambda m, x: F.linear(x, m.w, m.b), w=frozen(), b=weight(WIDTH)),
+    "input that is a parameter": lambda: Part(
+        lambda m, x: x + F.linear(m.x, m.w), w=weight(WIDTH, WIDTH), x=weight(TOKENS, WIDTH)
+    ),
+}
+
+
+def distributed(kind: str, by: Placement, layout: Placement, mesh: DeviceMesh) -> nn.Module:
+    """A module of this kind whose parameters are distributed by a placement."""
+    torch.manual_seed(0)
+
+    def distribute(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            whole = distribute_tensor(parameter.detach(), mesh, [by])
+            part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+    return OfWhole(distribute_module(OPERATIONS[kind](), mesh, distribute), mesh, layout)
