@@ -31,19 +31,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_group import in_group
 
+import pipex
+from pipex.backward import activated
 from pipex.backward.splitter import Splitter
 from pipex.bench.deferred import Products
+from pipex.torch_internals import part_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # F.rms_norm under autocast
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),  # returns a view, which nobody changes in place here
 ]
 
-ORDER = "F0 F1 I0 I1 W0 W1"
+ORDER = "F0 F1 I0 I1 W0 W1 F2 I2 W2"
 AMONG = {"_c10d_functional", "c10d"}
 
 
@@ -64,15 +68,17 @@ class Exchanges(TorchDispatchMode):
 
 
 class Job(NamedTuple):
-    """A micro-batch at a time, two under way.
+    """Three micro-batches.
 
     Attributes:
         build: of a mesh over which layers are parallel.
-        products: how many gradients of weights a micro-batch has.
+        products: how many gradients of weights a micro-batch has that wait.
         regime: in which the module is called.
         mesh: sizes; over the first of two FSDP2 shards.
         words: whether it is called with tokens and ends in a loss.
         reshard: as FSDP2's.
+        known: micro-batches until it is known that a weight has other uses too, whose gradients do not wait.
+        gathered: how often FSDP2 gathers for a W what that reads.
     """
 
     build: Callable[[DeviceMesh], nn.Module]
@@ -81,6 +87,12 @@ class Job(NamedTuple):
     mesh: tuple[int, ...] = (2,)
     words: bool = False
     reshard: bool = True
+    known: int = 3
+    gathered: int = 0
+
+    @property
+    def waits(self) -> int:
+        return self.known * self.products
 
 
 class Found(NamedTuple):
@@ -145,7 +157,7 @@ def trained(rank: int, job: Job, split: bool) -> Found:
         if kind == "W" and not split:
             continue
         if sharded:
-            module.set_requires_gradient_sync(number == 1)
+            module.set_requires_gradient_sync(number > 0)
         with loss_parallel() if job.words and kind != "W" else nullcontext(), counted(exchanges, products, kind):
             if kind == "F":
                 tokens = torch.randint(0, WORDS, (ROWS, TOKENS), generator=generator)
@@ -189,6 +201,7 @@ JOBS = {
     "words, in bf16 autocast": Job(parallel_model, MODEL, "bf16 autocast", words=True),
     "words, checkpointed": Job(parallel_model, MODEL, "checkpointed", words=True),
     "columns and rows, sharded": Job(parallel_mlp, 2, mesh=(2, 2)),
+    "a prompt, sharded": Job(partial(distributed, "prompt", Replicate(), Replicate()), 1, mesh=(2, 2), gathered=3),
     "words, sharded": Job(parallel_model, MODEL, mesh=(2, 2), words=True),
     "words, sharded, kept gathered": Job(parallel_model, MODEL, mesh=(2, 2), words=True, reshard=False),
     "words, sharded, a checkpoint within autocast": Job(
@@ -210,9 +223,10 @@ def compare(store: Path, *jobs: Job) -> None:
             assert our.gradients == their.gradients
             assert our.others == their.others
             assert our.heard == their.heard
-            assert our.products.get("W", 0) == 2 * job.products, "all of them"
+            assert our.products.get("W", 0) == job.waits, "all of them"
             assert sum(our.products.values()) == sum(their.products.values())
-            assert Counter(name for _, name in our.exchanges) == Counter(name for _, name in their.exchanges)
+            theirs_and_more = Counter(name for _, name in their.exchanges) + Counter(_allgather_base_=job.gathered)
+            assert Counter(name for _, name in our.exchanges) == theirs_and_more
             if len(job.mesh) == 1:  # FSDP2's copies of the parameters differ
                 assert our.exchanges == ours[0][n].exchanges, "all ranks exchange in one order"
 
@@ -233,15 +247,117 @@ MORE = {
 
 @pytest.mark.parametrize("kind", MORE)
 def test_so_do_those_of_other_operations(tmp_path: Path, kind: str) -> None:
-    layouts = (Replicate(), "plain"), (Replicate() if "vectors" in kind else Shard(1), "bf16 autocast")  # of the input
+    of_rows = Replicate() if "vectors" in kind else Shard(1)  # torch can take no part of what is shared
+    layouts = (Shard(2), "plain"), (of_rows, "bf16 autocast")  # of the input
     compare(
         tmp_path / "store",
         *(
-            Job(partial(distributed, kind, by, layout), MORE[kind], regime)
-            for by in (Shard(0), Replicate())
+            Job(partial(distributed, kind, by, layout), MORE[kind], regime, known=2 if kind == "punished" else 3)
+            for by in (Shard(0), Shard(1))
             for layout, regime in layouts
         ),
     )
+
+
+def alone(store: Path, body: Callable[[DeviceMesh], Any]) -> Any:
+    return in_group(store, 0, 1, lambda: body(init_device_mesh("cpu", (1,))))
+
+
+@pytest.mark.parametrize("which", ["input", "gradient"])
+def test_a_part_that_is_modified_before_w_is_refused(tmp_path: Path, which: str) -> None:
+    """Of neither does the DTensor know."""
+
+    def body(mesh: DeviceMesh) -> None:
+        module = parallel_mlp(mesh)
+        x, dy = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(ROWS, WIDTH)
+        with Splitter.of(module).record() as tape:
+            y = module(x)
+        tape.backward_input([y], [dy], [x])
+        (x.detach() if which == "input" else dy).mul_(2)
+        with pytest.raises(RuntimeError, match="part of a DTensor was modified in place"):
+            tape.backward_weight()
+
+    alone(tmp_path / "store", body)
+
+
+def test_no_kernel_is_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activated, "provider", lambda *_: activated.TRITON)
+
+    def gradients(mesh: DeviceMesh, split: bool) -> list[Any]:
+        module, x = distributed("mlp", Shard(0), Replicate(), mesh), torch.ones(ROWS, TOKENS, WIDTH, requires_grad=True)
+        with Splitter.of(module, exact=False).record() if split else nullcontext() as tape:
+            y = module(x)
+        if split:
+            tape.backward_input([y], [torch.ones_like(y)], [])
+            tape.backward_weight()
+        else:
+            y.backward(torch.ones_like(y))
+        return [known(p.grad) for p in module.parameters()]
+
+    def body(mesh: DeviceMesh) -> None:
+        assert gradients(mesh, True) == gradients(mesh, False)
+
+    alone(tmp_path / "store", body)
+
+
+def test_beside_plain_tensors_nothing_is_recorded(tmp_path: Path) -> None:
+    """Where torch takes these for replicated, its backward must do so too, which W is not in."""
+
+    def gradients(mesh: DeviceMesh, split: bool) -> list[Any]:
+        module = distributed("linear", Shard(0), Replicate(), mesh).inner
+        x = torch.ones(ROWS, TOKENS, WIDTH, requires_grad=True)
+        with implicit_replication():
+            with Splitter.of(module).record() if split else nullcontext() as tape:
+                y = F.linear(x, module.weight.t(), module.bias) + F.linear(x, module.weight)
+            if split:
+                tape.backward_input([y], [torch.ones_like(y)], [x])
+            else:
+                y.backward(torch.ones_like(y))
+        if split:
+            assert tape.targets == []
+            tape.backward_weight()
+        return [known(p.grad) for p in module.parameters()]
+
+    def body(mesh: DeviceMesh) -> None:
+        assert gradients(mesh, True) == gradients(mesh, False)
+
+    alone(tmp_path / "store", body)
+
+
+def test_a_parameter_that_is_elsewhere_is_found_there(tmp_path: Path) -> None:
+    def body(mesh: DeviceMesh) -> None:
+        module = distributed("linear", Shard(0), Replicate(), mesh)
+        splitter, x = Splitter.of(module), torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
+        for _ in range(2):
+            with splitter.record() as tape:
+                y = module(x)
+            assert torch.equal(y, module(x))
+            tape.backward_input([y], [torch.ones_like(y)], [x])
+            tape.backward_weight()
+            for parameter in module.parameters():
+                parameter._local_tensor = part_of(parameter) * 2  # as FSDP2 does
+
+    alone(tmp_path / "store", body)
+
+
+def test_torch_s_halves_of_a_backward_leave_the_same(tmp_path: Path) -> None:
+    def gradients(mesh: DeviceMesh, split: bool) -> list[Any]:
+        module, x = parallel_block(mesh), torch.ones(ROWS, TOKENS, WIDTH, requires_grad=True)
+        parameters = list(module.parameters())
+        with Splitter.of(module).record() if split else nullcontext():
+            y = module(x)
+        if not split:
+            y.backward(torch.ones_like(y))
+            return [known(p.grad) for p in (x, *parameters)]
+        (dx,), left = pipex.stage_backward_input([y], [torch.ones_like(y)], [x], parameters)
+        assert len(left[0]["params"]) == 2, "norms"
+        pipex.stage_backward_weight(parameters, left)
+        return [known(dx), *(known(p.grad) for p in parameters)]
+
+    def body(mesh: DeviceMesh) -> None:
+        assert gradients(mesh, True) == gradients(mesh, False)
+
+    alone(tmp_path / "store", body)
 
 
 def parallel_stage(module: nn.Module, mesh: DeviceMesh, seen: steps.Seen) -> nn.Module:

@@ -166,6 +166,9 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "tied": lambda: Part(tied, w=weight(WIDTH, WIDTH)),
     "punished": lambda: Part(punished, w=weight(WIDTH, WIDTH)),
     "weights in parts": lambda: Part(in_parts, w=weight(WIDTH, WIDTH), experts=weight(ROWS, WIDTH, WIDTH)),
+    "prompt": lambda: Part(
+        lambda m, x: x + F.linear(m.prompt.view(1, WIDTH), m.w), w=weight(WIDTH, WIDTH), prompt=weight(WIDTH)
+    ),
     "frozen weight": lambda: Part(lambda m, x: F.linear(x, m.w, m.b), w=frozen(), b=weight(WIDTH)),
     "input that is a parameter": lambda: Part(
         lambda m, x: x + F.linear(m.x, m.w), w=weight(WIDTH, WIDTH), x=weight(TOKENS, WIDTH)
@@ -174,12 +177,13 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def distributed(kind: str, by: Placement, layout: Placement, mesh: DeviceMesh) -> nn.Module:
-    """A module of this kind whose parameters are distributed by a placement."""
+    """A module of this kind whose parameters are distributed by a placement, those that have such a dimension."""
     torch.manual_seed(0)
 
     def distribute(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(part.named_parameters(recurse=False)):
-            whole = distribute_tensor(parameter.detach(), mesh, [by])
+            there = by if by.is_replicate() or by.dim < parameter.dim() else Replicate()
+            whole = distribute_tensor(parameter.detach(), mesh, [there])
             part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
 
     return OfWhole(distribute_module(OPERATIONS[kind](), mesh, distribute), mesh, layout)
