@@ -172,6 +172,11 @@ def region() -> int:
     return _local.region
 
 
+def is_open() -> bool:
+    """Whether there is a tape in this thread."""
+    return not _compiling() and _local.tape is not None
+
+
 def tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread

@@ -30,7 +30,7 @@ from regimes import REGIMES, digest
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -336,6 +336,24 @@ def test_a_parameter_that_is_elsewhere_is_found_there(tmp_path: Path) -> None:
             tape.backward_weight()
             for parameter in module.parameters():
                 parameter._local_tensor = part_of(parameter) * 2  # as FSDP2 does
+
+    alone(tmp_path / "store", body)
+
+
+def test_a_bias_in_parts_goes_with_a_whole_weight(tmp_path: Path) -> None:
+    """The sum is in other parts than the product, so it cannot be made in its place."""
+
+    def body(mesh: DeviceMesh) -> None:
+        module = nn.Linear(WIDTH, WIDTH)
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Replicate()]))
+        module.bias = nn.Parameter(distribute_tensor(module.bias.detach(), mesh, [Shard(0)]))
+        x = distribute_tensor(torch.randn(TOKENS, ROWS, WIDTH), mesh, [Replicate()]).transpose(0, 1).requires_grad_()
+        wanted = module(x)
+        with Splitter.of(module).record() as tape:
+            y = module(x)
+        assert known(y) == known(wanted)
+        tape.backward_input([y], [torch.ones_like(y)], [])
+        assert tape.targets == [module.bias, module.weight]
 
     alone(tmp_path / "store", body)
 

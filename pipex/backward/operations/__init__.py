@@ -16,7 +16,7 @@ from pipex.backward.operations.einsum import einsum, torch_einsum
 from pipex.backward.operations.experts import grouped_mm
 from pipex.backward.operations.linear import linear
 from pipex.backward.operations.matmul import addmm, baddbmm, bmm, matmul, mm, mv
-from pipex.backward.recording import Recorder, clear_autocast_cache, tape_for, torch_embedding, torch_linear
+from pipex.backward.recording import Recorder, clear_autocast_cache, is_open, tape_for, torch_embedding, torch_linear
 from pipex.backward.uses import EmbeddingUse
 from pipex.torch_internals import GROUPED_MM
 from pipex.torch_internals import grouped_mm as torch_grouped_mm
@@ -59,6 +59,8 @@ def _embedding(
 
 def _tape_for(*operands: Any) -> Recorder | None:
     """The same for operands of which any may be a parameter; or all of them DTensors."""
+    if not is_open():
+        return None
     if not all(type(operand) in _PLAIN for operand in operands):
         return tape_for_dtensors(*operands)
     data = next((operand for operand in operands if type(operand) is Tensor), None)

@@ -64,7 +64,7 @@ class RightUse(ProductUse):
 
     def _product(self, dy: Tensor) -> Tensor:
         x, rows = self.input().conj(), dy if dy.dim() == 2 else dy.flatten(0, -2)
-        found = rows.t().mm(x).t() if self._by_columns else x.t().mm(rows)
+        found = torch_mm(rows.t(), x).t() if self._by_columns else torch_mm(x.t(), rows)
         return found.t() if self._transposed else found
 
 
@@ -79,21 +79,21 @@ class LeftUse(ProductUse):
 
     def _product(self, dy: Tensor) -> Tensor:
         x = self.input().conj()
-        return x.mm(dy.t()).t() if self._by_columns else dy.mm(x.t())
+        return torch_mm(x, dy.t()).t() if self._by_columns else torch_mm(dy, x.t())
 
 
 class RightBatchUse(ProductUse):
     """x W of batches of matrices."""
 
     def _product(self, dy: Tensor) -> Tensor:
-        return self.input().transpose(1, 2).conj().bmm(dy)
+        return torch_bmm(self.input().transpose(1, 2).conj(), dy)
 
 
 class LeftBatchUse(ProductUse):
     """W x of batches of matrices."""
 
     def _product(self, dy: Tensor) -> Tensor:
-        return dy.bmm(self.input().transpose(1, 2).conj())
+        return torch_bmm(dy, self.input().transpose(1, 2).conj())
 
 
 class VectorUse(Use):
@@ -110,7 +110,7 @@ class VectorUse(Use):
         return [self.weight]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
-        sums.add(self.weight, self.input().conj().t().mv(dy.flatten()))
+        sums.add(self.weight, torch_mv(self.input().conj().t(), dy.flatten()))
 
 
 class OuterUse(VectorUse):
