@@ -184,7 +184,14 @@ post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | 
     "torch.Tensor", "_post_accumulate_grad_hooks"
 )
 # What this rank has of a DTensor. The public to_local() leaves a node in the graph, and an exchange unfinished.
-part_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
+_PART = "_local_tensor"
+part_of: Callable[[Any], Tensor] = attrgetter(_PART)
+
+
+def dtensor_class() -> Any:
+    """None before somebody has imported it, who has one then, and where it has its part by another name."""
+    found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return found if hasattr(found, _PART) else None
 
 
 def changes_parts(node: Any) -> bool:

@@ -14,7 +14,6 @@ a mesh must come to their W's in one order, as to everything else that exchanges
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,13 +25,12 @@ from pipex.backward import recording
 from pipex.backward.recording import Recorder
 from pipex.backward.uses import Packed, Sums, Use
 from pipex.backward.weights import Layer, Target, Weight
-from pipex.torch_internals import part_of, version
+from pipex.torch_internals import dtensor_class, part_of, version
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether it is a DTensor, and of no class that is derived from that. Imports nothing: whoever has one has that."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return type(x) is getattr(module, "DTensor", None)
+    """Whether it is a DTensor, and of no class that is derived from that."""
+    return type(x) is dtensor_class()
 
 
 def has_same_part(a: Tensor, b: Tensor) -> bool:
