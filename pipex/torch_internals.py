@@ -183,24 +183,6 @@ hooks_of: Callable[[Tensor], dict[Any, Any] | None] = _attribute("torch.Tensor",
 post_accumulate_hooks: Callable[[Tensor], dict[int, Callable[[Tensor], None]] | None] = _attribute(
     "torch.Tensor", "_post_accumulate_grad_hooks"
 )
-# What this rank has of a DTensor. The public to_local() leaves a node in the graph, and an exchange unfinished.
-_PART = "_local_tensor"
-part_of: Callable[[Any], Tensor] = attrgetter(_PART)
-
-
-def dtensor_class() -> Any:
-    """None before somebody has imported it, who has one then, and where it has its part by another name."""
-    found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return found if hasattr(found, _PART) else None
-
-
-def changes_parts(node: Any) -> bool:
-    """Whether a node of a graph is of one of DTensor's own Functions: they make a DTensor of parts, take parts of one,
-    or give it other placements, and do nothing else."""
-    function = getattr(node, "_forward_cls", None)  # of a node of a Function the class that its user wrote
-    return getattr(function, "__module__", "").startswith("torch.distributed.tensor.")
-
-
 _private("torch.autograd.graph.Node._sequence_nr")  # which of two nodes is older
 sequence_number: Callable[[Any], int] = methodcaller("_sequence_nr")
 

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pipex.backward import recording
 from pipex.backward.recording import Recorder
+from pipex.backward.torch_internals import dtensor_class, part_of
 from pipex.backward.uses import Packed, Sums, Use
 from pipex.backward.weights import Layer, Target, Weight
-from pipex.torch_internals import dtensor_class, part_of, version
+from pipex.torch_internals import version
 
 
 def is_dtensor(x: object) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pipex.torch_internals import changes_parts, is_view
+from pipex.backward.torch_internals import changes_parts
+from pipex.torch_internals import is_view
 
 
 class Made(NamedTuple):

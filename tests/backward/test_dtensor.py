@@ -39,8 +39,8 @@ from torch_group import in_group
 import pipex
 from pipex.backward import activated
 from pipex.backward.splitter import Splitter
+from pipex.backward.torch_internals import part_of
 from pipex.bench.deferred import Products
-from pipex.torch_internals import part_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # F.rms_norm under autocast
