@@ -1,5 +1,5 @@
-"""Private names of torch for DTensors in the split backward, beside ``pipex.torch_internals``, which says how such names
-are kept. Without them gradients of DTensors do not wait."""
+"""Private names of torch for DTensors in the split backward; ``pipex.torch_internals`` has the others. Without them the
+gradients of DTensors do not wait."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,11 +42,6 @@ from pipex.backward import activated
 from pipex.backward.splitter import Splitter
 from pipex.backward.torch_internals import part_of
 from pipex.bench.deferred import Products
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # F.rms_norm under autocast
-    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),  # returns a view, which nobody changes in place here
-]
 
 ORDER = "F0 F1 I0 I1 W0 W1 F2 I2 W2"
 AMONG = {"_c10d_functional", "c10d"}
@@ -211,7 +207,10 @@ JOBS = {
 
 
 def in_turn(rank: int, jobs: tuple[Job, ...], split: bool) -> list[Found]:
-    return [trained(rank, job, split) for job in jobs]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # F.rms_norm under autocast
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # which nobody changes
+        return [trained(rank, job, split) for job in jobs]
 
 
 def compare(store: Path, *jobs: Job) -> None:
