@@ -10,12 +10,14 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import persistent
 import pytest
 import replicated_steps as steps
 import torch
 import torch.nn.functional as F
+from host_world import launch
 from parallel_modules import (
     ROWS,
     TOKENS,
@@ -40,6 +42,7 @@ from torch_group import in_group
 import pipex
 from pipex.backward import activated
 from pipex.backward.splitter import Splitter
+from pipex.backward.tape import Tape
 from pipex.backward.torch_internals import part_of
 from pipex.bench.deferred import Products
 
@@ -414,3 +417,39 @@ STEPS = {
 @pytest.mark.parametrize("job", STEPS.values(), ids=STEPS.keys())
 def test_under_torch_s_schedules_they_wait_too(tmp_path: Path, job: steps.Job) -> None:
     steps.check(*steps.results(job, tmp_path / "store"), whole=bool(job.schedule))
+
+
+def piped(store: str, parallel: bool) -> tuple[list[float], list[Any], int]:
+    """Losses, parameters, and how many uses of weights were left to W, of a rank whose mesh is itself."""
+    world = pipex.current_world()
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(4)]
+    left = []
+
+    def train() -> list[float]:
+        if parallel:
+            mesh = init_device_mesh("cpu", (1,))
+            for layer in layers:
+                parallelize_module(layer, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        stages = pipex.split_model(nn.Sequential(*layers), 2)
+        plan = pipex.build("zb-h1", 2, microbatches=4)
+        pipeline = pipex.Pipeline(stages, plan, F.mse_loss, optimizer=torch.optim.SGD)
+        x = torch.randn(8, WIDTH)
+        return [pipeline.step(x, x * 2) for _ in range(3)]
+
+    def captured(tape: Tape, use: Any, dy: Tensor) -> None:
+        left.append(use)
+        whole(tape, use, dy)
+
+    whole = Tape.captured
+    with mock.patch.object(Tape, "captured", captured):
+        losses = in_group(Path(f"{store}{world.rank}"), 0, 1, train)
+    mine = layers[2 * world.rank : 2 * world.rank + 2]
+    parameters = [part_of(p) if isinstance(p, DTensor) else p for layer in mine for p in layer.parameters()]
+    return losses, [digest(p) for p in parameters], len(left)
+
+
+def test_in_a_pipeline_of_ours_they_wait_too(tmp_path: Path) -> None:
+    ours, plain = (launch(piped, 2, args=(str(tmp_path / str(parallel)), parallel)) for parallel in (True, False))
+    assert ours == plain
+    assert sum(left for _, _, left in ours) > 0
