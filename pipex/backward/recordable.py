@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipex.backward import recording
 from pipex.backward.accumulate import Accumulator
+from pipex.backward.dtensor import has_same_part, is_dtensor
 from pipex.backward.fsdp import Sharded
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
@@ -48,6 +49,7 @@ class Recordable:
         self.constants = self._recordable | {id(b): b for b in buffers}
         """By id, what belongs to the stage; of it, what requires no grad is made of no data"""
         self._weights: dict[int, Weight] = {}  # by id of the parameter
+        self._dtensors: dict[int, Weight] = {}  # the same, of DTensors
         self.layers: dict[int, Layer] = {}
         """By id of the weight, linear layers that have been recorded"""
         self.woven: set[int] = set()
@@ -87,6 +89,16 @@ class Recordable:
             _is_set_to(parameter, known.alias) if dispatch_modes() else parameter.is_set_to(known.alias)
         ):
             return known
+        return self._new_weight(parameter, known, self._weights) if not is_dtensor(parameter) else None
+
+    def weight_of_dtensors(self, parameter: Tensor) -> Weight | None:
+        """The same of an operation on DTensors."""
+        known = self._dtensors.get(id(parameter))
+        if known is not None and has_same_part(parameter, known.alias):
+            return known
+        return self._new_weight(parameter, known, self._dtensors) if is_dtensor(parameter) else None
+
+    def _new_weight(self, parameter: Tensor, known: Weight | None, weights: dict[int, Weight]) -> Weight | None:
         if not self.has(parameter):
             return None
         # Where its memory alone is another, its accumulator is the same, and so are its uses. A plan with older weights
@@ -94,7 +106,7 @@ class Recordable:
         first = known is None or (known.alias.dtype, known.alias.device) != (parameter.dtype, parameter.device)
         if first and id(parameter) not in self.woven:
             self._watch(parameter)
-        self._weights[id(parameter)] = weight = Weight(parameter.detach(), parameter)
+        weights[id(parameter)] = weight = Weight(parameter.detach(), parameter)
         return weight
 
     def has(self, leaf: Tensor) -> bool:
@@ -108,7 +120,7 @@ class Recordable:
         if id(parameter) not in self.woven:
             self.woven.add(id(parameter))
             self.layers.clear()
-            if id(parameter) not in self._weights:
+            if id(parameter) not in self._weights and id(parameter) not in self._dtensors:
                 self._watch(parameter)
             self.accumulators.pop(id(parameter), None)  # so that autograd adds what comes to it, all at once
 
@@ -134,6 +146,7 @@ class Recordable:
         """The parameter is not recorded again."""
         self._recordable.pop(key, None)
         self._weights.pop(key, None)
+        self._dtensors.pop(key, None)
         self.layers.clear()
         self.accumulators.pop(key, None)
 
@@ -163,4 +176,6 @@ def _is_set_to(parameter: Tensor, alias: Tensor) -> bool:
 
 def _has_rules(parameter: Tensor) -> bool:
     """Whether it is of a subclass that gives operations a meaning, and so gradients, of its own."""
-    return has_torch_function_unary(parameter) or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if has_torch_function_unary(parameter):
+        return True
+    return type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_dtensor(parameter)

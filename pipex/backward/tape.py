@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
+from pipex.backward.dtensor import is_dtensor
 from pipex.backward.fused import FusedProducts
 from pipex.backward.in_order import InOrder, given
 from pipex.backward.mixed import GivenUse
@@ -120,16 +121,17 @@ class Tape:
         gone back through."""
         return Tape(self._recordable, self.then, self._leaves)
 
-    def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None:
+    def weight(self, tensor: Tensor | None, lower: bool = False, of_dtensors: bool = False) -> Weight | None:
         """The operand of an operation as a weight; None where it is none, or its gradient must not be deferred.
 
         Args:
             lower: whether it is an operation that autocast runs in lower precision.
+            of_dtensors: whether all operands are DTensors; else none may be.
         """
         if tensor is None or not tensor.requires_grad:
             return None
         if tensor.grad_fn is None:
-            weight = self._leaf(tensor)
+            weight = self._leaf(tensor, of_dtensors)
             if weight is None or not any_autocast() or not is_cached(tensor):
                 if weight is not None:
                     self._comes_by(tensor, None)
@@ -137,6 +139,8 @@ class Tape:
             casts = self._casts_now()
             self._comes_by(tensor, casts.region if lower else None)
             return Weight(casts.again(tensor, weight.alias) if lower else weight.alias, Cast(tensor, casts.region))
+        if is_dtensor(tensor) is not of_dtensors:
+            return None
         if self._origins is None:
             self._origins = Origins()
         self._origins.exclude(self._products)
@@ -153,10 +157,11 @@ class Tape:
         """Whether it is a buffer, or a frozen parameter, which parametrizations multiply parameters with."""
         return id(tensor) in self._recordable.constants and not tensor.requires_grad
 
-    def _leaf(self, leaf: Tensor) -> Weight | None:
+    def _leaf(self, leaf: Tensor, of_dtensors: bool) -> Weight | None:
         key = id(leaf)
         if not self.replays:
-            weight = self._recordable.weight(leaf)
+            known = self._recordable
+            weight = known.weight_of_dtensors(leaf) if of_dtensors else known.weight(leaf)
             if weight is None:
                 return None
             self._leaves[key] = weight

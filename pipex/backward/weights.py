@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pipex.backward.torch_internals import changes_parts
 from pipex.torch_internals import is_view
 
 
@@ -134,7 +135,7 @@ def _ends_well(node: Any, is_one: Callable[[Tensor], bool]) -> bool:
     leaf = getattr(node, "variable", None)
     if isinstance(leaf, Tensor):
         return is_one(leaf)
-    if isinstance(node, BackwardCFunction):  # a user's own Function, or one that leaves something to W
+    if isinstance(node, BackwardCFunction) and not changes_parts(node):  # a user's, or one that leaves something to W
         return False
     return any(True for _ in _following(node))
 

@@ -1,7 +1,7 @@
 """Random modules in random regimes: I and W have the bits of autograd, and hooks see what they see there.
 
-But where a parameter is used in recorded operations and in others: under autocast autograd adds the gradients of both in
-lower precision before it casts them back, the tape those of its own; and it adds what others make in its own order.
+But where a parameter is used in recorded operations and in others: under autocast autograd adds the gradients of both
+in lower precision before it casts them back, the tape those of its own; and it adds what others make in its own order.
 There, and there alone, rounding may differ.
 """
 

@@ -46,7 +46,7 @@ def compiled() -> nn.Module:
 
 STAGES: dict[str, Callable[[], nn.Module]] = {"FSDP2": sharded, "TP": parallel, "compiled": compiled}
 
-OPEN = {"TP", "compiled"}
+OPEN = {"compiled"}
 
 
 @pytest.mark.parametrize(

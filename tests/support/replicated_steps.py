@@ -118,6 +118,7 @@ class Job:
         clear: whether gradients are cleared between steps.
         dtype: of what stages send each other.
         fused: whether products are made together, as on a GPU.
+        parallel: whether the ranks of the last dimension of data have the same data, and parts of every layer.
     """
 
     wrap: Wrap
@@ -129,6 +130,7 @@ class Job:
     block: Callable[[], nn.Module] = Block
     dtype: torch.dtype = torch.float32
     fused: bool = False
+    parallel: bool = False
 
     @property
     def world(self) -> int:
@@ -260,7 +262,7 @@ def run_rank(job: Job, rank: int, split: bool) -> Seen:
     runner = schedules._PipelineScheduleRuntime(stages, 4, loss_fn=loss_fn)
     orders = {r: [a for a in order if a is not None] if split else unsplit(order) for r, order in orders.items()}
     runner._prepare_schedule_with_comms(orders, format="compute_only")
-    generator = torch.Generator().manual_seed(7 + replica)
+    generator = torch.Generator().manual_seed(7 + (replica // job.data[-1] if job.parallel else replica))
     with ExitStack() as around:
         around.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipex.backward.dtensor import tape_for_dtensors
 from pipex.backward.operations.bilinear import bilinear, torch_bilinear
 from pipex.backward.operations.convolution import convolution
 from pipex.backward.operations.einsum import einsum, torch_einsum
@@ -26,7 +27,10 @@ Function = Callable[..., Any]
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tape = tape_for(input)
     if tape is None:
-        return torch_linear(input, weight, bias)
+        if type(input) is not Tensor:
+            tape = tape_for_dtensors(input, weight, bias)
+        if tape is None or isinstance(input, nn.Parameter):
+            return torch_linear(input, weight, bias)
     return linear(tape, input, weight, bias)
 
 
@@ -40,6 +44,8 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     tape = tape_for(input)
+    if tape is None and type(input) is not Tensor:
+        tape = tape_for_dtensors(input, weight)
     if tape is None or sparse or max_norm is not None:
         return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     w = tape.weight(weight)
@@ -52,9 +58,11 @@ def _embedding(
 
 
 def _tape_for(*operands: Any) -> Recorder | None:
-    """The same for operands of which any may be a parameter."""
-    if not is_open() or not all(type(operand) in _PLAIN for operand in operands):
+    """The same for operands of which any may be a parameter; or all of them DTensors."""
+    if not is_open():
         return None
+    if not all(type(operand) in _PLAIN for operand in operands):
+        return tape_for_dtensors(*operands)
     data = next((operand for operand in operands if type(operand) is Tensor), None)
     return None if data is None else tape_for(data)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipex.backward.activated import activated_linear, activation_of, worthwhile
+from pipex.backward.dtensor import is_dtensor
 from pipex.backward.operations.matmul import summed, torch_mm
 from pipex.backward.recording import Recorder, torch_linear
 from pipex.backward.uses import LinearUse, Sums
@@ -106,6 +107,6 @@ def _of_rows(
             return y
         # In place only where torch does it so: a selective checkpoint may have kept the product, and gives it again.
         b = b.to(y.dtype)
-        return y.add(b) if dispatch_modes() else y.add_(b)
+        return y.add(b) if dispatch_modes() or is_dtensor(b) else y.add_(b)
 
     return tape.product(use, run, rows, w.alias, bias)
