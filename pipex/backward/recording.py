@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from pipex.backward.torch_internals import run_uncompiled
 from pipex.backward.uses import Captor, Use
 from pipex.backward.weights import Weight
 from pipex.torch_internals import (
@@ -46,6 +47,8 @@ class Recorder(Captor, Protocol):
         """One for running a part of the forward again."""
 
     def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None: ...
+
+    def shared_weight(self, tensor: Tensor) -> Weight | None: ...
 
     def is_constant(self, tensor: Tensor) -> bool: ...
 
@@ -76,8 +79,8 @@ def start(tape: Recorder) -> Recorder | None:
     global _open
     with _lock:
         if _open == 0:
-            if COMPOSABLE_CHECKPOINT in sys.modules:
-                replace({COMPOSABLE_CHECKPOINT: _CHECKPOINTS}, {})
+            for module in sys.modules.keys() & _once_imported.keys():
+                replace({module: _once_imported.pop(module)}, {})
             for names, ours in _functions.values():  # all of a module at once, for a forward of few operations
                 _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
                 names.update(ours)
@@ -142,6 +145,13 @@ def region() -> int:
     return _local.region
 
 
+def tape_now() -> Recorder | None:
+    """The tape of this thread, if gradients are recorded in the ordinary way."""
+    if _local.tape is None or not _grad_enabled() or functorch_active() or forward_derivatives_level() >= 0:
+        return None
+    return _local.tape
+
+
 def tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread
@@ -181,6 +191,7 @@ _CHECKPOINTS = {CHECKPOINT: _make_checkpoint}
 Functions = Mapping[str, Callable[..., Any]]
 _functions: dict[str, tuple[dict[str, Any], Functions]] = {}
 _methods: dict[str, Callable[..., Any]] = {}
+_once_imported: dict[str, Functions] = {}
 
 
 def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
@@ -192,7 +203,15 @@ def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
     """
     for module, ours in functions.items():
         _functions[module] = vars(sys.modules[module]), ours
+        run_uncompiled(ours.values())
     _methods.update(methods)
+    run_uncompiled(methods.values())
+
+
+def replace_once_imported(module: str, functions: Functions) -> None:
+    """The same for a module that nobody may ever need."""
+    _once_imported[module] = functions
 
 
 replace({torch.utils.checkpoint.__name__: _CHECKPOINTS}, {})
+replace_once_imported(COMPOSABLE_CHECKPOINT, _CHECKPOINTS)

@@ -1,0 +1,112 @@
+"""Private names of torch's compiler that the split of compiled backwards uses, and why (as ``pipex.torch_internals``).
+
+All are looked up when a compiler is first there: without one nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+from torch.autograd.function import BackwardCFunction
+
+from pipex.torch_internals import find, sequence_number
+
+# Every backend that goes through AOTAutograd has this called by its name in this module.
+BACKENDS = "torch._dynamo.backends.common"
+COMPILE = "aot_module_simplified"
+AOT_MODULE = f"torch._functorch.aot_autograd.{COMPILE}"
+
+
+def import_backends() -> None:
+    """What backends import when they are first used. They keep functions of torch that they find then, and know some of
+    them by their names, so it must not happen while ours stand there."""
+    importlib.import_module(BACKENDS)
+    importlib.import_module("torch._inductor.compile_fx")
+
+
+def without_cache() -> AbstractContextManager[None]:
+    """Compiled backwards are neither taken from AOTAutograd's cache nor put there."""
+    patch = find("torch._functorch.config.patch")
+    context: AbstractContextManager[None] = patch(enable_autograd_cache=False, enable_remote_autograd_cache=False)
+    return context
+
+
+def without_autocast() -> AbstractContextManager[None]:
+    """On all devices."""
+    context: AbstractContextManager[None] = find("torch._C._DisableAutocast")()
+    return context
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether it is of a subclass that wraps others (DTensor), of which AOTAutograd makes several inputs."""
+    found: bool = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")(tensor)
+    return found
+
+
+def only_read(inputs: int) -> set[int] | None:
+    """Which inputs of the graph that is being compiled have a gradient at their place in its backward and are in no
+    output; None where the places differ. Called while its forward is compiled.
+
+    From now on the backward that it belongs to leaves what the forward has saved as it is, unless it says so: W may
+    read that later (inductor gives the memory of "donated" tensors to others).
+    """
+    context = find("torch._guards.TracingContext").try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is None:
+        return None
+    if metadata.is_rng_op_functionalized or metadata.num_backward_tokens or len(metadata.input_info) != inputs:
+        return None
+    metadata.bw_donated_idxs = []
+    returned = {
+        output.base_idx for output in metadata.output_info if output.output_type.name in ("alias_of_input", "is_input")
+    }
+    return {
+        place
+        for place, info in enumerate(metadata.input_info)
+        if not (info.mutates_data or info.mutates_metadata) and place not in returned
+    }
+
+
+def compiled_nodes(tensors: list[Any], since: int) -> Iterator[Any]:
+    """autograd's nodes of compiled graphs, of those made since a sequence number, that the tensors come from."""
+    todo = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node in seen or hasattr(node, "variable") or sequence_number(node) < since:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) and hasattr(getattr(node, "_forward_cls", None), "_aot_id"):
+            yield node
+        else:
+            todo += [following for following, _ in node.next_functions if following is not None]
+
+
+def is_parameter(tensor: Any) -> bool:
+    """Of an example for the compiler too, which stands for one."""
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def run_uncompiled(functions: Iterable[Callable[..., Any]]) -> None:
+    """Tells the compiler not to begin at one of these, nor at what it calls; they run as they are where it has given up
+    what they are called from. Traced as a part of something else they are as any other."""
+    frame = find("torch._C._dynamo.eval_frame")
+    skip = frame._FrameAction.SKIP
+    for function in functions:
+        frame.set_code_exec_strategy(function.__code__, frame._FrameExecStrategy(skip, skip))
+
+
+def is_mutable(target: Callable[..., Any] | str) -> bool:
+    """Whether an operation of a graph writes to its operands."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def must_run_in_order(node: fx.Node) -> bool:
+    """Whether an operation of a graph draws random numbers, or sets where they are drawn from, or asserts."""
+    return node.is_impure() or (isinstance(node.target, HigherOrderOperator) and "rng" in node.target.name())
