@@ -1,7 +1,7 @@
 """What torch.compile has compiled: its backward is one graph, which is cut in two where weight gradients may wait.
 
-Every backend that goes through AOTAutograd (inductor, aot_eager, ...) hands it a compiler for backwards. A graph that is
-compiled while a tape is open gets another one, which cuts the backward (``graph_cut``) and has both halves compiled:
+Every backend that goes through AOTAutograd (inductor, aot_eager, ...) hands it a compiler for backwards. A graph that
+is compiled while a tape is open gets another one, which cuts the backward (``graph_cut``) and has both halves compiled:
 
     F   compiled(x, alias of the parameter)   as a recorded operation, so there is no path to the parameter; autograd's
                                               node is told which tape it belongs to
@@ -195,7 +195,9 @@ class _Graph:
             parts = cut(module, examples, self._later)
             first = _nothing if parts.first is None else _boxed(compiler(parts.first, examples))
             second = _nothing if parts.second is None else _boxed(compiler(parts.second, parts.examples))
-            backward: Callable[..., Any] = torch.compiler.disable(_Backward(parts, first, second, self._later))
+            backward: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+                _Backward(parts, first, second, self._later)
+            )
             return backward
 
         return compile
@@ -242,9 +244,10 @@ def _boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]]
 
 def compile(module: Any, examples: Sequence[Any], *args: Any, **options: Any) -> Callable[..., Any]:
     """In the place of AOTAutograd's ``aot_module_simplified``."""
-    original: Callable[..., Any] = find(AOT_MODULE)
+    original = find(AOT_MODULE)
     if args or not isinstance(module, fx.GraphModule) or any(map(is_wrapper, examples)):
-        return original(module, examples, *args, **options)
+        uncut: Callable[..., Any] = original(module, examples, *args, **options)
+        return uncut
     graph = _Graph(list(examples))
     forwards, backwards = options["fw_compiler"], options.get("bw_compiler") or options["fw_compiler"]
     options |= {"fw_compiler": graph.forwards(forwards), "bw_compiler": graph.backwards(backwards)}

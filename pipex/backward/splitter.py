@@ -11,8 +11,8 @@ from pipex.backward import fsdp
 from pipex.backward.own import Own
 from pipex.backward.passes import Then, at_once
 from pipex.backward.recordable import Recordable
-from pipex.backward.torch_internals import import_backends
 from pipex.backward.tape import Tape
+from pipex.backward.torch_internals import import_backends
 from pipex.torch_internals import is_compiled
 
 

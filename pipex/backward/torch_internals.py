@@ -26,7 +26,7 @@ def import_backends() -> None:
     """What backends import when they are first used. They keep functions of torch that they find then, and know some of
     them by their names, so it must not happen while ours stand there."""
     importlib.import_module(BACKENDS)
-    importlib.import_module("torch._inductor.compile_fx")
+    importlib.import_module("torch._inductor.pattern_matcher")
 
 
 def without_cache() -> AbstractContextManager[None]:
@@ -109,4 +109,4 @@ def is_mutable(target: Callable[..., Any] | str) -> bool:
 
 def must_run_in_order(node: fx.Node) -> bool:
     """Whether an operation of a graph draws random numbers, or sets where they are drawn from, or asserts."""
-    return node.is_impure() or (isinstance(node.target, HigherOrderOperator) and "rng" in node.target.name())
+    return node.is_impure() or (isinstance(node.target, HigherOrderOperator) and "rng" in str(node.target))
