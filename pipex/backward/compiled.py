@@ -34,6 +34,7 @@ from pipex.backward.torch_internals import (
     is_parameter,
     is_wrapper,
     only_read,
+    reported_strides,
     without_autocast,
     without_cache,
 )
@@ -193,8 +194,12 @@ class _Graph:
             if not self._later:
                 return compiler(module, examples)
             parts = cut(module, examples, self._later)
-            first = _nothing if parts.first is None else _boxed(compiler(parts.first, examples))
-            second = _nothing if parts.second is None else _boxed(compiler(parts.second, parts.examples))
+            first = second = _nothing
+            with reported_strides() as strides:
+                if parts.first is not None:
+                    first = _boxed(compiler(parts.first, examples))
+            if parts.second is not None:
+                second = _boxed(compiler(parts.second, _restrided(parts, strides)))
             backward: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
                 _Backward(parts, first, second, self._later)
             )
@@ -232,6 +237,17 @@ def _refuse_graph_of_gradients(_: object) -> None:
 
 def _without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _restrided(parts: Cut, strides: Sequence[tuple[Any, ...] | None] | None) -> list[Any]:
+    """The examples for the second half, laid out as the first half makes them."""
+    examples = list(parts.examples)
+    for index, (source, example) in enumerate(zip(parts.reads, examples, strict=True)):
+        if source.kind == "made" and isinstance(example, Tensor) and strides:
+            its_own = strides[parts.kept + source.place]
+            if its_own is not None and all(isinstance(stride, int) for stride in its_own):
+                examples[index] = example.as_strided(example.shape, its_own)
+    return examples
 
 
 def _nothing(_: list[Any]) -> Sequence[Any]:

@@ -36,6 +36,13 @@ def without_cache() -> AbstractContextManager[None]:
     return context
 
 
+def reported_strides() -> AbstractContextManager[list[tuple[Any, ...] | None] | None]:
+    """What a compiler tells in here of the outputs of a graph: their strides, if they are others than the graph's."""
+    context: AbstractContextManager[list[tuple[Any, ...] | None] | None]
+    context = find("torch._guards.TracingContext").report_output_strides()
+    return context
+
+
 def without_autocast() -> AbstractContextManager[None]:
     """On all devices."""
     context: AbstractContextManager[None] = find("torch._C._DisableAutocast")()

@@ -87,6 +87,8 @@ class Found:
 
 def hear(module: nn.Module, found: Found) -> None:
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         parameter.register_hook(lambda g, name=name: found.heard.setdefault(name, []).append(g.clone()))  # type: ignore[misc]
 
 
@@ -174,3 +176,152 @@ def check(
 @pytest.mark.parametrize("needs_gradient", [True, False])
 def test_weight_gradients_wait(how: Any, backend: str, needs_gradient: bool) -> None:
     check(how=how, backend=backend, needs_gradient=needs_gradient)
+
+
+def in_turn(module: nn.Module, x: Tensor) -> Tensor:
+    """Every child under a checkpoint of its own."""
+    for child in module.children():
+        x = checkpoint(child, x, use_reentrant=False)
+    return x
+
+
+class Checkpointing(nn.Module):
+    """Parts under checkpoints, within what is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+class Autocasting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = blocks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+class Broken(nn.Module):
+    """The compiler gives up in between, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        torch._dynamo.graph_break()
+        return self.two(x)
+
+
+class Tied(nn.Module):
+    """One weight, twice in one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.other = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.other(torch.tanh(self.one(x)))))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.view(-1, 1, 4, 4)).flatten(1)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, WIDTH), nn.Embedding(ROWS, WIDTH)
+        self.out = nn.Linear(WIDTH, 11, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = self.words((x.detach()[:, 0] * 5).long() % 11) + self.places(torch.arange(ROWS))
+        return self.out(torch.tanh(words))
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def frozen() -> nn.Module:
+    module = blocks()
+    module[0].up.weight.requires_grad_(False)  # type: ignore[index,union-attr]
+    module[1].down.requires_grad_(False)  # type: ignore[index,union-attr]
+    return module
+
+
+def mixed_with_eager() -> nn.Module:
+    """Plain layers around two that are compiled."""
+    layers = [nn.Linear(WIDTH, WIDTH), Block(), nn.Linear(WIDTH, WIDTH), Block(), nn.Linear(WIDTH, WIDTH)]
+    return nn.Sequential(*layers)
+
+
+def only_blocks(module: nn.Module, backend: str) -> nn.Module:
+    for child in module.children():
+        if isinstance(child, Block):
+            child.compile(backend=backend)
+    return module
+
+
+def tied_over_layers() -> nn.Module:
+    """A weight of two compiled layers and of one that is not."""
+    module = mixed_with_eager()
+    one, two, linear = module[1], module[3], module[2]
+    two.up.weight = one.up.weight  # type: ignore[union-attr]
+    linear.weight = module[0].weight
+    two.norm.weight = one.norm.weight  # type: ignore[union-attr]
+    return module
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "W in the other order": {"order": "W1 W0"},
+    "bf16 autocast around": {"call": bf16},
+    "bf16 autocast around each": {"call": bf16, "how": each},
+    "bf16 autocast within": {"build": Autocasting},
+    "within a checkpoint": {"call": checkpointed},
+    "each within a checkpoint": {"call": in_turn, "how": each},
+    "within a checkpoint, under autocast": {"call": within(bf16, checkpointed), "how": each},
+    "a checkpoint within": {"build": Checkpointing},
+    "graph breaks": {"build": Broken},
+    "graph breaks in a checkpoint": {"build": Broken, "call": checkpointed},
+    "tied": {"build": Tied},
+    "frozen": {"build": frozen},
+    "images": {"build": Images},
+    "words": {"build": Words, "needs_gradient": False},
+    "plain layers between": {"build": mixed_with_eager, "how": only_blocks},
+    "tied over layers": {"build": tied_over_layers, "how": only_blocks},
+    "micro-batches of other sizes": {"rows": (6, 9)},
+    "micro-batches of other sizes, each": {"rows": (6, 9), "how": each, "call": in_turn},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_in_regimes(name: str) -> None:
+    check(**STAGES[name])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_in_regimes_of_inductor(name: str) -> None:
+    check(**STAGES[name], backend="inductor")
