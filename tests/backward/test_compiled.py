@@ -86,10 +86,15 @@ class Found:
 
 
 def hear(module: nn.Module, found: Found) -> None:
+    """By hooks; autograd runs them with None where a compiled backward has no gradient for a parameter."""
+
+    def on_gradient(name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            found.heard.setdefault(name, []).append(gradient.clone())
+
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        parameter.register_hook(lambda g, name=name: found.heard.setdefault(name, []).append(g.clone()))  # type: ignore[misc]
+        if parameter.requires_grad:
+            parameter.register_hook(partial(on_gradient, name))
 
 
 def start(build: Callable[[], nn.Module], how: Callable[[nn.Module, str], nn.Module], backend: str) -> nn.Module:
@@ -247,12 +252,12 @@ class Images(nn.Module):
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(11, WIDTH), nn.Embedding(ROWS, WIDTH)
+        self.words, self.places = nn.Embedding(11, WIDTH), nn.Embedding(12, WIDTH)
         self.out = nn.Linear(WIDTH, 11, bias=False)
         self.out.weight = self.words.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        words = self.words((x.detach()[:, 0] * 5).long() % 11) + self.places(torch.arange(ROWS))
+        words = self.words((x.detach()[:, 0] * 5).long() % 11) + self.places(torch.arange(x.shape[0]))
         return self.out(torch.tanh(words))
 
 
@@ -325,3 +330,142 @@ def test_in_regimes(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_in_regimes_of_inductor(name: str) -> None:
     check(**STAGES[name], backend="inductor")
+
+
+class Ends(nn.Module):
+    """Outputs of many kinds: of which some have no gradient, that are views of inputs, and a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        y = self.one(x)
+        return y, self.two(y), self.three(y).argmax(-1), x.t(), self.two.weight, self.three.weight.t(), y.view(-1), 3
+
+
+def of_ends(module: nn.Module, x: Tensor) -> Tensor:
+    y, z, index, turned, weight, other, flat, three = module(x)
+    return (y * index[:, None]).sum() + turned.sum() + (weight + other).square().sum() + flat.sum() * three + z[0].sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_outputs_of_many_kinds(backend: str) -> None:
+    """Parameters that are outputs have a graph of their own outside, and autograd sums what comes to them."""
+    torch._dynamo.reset()
+    check(Ends, call=of_ends, backend=backend, at_once=1)
+
+
+def test_some_outputs_without_a_gradient() -> None:
+    check(Ends, call=lambda module, x: module(x)[1])
+
+
+def test_dropout_draws_what_it_draws_unsplit() -> None:
+    """A dropout's mask is drawn in the forward."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return module(x)
+
+    check(Dropping, call=call)
+    check(Dropping, call=call, backend="inductor")
+    check(Dropping, call=lambda module, x: checkpointed(module, x), how=each)
+
+
+def test_sizes_that_were_said_to_change() -> None:
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.mark_dynamic(x, 0)
+        return module(x)
+
+    for backend in ("aot_eager", "inductor"):
+        check(call=call, rows=(6, 9), backend=backend)
+        check(build=Words, call=call, rows=(6, 9), backend=backend, needs_gradient=False)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_penalty_outside_of_what_is_compiled(backend: str) -> None:
+    """Both gradients of a parameter come at once, or in the order of autograd, and hooks see them once."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x).square().mean() + module[0].up.weight.square().sum()  # type: ignore[index,union-attr]
+
+    def found(split_it: bool) -> tuple[Found, Found]:
+        module = start(blocks, whole, backend)
+        run = split if split_it else unsplit
+        torch.manual_seed(4)
+        xs = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
+        return run(module, call, xs), run(module, call, xs)  # in the second it is known
+
+    for one, other in zip(found(True), found(False), strict=True):
+        same(one.gradients, other.gradients)
+
+
+def step(splitter: Splitter, module: nn.Module, x: Tensor) -> None:
+    with splitter.record() as tape:
+        y = module(x)
+    tape.backward_input([y], [torch.ones_like(y)], [x])
+    tape.backward_weight()
+
+
+def test_what_is_compiled_without_a_tape_stays_so() -> None:
+    """Once each with and without a tape, and for an evaluation; then never again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = blocks()
+    module.compile(backend=counter)
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    splitter = Splitter.of(module)
+
+    def plainly() -> None:
+        module(x).sum().backward()
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            module(x)
+
+    for _ in range(3):
+        plainly()
+        step(splitter, module, x)
+        evaluate()
+        step(splitter, module, x)
+    assert counter.frame_count == 3
+
+
+def test_what_was_compiled_before_waits_too() -> None:
+    module = whole(blocks(), "aot_eager")
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    module(x).sum().backward()
+    module.zero_grad()
+    splitter = Splitter.of(module)
+    with splitter.record() as tape:
+        y = module(x)
+    tape.backward_input([y], [torch.ones_like(y)], [x])
+    assert all(p.grad is None for p in module.parameters())
+    tape.backward_weight()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_sequence_that_the_compiler_skips_is_recorded_as_any_other() -> None:
+    """It compiles nothing that is torch's own, nor what stands in its place."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def build() -> nn.Module:
+        module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Conv1d(1, 1, 3))
+        module.compile(backend=counter)
+        return module
+
+    check(build, how=lambda module, _: module, call=lambda module, x: module(x[:, None])[:, 0])
+    assert counter.frame_count == 0
+
+
+def test_two_passes_over_one_forward() -> None:
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    reference = start(blocks, lambda module, _: module, "")
+    module = start(blocks, whole, "inductor")
+    y = reference(x)
+    y.sum().backward(retain_graph=True)
+    y.square().sum().backward()
+    with Splitter.of(module).record(lambda tape: tape.backward_weight()) as _:
+        y = module(x)
+    y.sum().backward(retain_graph=True)
+    y.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in module.parameters()], [p.grad for p in reference.parameters()])
