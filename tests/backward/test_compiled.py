@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled_stages import (
     ROWS,
     WIDTH,
@@ -24,7 +25,7 @@ from compiled_stages import (
     whole,
     wrapped,
 )  # fmt: skip
-from regimes import bf16, checkpointed, within
+from regimes import bf16, checkpointed, plain, shares, within
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -105,6 +106,18 @@ class Tied(nn.Module):
         return self.two(torch.tanh(self.other(torch.tanh(self.one(x)))))
 
 
+class Biased(nn.Module):
+    """Two parameters have one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight) + self.one + self.two
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +192,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "graph breaks": {"build": Broken},
     "graph breaks in a checkpoint": {"build": Broken, "call": checkpointed},
     "tied": {"build": Tied},
+    "one gradient of two parameters": {"build": Biased},
     "frozen": {"build": frozen},
     "images": {"build": Images},
     "words": {"build": Words, "needs_gradient": False},
@@ -187,6 +201,16 @@ STAGES: dict[str, dict[str, Any]] = {
     "micro-batches of other sizes": {"rows": (6, 9)},
     "micro-batches of other sizes, each": {"rows": (6, 9), "how": each, "call": in_turn},
 }
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("build", [blocks, Tied, Images, Checkpointing, Autocasting])
+def test_products_of_weight_gradients_are_made_in_w(build: Callable[[], nn.Module], backend: str) -> None:
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    found = shares(lambda: whole(build(), backend), plain, x, warm_up=True)
+    assert found.in_input + found.in_weight == found.whole, "nothing is computed twice"
+    assert found.whole > found.for_inputs, "something is counted"
+    assert found.deferred == 1
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -144,8 +144,8 @@ def check(
     order: str = "W0 W1",
     at_once: int = 0,
 ) -> None:
-    """Splits two micro-batches, and compares with the compiled unsplit backward; no weight of two or more dimensions but
-    ``at_once`` has its gradient before W."""
+    """Splits two micro-batches, and compares with the compiled unsplit backward; no weight of two or more dimensions
+    but ``at_once`` has its gradient before W."""
     xs = [torch.randn(n, WIDTH, requires_grad=needs_gradient) for n in rows]
     wanted = unsplit(start(build, how, backend), call, xs)
     found = split(start(build, how, backend), call, xs, order)
