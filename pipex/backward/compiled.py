@@ -30,6 +30,8 @@ from pipex.backward.torch_internals import (
     AOT_MODULE,
     BACKENDS,
     COMPILE,
+    backwards_are_compiled,
+    can_cut,
     compiled_nodes,
     is_parameter,
     is_wrapper,
@@ -40,8 +42,10 @@ from pipex.backward.torch_internals import (
 )
 from pipex.backward.uses import Captor, Sums, Use
 from pipex.backward.weights import Target
+from pipex.errors import UnsupportedModule
 from pipex.torch_internals import current_node, find, next_sequence_number, version
 
+Half = Callable[[list[Any]], Sequence[Any]]
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 _NOTHING = torch.empty(0)
@@ -114,8 +118,8 @@ class _Backward:
     def __init__(
         self,
         parts: Cut,
-        first: Callable[[list[Any]], Sequence[Any]],
-        second: Callable[[list[Any]], Sequence[Any]],
+        first: Half,
+        second: Half,
         later: Sequence[int],
     ) -> None:
         self._parts, self._first, self._second, self._later = parts, first, second, later
@@ -194,7 +198,8 @@ class _Graph:
             if not self._later:
                 return compiler(module, examples)
             parts = cut(module, examples, self._later)
-            first = second = _nothing
+            first: Half = _nothing
+            second: Half = _nothing
             with reported_strides() as strides:
                 if parts.first is not None:
                     first = _boxed(compiler(parts.first, examples))
@@ -227,12 +232,23 @@ class _Graph:
         if not tape.replays:  # of a checkpoint's second run nothing but the saved tensors counts
             for node in compiled_nodes([*outputs, *inputs], since):
                 node.metadata[_CALL] = _Call(tape, targets)
-                node.register_prehook(_refuse_graph_of_gradients)
+                node.register_prehook(_refuse)
         return outputs
 
 
-def _refuse_graph_of_gradients(_: object) -> None:
-    refuse_graph_of_gradients()  # seen before the compiled backward, in which gradients are off in any case
+def _refuse(_: object) -> None:
+    """Before a compiled backward, in which it is not seen any more.
+
+    Raises:
+        UnsupportedModule: the pass makes a graph of its gradients, or is compiled by itself.
+    """
+    refuse_graph_of_gradients()
+    if backwards_are_compiled():
+        raise UnsupportedModule(
+            "a backward pass under compiled autograd comes to a compiled graph whose weight gradients wait",
+            needed="a pass that autograd's engine runs, in which the graph's own backward is called",
+            fix="leave torch._dynamo.config.compiled_autograd off; the backward of each graph is compiled in any case",
+        )
 
 
 def _without_graph(value: Any) -> Any:
@@ -254,14 +270,15 @@ def _nothing(_: list[Any]) -> Sequence[Any]:
     return ()
 
 
-def _boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]]:
+def _boxed(compiled: Callable[..., Any]) -> Half:
     return compiled if hasattr(compiled, "_boxed_call") else lambda inputs: compiled(*inputs)
 
 
 def compile(module: Any, examples: Sequence[Any], *args: Any, **options: Any) -> Callable[..., Any]:
     """In the place of AOTAutograd's ``aot_module_simplified``."""
     original = find(AOT_MODULE)
-    if args or not isinstance(module, fx.GraphModule) or any(map(is_wrapper, examples)):
+    known = not args and "fw_compiler" in options and isinstance(module, fx.GraphModule) and can_cut()
+    if not known or any(map(is_wrapper, examples)):
         uncut: Callable[..., Any] = original(module, examples, *args, **options)
         return uncut
     graph = _Graph(list(examples))

@@ -171,7 +171,8 @@ def _part(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        copies[node] = graph.placeholder(node.name)
+        # inductor's cache knows a graph by its code, and may have the same one that writes over what it is given.
+        copies[node] = graph.placeholder(f"{node.name}_kept")
         copies[node].meta = dict(node.meta)
     for node in module.graph.nodes:
         if node in nodes:

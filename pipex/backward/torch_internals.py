@@ -6,6 +6,7 @@ All are looked up when a compiler is first there: without one nothing is compile
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,30 @@ from pipex.torch_internals import find, sequence_number
 BACKENDS = "torch._dynamo.backends.common"
 COMPILE = "aot_module_simplified"
 AOT_MODULE = f"torch._functorch.aot_autograd.{COMPILE}"
+
+
+def _there(path: str) -> bool:
+    try:
+        find(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def can_cut() -> bool:
+    """Whether this torch has what it takes, and nothing stands against it: CUDA graphs write over what an earlier run
+    has made, which W of another micro-batch reads. Else the gradients of what is compiled are made in I."""
+    return all(map(_there, _NEEDED)) and not find("torch._inductor.config.triton.cudagraphs")
+
+
+_NEEDED = (
+    "torch._C._DisableAutocast",
+    "torch._functorch.config.enable_autograd_cache",
+    "torch._functorch.config.enable_remote_autograd_cache",
+    "torch._guards.TracingContext.report_output_strides",
+    "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "torch._inductor.config.triton.cudagraphs",
+)
 
 
 def import_backends() -> None:
@@ -64,7 +89,7 @@ def only_read(inputs: int) -> set[int] | None:
     """
     context = find("torch._guards.TracingContext").try_get()
     metadata = None if context is None else context.fw_metadata
-    if metadata is None:
+    if metadata is None or not all(hasattr(metadata, name) for name in _OF_METADATA):
         return None
     if metadata.is_rng_op_functionalized or metadata.num_backward_tokens or len(metadata.input_info) != inputs:
         return None
@@ -77,6 +102,10 @@ def only_read(inputs: int) -> set[int] | None:
         for place, info in enumerate(metadata.input_info)
         if not (info.mutates_data or info.mutates_metadata) and place not in returned
     }
+
+
+# What AOTAutograd knows of a graph.
+_OF_METADATA = ("is_rng_op_functionalized", "num_backward_tokens", "input_info", "output_info", "bw_donated_idxs")
 
 
 def compiled_nodes(tensors: list[Any], since: int) -> Iterator[Any]:
@@ -94,6 +123,12 @@ def compiled_nodes(tensors: list[Any], since: int) -> Iterator[Any]:
             todo += [following for following, _ in node.next_functions if following is not None]
 
 
+def backwards_are_compiled() -> bool:
+    """Whether compiled autograd is on. It takes the backwards of compiled graphs apart, uncut."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)
+
+
 def is_parameter(tensor: Any) -> bool:
     """Of an example for the compiler too, which stands for one."""
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
@@ -102,10 +137,16 @@ def is_parameter(tensor: Any) -> bool:
 def run_uncompiled(functions: Iterable[Callable[..., Any]]) -> None:
     """Tells the compiler not to begin at one of these, nor at what it calls; they run as they are where it has given up
     what they are called from. Traced as a part of something else they are as any other."""
-    frame = find("torch._C._dynamo.eval_frame")
-    skip = frame._FrameAction.SKIP
+    if not all(map(_there, _STRATEGIES)):
+        return  # then each is compiled by itself
+    strategy, action, set_strategy = map(find, _STRATEGIES)
     for function in functions:
-        frame.set_code_exec_strategy(function.__code__, frame._FrameExecStrategy(skip, skip))
+        set_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
+
+
+_STRATEGIES = tuple(
+    f"torch._C._dynamo.eval_frame.{name}" for name in ("_FrameExecStrategy", "_FrameAction", "set_code_exec_strategy")
+)
 
 
 def is_mutable(target: Callable[..., Any] | str) -> bool:

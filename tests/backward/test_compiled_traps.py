@@ -128,22 +128,33 @@ def tensors() -> list[Tensor]:
     return [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
 
 
-class Steps(nn.Module):
-    """Sums that inductor makes one kernel of, whose saved tensors it may write over."""
+class Gated(nn.Module):
+    """Both halves of its backward read what the linear layer has saved, the first one last before it is done."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+        self.linear, self.gate = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.sigmoid(layer(x)) * x
-        return x
+        y = self.linear(x)
+        return y * y * self.gate
 
 
 def test_saved_tensors_are_left_as_they_are_for_the_second_half() -> None:
-    """inductor uses the memory of those that a backward owns ("donated") for others."""
-    check(Steps, backend="inductor")
+    """inductor gives the memory of those that a backward owns ("donated") to others."""
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        check(Gated, backend="inductor")
+
+
+def test_backwards_that_are_compiled_themselves_are_refused() -> None:
+    """They take a compiled graph's backward as it was before the cut."""
+    x = data()
+    tape, y = recorded(start(blocks, whole, "aot_eager"), x)
+    with (
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(UnsupportedModule, match="compiled autograd"),
+    ):
+        tape.backward_input([y], [torch.ones_like(y)], [x])
 
 
 STORE = """
