@@ -138,7 +138,7 @@ class _Backward:
             return saved[source.place] if source.kind == "saved" else made[source.place]
 
         def make() -> dict[int, Tensor | None]:
-            with torch.no_grad(), without_autocast():  # as in a backward pass
+            with without_autocast():  # as in a backward pass; nothing that it reads requires grad
                 second = self._second([found(source) for source in parts.reads])
             sources = {place: parts.outputs[place] for place in later}
             return {

@@ -213,6 +213,17 @@ def test_products_of_weight_gradients_are_made_in_w(build: Callable[[], nn.Modul
     assert found.deferred == 1
 
 
+def test_parameters_with_one_gradient_have_their_own_memory() -> None:
+    """Also where no hook waits for it."""
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    module, wanted = start(Biased, whole, "aot_eager"), start(Biased, whole, "aot_eager")
+    splitter = Splitter.of(module)
+    for _ in range(3):
+        wanted(x).sum().backward()
+        step(splitter, module, x)
+    same([p.grad for p in module.parameters()], [p.grad for p in wanted.parameters()])
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_in_regimes(name: str) -> None:
     check(**STAGES[name])
