@@ -15,7 +15,7 @@ from torch import Tensor
 from pipex.backward import reductions
 from pipex.backward.accumulate import Accumulator, is_plain, main_grad_of, only_adds, tell_of_main_grad
 from pipex.backward.products import DTYPES, add_weight_gradients
-from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows
+from pipex.backward.uses import EmbeddingUse, LinearUse, Use, as_rows, torch_mm
 from pipex.backward.weights import parameter_of
 from pipex.torch_internals import post_accumulate_hooks
 from pipex.triton_kernels.checks import OPERAND_DTYPES
@@ -48,7 +48,7 @@ class _Layer:
             return
         dy, x = self.dys.pop(0), self.xs.pop(0)
         for parameter in self.parameters:
-            product = dy.t().mm(x) if parameter is self.weight else dy.sum(0)
+            product = torch_mm(dy.t(), x) if parameter is self.weight else dy.sum(0)
             so_far = _gradient_or_none(parameter)
             if so_far is None:
                 parameter.grad = product

@@ -67,7 +67,7 @@ class announced:
         retains: whether the pass must leave its graph as it is (``retain_graph``).
     """
 
-    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then", "retains")
+    __slots__ = ("_edges", "_handles", "_hooks", "_task", "_tensors", "_then", "_watched", "retains")
 
     def __init__(self, roots: Sequence[Root], then: Then) -> None:
         self._then = then
@@ -76,13 +76,15 @@ class announced:
         # The roots of a pass can tell which pass this is, in whatever thread the engine runs them.
         self._tensors = tensors = [root for root in roots if isinstance(root, Tensor)]
         self._hooks = [torch_internals.hook_dict(root) for root in tensors if root.grad_fn is not None]
+        self._watched: list[Watcher] = []
         self._edges = [] if len(tensors) == len(roots) else [r for r in roots if isinstance(r, GradientEdge)]
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> announced:
         if watchers:
             nodes = [t.grad_fn for t in self._tensors if t.grad_fn is not None] + [edge.node for edge in self._edges]
-            for watcher in list(watchers):
+            self._watched = list(watchers)
+            for watcher in self._watched:
                 self.retains |= watcher.take(nodes)
         for hooks in self._hooks:
             hooks[self] = self._begin
@@ -99,7 +101,7 @@ class announced:
         for handle in self._handles:
             handle.remove()
         _announced.pop(self._task, None)
-        for watcher in list(watchers):
+        for watcher in self._watched:
             watcher.pass_ended()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
@@ -16,29 +15,8 @@ from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import Mixed
 from pipex.backward.own import Own
 from pipex.backward.passes import watchers
-from pipex.backward.weights import Weight
+from pipex.backward.weights import Layer, Weight
 from pipex.torch_internals import current_pass, dispatch_modes, require_split_backward
-
-
-class Layer(NamedTuple):
-    """The parameters of a linear layer, and their aliases."""
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_alias: Tensor
-    bias_alias: Tensor | None
-
-    def is_as_it_was(self, bias: Tensor | None) -> bool:
-        """Whether it is this bias that goes with the weight, and both are trained and where they were."""
-        if self.bias is None or self.bias_alias is None:
-            return bias is None and self.weight.requires_grad and self.weight.is_set_to(self.weight_alias)
-        return (
-            bias is self.bias
-            and self.weight.requires_grad
-            and bias.requires_grad
-            and self.weight.is_set_to(self.weight_alias)
-            and bias.is_set_to(self.bias_alias)
-        )
 
 
 class Recordable:
@@ -80,16 +58,13 @@ class Recordable:
         self.sharded = sharded
         self.own = own or Own()
         self.mixed = Mixed(self.accumulators)
+        # Whether there is anything to record; else compilers that come by find torch's own functions.
+        self.sees = bool(self.constants or self.own)
         if self.sees:
             recording.replace_methods_for(self)
         # For passes that nobody announces, until the first has ended: the watch, and by id the pass that came there.
         self._unproven: list[RemovableHandle] = []
         self._reached: dict[int, int] = {}
-
-    @property
-    def sees(self) -> bool:
-        """Whether there is anything to record; else compilers that come by find torch's own functions."""
-        return bool(self.constants or self.own)
 
     def close(self) -> None:
         """Lets go of the parameters; another one takes over."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from operator import itemgetter
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from pipex.backward.torch_internals import run_uncompiled
 from pipex.backward.uses import Captor, Use
-from pipex.backward.weights import Weight
+from pipex.backward.weights import Layer, Weight
 from pipex.torch_internals import (
     CHECKPOINT,
     COMPOSABLE_CHECKPOINT,
@@ -41,7 +43,15 @@ _torch_clear_autocast_cache = torch.clear_autocast_cache
 
 
 class Recorder(Captor, Protocol):
-    """What sees the operations of one forward: a tape."""
+    """What sees the operations of one forward: a tape.
+
+    Attributes:
+        layers: by id of the weight, linear layers that are known; to be added to.
+        first_node: the number of the first node of the graph that was made since it is open.
+    """
+
+    layers: dict[int, Layer]
+    first_node: int
 
     def replay(self) -> AbstractContextManager[Any]:
         """One for running a part of the forward again."""
@@ -54,11 +64,34 @@ class Recorder(Captor, Protocol):
 
     def cast(self, x: Tensor) -> Tensor: ...
 
+    def fuses(self, x: Tensor) -> bool: ...
+
     def product(self, use: Use, run: Callable[..., Tensor], *operands: Any) -> Tensor: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def hand_over(self, y: Tensor, use: Use) -> None: ...
 
-    def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor: ...
+
+Functions = Mapping[str, Callable[..., Any]]
+
+
+class _Module:
+    """A module of torch and our functions for it. All at once, in C: a forward may have a few operations only."""
+
+    def __init__(self, module: ModuleType, ours: Functions) -> None:
+        self._names = vars(module)
+        self._ours = ours
+        self._look = itemgetter(*ours)
+        self._seen: Any = None
+        self._originals: Functions = {}
+
+    def replace(self) -> None:
+        seen = self._look(self._names)
+        if seen != self._seen:
+            self._seen, self._originals = seen, {name: self._names[name] for name in self._ours}
+        self._names.update(self._ours)
+
+    def put_back(self) -> None:
+        self._names.update(self._originals)
 
 
 class _Local(threading.local):
@@ -69,7 +102,6 @@ class _Local(threading.local):
 _local = _Local()
 _lock = threading.RLock()  # what is let go may be let go of by a garbage collection in here
 _open = 0  # tapes open in all threads
-_replaced: list[tuple[dict[str, Any], Iterable[str], list[Any]]] = []  # meanwhile: a module's names, which, originals
 _owners = 0  # of tapes that are alive
 _patched: dict[str, Any] = {}  # meanwhile: methods that somebody had put on Tensor itself
 
@@ -79,11 +111,10 @@ def start(tape: Recorder) -> Recorder | None:
     global _open
     with _lock:
         if _open == 0:
-            for module in sys.modules.keys() & _once_imported.keys():
-                replace({module: _once_imported.pop(module)}, {})
-            for names, ours in _functions.values():  # all of a module at once, for a forward of few operations
-                _replaced.append((names, ours, [*map(names.__getitem__, ours)]))
-                names.update(ours)
+            for name in sys.modules.keys() & _once_imported.keys():
+                replace({name: _once_imported.pop(name)}, {})
+            for module in _modules.values():
+                module.replace()
         _open += 1
     outer, _local.tape = _local.tape, tape
     return outer
@@ -96,9 +127,8 @@ def stop(outer: Recorder | None) -> None:
     with _lock:
         _open -= 1
         if _open == 0:
-            for names, ours, originals in _replaced:
-                names.update(zip(ours, originals, strict=True))
-            _replaced.clear()
+            for module in _modules.values():
+                module.put_back()
 
 
 def replace_methods_for(owner: object) -> None:
@@ -152,6 +182,11 @@ def tape_now() -> Recorder | None:
     return _local.tape
 
 
+def is_open() -> bool:
+    """Whether there is a tape in this thread."""
+    return not _compiling() and _local.tape is not None
+
+
 def tape_for(x: Tensor) -> Recorder | None:
     """The tape that may record an operation on ``x``; None where the general path has to make the gradient."""
     if _compiling():  # first: torch 2.11's compiler can make no guard for what is local to a thread
@@ -188,8 +223,7 @@ def _make_checkpoint(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _CHECKPOINTS = {CHECKPOINT: _make_checkpoint}
-Functions = Mapping[str, Callable[..., Any]]
-_functions: dict[str, tuple[dict[str, Any], Functions]] = {}
+_modules: dict[str, _Module] = {}
 _methods: dict[str, Callable[..., Any]] = {}
 _once_imported: dict[str, Functions] = {}
 
@@ -202,7 +236,7 @@ def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
         methods: of tensors, by name (``replace_methods_for``).
     """
     for module, ours in functions.items():
-        _functions[module] = vars(sys.modules[module]), ours
+        _modules[module] = _Module(sys.modules[module], ours)
         run_uncompiled(ours.values())
     _methods.update(methods)
     run_uncompiled(methods.values())

@@ -32,7 +32,6 @@ from torch import Tensor
 from pipex.backward import compiled as compiled  # so that it is there
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
-from pipex.backward.activated import activated_linear, activation_of, worthwhile
 from pipex.backward.fused import FusedProducts
 from pipex.backward.mixed import GivenUse
 from pipex.backward.operations import FUNCTIONS, METHODS
@@ -45,9 +44,9 @@ from pipex.backward.passes import (
     refuse_graph_of_gradients,
     refuse_unannounced,
 )
-from pipex.backward.recordable import Layer, Recordable
+from pipex.backward.recordable import Recordable
 from pipex.backward.root import rooted
-from pipex.backward.uses import EmbeddingUse, LinearUse, Sums, Use
+from pipex.backward.uses import Sums, Use
 from pipex.backward.weights import Cast, Casts, Made, Origins, Target, Weight, is_cached, leaves_of, made
 from pipex.torch_internals import (
     add_hooks,
@@ -56,7 +55,6 @@ from pipex.torch_internals import (
     current_pass,
     engine,
     next_sequence_number,
-    top_saved_tensors_hooks,
     version,
 )
 
@@ -71,15 +69,15 @@ class Tape:
     """
 
     __slots__ = (
-        "__weakref__", "_casts", "_layers", "_leaves", "_origins", "_outer", "_passes", "_products", "_recordable",
-        "_uses", "end_node", "first_node", "recording", "replays", "then",
+        "__weakref__", "_casts", "_leaves", "_origins", "_outer", "_passes", "_products", "_recordable",
+        "_uses", "end_node", "first_node", "layers", "recording", "replays", "then",
     )  # fmt: skip
 
     def __init__(
         self, recordable: Recordable, then: Then | None, replayed: dict[int, Weight | None] | None = None
     ) -> None:
         self._recordable = recordable
-        self._layers = recordable.layers
+        self.layers = recordable.layers
         self.then = then
         self.replays = replayed is not None
         # By id, the parameters that have been weights; None: something made of it has. A replay has no others.
@@ -178,6 +176,10 @@ class Tape:
             self._leaves.setdefault(id(leaf), None)
             self._recordable.weave(leaf)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether products with this operand may be made under the contract ``fused``."""
+        return self._recordable.fuses(x)
+
     def cast(self, x: Tensor) -> Tensor:
         """An operand of an operation that autocast runs in lower precision, as it does; a weight it casts itself."""
         return self._casts_now().of(x)
@@ -197,11 +199,11 @@ class Tape:
         """
         if any(isinstance(x, Tensor) and x.requires_grad for x in operands):
             y = run(*operands)
-            self._hand_over(y, use)
+            self.hand_over(y, use)
             return y
         return rooted(use, lambda: run(*operands))
 
-    def _hand_over(self, y: Tensor, use: Use) -> None:
+    def hand_over(self, y: Tensor, use: Use) -> None:
         """Gives the use the gradient of a fresh product, after all hooks that anybody puts on ``y``.
 
         In-place operations on a y that is a view of the product (more than two dimensions) replace the view's node,
@@ -215,46 +217,6 @@ class Tape:
         else:
             node = add_hooks(product, {0: use.capture})  # nobody else has this tensor
         self._products.append(node)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear of an x, cast by autocast if at all, that torch makes a matrix of in any case; recorded where the
-        gradient of ``weight`` or ``bias`` can be deferred."""
-        lower = any_autocast()
-        layer = self._layers.get(id(weight))
-        if (
-            layer is not None
-            and not lower
-            and x.requires_grad
-            and not x.is_cuda
-            and top_saved_tensors_hooks(False) is None
-            and layer.is_as_it_was(bias)
-        ):  # as below, where all that is asked is known
-            y = recording.torch_linear(x, layer.weight_alias, layer.bias_alias)
-            self._hand_over(y, LinearUse(self, x, weight, bias))
-            return y
-        w, b = self.weight(weight, lower), self.weight(bias, lower)
-        if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            return recording.torch_linear(x, weight, bias)
-        kept = x.new_empty(0) if w is None else x  # only the weight's gradient needs x, and that it stays unchanged
-        use = LinearUse(self, kept, None if w is None else w.target, None if b is None else b.target)
-        if w is not None and (b is None) == (bias is None) and self._recordable.fuses(x):
-            activation = activation_of(x, self.first_node)
-            if activation is not None and worthwhile(activation, x, w.alias):
-                return activated_linear(use, x, activation, w.alias, None if b is None else b.alias)
-        known = bias is None or (b is not None and b.target is bias)
-        if known and w is not None and w.target is weight and not self._recordable.fuses(x):
-            self._layers[id(weight)] = Layer(weight, bias, w.alias, None if b is None else b.alias)
-        weight, bias = weight if w is None else w.alias, bias if b is None else b.alias
-        return self.product(use, recording.torch_linear, x, weight, bias)
-
-    def embedding(self, x: Tensor, weight: Tensor, padding: int | None, scale_by_frequency: bool) -> Tensor:
-        """F.embedding, recorded where the gradient of ``weight`` can be deferred."""
-        w = self.weight(weight)
-        if w is None:
-            return recording.torch_embedding(x, weight, padding, scale_grad_by_freq=scale_by_frequency)
-        rows = weight.shape[0]
-        use = EmbeddingUse(self, x, w.target, rows, -1 if padding is None else padding % rows, scale_by_frequency)
-        return self.product(use, recording.torch_embedding, x, w.alias, padding)
 
     def captured(self, use: Use, dy: Tensor) -> None:
         """A use has got its dy. Called in a backward pass, whichever it is."""

@@ -15,24 +15,28 @@ from torch import Tensor
 from pipex.backward.weights import Cast, Made, Target
 from pipex.torch_internals import top_saved_tensors_hooks, version
 
+torch_mm = torch.mm
+
 
 class Sums:
     """Gradients of one micro-batch: one per target, summed in the order in which they are added."""
 
-    __slots__ = ("_place", "gradients", "targets")
+    __slots__ = ("_has_casts", "_place", "gradients", "targets")
 
     def __init__(self) -> None:
         self.targets: list[Target] = []
         self.gradients: list[Tensor] = []
         self._place: dict[object, int] = {}  # id of a parameter, or edge -> its place in the lists
+        self._has_casts = False
 
     def add(self, target: Target, gradient: Tensor) -> None:
         key: object
-        if isinstance(target, Cast):
-            lower = gradient.dtype is not target.parameter.dtype
-            key = (id(target.parameter), target.region) if lower else id(target.parameter)
-            target = target if lower else target.parameter
+        if isinstance(target, Cast) and gradient.dtype is not target.parameter.dtype:
+            self._has_casts = True
+            key = id(target.parameter), target.region
         else:
+            if isinstance(target, Cast):
+                target = target.parameter
             key = target.edge if isinstance(target, Made) else id(target)
             if gradient.dtype is not target.dtype:  # of an operation that autocast has run on a cast of its own
                 gradient = gradient.to(target.dtype)
@@ -46,6 +50,8 @@ class Sums:
 
     def cast_back(self) -> tuple[list[Tensor | Made], list[Tensor]]:
         """Targets and their gradients; those of casts are their parameters'."""
+        if not self._has_casts:
+            return self.targets, self.gradients  # type: ignore[return-value]
         whole = Sums()
         for target, gradient in zip(self.targets, self.gradients, strict=True):
             if isinstance(target, Cast):
@@ -179,7 +185,8 @@ class LinearUse(Use):
         if self.bias is not None:
             sums.add(self.bias, rows.sum(0))
         if self.weight is not None:
-            sums.add(self.weight, rows.t().mm(columns.conj() if columns.is_complex() else columns))
+            # Not by the tensor's method, which is ours as long as somebody records.
+            sums.add(self.weight, torch_mm(rows.t(), columns.conj() if columns.is_complex() else columns))
 
 
 class EmbeddingUse(Use):

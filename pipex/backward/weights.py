@@ -54,6 +54,25 @@ class Weight(NamedTuple):
     target: Target
 
 
+class Layer(NamedTuple):
+    """The parameters of a linear layer that is known, and their aliases."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_alias: Tensor
+    bias_alias: Tensor | None
+
+    def is_as_it_was(self, bias: Tensor | None) -> bool:
+        """Whether it is this bias that goes with the weight, and both are trained and where they were."""
+        weight, its_bias, weight_alias, bias_alias = self
+        return (
+            bias is its_bias
+            and weight.requires_grad
+            and weight.is_set_to(weight_alias)
+            and (bias is None or (bias.requires_grad and bias.is_set_to(bias_alias)))  # type: ignore[arg-type]
+        )
+
+
 def parameter_of(target: Target | None) -> Tensor | None:
     """The parameter of which the target is all that is used, if it is one."""
     if isinstance(target, Cast):

@@ -383,7 +383,7 @@ def test_a_trial_that_raises_is_refused_with_the_cause_that_torch_wraps(monkeypa
         raise LookupError("no such\n  thing")
 
     before = functions()
-    monkeypatch.setattr(Tape, "linear", fail)
+    monkeypatch.setattr(Tape, "hand_over", fail)
     with pytest.raises(pipex.errors.UnsupportedModule, match=r"RuntimeError: .* caused by LookupError: no such thing"):
         drop_in()
     assert functions() == before

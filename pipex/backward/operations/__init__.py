@@ -13,9 +13,11 @@ from pipex.backward.operations.bilinear import bilinear, torch_bilinear
 from pipex.backward.operations.convolution import convolution
 from pipex.backward.operations.einsum import einsum, torch_einsum
 from pipex.backward.operations.experts import grouped_mm
-from pipex.backward.operations.matmul import addmm, baddbmm, bmm, linear, matmul, mm, mv
-from pipex.backward.recording import Recorder, clear_autocast_cache, tape_for, torch_embedding, torch_linear
-from pipex.torch_internals import GROUPED_MM, any_autocast
+from pipex.backward.operations.linear import linear
+from pipex.backward.operations.matmul import addmm, baddbmm, bmm, matmul, mm, mv
+from pipex.backward.recording import Recorder, clear_autocast_cache, is_open, tape_for, torch_embedding, torch_linear
+from pipex.backward.uses import EmbeddingUse
+from pipex.torch_internals import GROUPED_MM
 from pipex.torch_internals import grouped_mm as torch_grouped_mm
 
 Function = Callable[..., Any]
@@ -25,23 +27,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     tape = tape_for(input)
     if tape is None:
         return torch_linear(input, weight, bias)
-    if any_autocast():
-        input = tape.cast(input)
-    dimensions = input.dim()
-    if dimensions == 2 or (dimensions > 2 and _folds(input)):
-        return tape.linear(input, weight, bias)
     return linear(tape, input, weight, bias)
-
-
-def _folds(input: Tensor) -> bool:
-    """Whether torch makes a matrix of it in any case. Of one with other strides, if only of a dimension of one element,
-    it depends on the weight requiring grad."""
-    shape = input.shape
-    contiguous = input.is_contiguous()
-    if not contiguous or 1 not in shape:
-        return contiguous
-    strides = input.stride()
-    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(len(shape) - 2))
 
 
 def _embedding(
@@ -56,12 +42,18 @@ def _embedding(
     tape = tape_for(input)
     if tape is None or sparse or max_norm is not None:
         return torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    return tape.embedding(input, weight, padding_idx, scale_grad_by_freq)
+    w = tape.weight(weight)
+    if w is None:
+        return torch_embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    rows = weight.shape[0]
+    padding = -1 if padding_idx is None else padding_idx % rows
+    use = EmbeddingUse(tape, input, w.target, rows, padding, scale_grad_by_freq)
+    return tape.product(use, torch_embedding, input, w.alias, padding_idx)
 
 
 def _tape_for(*operands: Any) -> Recorder | None:
     """The same for operands of which any may be a parameter."""
-    if not all(type(operand) in _PLAIN for operand in operands):
+    if not is_open() or not all(type(operand) in _PLAIN for operand in operands):
         return None
     data = next((operand for operand in operands if type(operand) is Tensor), None)
     return None if data is None else tape_for(data)

@@ -1,7 +1,7 @@
 """Products of matrices, and of batches of them, with a weight on one side.
 
-What torch takes apart (``matmul``, a linear layer on an input with gaps) is taken apart here as ATen does where the
-weight requires grad (aten/src/ATen/native/LinearAlgebra.cpp, Linear.cpp), so that outputs and gradients have its bits.
+What torch takes apart (``matmul``) is taken apart here as ATen does where the
+weight requires grad (aten/src/ATen/native/LinearAlgebra.cpp), so that outputs and gradients have its bits.
 Formulas are those of tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipex.backward.recording import Recorder, torch_linear
-from pipex.backward.uses import Captor, LinearUse, Sums, Use
+from pipex.backward.recording import Recorder
+from pipex.backward.uses import Captor, Sums, Use
 from pipex.backward.weights import Target, Weight
-from pipex.torch_internals import any_autocast, dispatch_modes, unsafe_view
+from pipex.torch_internals import any_autocast, unsafe_view
 
 torch_mm, torch_mv, torch_bmm, torch_addmm, torch_baddbmm, torch_matmul = (
     torch.mm, torch.mv, torch.bmm, torch.addmm, torch.baddbmm, torch.matmul,
@@ -43,7 +43,7 @@ class ProductUse(Use):
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
         if self.bias is not None and self._shape is not None:
-            sums.add(self.bias, _summed(_times(dy, self._beta), self._shape))
+            sums.add(self.bias, summed(_times(dy, self._beta), self._shape))
         if self.weight is not None:
             sums.add(self.weight, _times(self._product(dy), self._alpha))
 
@@ -64,7 +64,7 @@ class RightUse(ProductUse):
 
     def _product(self, dy: Tensor) -> Tensor:
         x, rows = self.input().conj(), dy if dy.dim() == 2 else dy.flatten(0, -2)
-        found = rows.t().mm(x).t() if self._by_columns else x.t().mm(rows)
+        found = torch_mm(rows.t(), x).t() if self._by_columns else torch_mm(x.t(), rows)
         return found.t() if self._transposed else found
 
 
@@ -79,33 +79,21 @@ class LeftUse(ProductUse):
 
     def _product(self, dy: Tensor) -> Tensor:
         x = self.input().conj()
-        return x.mm(dy.t()).t() if self._by_columns else dy.mm(x.t())
+        return torch_mm(x, dy.t()).t() if self._by_columns else torch_mm(dy, x.t())
 
 
 class RightBatchUse(ProductUse):
     """x W of batches of matrices."""
 
     def _product(self, dy: Tensor) -> Tensor:
-        return self.input().transpose(1, 2).conj().bmm(dy)
+        return torch_bmm(self.input().transpose(1, 2).conj(), dy)
 
 
 class LeftBatchUse(ProductUse):
     """W x of batches of matrices."""
 
     def _product(self, dy: Tensor) -> Tensor:
-        return dy.bmm(self.input().transpose(1, 2).conj())
-
-
-class UnfoldedLinearUse(LinearUse):
-    """A linear layer whose input torch makes a matrix of by copying it; dy is that of the layer's output."""
-
-    __slots__ = ()
-
-    def add_to(self, sums: Sums, dy: Tensor) -> None:
-        bias, self.bias = self.bias, None
-        if bias is not None:
-            sums.add(bias, _summed(dy, dy.shape[-1:]))
-        super().add_to(sums, dy if dy.dim() > 1 else dy.unsqueeze(0))
+        return torch_bmm(dy, self.input().transpose(1, 2).conj())
 
 
 class VectorUse(Use):
@@ -122,7 +110,7 @@ class VectorUse(Use):
         return [self.weight]
 
     def add_to(self, sums: Sums, dy: Tensor) -> None:
-        sums.add(self.weight, self.input().conj().t().mv(dy.flatten()))
+        sums.add(self.weight, torch_mv(self.input().conj().t(), dy.flatten()))
 
 
 class OuterUse(VectorUse):
@@ -134,7 +122,7 @@ class OuterUse(VectorUse):
         sums.add(self.weight, dy.outer(self.input().conj()))
 
 
-def _summed(dy: Tensor, shape: torch.Size) -> Tensor:
+def summed(dy: Tensor, shape: torch.Size) -> Tensor:
     """Of a tensor that was broadcast from this shape. Never dy itself, which others hold."""
     return dy.clone() if dy.shape == shape else dy.sum_to_size(shape)
 
@@ -277,30 +265,3 @@ def _folded(tape: Recorder, x: Tensor, weight: Weight, transposed: bool) -> Tens
     use = RightUse(tape, rows, weight, transposed=transposed)
     alias = weight.alias.t() if transposed else weight.alias
     return tape.product(use, lambda rows, w: unsafe_view(torch_mm(rows, w), (*shape, w.shape[1])), rows, alias)
-
-
-def linear(tape: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of an input, cast by autocast if at all, that has gaps or is a vector."""
-    lower = any_autocast()
-    w, b = tape.weight(weight, lower), tape.weight(bias, lower)
-    if (w is None and b is None) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return torch_linear(x, weight, bias)
-    rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    kept = x.new_empty(0) if w is None else rows
-    use = UnfoldedLinearUse(tape, kept, None if w is None else w.target, None if b is None else b.target)
-    if b is not None:
-        bias = b.alias
-    if w is None:  # then torch looks at this weight itself
-        return tape.product(use, torch_linear, x, weight, bias)
-    if x.dim() == 1:  # where it asks nothing of the weight
-        return tape.product(use, torch_linear, x, w.alias, bias)
-
-    def run(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        y = unsafe_view(torch_mm(rows, w.t()), (*shape, w.shape[0]))
-        if b is None:
-            return y
-        # In place only where torch does it so: a selective checkpoint may have kept the product, and gives it again.
-        b = b.to(y.dtype)
-        return y.add(b) if dispatch_modes() else y.add_(b)
-
-    return tape.product(use, run, rows, w.alias, bias)

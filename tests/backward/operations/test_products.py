@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -252,29 +251,3 @@ def test_a_product_that_a_checkpoint_keeps_is_not_changed() -> None:
         return model[1].weight.grad
 
     assert_same_bits([gradient(split=True)], [gradient(split=False)])
-
-
-def test_a_method_that_others_have_put_in_place_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def theirs(x: Tensor, other: Tensor) -> Tensor:
-        return torch.mm(x, other)
-
-    gc.collect()  # what others have left
-    monkeypatch.setattr(torch.Tensor, "mm", theirs, raising=False)
-    splitter = Splitter.of(nn.Linear(2, 2))
-    assert torch.Tensor.mm is not theirs
-    del splitter
-    assert torch.Tensor.mm is theirs
-
-
-def test_torch_has_its_own_again_afterwards() -> None:
-    gc.collect()  # what others have left
-    functions = (torch.einsum, torch.conv2d, F.conv2d, F.bilinear, F.linear)
-    methods = (torch.Tensor.__matmul__, torch.Tensor.mm)
-    splitters = [Splitter.of(nn.Linear(2, 2)) for _ in range(2)]
-    with splitters[0].record():
-        assert F.linear is not functions[-1]
-    assert (torch.einsum, torch.conv2d, F.conv2d, F.bilinear, F.linear) == functions
-    del splitters[0]
-    assert torch.Tensor.mm is not methods[1], "there is another one"
-    del splitters
-    assert (torch.Tensor.__matmul__, torch.Tensor.mm) == methods
