@@ -229,10 +229,9 @@ class _Graph:
             inputs[place] = anchored(inputs[place])
         since = next_sequence_number()
         outputs = forward(*inputs)
-        if not tape.replays:  # of a checkpoint's second run nothing but the saved tensors counts
-            for node in compiled_nodes([*outputs, *inputs], since):
-                node.metadata[_CALL] = _Call(tape, targets)
-                node.register_prehook(_refuse)
+        for node in compiled_nodes([*outputs, *inputs], since):
+            node.metadata[_CALL] = _Call(tape, targets)
+            node.register_prehook(_refuse)
         return outputs
 
 

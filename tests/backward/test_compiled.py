@@ -12,16 +12,13 @@ from compiled_stages import (
     ROWS,
     WIDTH,
     Block,
-    Found,
     blocks,
     check,
     each,
     first,
     same,
-    split,
     start,
     step,
-    unsplit,
     whole,
     wrapped,
 )  # fmt: skip
@@ -30,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipex.backward import Splitter
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # the compiler looks at it
@@ -44,7 +43,7 @@ def forget_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", [whole, wrapped, each, first])
 @pytest.mark.parametrize("needs_gradient", [True, False])
 def test_weight_gradients_wait(how: Any, backend: str, needs_gradient: bool) -> None:
@@ -203,7 +202,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("build", [blocks, Tied, Images, Checkpointing, Autocasting])
 def test_products_of_weight_gradients_are_made_in_w(build: Callable[[], nn.Module], backend: str) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
@@ -229,6 +228,7 @@ def test_in_regimes(name: str) -> None:
     check(**STAGES[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_in_regimes_of_inductor(name: str) -> None:
     check(**STAGES[name], backend="inductor")
@@ -251,7 +251,7 @@ def of_ends(module: nn.Module, x: Tensor) -> Tensor:
     return (y * index[:, None]).sum() + turned.sum() + (weight + other).square().sum() + flat.sum() * three + z[0].sum()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_of_many_kinds(backend: str) -> None:
     """Parameters that are outputs have a graph of their own outside, and autograd sums what comes to them."""
     torch._dynamo.reset()
@@ -284,22 +284,29 @@ def test_sizes_that_were_said_to_change() -> None:
         check(build=Words, call=call, rows=(6, 9), backend=backend, needs_gradient=False)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_penalty_outside_of_what_is_compiled(backend: str) -> None:
-    """Both gradients of a parameter come at once, or in the order of autograd, and hooks see them once."""
+    """Gradients of one parameter come in the order of autograd; from the second step on all of them in I."""
 
-    def call(module: nn.Module, x: Tensor) -> Tensor:
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
         return module(x).square().mean() + module[0].up.weight.square().sum()  # type: ignore[index,union-attr]
 
-    def found(split_it: bool) -> tuple[Found, Found]:
-        module = start(blocks, whole, backend)
-        run = split if split_it else unsplit
-        torch.manual_seed(4)
-        xs = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2)]
-        return run(module, call, xs), run(module, call, xs)  # in the second it is known
-
-    for one, other in zip(found(True), found(False), strict=True):
-        same(one.gradients, other.gradients)
+    xs = [torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(3)]
+    wanted, module = start(blocks, whole, backend), start(blocks, whole, backend)
+    splitter = Splitter.of(module)
+    for turn, x in enumerate(xs):
+        loss(wanted, x).backward()
+        module.zero_grad()
+        before = [p.grad for p in module.parameters()]
+        with splitter.record() as tape:
+            y = loss(module, x)
+        tape.backward_input([y], [None], [x])
+        early = {name for name, p in module.named_parameters() if p.grad is not None}
+        assert before == [None] * 12
+        assert early == (set() if turn == 0 else {"0.up.weight"})
+        tape.backward_weight()
+        same([p.grad for p in module.parameters()], [p.grad for p in wanted.parameters()])
+        wanted.zero_grad()
 
 
 def test_what_is_compiled_without_a_tape_stays_so() -> None:
