@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pipex.backward.graph_cut import Cut, cut
 
@@ -16,8 +17,6 @@ X, Y = torch.randn(3, 3), torch.randn(3, 3)
 
 
 def traced(function: Callable[..., Sequence[Any]], *inputs: Any) -> fx.GraphModule:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     return make_fx(function)(*inputs)
 
 
@@ -76,10 +75,21 @@ def test_what_stands_in_the_first_part_is_handed_on() -> None:
 
 def test_members_of_tuples_are_made_where_the_tuple_is() -> None:
     def backward(x: Tensor, dy: Tensor) -> list[Tensor]:
-        mean, variance = torch.var_mean(dy, 0)
-        return [mean @ x, variance.exp()]
+        variance, mean = torch.var_mean(dy, 0)
+        return [mean * x, variance.exp()]
 
-    check(backward, {1}, 1, X, Y)
+    parts = check(backward, {1}, 1, X, Y)
+    assert operations(parts.second) == ["exp"]
+
+
+def test_of_what_is_needed_for_its_size_the_size_is_kept() -> None:
+    def backward(x: Tensor, dy: Tensor) -> list[Tensor]:
+        dz = torch.cat([dy, dy]).tanh()
+        return [dz @ x, x.sum() * dz.shape[0]]
+
+    parts = cut(make_fx(backward, tracing_mode="symbolic")(X, Y), (X, Y), {1})
+    assert "sym_size" not in operations(parts.second)
+    torch.testing.assert_close(run(parts, X, Y)[0], backward(X, Y), rtol=0, atol=0)
 
 
 def test_nothing_but_later_gradients_needs_no_first_part() -> None:
