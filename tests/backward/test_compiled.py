@@ -117,6 +117,17 @@ class Biased(nn.Module):
         return F.linear(x, self.linear.weight) + self.one + self.two
 
 
+class Placed(nn.Module):
+    """Two parameters have the output's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.randn(ROWS, WIDTH)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one + self.two
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +226,7 @@ def test_products_of_weight_gradients_are_made_in_w(build: Callable[[], nn.Modul
 def test_parameters_with_one_gradient_have_their_own_memory() -> None:
     """Also where no hook waits for it."""
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    module, wanted = start(Biased, whole, "aot_eager"), start(Biased, whole, "aot_eager")
+    module, wanted = start(Placed, whole, "aot_eager"), start(Placed, whole, "aot_eager")
     splitter = Splitter.of(module)
     for _ in range(3):
         wanted(x).sum().backward()
