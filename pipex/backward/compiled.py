@@ -115,19 +115,18 @@ class _Backward:
         later: the places of the outputs that may wait.
     """
 
-    def __init__(
-        self,
-        parts: Cut,
-        first: Half,
-        second: Half,
-        later: Sequence[int],
-    ) -> None:
+    def __init__(self, parts: Cut, first: Half, second: Half, later: Sequence[int]) -> None:
         self._parts, self._first, self._second, self._later = parts, first, second, later
         self._boxed_call = True  # for torch: takes its arguments as a list, which it empties
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         parts, later = self._parts, self._later
-        saved = {s.place: _without_graph(inputs[s.place]) for s in self._sources() if s.kind == "saved"}
+        node = current_node()
+        call: _Call | None = None if node is None else node.metadata.get(_CALL)
+        waits = call is not None and len(call.targets) == len(later)
+        saved = {s.place: inputs[s.place] for s in self._sources() if s.kind == "saved"}
+        if waits:  # else autograd must see which gradients are one tensor, or it would have two in one memory
+            saved = {place: _without_graph(value) for place, value in saved.items()}
         made_first = list(self._first(inputs))
         inputs.clear()
         kept, made = made_first[: parts.kept], made_first[parts.kept :]
@@ -146,21 +145,19 @@ class _Backward:
                 for place, s in sources.items()
             }
 
-        node = current_node()
-        call: _Call | None = None if node is None else node.metadata.get(_CALL)
-        if call is None:
-            assert node is None or all(node.needs_input_grad[place] for place in later), "a parameter has its gradient"
+        if call is None:  # a forward without a tape
             wanted = make()
             for place in later:
                 outputs[place] = wanted[place]
-        elif len(call.targets) == len(later):
+        elif waits:
             reads = [x for x in map(found, self._sources()) if isinstance(x, Tensor)]
             call.tape.captured(CompiledUse(call.tape, call.targets, make, reads), _NOTHING)
         else:  # autograd adds some of them
             wanted = make()
             for place in later:
                 outputs[place] = None if place in call.targets else wanted[place]
-            call.tape.captured(CompiledUse(call.tape, call.targets, lambda: wanted, ()), _NOTHING)
+            left = {place: _without_graph(wanted[place]) for place in call.targets}
+            call.tape.captured(CompiledUse(call.tape, call.targets, lambda: left, ()), _NOTHING)
         return outputs
 
     def _sources(self) -> list[Source]:

@@ -234,6 +234,18 @@ def test_parameters_with_one_gradient_have_their_own_memory() -> None:
     same([p.grad for p in module.parameters()], [p.grad for p in wanted.parameters()])
 
 
+def test_a_graph_that_is_cut_is_right_without_a_tape() -> None:
+    """It uses nothing by which the compiler would know whether there is one."""
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    module, wanted = start(Placed, whole, "aot_eager"), start(Placed, lambda module, _: module, "")
+    step(Splitter.of(module), module, x)
+    module.zero_grad()
+    same(torch.autograd.grad(module(x).square().sum(), x), torch.autograd.grad(wanted(x).square().sum(), x))
+    module(x).square().sum().backward()
+    wanted(x).square().sum().backward()
+    same([p.grad for p in module.parameters()], [p.grad for p in wanted.parameters()])
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_in_regimes(name: str) -> None:
     check(**STAGES[name])
