@@ -13,11 +13,10 @@ What is replaced, and why there (``torch_internals.REPLACED``):
         PipelineStage._prepare_forward_infra           what its look at the shapes leaves in such modules is taken away
         stage.stage_backward{,_input,_weight}          for stages and handlers that call these themselves
         _step_microbatches of the schedules            tells which micro-batches are split (below)
-        schedules._check_torch_compile_compatibility   a compiled stage is right here, if not deferred
+        schedules._check_torch_compile_compatibility   a compiled stage is right here, and split (``compiled``)
 
 A micro-batch whose W stands directly behind its I is not split: its I is one ordinary backward pass, which costs less
-than two halves, and nothing waits in between. So is every micro-batch of a stage that has compiled parts. Both are
-right, and get their weight gradients in I.
+than two halves, and nothing waits in between. It gets its weight gradients in I.
 
 Under FSDP2 the reduction is torch's own, in its action REDUCE_GRAD behind a stage's last W (``fsdp``); under DDP it is
 that W's, bucket by bucket (``ddp``).

@@ -75,6 +75,9 @@ class _OfDTensors:
         found: Weight | None = self._tape.weight(tensor, lower, of_dtensors=True)
         return found
 
+    def shared_weight(self, tensor: Tensor) -> Weight | None:
+        return None  # those of compiled calls do not wait
+
     def is_constant(self, tensor: Tensor) -> bool:
         return bool(self._tape.is_constant(tensor))
 

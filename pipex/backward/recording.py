@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from pipex.backward.torch_internals import run_uncompiled
 from pipex.backward.uses import Captor, Use
 from pipex.backward.weights import Layer, Weight
 from pipex.torch_internals import (
@@ -56,6 +57,8 @@ class Recorder(Captor, Protocol):
         """One for running a part of the forward again."""
 
     def weight(self, tensor: Tensor | None, lower: bool = False) -> Weight | None: ...
+
+    def shared_weight(self, tensor: Tensor) -> Weight | None: ...
 
     def is_constant(self, tensor: Tensor) -> bool: ...
 
@@ -108,8 +111,8 @@ def start(tape: Recorder) -> Recorder | None:
     global _open
     with _lock:
         if _open == 0:
-            if COMPOSABLE_CHECKPOINT in sys.modules and COMPOSABLE_CHECKPOINT not in _modules:
-                replace({COMPOSABLE_CHECKPOINT: _CHECKPOINTS}, {})
+            for name in sys.modules.keys() & _once_imported.keys():
+                replace({name: _once_imported.pop(name)}, {})
             for module in _modules.values():
                 module.replace()
         _open += 1
@@ -172,6 +175,13 @@ def region() -> int:
     return _local.region
 
 
+def tape_now() -> Recorder | None:
+    """The tape of this thread, if gradients are recorded in the ordinary way."""
+    if _local.tape is None or not _grad_enabled() or functorch_active() or forward_derivatives_level() >= 0:
+        return None
+    return _local.tape
+
+
 def is_open() -> bool:
     """Whether there is a tape in this thread."""
     return not _compiling() and _local.tape is not None
@@ -215,6 +225,7 @@ def _make_checkpoint(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 _CHECKPOINTS = {CHECKPOINT: _make_checkpoint}
 _modules: dict[str, _Module] = {}
 _methods: dict[str, Callable[..., Any]] = {}
+_once_imported: dict[str, Functions] = {}
 
 
 def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
@@ -226,7 +237,15 @@ def replace(functions: Mapping[str, Functions], methods: Functions) -> None:
     """
     for module, ours in functions.items():
         _modules[module] = _Module(sys.modules[module], ours)
+        run_uncompiled(ours.values())
     _methods.update(methods)
+    run_uncompiled(methods.values())
+
+
+def replace_once_imported(module: str, functions: Functions) -> None:
+    """The same for a module that nobody may ever need."""
+    _once_imported[module] = functions
 
 
 replace({torch.utils.checkpoint.__name__: _CHECKPOINTS}, {})
+replace_once_imported(COMPOSABLE_CHECKPOINT, _CHECKPOINTS)

@@ -29,6 +29,23 @@ class _Root(torch.autograd.Function):
         return None, None, None
 
 
+class _Anchored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None) -> tuple[None, None]:
+        return None, None
+
+
+def anchored(x: Tensor) -> Tensor:
+    """An input that requires no grad, for an operation that takes its own gradient on its way but needs a graph."""
+    y: Tensor = _Anchored.apply(x, anchor)  # type: ignore[no-untyped-call]
+    return y
+
+
 def rooted(use: Use, run: Callable[[], Tensor]) -> Tensor:
     """The output of ``run``, with a place in the graph at which ``use`` gets its dy and the backward ends."""
     y: Tensor = _Root.apply(use, run, anchor)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from pipex.backward.own import Own
 from pipex.backward.passes import Then, at_once
 from pipex.backward.recordable import Recordable
 from pipex.backward.tape import Tape
+from pipex.backward.torch_internals import import_backends
 from pipex.torch_internals import is_compiled
 
 
@@ -20,8 +21,7 @@ class Splitter(Recordable):
 
     @staticmethod
     def of(module: nn.Module, exact: bool | None = None) -> Splitter:
-        """For all parameters of the module; none where they must not be deferred: where DDP waits for them, and where
-        compiled parts have a backward of their own.
+        """For all parameters of the module; none where they must not be deferred, since DDP waits for them.
 
         Raises:
             UnsupportedModule: as ``Own.refuse_replicated``.
@@ -31,8 +31,8 @@ class Splitter(Recordable):
             if isinstance(part, DistributedDataParallel):
                 Own(part).refuse_replicated()
                 return Splitter((), own=own)
-            if is_compiled(part):
-                return Splitter((), own=own)
+        if any(map(is_compiled, module.modules())):
+            import_backends()
         return Splitter(module.parameters(), exact, fsdp.sharded(module), module.buffers(), own)
 
     def record(self, then: Then | None = None) -> Tape:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipex.backward import compiled as compiled  # so that it is there
 from pipex.backward import recording
 from pipex.backward.accumulate import accumulate, main_grad_of
 from pipex.backward.dtensor import is_dtensor
@@ -152,6 +153,12 @@ class Tape:
         if parameters and self._recordable.mixed.watching:
             self._recordable.mixed.weave(tensor.grad_fn)
         return made(tensor) if parameters else None
+
+    def shared_weight(self, tensor: Tensor) -> Weight | None:
+        """The same where what makes its gradient may keep it, or have it in two places."""
+        weight = self.weight(tensor)
+        self._recordable.accumulators.pop(id(tensor), None)
+        return weight
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether it is a buffer, or a frozen parameter, which parametrizations multiply parameters with."""

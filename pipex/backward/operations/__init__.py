@@ -80,7 +80,13 @@ def _product(original: Function, record: Function, operands: int) -> Function:
                 return record(tape, *args, **factors)
         return original(*args, **factors)
 
-    return recorded
+    return named_as(original, recorded)
+
+
+def named_as(original: Function, replacement: Function) -> Function:
+    """torch's compiler files what it finds in the place of a function under its name."""
+    replacement.__name__ = original.__name__
+    return replacement
 
 
 _FACTORS = {"beta", "alpha"}
@@ -125,7 +131,7 @@ def _convolution(original: Function, dimensions: int) -> Function:
             return original(input, weight, bias, stride, padding, dilation, groups)
         return record(tape, input, weight, bias, stride, padding, dilation, groups)
 
-    return recorded
+    return named_as(original, recorded)
 
 
 def _transposed(original: Function, dimensions: int) -> Function:
@@ -140,7 +146,7 @@ def _transposed(original: Function, dimensions: int) -> Function:
             return original(input, weight, bias, stride, padding, output_padding, groups, dilation)
         return record(tape, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
-    return recorded
+    return named_as(original, recorded)
 
 
 _CONVOLUTIONS = {
