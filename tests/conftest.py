@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from torch import Tensor
 # One thread, before anything else runs: an OpenMP pool in this process would make forked ranks hang, and the bits of
 # a matrix product depend on the number of threads.
 torch.set_num_threads(1)
+
+# Nor threads that are never seen again: ranks would not be forked beside them.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+if importlib.util.find_spec("tqdm"):  # inductor shows its progress by it, where it is installed
+    importlib.import_module("tqdm").tqdm.monitor_interval = 0
 
 # A schedule of torch 2.11 begins with a message between all neighbours, for NCCL's sake. In a V two of these are the
 # same rank, and Gloo refuses to send to that.
